@@ -1,0 +1,254 @@
+"""Finetuning progress: samples, windows, layers, accumulation, optimizer steps, versions.
+
+A sample of L tokens goes forward left to right in windows; then backward, whose position is counted
+in layer-tokens (one token through the backward of one layer), L * layers of them:
+
+- `layer_major`: all tokens of the last layer from right to left, then the layer below. A slice may
+  start and end anywhere.
+- `window_major`: a window at the right end through all layers, then the next window to its left. A
+  slice is a whole window, so its size is a multiple of `layers`. With `memory="recompute"` the
+  window's forward is run again first.
+
+After `accumulation` samples an optimizer step is due, and only then the next sample may start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sim.core.work import Chunk, LayerChunk
+
+ORDERS = ("layer_major", "window_major")
+MEMORIES = ("stash", "recompute")
+
+
+class Forward(NamedTuple):
+    """The next `tokens` of the job's sample, forward."""
+
+    job: str
+    tokens: int
+
+
+class Backward(NamedTuple):
+    """The next `layer_tokens` of the job's sample, backward."""
+
+    job: str
+    layer_tokens: int
+
+
+class Step(NamedTuple):
+    """The optimizer step that is due; publishes the adapter's next version."""
+
+    job: str
+
+
+Slice = Forward | Backward | Step
+
+
+class IllegalSlice(ValueError):
+    """A finetuning slice that does not follow from where its job stands."""
+
+
+class JobView(NamedTuple):
+    """Where one job stands; what policies see of it."""
+
+    id: str
+    layers: int
+    order: str
+    memory: str
+    optimizer_params: int
+    sample_tokens: int
+    forward_tokens: int
+    """Tokens of the sample whose forward is done."""
+    backward_layer_tokens: int
+    """Layer-tokens of the sample whose backward is done."""
+    step_due: bool
+
+    @property
+    def forward_left(self) -> int:
+        return 0 if self.step_due else self.sample_tokens - self.forward_tokens
+
+    @property
+    def backward_left(self) -> int:
+        """Layer-tokens to go once the forward is done."""
+        return 0 if self.step_due else self.sample_tokens * self.layers - self.backward_layer_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSpec:
+    """One finetuning job, without its data."""
+
+    id: str = "job"
+    layers: int
+    optimizer_params: int
+    """Trainable parameters updated by a step."""
+    accumulation: int = 8
+    weight: float = 1.0
+    """Share of the finetuning work when several jobs are active."""
+    start_s: float = 0.0
+    order: str = "layer_major"
+    memory: str = "stash"
+
+    def __post_init__(self) -> None:
+        if self.layers < 1 or self.optimizer_params < 1 or self.accumulation < 1:
+            raise ValueError(
+                f"finetune job {self.id}: layers, optimizer_params and accumulation must be at least 1, "
+                f"got {self.layers}, {self.optimizer_params}, {self.accumulation}"
+            )
+        if not self.weight > 0:
+            raise ValueError(f"finetune job {self.id}: weight must be above 0, got {self.weight}")
+        if not self.start_s >= 0:
+            raise ValueError(f"finetune job {self.id}: start_s must be at least 0, got {self.start_s}")
+        if self.order not in ORDERS:
+            raise ValueError(f"finetune job {self.id}: order must be one of {ORDERS}, got {self.order!r}")
+        if self.memory not in MEMORIES:
+            raise ValueError(
+                f"finetune job {self.id}: memory must be one of {MEMORIES}, got {self.memory!r}"
+            )
+        if self.memory == "recompute" and self.order != "window_major":
+            raise ValueError(
+                f"finetune job {self.id}: memory=recompute needs order=window_major, got {self.order}"
+            )
+
+
+def backward_chunks(job: JobView, layer_tokens: int) -> tuple[LayerChunk, ...]:
+    """The rectangles that the next `layer_tokens` of `job`'s backward consist of, in order."""
+    length, done = job.sample_tokens, job.backward_layer_tokens
+    if job.order == "window_major":
+        tokens = layer_tokens // job.layers
+        return (LayerChunk(job.layers, tokens, length - done // job.layers - tokens),)
+    chunks = []
+    into_layer = done % length
+    if into_layer:
+        tokens = min(layer_tokens, length - into_layer)
+        chunks.append(LayerChunk(1, tokens, length - into_layer - tokens))
+        layer_tokens -= tokens
+    whole, rest = divmod(layer_tokens, length)
+    if whole:
+        chunks.append(LayerChunk(whole, length, 0))
+    if rest:
+        chunks.append(LayerChunk(1, rest, length - rest))
+    return tuple(chunks)
+
+
+def recompute_chunks(job: JobView, layer_tokens: int) -> tuple[Chunk, ...]:
+    """The windows whose forward must be run again for the next `layer_tokens` of backward."""
+    if job.memory == "stash":
+        return ()
+    return tuple(Chunk(c.tokens, c.context) for c in backward_chunks(job, layer_tokens))
+
+
+class Job:
+    """Mutable progress of one job. `advance` is the only way forward and refuses illegal slices."""
+
+    def __init__(self, spec: JobSpec, sample_tokens: Iterator[int]) -> None:
+        """`sample_tokens` yields the length of each sample in training order; it may be endless."""
+        self.spec = spec
+        self._lengths = sample_tokens
+        self.sample_index = -1
+        self.sample_tokens = 0
+        self.forward_tokens = 0
+        self.backward_layer_tokens = 0
+        self.accumulated_samples = 0
+        self.accumulated_tokens = 0
+        self.steps = 0
+        self.trained_tokens = 0
+        self.trained_samples = 0
+        self.virtual_s = 0.0
+        """Work received over weight, in token passes; the job with the least is served first."""
+        self._data_ended = False
+        self._next_sample()
+
+    @property
+    def finished(self) -> bool:
+        return self._data_ended and self.accumulated_samples == 0
+
+    @property
+    def step_due(self) -> bool:
+        return self.accumulated_samples == self.spec.accumulation or (
+            self._data_ended and self.accumulated_samples > 0
+        )
+
+    def view(self) -> JobView:
+        spec = self.spec
+        return JobView(
+            spec.id,
+            spec.layers,
+            spec.order,
+            spec.memory,
+            spec.optimizer_params,
+            self.sample_tokens,
+            self.forward_tokens,
+            self.backward_layer_tokens,
+            self.step_due,
+        )
+
+    def advance(self, piece: Slice) -> None:
+        """Apply one slice, which `check_slices` has found legal."""
+        if type(piece) is Forward:
+            self.forward_tokens += piece.tokens
+            self.virtual_s += piece.tokens / self.spec.weight
+        elif type(piece) is Backward:
+            self.backward_layer_tokens += piece.layer_tokens
+            # A backward pass of a frozen linear layer costs what its forward costs, and the
+            # attention's twice that: count a token's backward as one pass.
+            self.virtual_s += piece.layer_tokens / (self.spec.layers * self.spec.weight)
+            if self.backward_layer_tokens == self.sample_tokens * self.spec.layers:
+                self.accumulated_samples += 1
+                self.accumulated_tokens += self.sample_tokens
+                self._next_sample()
+        else:
+            self.steps += 1
+            self.trained_samples += self.accumulated_samples
+            self.trained_tokens += self.accumulated_tokens
+            self.accumulated_samples = self.accumulated_tokens = 0
+
+    def _next_sample(self) -> None:
+        self.forward_tokens = self.backward_layer_tokens = 0
+        self.sample_tokens = next(self._lengths, 0)
+        if self.sample_tokens == 0:
+            self._data_ended = True
+        else:
+            self.sample_index += 1
+
+
+def check_slices(job: JobView, pieces: list[Slice]) -> None:
+    """Raise IllegalSlice unless `pieces`, in this order, follow from where `job` stands.
+
+    Several slices of one job may share an iteration as long as they stay within one sample (or are
+    the step that its last slice makes due, which the loop cannot know before: so a step comes alone
+    or first).
+    """
+    forward, backward, step_due = job.forward_tokens, job.backward_layer_tokens, job.step_due
+    total = job.sample_tokens * job.layers
+    for piece in pieces:
+        if type(piece) is Step:
+            if not step_due:
+                raise IllegalSlice(f"job {job.id}: no optimizer step is due")
+            step_due = False
+            continue
+        if step_due:
+            raise IllegalSlice(f"job {job.id}: the optimizer step is due before {piece}")
+        if type(piece) is Forward:
+            left = job.sample_tokens - forward
+            if not 1 <= piece.tokens <= left:
+                raise IllegalSlice(f"job {job.id}: forward must be 1..{left} tokens, got {piece.tokens}")
+            forward += piece.tokens
+        elif type(piece) is Backward:
+            if forward < job.sample_tokens:
+                raise IllegalSlice(f"job {job.id}: backward before the forward is done")
+            left = total - backward
+            if not 1 <= piece.layer_tokens <= left:
+                raise IllegalSlice(
+                    f"job {job.id}: backward must be 1..{left} layer-tokens, got {piece.layer_tokens}"
+                )
+            if job.order == "window_major" and piece.layer_tokens % job.layers:
+                raise IllegalSlice(
+                    f"job {job.id}: a window-major slice is a multiple of {job.layers} layer-tokens, "
+                    f"got {piece.layer_tokens}"
+                )
+            backward += piece.layer_tokens
+        else:
+            raise IllegalSlice(f"job {job.id}: not a finetuning slice: {piece!r}")

@@ -1,0 +1,170 @@
+"""Result rows: what the loop records, column by column.
+
+A table is one flat array of doubles, a row one `extend`: half a microsecond and 8 bytes a value, so
+millions of iterations fit. Strings are stored as codes into `labels`. Simulator and engine fill the
+same tables; `sim.results` turns them into Parquet.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from enum import IntEnum
+
+import numpy as np
+
+from sim.core.work import Work
+
+WORK_COLUMNS = (
+    "prefill_chunks",
+    "prefill_tokens",
+    "prefill_pairs",
+    "decode_count",
+    "decode_context_tokens",
+    "sampled_tokens",
+    "forward_windows",
+    "forward_tokens",
+    "forward_pairs",
+    "backward_layer_tokens",
+    "backward_pairs",
+    "recompute_tokens",
+    "optimizer_params",
+    "adapters",
+    "overlap",
+)
+"""`Work`, flat. Pairs are query-key pairs of causal attention (`Chunk.attention_pairs`)."""
+
+ITERATION_COLUMNS = (
+    "pipeline",
+    "iteration",
+    "start_s",
+    "end_s",
+    "predicted_s",
+    *WORK_COLUMNS,
+    "running",
+    "waiting",
+    "kv_blocks_used",
+    "preempted",
+)
+"""One row per iteration. `end_s - start_s` is the actual time; `predicted_s` is NaN when the policy
+does not predict; `running` and `waiting` are counted after planning."""
+
+REQUEST_COLUMNS = (
+    "request",
+    "pipeline",
+    "slo",
+    "adapter",
+    "outcome",
+    "arrival_s",
+    "scheduled_s",
+    "first_token_s",
+    "last_token_s",
+    "prompt_tokens",
+    "output_tokens",
+    "generated_tokens",
+    "preemptions",
+)
+"""One row per arrived request. `scheduled_s` is the start of the first iteration that computed any of
+it; times that never came are NaN. `output_tokens` was asked for, `generated_tokens` came out."""
+
+SEGMENT_COLUMNS = ("request", "pipeline", "slo", "first_s", "start_tick", "end_tick")
+"""Token times. After its token at `first_s` a request got one at the end of every decode tick in
+(start_tick, end_tick] of its pipeline; a preempted request has several segments. Tick n is the n-th
+row, from 1, of that pipeline's `ticks` table."""
+
+TICK_COLUMNS = ("pipeline", "end_s")
+"""End time of each iteration that decoded."""
+
+STEP_COLUMNS = (
+    "pipeline",
+    "job",
+    "step",
+    "samples",
+    "tokens",
+    "end_s",
+)
+"""One row per optimizer step; `step` counts from 1 and is the adapter version that it publishes."""
+
+
+class Outcome(IntEnum):
+    """How a request ended."""
+
+    FINISHED = 0
+    REJECTED = 1
+    """Never admitted: cannot fit, or no pipeline serves."""
+    ABORTED = 2
+    """Ended by its client."""
+    UNFINISHED = 3
+    """Still waiting or running when the run ended."""
+
+
+class Table:
+    """Rows of doubles under named columns."""
+
+    def __init__(self, columns: tuple[str, ...]) -> None:
+        self.columns = columns
+        self.data = array("d")
+        self.append = self.data.extend
+        """Add one row: a sequence of numbers in column order. Bound once: it is called per iteration."""
+
+    def __len__(self) -> int:
+        return len(self.data) // len(self.columns)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Column name -> array of shape (rows,), views of one copy."""
+        rows = np.array(self.data, dtype=np.float64).reshape(-1, len(self.columns))
+        return {name: rows[:, i] for i, name in enumerate(self.columns)}
+
+
+class Labels:
+    """Strings as small integers, in order of first use."""
+
+    def __init__(self, names: Sequence[str] = ()) -> None:
+        self.names = list(names)
+        self._code = {name: i for i, name in enumerate(self.names)}
+
+    def code(self, name: str) -> int:
+        code = self._code.get(name)
+        if code is None:
+            code = self._code[name] = len(self.names)
+            self.names.append(name)
+        return code
+
+
+class Recorder:
+    """All tables of one run; pipelines of a cluster share one."""
+
+    def __init__(self) -> None:
+        self.iterations = Table(ITERATION_COLUMNS)
+        self.requests = Table(REQUEST_COLUMNS)
+        self.segments = Table(SEGMENT_COLUMNS)
+        self.ticks = Table(TICK_COLUMNS)
+        self.steps = Table(STEP_COLUMNS)
+        self.slos = Labels()
+        self.adapters = Labels([""])
+        """Code 0 is the base model."""
+        self.jobs = Labels()
+
+
+def work_row(work: Work) -> tuple[float, ...]:
+    """`work` in WORK_COLUMNS order."""
+    prefill, decode_count, decode_context, sampled, forward, backward, recompute, params, adapters, overlap = work
+    if not prefill and not forward and not backward and not recompute:
+        return (0, 0, 0, decode_count, decode_context, sampled, 0, 0, 0, 0, 0, 0, params, adapters, overlap)
+    return (
+        len(prefill),
+        sum([c[0] for c in prefill]),
+        sum([c.attention_pairs for c in prefill]),
+        decode_count,
+        decode_context,
+        sampled,
+        len(forward),
+        sum([c[0] for c in forward]),
+        sum([c.attention_pairs for c in forward]),
+        sum([c[0] * c[1] for c in backward]),
+        sum([c.attention_pairs for c in backward]),
+        sum([c[0] for c in recompute]),
+        params,
+        adapters,
+        overlap,
+    )

@@ -1,0 +1,133 @@
+"""Plain facts about models, adapters and devices, shared by cost models, memory plans and engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A decoder-only transformer with grouped-query attention and a gated MLP (Llama, Qwen2)."""
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    qkv_bias: bool = False
+    tied_embeddings: bool = False
+    dtype_bytes: int = 2
+    max_context_tokens: int = 131072
+    tp: int = 1
+    """Tensor-parallel degree used when the cluster does not say."""
+
+    def __post_init__(self) -> None:
+        for key in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tp"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}"
+            )
+
+    @property
+    def q_dim(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        return self.kv_heads * self.head_dim
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Linear layers of one block, name -> (input, output) features, Hugging Face names."""
+        return {
+            "q_proj": (self.hidden, self.q_dim),
+            "k_proj": (self.hidden, self.kv_dim),
+            "v_proj": (self.hidden, self.kv_dim),
+            "o_proj": (self.q_dim, self.hidden),
+            "gate_proj": (self.hidden, self.ffn),
+            "up_proj": (self.hidden, self.ffn),
+            "down_proj": (self.ffn, self.hidden),
+        }
+
+    @property
+    def layer_params(self) -> int:
+        bias = self.q_dim + 2 * self.kv_dim if self.qkv_bias else 0
+        return sum(i * o for i, o in self.linears.values()) + bias + 2 * self.hidden
+
+    @property
+    def params(self) -> int:
+        embeddings = self.vocab * self.hidden * (1 if self.tied_embeddings else 2)
+        return self.layers * self.layer_params + embeddings + self.hidden
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.params * self.dtype_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Key and value of one token over all layers."""
+        return 2 * self.layers * self.kv_dim * self.dtype_bytes
+
+    def check_tp(self, tp: int) -> None:
+        """Raise ValueError unless `tp` divides what tensor parallelism splits."""
+        if tp < 1 or self.heads % tp or self.ffn % tp or (self.kv_heads % tp and tp % self.kv_heads):
+            raise ValueError(
+                f"tp must divide heads {self.heads}, kv_heads {self.kv_heads} and ffn {self.ffn} "
+                f"of model {self.name}, got {tp}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """A LoRA adapter: rank-r bypasses on the named linear layers of every block."""
+
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("down_proj",)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "targets", tuple(self.targets))
+        if self.rank < 1:
+            raise ValueError(f"finetune.lora.rank must be at least 1, got {self.rank}")
+
+    def layer_params(self, model: ModelShape) -> int:
+        unknown = [t for t in self.targets if t not in model.linears]
+        if unknown:
+            raise ValueError(
+                f"finetune.lora.targets must be among {', '.join(model.linears)}, got {unknown[0]}"
+            )
+        return sum(self.rank * sum(model.linears[t]) for t in self.targets)
+
+    def params(self, model: ModelShape) -> int:
+        return model.layers * self.layer_params(model)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceSpec:
+    """One accelerator, as its datasheet gives it (dense half precision)."""
+
+    name: str
+    peak_flops: float
+    memory_bandwidth_bytes_s: float
+    memory_bytes: float
+    link_bandwidth_bytes_s: float
+    """Per direction, to the other devices of the node."""
+    sms: int
+    source: str
+    """Where the numbers come from."""
+    power_w: float | None = None
+    idle_power_w: float | None = None
+    price_per_hour: float | None = None
+    """Currency per device and hour; whoever states it chooses the currency."""
+    extras: dict[str, float] = field(default_factory=dict)
+    """Efficiencies and latencies that a cost model reads by name."""
+
+    def __post_init__(self) -> None:
+        for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"device.{key} must be above 0, got {getattr(self, key)}")
