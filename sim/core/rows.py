@@ -7,12 +7,14 @@ same tables; `sim.results` turns them into Parquet.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
 
+from sim.core.request import Request
 from sim.core.work import Work
 
 WORK_COLUMNS = (
@@ -144,6 +146,38 @@ class Recorder:
         self.adapters = Labels([""])
         """Code 0 is the base model."""
         self.jobs = Labels()
+
+    def add_request(
+        self,
+        request: Request,
+        pipeline: int,
+        outcome: Outcome,
+        *,
+        scheduled_s: float | None = None,
+        first_token_s: float | None = None,
+        last_token_s: float | None = None,
+        generated_tokens: int = 0,
+        preemptions: int = 0,
+    ) -> None:
+        """Record how a request ended; times that never came are None."""
+        nan = math.nan
+        self.requests.append(
+            (
+                request.id,
+                pipeline,
+                self.slos.code(request.slo),
+                self.adapters.code(request.adapter or ""),
+                outcome,
+                request.arrival_s,
+                nan if scheduled_s is None else scheduled_s,
+                nan if first_token_s is None else first_token_s,
+                nan if last_token_s is None else last_token_s,
+                request.prompt_tokens,
+                request.output_tokens,
+                generated_tokens,
+                preemptions,
+            )
+        )
 
 
 def work_row(work: Work) -> tuple[float, ...]:

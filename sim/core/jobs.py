@@ -1,0 +1,85 @@
+"""The finetuning jobs of one pipeline: which are active, whose turn it is, what a slice computes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from sim.core.finetune import Backward, Forward, Job, JobView, Slice, backward_chunks, recompute_chunks
+from sim.core.work import Chunk, LayerChunk
+
+
+class PublishedStep(NamedTuple):
+    """An optimizer step: the job, its number from 1, and what it was made of."""
+
+    job: str
+    step: int
+    samples: int
+    tokens: int
+
+
+class FinetuneWork(NamedTuple):
+    """The finetuning part of one iteration, in the terms of `Work`."""
+
+    forward: tuple[Chunk, ...] = ()
+    backward: tuple[LayerChunk, ...] = ()
+    recompute: tuple[Chunk, ...] = ()
+    optimizer_params: int = 0
+    steps: tuple[PublishedStep, ...] = ()
+
+
+class Jobs:
+    """Several jobs share the finetuning work by weight: the one furthest behind its share comes first."""
+
+    def __init__(self, jobs: Iterable[Job] = ()) -> None:
+        self.active: dict[str, Job] = {}
+        self.views: tuple[JobView, ...] = ()
+        """Active jobs, the one furthest behind first."""
+        self._future = sorted(jobs, key=lambda job: (job.spec.start_s, job.spec.id))
+        self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
+        """When the next job starts; `inf` when none waits."""
+
+    def start(self, now_s: float) -> None:
+        """Activate the jobs whose time has come."""
+        floor = min((job.virtual_s for job in self.active.values()), default=0.0)
+        while self._future and self._future[0].spec.start_s <= now_s:
+            job = self._future.pop(0)
+            # A late job shares from now on; it does not claim the time before it started.
+            job.virtual_s = floor
+            if not job.finished:
+                self.active[job.spec.id] = job
+        self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
+        self._refresh()
+
+    def run(self, pieces: tuple[Slice, ...]) -> FinetuneWork:
+        """Advance the jobs by legal slices and say what that computes."""
+        forward: list[Chunk] = []
+        backward: tuple[LayerChunk, ...] = ()
+        recompute: tuple[Chunk, ...] = ()
+        steps: list[PublishedStep] = []
+        params = 0
+        for piece in pieces:
+            job = self.active[piece.job]
+            if type(piece) is Forward:
+                forward.append(Chunk(piece.tokens, job.forward_tokens))
+            elif type(piece) is Backward:
+                view = job.view()
+                backward += backward_chunks(view, piece.layer_tokens)
+                recompute += recompute_chunks(view, piece.layer_tokens)
+            else:
+                params += job.spec.optimizer_params
+                steps.append(
+                    PublishedStep(piece.job, job.steps + 1, job.accumulated_samples, job.accumulated_tokens)
+                )
+            job.advance(piece)
+            if job.finished:
+                del self.active[piece.job]
+        self._refresh()
+        return FinetuneWork(tuple(forward), backward, recompute, params, tuple(steps))
+
+    def _refresh(self) -> None:
+        jobs = self.active.values()
+        if len(jobs) > 1:
+            jobs = sorted(jobs, key=lambda job: job.virtual_s)  # type: ignore[assignment]
+        self.views = tuple([job.view() for job in jobs])

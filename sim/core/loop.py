@@ -1,0 +1,139 @@
+"""The loop that the simulator and the engine share. It never reads a clock.
+
+It is a generator: it yields what is to be done, and its driver sends back the time at which that was done.
+
+    Execute(plan, work)  launch this iteration; sends back nothing that matters
+    Wait()               sends back Done(time, ...) of the oldest launched iteration
+    Sleep(until_s)       nothing to do: sends back Done(time) at `until_s`, or earlier when a request arrives
+
+With a lookahead of 0 every Execute is followed by its Wait. With 1 the next iteration is planned and
+launched before the Wait for the running one, so that planning hides behind it; its plan then sees the
+arrivals up to the moment at which the running one started.
+
+The simulator turns Execute into a timeout, the engine runs the device and reads the wall clock.
+Arrivals are pulled when planning, never pushed: at equal times the order is arrival first, then plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from sim.core.arrivals import Arrivals
+from sim.core.plan import Plan, Policy
+from sim.core.state import PipelineState
+from sim.core.work import Work
+
+
+class Execute(NamedTuple):
+    """Launch this iteration."""
+
+    plan: Plan
+    work: Work
+
+
+class Wait(NamedTuple):
+    """Tell when the oldest launched iteration has ended."""
+
+
+class Sleep(NamedTuple):
+    """Nothing to do until this time (`inf`: until something arrives)."""
+
+    until_s: float
+
+
+class Done(NamedTuple):
+    """The driver's answer."""
+
+    now_s: float
+    ended: tuple[int, ...] = ()
+    """Requests whose token of this iteration was a stop token."""
+    aborted: tuple[int, ...] = ()
+    """Requests whose client has gone."""
+
+
+Command = Execute | Wait | Sleep
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Horizon:
+    """When a run ends: requests arrive until `duration_s`, those that did may take `drain_s` more.
+
+    Finetuning goes on while requests drain, so that the last ones are served under the same conditions;
+    rates count what was done by `duration_s`.
+    """
+
+    duration_s: float = math.inf
+    drain_s: float = math.inf
+
+    def __post_init__(self) -> None:
+        if not self.duration_s > 0:
+            raise ValueError(f"run.duration_s must be above 0 seconds, got {self.duration_s}")
+        if not self.drain_s >= 0:
+            raise ValueError(f"run.drain_s must be at least 0 seconds, got {self.drain_s}")
+
+
+class StuckPolicy(RuntimeError):
+    """A policy that plans nothing although there is work and nothing will change."""
+
+
+def run_loop(
+    state: PipelineState,
+    policy: Policy,
+    arrivals: Arrivals,
+    horizon: Horizon,
+    start_s: float = 0.0,
+) -> Generator[Command, Done, None]:
+    """Run one pipeline until its horizon. Modifies `state`, which it closes at the end."""
+    now_s = start_s
+    in_flight = 0
+    wait = Wait()
+    while True:
+        for request in arrivals.due(now_s):
+            if not state.arrive(request):
+                arrivals.ended(request.id, now_s)
+        over = _over(state, arrivals, horizon, now_s)
+        plan = None if over else policy.plan(state.view(now_s))
+        if plan is not None and _has_work(plan, state):
+            yield Execute(plan, state.apply(plan, now_s))
+            in_flight += 1
+            if in_flight <= state.limits.lookahead:
+                continue
+        elif in_flight == 0:
+            if over:
+                break
+            now_s = (yield Sleep(_next_event_s(state, arrivals, horizon, now_s))).now_s
+            continue
+        done = yield wait
+        in_flight -= 1
+        now_s = done.now_s
+        for id in state.commit(now_s, done.ended, done.aborted):
+            arrivals.ended(id, now_s)
+    state.close()
+
+
+def _has_work(plan: Plan, state: PipelineState) -> bool:
+    return bool(plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count))
+
+
+def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> bool:
+    if now_s >= horizon.duration_s:
+        return state.unfinished == 0 or now_s >= horizon.duration_s + horizon.drain_s
+    if state.unfinished or state.jobs.active or state.jobs.next_start_s < math.inf:
+        return False
+    return arrivals.next_s() is None
+
+
+def _next_event_s(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> float:
+    """The next time at which something can change by itself."""
+    end_s = horizon.duration_s if now_s < horizon.duration_s else horizon.duration_s + horizon.drain_s
+    arrival_s = arrivals.next_s()
+    until_s = min(math.inf if arrival_s is None else arrival_s, state.jobs.next_start_s, end_s)
+    if until_s == math.inf and arrival_s is None:
+        raise StuckPolicy(
+            f"nothing planned at {now_s:.6f} s with {len(state.running)} running and "
+            f"{len(state.waiting)} waiting requests, and nothing else will arrive"
+        )
+    return until_s

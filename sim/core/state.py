@@ -1,0 +1,426 @@
+"""The one owner of a pipeline's mutable state: requests, K/V blocks, finetuning progress, rows.
+
+Two steps change it. `apply` launches a plan: counts advance as if it were done, since what an iteration
+computes is known before it runs. `commit` gives the oldest launched iteration its end time: tokens get
+their stamps, finished sequences release their blocks, steps are published. With a lookahead of one,
+`apply` of the next plan comes before `commit` of the one that runs.
+
+Cost per iteration follows what changes (arrivals, chunks, completions, preemptions), not how many
+sequences run: the decoding ones are a count, a sum of contexts and a list of completions by tick.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from sim.core.deadlines import TokenDeadlines
+from sim.core.finetune import Job
+from sim.core.jobs import FinetuneWork, Jobs, PublishedStep
+from sim.core.kv import KvBlocks
+from sim.core.legality import check_plan
+from sim.core.plan import Feedback, Limits, Plan, Victim, View
+from sim.core.queue import AdmissionQueue
+from sim.core.request import Request, Slo
+from sim.core.rows import Outcome, Recorder, work_row
+from sim.core.sequence import Sequence
+from sim.core.work import Chunk, Work
+
+_NONE: tuple[Any, ...] = ()
+_NO_FINETUNING = FinetuneWork()
+
+
+class Launched(NamedTuple):
+    """An iteration between `apply` and `commit`."""
+
+    work: Work
+    predicted_s: float | None
+    launch_s: float
+    tick: int
+    """Decode tick reached by this iteration."""
+    scheduled: Iterable[Sequence]
+    """Sequences computed for the first time."""
+    sampled: Iterable[Sequence]
+    """Sequences whose prefill ended here, with a token."""
+    finishing: Iterable[Sequence]
+    segments: Iterable[tuple[Sequence, int, int]]
+    """(preempted sequence, start tick, end tick) of decode segments that ended before this iteration."""
+    steps: Iterable[PublishedStep]
+    counts: tuple[int, int, int, int]
+    """running, waiting, K/V blocks used, preempted."""
+
+
+class PipelineState:
+    """State of one pipeline; see the module's docstring for how it moves."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        slos: Mapping[str, Slo],
+        recorder: Recorder,
+        jobs: Iterable[Job] = (),
+        pipeline: int = 0,
+    ) -> None:
+        self.limits = limits
+        self.pipeline = pipeline
+        self.kv = KvBlocks(limits.kv_tokens, limits.block_tokens)
+        self.waiting = AdmissionQueue(limits.admission)
+        self.running: dict[int, Sequence] = {}
+        """Admitted sequences in order of admission."""
+        self.prefilling: dict[int, Sequence] = {}
+        self.decode_count = 0
+        self.decode_context_tokens = 0
+        self.tick = 0
+        self.arrived = 0
+        self.jobs = Jobs(jobs)
+        self.adapter_versions: dict[str, int] = {}
+        self.memory: Any = None
+
+        self._slos = slos
+        self._recorder = recorder
+        self._max_tokens = min(limits.max_sequence_tokens, self.kv.total * limits.block_tokens)
+        self._requests: dict[int, Request] = {}
+        self._finish_at: dict[int, list[Sequence]] = {}
+        self._finish_tick: dict[int, int] = {}
+        self._deadlines = TokenDeadlines()
+        self._adapter_users: dict[str, int] = {}
+        self._launched: deque[Launched] = deque()
+        self._iterations = 0
+        self._last_end_s = -math.inf
+        self._last: Feedback | None = None
+
+    # What others ask
+
+    @property
+    def unfinished(self) -> int:
+        """Requests waiting or running."""
+        return len(self.running) + len(self.waiting)
+
+    @property
+    def outstanding_tokens(self) -> int:
+        """Known tokens of all requests waiting or running."""
+        return (
+            self.waiting.tokens
+            + sum([s.known_tokens for s in self.prefilling.values()])
+            + self.decode_context_tokens
+            + self.decode_count
+        )
+
+    def view(self, now_s: float) -> View:
+        if self.jobs.next_start_s <= now_s:
+            self.jobs.start(now_s)
+        tick = self.tick + 1
+        return View(
+            now_s,
+            self.limits,
+            self.decode_count,
+            self.decode_context_tokens,
+            self.kv.growth(tick),
+            self.kv.free,
+            len(self.running),
+            tuple(self.prefilling.values()) if self.prefilling else _NONE,
+            self.waiting,
+            self.jobs.views,
+            len(self._adapter_users),
+            self._deadlines.earliest_s(tick),
+            self.arrived,
+            self._last,
+            self.memory,
+            self.victims,
+        )
+
+    def victims(self) -> Iterator[Victim]:
+        for sequence in reversed(self.running.values()):
+            if sequence.decoding or sequence.id in self.prefilling:
+                yield self.victim(sequence)
+
+    def victim(self, sequence: Sequence) -> Victim:
+        cached = self._cached_tokens(sequence)
+        grows = sequence.decoding and cached % self.kv.block_tokens == 0
+        return Victim(sequence.id, self.kv.blocks_for(cached), sequence.decoding, cached, grows)
+
+    # Arrivals
+
+    def arrive(self, request: Request) -> bool:
+        """Queue a request. False, and a rejected row, when its prompt can never fit."""
+        self.arrived += 1
+        slo = self._slos[request.slo]
+        self._requests[request.id] = request
+        sequence = Sequence(request.id, request.arrival_s, request.prompt_tokens, slo, request.adapter)
+        if request.prompt_tokens >= self._max_tokens:
+            self._record_request(sequence, Outcome.REJECTED)
+            return False
+        self.waiting.add(sequence)
+        return True
+
+    # Launching
+
+    def apply(self, plan: Plan, now_s: float) -> Work:
+        """Launch `plan` and return its Work. Raises IllegalPlan, and then nothing has changed."""
+        check_plan(self, plan)
+        self.memory = plan.memory
+        segments = self._preempt(plan.preempted) if plan.preempted else _NONE
+
+        count = context = 0
+        finishing: list[Sequence] | tuple[Any, ...] = _NONE
+        if plan.decode and self.decode_count:
+            count, context = self.decode_count, self.decode_context_tokens
+            self.tick = tick = self.tick + 1
+            self.kv.free -= self.kv.growth(tick)
+            self.decode_context_tokens = context + count
+            if tick in self._finish_at:
+                finishing = self._finish_at.pop(tick)
+                for sequence in finishing:
+                    del self._finish_tick[sequence.id]
+                    self._leave_decode(sequence)
+
+        chunks: tuple[Chunk, ...] = _NONE
+        scheduled: Iterable[Sequence] = _NONE
+        sampled: list[Sequence] | tuple[Any, ...] = _NONE
+        if plan.prefills:
+            chunks, scheduled, sampled = self._prefill(plan.prefills)
+            if sampled:
+                finishing = [*finishing, *self._join_decode(sampled)]
+
+        finetune = self.jobs.run(plan.finetune) if plan.finetune else _NO_FINETUNING
+        work = Work(
+            chunks,
+            count,
+            context,
+            count + len(sampled),
+            finetune.forward,
+            finetune.backward,
+            finetune.recompute,
+            finetune.optimizer_params,
+            len(self._adapter_users),
+            plan.overlap and bool(plan.finetune),
+        )
+        counts = (len(self.running), len(self.waiting), self.kv.used, len(plan.preempted))
+        self._launched.append(
+            Launched(
+                work, plan.predicted_s, now_s, self.tick, scheduled, sampled, finishing, segments, finetune.steps, counts
+            )
+        )
+        return work
+
+    def _prefill(
+        self, prefills: tuple[tuple[int, int], ...]
+    ) -> tuple[tuple[Chunk, ...], list[Sequence], list[Sequence]]:
+        """Compute chunks, admitting who waits: (chunks, first scheduled here, ended here)."""
+        chunks, scheduled, sampled = [], [], []
+        kv = self.kv
+        for id, tokens in prefills:
+            sequence = self.prefilling.get(id)
+            if sequence is None:
+                sequence = self._admit()
+            if sequence.scheduled_s is None:
+                scheduled.append(sequence)
+            done = sequence.computed_tokens
+            kv.free -= kv.blocks_for(done + tokens) - kv.blocks_for(done)
+            chunks.append(Chunk(tokens, done))
+            sequence.computed_tokens = done + tokens
+            if sequence.remaining_tokens == 0:
+                sampled.append(sequence)
+        return tuple(chunks), scheduled, sampled
+
+    def _admit(self) -> Sequence:
+        sequence = self.waiting.take()
+        self.running[sequence.id] = self.prefilling[sequence.id] = sequence
+        adapter = sequence.adapter
+        if adapter is not None:
+            self._adapter_users[adapter] = self._adapter_users.get(adapter, 0) + 1
+            if sequence.preemptions == 0:
+                sequence.adapter_version = self.adapter_versions.get(adapter, 0)
+        return sequence
+
+    def _join_decode(self, sampled: list[Sequence]) -> list[Sequence]:
+        """Move sequences whose prefill ended to the decoding ones; return those that this token ends."""
+        ended = []
+        for sequence in sampled:
+            del self.prefilling[sequence.id]
+            sequence.generated_tokens += 1
+            sequence.start_tick = self.tick
+            left = self._target_tokens(sequence.id) - sequence.generated_tokens
+            if left == 0:
+                ended.append(sequence)
+                continue
+            sequence.decoding = True
+            self.decode_count += 1
+            self.decode_context_tokens += sequence.computed_tokens
+            self.kv.join(sequence.computed_tokens, self.tick)
+            self._finish_tick[sequence.id] = finish = self.tick + left
+            self._finish_at.setdefault(finish, []).append(sequence)
+        return ended
+
+    def _leave_decode(self, sequence: Sequence) -> None:
+        """Take out of the aggregates and bring the sequence's own counts up to the current tick."""
+        self.kv.leave(sequence.computed_tokens, sequence.start_tick)
+        self._deadlines.remove(sequence)
+        ticks = self.tick - sequence.start_tick
+        sequence.computed_tokens += ticks
+        sequence.generated_tokens += ticks
+        sequence.decoding = False
+        self.decode_count -= 1
+        self.decode_context_tokens -= sequence.computed_tokens
+
+    def _preempt(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int, int]]:
+        """Put back at the queue's front; return the decode segments that end with it."""
+        segments = []
+        for id in ids:
+            sequence = self.running[id]
+            if sequence.decoding:
+                segments.append((sequence, sequence.start_tick, self.tick))
+            self._stop(sequence)
+            sequence.computed_tokens = 0
+            sequence.preemptions += 1
+            self.waiting.put_back(sequence)
+        return segments
+
+    def _stop(self, sequence: Sequence) -> None:
+        """Take a running sequence out and release its blocks."""
+        if sequence.decoding:
+            self._finish_at[self._finish_tick.pop(sequence.id)].remove(sequence)
+            self._leave_decode(sequence)
+        self.prefilling.pop(sequence.id, None)
+        self._release(sequence)
+
+    def _release(self, sequence: Sequence) -> None:
+        del self.running[sequence.id]
+        self.kv.free += self.kv.blocks_for(sequence.computed_tokens)
+        adapter = sequence.adapter
+        if adapter is not None:
+            self._adapter_users[adapter] -= 1
+            if self._adapter_users[adapter] == 0:
+                del self._adapter_users[adapter]
+
+    # Ending
+
+    def commit(self, end_s: float, ended: Iterable[int] = (), aborted: Iterable[int] = ()) -> list[int]:
+        """Give the oldest launched iteration its end time; return the ids of requests that ended.
+
+        `ended` lists sequences whose token of this iteration was their last by themselves (a stop
+        token), `aborted` those whose client has gone, running or waiting.
+        """
+        launched = self._launched.popleft()
+        start_s = max(launched.launch_s, self._last_end_s)
+        self._last_end_s = end_s
+        work, predicted_s = launched.work, launched.predicted_s
+        self._recorder.iterations.append(
+            (
+                self.pipeline,
+                self._iterations,
+                start_s,
+                end_s,
+                math.nan if predicted_s is None else predicted_s,
+                *work_row(work),
+                *launched.counts,
+            )
+        )
+        self._iterations += 1
+        self._last = Feedback(work, predicted_s, end_s - start_s)
+        if work[1]:
+            self._recorder.ticks.append((self.pipeline, end_s))
+        gone: list[int] = []
+        if launched.scheduled:
+            for sequence in launched.scheduled:
+                sequence.scheduled_s = start_s
+        if launched.sampled:
+            self._stamp_first_tokens(launched.sampled, end_s)
+        for sequence, start_tick, end_tick in launched.segments:
+            self._record_segment(sequence, start_tick, end_tick)
+        if launched.finishing:
+            for sequence in launched.finishing:
+                if sequence.id in self.running:
+                    self._record_segment(sequence, sequence.start_tick, launched.tick)
+                    self._record_request(sequence, Outcome.FINISHED, end_s)
+                    self._release(sequence)
+                    gone.append(sequence.id)
+        for job, step, samples, tokens in launched.steps:
+            self.adapter_versions[job] = step
+            code = self._recorder.jobs.code(job)
+            self._recorder.steps.append((self.pipeline, code, step, samples, tokens, end_s))
+        if ended or aborted:
+            gone += self._end_by_themselves(ended, launched.tick, end_s)
+            gone += self._abort(aborted, launched.tick, end_s)
+        return gone
+
+    def close(self) -> None:
+        """Record what is still waiting or running when the run ends, with the tokens that it got."""
+        assert not self._launched
+        for sequence in [*self.running.values(), *self.waiting]:
+            if sequence.decoding:
+                start_tick = sequence.start_tick
+                self._stop(sequence)
+                self._record_segment(sequence, start_tick, self.tick)
+            self._record_request(sequence, Outcome.UNFINISHED)
+
+    def _end_by_themselves(self, ids: Iterable[int], tick: int, end_s: float) -> list[int]:
+        gone = []
+        for id in ids:
+            sequence = self.running[id]
+            start_tick = sequence.start_tick
+            # With a lookahead the sequence may already be part of the next iteration, in vain.
+            surplus = self.tick - tick if sequence.decoding else 0
+            self._stop(sequence)
+            sequence.generated_tokens -= surplus
+            self._record_segment(sequence, start_tick, tick)
+            self._record_request(sequence, Outcome.FINISHED, end_s)
+            gone.append(id)
+        return gone
+
+    def _abort(self, ids: Iterable[int], tick: int, end_s: float) -> list[int]:
+        gone = []
+        for id in ids:
+            sequence = self.running.get(id)
+            if sequence is None:
+                sequence = next((s for s in self.waiting if s.id == id), None)
+                if sequence is None:
+                    continue  # it ended before its client's word arrived
+                self.waiting.remove(sequence)
+            else:
+                segment = (sequence.start_tick, min(tick, self.tick)) if sequence.decoding else None
+                self._stop(sequence)
+                if segment is not None:
+                    self._record_segment(sequence, *segment)
+            self._record_request(sequence, Outcome.ABORTED)
+            gone.append(id)
+        return gone
+
+    # Small things
+
+    def _cached_tokens(self, sequence: Sequence) -> int:
+        ticks = self.tick - sequence.start_tick if sequence.decoding else 0
+        return sequence.computed_tokens + ticks
+
+    def _target_tokens(self, id: int) -> int:
+        """Output tokens after which a sequence ends at the latest."""
+        request = self._requests[id]
+        return min(request.output_tokens, self._max_tokens - request.prompt_tokens)
+
+    def _stamp_first_tokens(self, sampled: Iterable[Sequence], end_s: float) -> None:
+        for sequence in sampled:
+            sequence.segment_first_s = end_s
+            if sequence.first_token_s is None:
+                sequence.first_token_s = end_s
+            if sequence.decoding:
+                self._deadlines.add(sequence)
+
+    def _record_segment(self, sequence: Sequence, start_tick: int, end_tick: int) -> None:
+        slo = self._recorder.slos.code(sequence.slo.name)
+        first_s = math.nan if sequence.segment_first_s is None else sequence.segment_first_s
+        self._recorder.segments.append((sequence.id, self.pipeline, slo, first_s, start_tick, end_tick))
+
+    def _record_request(self, sequence: Sequence, outcome: Outcome, last_token_s: float | None = None) -> None:
+        self._recorder.add_request(
+            self._requests.pop(sequence.id),
+            self.pipeline,
+            outcome,
+            scheduled_s=sequence.scheduled_s,
+            first_token_s=sequence.first_token_s,
+            last_token_s=last_token_s,
+            generated_tokens=sequence.generated_tokens,
+            preemptions=sequence.preemptions,
+        )

@@ -1,0 +1,65 @@
+"""The simulator's driver of one pipeline: turns the loop's commands into SimPy events.
+
+The device is a queue of one: an iteration launched while another runs starts when that ends. With a
+lookahead of one the loop waits for the older of the two, so that is all the concurrency there is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Generator
+from typing import Any
+
+import simpy
+
+from sim.core.cost import CostModel
+from sim.core.loop import Command, Done, Execute, Sleep
+
+
+class SimulatedPipeline:
+    """A pipeline as a SimPy process; `world` says how long each iteration takes."""
+
+    def __init__(self, env: simpy.Environment, loop: Generator[Command, Done, None], world: CostModel) -> None:
+        self._env = env
+        self._loop = loop
+        self._world = world
+        self._wake: simpy.Event | None = None
+        self.process = env.process(self._run())
+
+    def wake(self) -> None:
+        """A request has arrived: if the pipeline sleeps, it looks."""
+        if self._wake is not None and not self._wake.triggered:
+            self._wake.succeed()
+
+    def _run(self) -> Generator[simpy.Event, Any, None]:
+        env, send, iteration_s, timeout = self._env, self._loop.send, self._world.iteration_s, self._env.timeout
+        ends: deque[float] = deque()
+        device_free_s = -math.inf
+        reply: Done | None = None
+        while True:
+            try:
+                command = send(reply)  # type: ignore[arg-type]
+            except StopIteration:
+                return
+            if type(command) is Execute:
+                start_s = device_free_s if device_free_s > env.now else env.now
+                device_free_s = start_s + iteration_s(command.work)
+                ends.append(device_free_s)
+                reply = Done(env.now)
+                continue
+            if type(command) is Sleep:
+                yield self._sleep(command.until_s)
+                reply = Done(env.now)
+            else:
+                yield timeout(max(0.0, ends.popleft() - env.now))
+                reply = Done(env.now)
+
+    def _sleep(self, until_s: float) -> simpy.Event:
+        """An event at `until_s` or at the next `wake`, whichever is first."""
+        self._wake = wake = self._env.event()
+        if until_s < math.inf:
+            alarm = self._env.timeout(max(0.0, until_s - self._env.now))
+            assert alarm.callbacks is not None
+            alarm.callbacks.append(lambda _: wake.triggered or wake.succeed())
+        return wake

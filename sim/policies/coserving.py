@@ -1,0 +1,47 @@
+"""The hybrid token scheduler: inference first, then the largest finetuning slice within the latency budget.
+
+FlexLLM (NSDI 2026): s = max { s : f(c, s) <= SLO } with f the predicted time of an iteration that has c
+inference tokens and s finetuning tokens. The slice is a forward window or a backward slice in
+layers x tokens. Prefill chunks are sized by the same budget.
+"""
+
+from __future__ import annotations
+
+from sim.core.cost import Predictor
+from sim.core.plan import Plan, View
+from sim.policies.packing import Latency, pack_inference
+from sim.policies.slices import fill
+
+
+class CoServing:
+    """Pure; its decisions depend on the predictor that it is given."""
+
+    serves = True
+
+    def __init__(
+        self,
+        *,
+        predictor: Predictor,
+        budget_s: float,
+        max_forward_tokens: int = 8192,
+        min_chunk_tokens: int = 16,
+    ) -> None:
+        """`budget_s`: bound on the predicted time of an iteration with finetuning in it, the tightest
+        TPOT bound of the traffic."""
+        self._predictor = predictor
+        self._budget_s = budget_s
+        self._max_forward_tokens = max_forward_tokens
+        self._latency = Latency(predictor, budget_s, min_chunk_tokens)
+
+    def plan(self, view: View) -> Plan:
+        inference = pack_inference(view, view.limits.max_tokens, self._latency)
+        slices, work = fill(
+            inference.work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens
+        )
+        return Plan(
+            decode=True,
+            prefills=inference.prefills,
+            preempted=inference.preempted,
+            finetune=slices,
+            predicted_s=self._predictor.iteration_s(work),
+        )

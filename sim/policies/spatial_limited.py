@@ -1,0 +1,37 @@
+"""Spatial sharing within the latency budget: the second stream gets what keeps the shared iteration short."""
+
+from __future__ import annotations
+
+from sim.core.cost import Predictor
+from sim.core.plan import Plan, View
+from sim.policies.packing import Latency, pack_inference
+from sim.policies.slices import fill
+
+
+class SpatialLimited:
+    """As `coserving`, but finetuning runs beside inference instead of inside its kernels."""
+
+    serves = True
+
+    def __init__(
+        self,
+        *,
+        predictor: Predictor,
+        budget_s: float,
+        max_forward_tokens: int = 8192,
+        min_chunk_tokens: int = 16,
+    ) -> None:
+        self._predictor = predictor
+        self._budget_s = budget_s
+        self._max_forward_tokens = max_forward_tokens
+        self._latency = Latency(predictor, budget_s, min_chunk_tokens)
+
+    def plan(self, view: View) -> Plan:
+        inference = pack_inference(view, view.limits.max_tokens, self._latency)
+        work = inference.work._replace(overlap=inference.busy)
+        slices, work = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
+        return inference.plan()._replace(
+            finetune=slices,
+            overlap=inference.busy and bool(slices),
+            predicted_s=self._predictor.iteration_s(work),
+        )

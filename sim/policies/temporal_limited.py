@@ -1,0 +1,49 @@
+"""Budgeted time slicing: finetuning alone in an iteration, but never more than fits the token deadlines.
+
+The strongest baseline without fusion: it alternates an inference iteration with a finetuning-only slice,
+sized so that the two together stay within the latency budget.
+"""
+
+from __future__ import annotations
+
+from sim.core.cost import Predictor
+from sim.core.plan import Plan, View
+from sim.core.work import Work
+from sim.policies.packing import Latency, pack_inference
+from sim.policies.slices import fill
+
+
+class TemporalLimited:
+    """Remembers the predicted time of the inference iteration that has just run."""
+
+    serves = True
+
+    def __init__(
+        self,
+        *,
+        predictor: Predictor,
+        budget_s: float,
+        max_forward_tokens: int = 8192,
+        min_chunk_tokens: int = 16,
+    ) -> None:
+        """`budget_s`: bound on an inference iteration and the finetuning slice after it, together."""
+        self._predictor = predictor
+        self._budget_s = budget_s
+        self._max_forward_tokens = max_forward_tokens
+        self._latency = Latency(predictor, budget_s, min_chunk_tokens)
+
+    def plan(self, view: View) -> Plan:
+        spent_s = view.memory
+        if spent_s is not None:
+            plan = self._finetune(view, self._budget_s - spent_s)
+            if plan.finetune:
+                return plan
+        inference = pack_inference(view, view.limits.max_tokens, self._latency)
+        if not inference.busy:
+            return self._finetune(view, self._budget_s)
+        predicted_s = self._predictor.iteration_s(inference.work)
+        return inference.plan()._replace(predicted_s=predicted_s, memory=predicted_s)
+
+    def _finetune(self, view: View, budget_s: float) -> Plan:
+        slices, work = fill(Work(), view.jobs, self._predictor, budget_s, self._max_forward_tokens)
+        return Plan(finetune=slices, predicted_s=self._predictor.iteration_s(work) if slices else None)
