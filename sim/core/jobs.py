@@ -36,6 +36,7 @@ class Jobs:
         self.active: dict[str, Job] = {}
         self.views: tuple[JobView, ...] = ()
         """Active jobs, the one furthest behind first."""
+        self.view_of: dict[str, JobView] = {}
         self._future = sorted(jobs, key=lambda job: (job.spec.start_s, job.spec.id))
         self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
         """When the next job starts; `inf` when none waits."""
@@ -64,7 +65,7 @@ class Jobs:
             if type(piece) is Forward:
                 forward.append(Chunk(piece.tokens, job.forward_tokens))
             elif type(piece) is Backward:
-                view = job.view()
+                view = job.view() if len(pieces) > 1 else self.view_of[piece.job]
                 backward += backward_chunks(view, piece.layer_tokens)
                 recompute += recompute_chunks(view, piece.layer_tokens)
             else:
@@ -83,3 +84,4 @@ class Jobs:
         if len(jobs) > 1:
             jobs = sorted(jobs, key=lambda job: job.virtual_s)  # type: ignore[assignment]
         self.views = tuple([job.view() for job in jobs])
+        self.view_of = {view.id: view for view in self.views}

@@ -90,13 +90,14 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
 
 
 def _check_finetune(state: PipelineState, pieces: tuple[Slice, ...]) -> None:
-    by_job: dict[str, list[Slice]] = {}
+    own: dict[str, list[Slice]] = {}
     for piece in pieces:
-        by_job.setdefault(piece.job, []).append(piece)
-    for job_id, own in by_job.items():
-        if job_id not in state.jobs.active:
-            raise IllegalPlan(f"finetuning job {job_id!r} is not active")
+        own.setdefault(piece.job, []).append(piece)
+    for id, slices in own.items():
+        view = state.jobs.view_of.get(id)
+        if view is None:
+            raise IllegalPlan(f"finetuning job {id!r} is not active")
         try:
-            check_slices(state.jobs.active[job_id].view(), own)
+            check_slices(view, slices)
         except IllegalSlice as error:
             raise IllegalPlan(str(error)) from None

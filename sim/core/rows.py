@@ -182,22 +182,33 @@ class Recorder:
 
 def work_row(work: Work) -> tuple[float, ...]:
     """`work` in WORK_COLUMNS order."""
-    prefill, decode_count, decode_context, sampled, forward, backward, recompute, params, adapters, overlap = work
-    if not prefill and not forward and not backward and not recompute:
-        return (0, 0, 0, decode_count, decode_context, sampled, 0, 0, 0, 0, 0, 0, params, adapters, overlap)
+    prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
+    prefill_tokens = forward_tokens = backward_tokens = recompute_tokens = 0
+    prefill_pairs = forward_pairs = backward_pairs = 0.0
+    for tokens, before in prefill:
+        prefill_tokens += tokens
+        prefill_pairs += tokens * (before + (tokens + 1) / 2)
+    for tokens, before in forward:
+        forward_tokens += tokens
+        forward_pairs += tokens * (before + (tokens + 1) / 2)
+    for layers, tokens, before in backward:
+        backward_tokens += layers * tokens
+        backward_pairs += layers * tokens * (before + (tokens + 1) / 2)
+    for tokens, _ in recompute:
+        recompute_tokens += tokens
     return (
         len(prefill),
-        sum([c[0] for c in prefill]),
-        sum([c.attention_pairs for c in prefill]),
-        decode_count,
-        decode_context,
+        prefill_tokens,
+        prefill_pairs,
+        count,
+        context,
         sampled,
         len(forward),
-        sum([c[0] for c in forward]),
-        sum([c.attention_pairs for c in forward]),
-        sum([c[0] * c[1] for c in backward]),
-        sum([c.attention_pairs for c in backward]),
-        sum([c[0] for c in recompute]),
+        forward_tokens,
+        forward_pairs,
+        backward_tokens,
+        backward_pairs,
+        recompute_tokens,
         params,
         adapters,
         overlap,

@@ -38,10 +38,5 @@ class CoServing:
         slices, work = fill(
             inference.work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens
         )
-        return Plan(
-            decode=True,
-            prefills=inference.prefills,
-            preempted=inference.preempted,
-            finetune=slices,
-            predicted_s=self._predictor.iteration_s(work),
-        )
+        predicted_s = self._predictor.iteration_s(work)
+        return Plan(True, inference.prefills, inference.preempted, slices, False, predicted_s)

@@ -74,14 +74,8 @@ class CoServingSlack:
         latency = Latency(self._predictor, budget_s, self._min_chunk_tokens)
         inference = pack_inference(view, view.limits.max_tokens, latency)
         slices, work = fill(inference.work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
-        return Plan(
-            decode=True,
-            prefills=inference.prefills,
-            preempted=inference.preempted,
-            finetune=slices,
-            predicted_s=self._predictor.iteration_s(work),
-            memory=error,
-        )
+        predicted_s = self._predictor.iteration_s(work)
+        return Plan(True, inference.prefills, inference.preempted, slices, False, predicted_s, error)
 
     def _observe(self, view: View) -> _Error:
         error: _Error = view.memory or _Error()

@@ -8,6 +8,8 @@ whole prompt fits into the blocks that no admitted prompt still needs, so prefil
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
+from itertools import chain, islice
 from typing import NamedTuple
 
 from sim.core.cost import Predictor
@@ -29,7 +31,7 @@ class Inference(NamedTuple):
         return self.work.decode_count > 0 or bool(self.prefills)
 
     def plan(self) -> Plan:
-        return Plan(decode=True, prefills=self.prefills, preempted=self.preempted)
+        return Plan(True, self.prefills, self.preempted)
 
 
 class Latency(NamedTuple):
@@ -43,103 +45,75 @@ class Latency(NamedTuple):
 
 def pack_inference(view: View, max_tokens: int, latency: Latency | None = None) -> Inference:
     """Fill an iteration with at most `max_tokens` inference tokens (decodes are never cut)."""
-    growth, free = view.growth_blocks, view.free_blocks
-    if growth <= free:
-        if not view.prefilling and (not len(view.waiting) or view.running >= view.limits.max_sequences):
-            return Inference((), (), view.decode_work)
-        return _with_prefills(view, max_tokens, latency, free - growth)
-    return _with_preemptions(view, max_tokens, latency)
+    free = view.free_blocks - view.growth_blocks
+    if free < 0:
+        return _with_preemptions(view, max_tokens, latency)
+    room = view.limits.max_sequences - view.running if len(view.waiting) else 0
+    if not view.prefilling and room == 0:
+        return Inference((), (), view.decode_work)
+    return _with_prefills(view, view.decode_work, view.prefilling, room, max_tokens, free, latency)
 
 
 def _with_preemptions(view: View, max_tokens: int, latency: Latency | None) -> Inference:
-    growth, free = view.growth_blocks, view.free_blocks
+    free = view.free_blocks - view.growth_blocks
     count, context = view.decode_count, view.decode_context_tokens
     preempted: list[int] = []
     for victim in view.victims():
-        if growth <= free:
+        if free >= 0:
             break
         preempted.append(victim.id)
         free += victim.blocks
         if victim.decoding:
             count -= 1
             context -= victim.context_tokens
-            growth -= victim.grows
-    gone = set(preempted)
-    work = view.decode_work._replace(
-        decode_count=count, decode_context_tokens=context, sampled_tokens=count
-    )
-    kept = [s for s in view.prefilling if s.id not in gone]
-    packing = _Packing(work, max_tokens - count, free - growth, view.limits.block_tokens, latency)
-    for sequence in kept:
-        packing.add(sequence)
-    return Inference(tuple(packing.prefills), tuple(preempted), packing.work)
+            free += victim.grows
+    work = Work((), count, context, count, (), (), (), 0, view.adapters)
+    kept = [s for s in view.prefilling if s.id not in preempted]
+    inference = _with_prefills(view, work, kept, 0, max_tokens, free, latency)
+    return inference._replace(preempted=tuple(preempted))
 
 
-def _with_prefills(view: View, max_tokens: int, latency: Latency | None, free: int) -> Inference:
-    limits = view.limits
-    packing = _Packing(view.decode_work, max_tokens - view.decode_count, free, limits.block_tokens, latency)
-    for sequence in view.prefilling:
-        packing.add(sequence)
-    room = limits.max_sequences - view.running
-    for sequence in view.waiting:
-        if room == 0 or not packing.admits(sequence):
+def _with_prefills(
+    view: View,
+    work: Work,
+    prefilling: Seq[Sequence],
+    room: int,
+    max_tokens: int,
+    free_blocks: int,
+    latency: Latency | None,
+) -> Inference:
+    """Chunks of the admitted sequences `prefilling`, then of up to `room` waiting ones, after `work`."""
+    block = view.limits.block_tokens
+    tokens_left = max_tokens - work.decode_count
+    sampled = work.sampled_tokens
+    prefills: list[tuple[int, int]] = []
+    chunks: list[Chunk] = []
+    promised_blocks = 0  # what admitted prompts will still need after this iteration
+    admitted = len(prefilling)
+    for index, sequence in enumerate(chain(prefilling, islice(view.waiting, room))):
+        known = sequence.known_tokens
+        need = -(-known // block)
+        if index >= admitted and (tokens_left <= 0 or need > free_blocks - promised_blocks):
             break
-        packing.add(sequence)
-        room -= 1
-    return Inference(tuple(packing.prefills), (), packing.work)
-
-
-class _Packing:
-    """Chunks of one iteration under construction."""
-
-    def __init__(
-        self, work: Work, tokens: int, free_blocks: int, block_tokens: int, latency: Latency | None
-    ) -> None:
-        self.work = work
-        self.prefills: list[tuple[int, int]] = []
-        self._tokens = tokens
-        self._free_blocks = free_blocks
-        self._block_tokens = block_tokens
-        self._latency = latency
-        self._promised_blocks = 0
-        """Blocks that admitted prompts will still need after this iteration."""
-        self._open = True
-        """False once the latency budget is used up."""
-
-    def admits(self, sequence: Sequence) -> bool:
-        need = -(-sequence.known_tokens // self._block_tokens)
-        return self._open and self._tokens > 0 and need <= self._free_blocks - self._promised_blocks
-
-    def add(self, sequence: Sequence) -> None:
-        """Give the sequence the largest chunk that fits, if any."""
-        block = self._block_tokens
         done = sequence.computed_tokens
         held = -(-done // block)
-        remaining = sequence.remaining_tokens
-        tokens = min(remaining, self._tokens, (held + self._free_blocks) * block - done)
-        if not self._open:
-            tokens = 0
-        elif self._latency is not None and tokens > 0:
-            tokens = self._within_latency(done, tokens)
+        tokens = min(known - done, tokens_left, (held + free_blocks) * block - done)
+        if latency is not None and tokens > 0:
+            so_far = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, work[8])
+            within = latency.predictor.largest_prefill(so_far, done, tokens, latency.budget_s)
+            if within < tokens:
+                tokens_left = 0  # the budget is used up: nothing comes after this chunk
+                tokens = within if chunks else max(within, min(tokens, latency.min_chunk_tokens))
         if tokens > 0:
             taken = -(-(done + tokens) // block) - held
-            self._tokens -= tokens
-            self._free_blocks -= taken
             held += taken
-            work = self.work
-            self.prefills.append((sequence.id, tokens))
-            self.work = work._replace(
-                prefill=(*work.prefill, Chunk(tokens, done)),
-                sampled_tokens=work.sampled_tokens + (tokens == remaining),
-            )
-        self._promised_blocks += -(-sequence.known_tokens // block) - held
-
-    def _within_latency(self, done: int, tokens: int) -> int:
-        assert self._latency is not None
-        predictor, budget_s, min_chunk = self._latency
-        largest = predictor.largest_prefill(self.work, done, tokens, budget_s)
-        if largest < tokens:
-            self._open = False
-            if largest < min_chunk and not self.prefills:
-                return min(min_chunk, tokens)
-        return largest
+            free_blocks -= taken
+            tokens_left -= tokens
+            sampled += done + tokens == known
+            prefills.append((sequence.id, tokens))
+            chunks.append(Chunk(tokens, done))
+        elif index >= admitted:
+            break
+        promised_blocks += need - held
+    packed = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, work[8])
+    return Inference(tuple(prefills), (), packed)

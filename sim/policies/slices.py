@@ -17,14 +17,17 @@ from sim.core.work import Chunk, Work
 
 def add_slice(work: Work, job: JobView, piece: Slice) -> Work:
     """`work` with one more slice of `job`."""
+    prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
     if type(piece) is Forward:
-        return work._replace(forward=(*work.forward, Chunk(piece.tokens, job.forward_tokens)))
-    if type(piece) is Backward:
-        return work._replace(
-            backward=work.backward + backward_chunks(job, piece.layer_tokens),
-            recompute=work.recompute + recompute_chunks(job, piece.layer_tokens),
-        )
-    return work._replace(optimizer_params=work.optimizer_params + job.optimizer_params)
+        forward = (*forward, Chunk(piece.tokens, job.forward_tokens))
+    elif type(piece) is Backward:
+        backward = backward + backward_chunks(job, piece.layer_tokens)
+        if job.memory == "recompute":
+            recompute = recompute + recompute_chunks(job, piece.layer_tokens)
+    else:
+        params += job.optimizer_params
+    # Positional: `_replace` costs three times as much, and this runs once per iteration.
+    return Work(prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap)
 
 
 def advanced(job: JobView, piece: Slice) -> JobView:
@@ -67,8 +70,9 @@ def _next_slice(
 ) -> tuple[Slice | None, bool]:
     """The largest next slice that fits, if any, and whether it was cut by the budget."""
     if job.step_due:
-        stepped = work._replace(optimizer_params=work.optimizer_params + job.optimizer_params)
-        return (Step(job.id), False) if predictor.iteration_s(stepped) <= budget_s else (None, True)
+        step = Step(job.id)
+        fits = predictor.iteration_s(add_slice(work, job, step)) <= budget_s
+        return (step, False) if fits else (None, True)
     left = job.sample_tokens - job.forward_tokens
     if left:
         most = min(left, max_forward_tokens - work.forward_tokens)
