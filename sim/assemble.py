@@ -1,0 +1,298 @@
+"""From a resolved config to the parts of a run: pipelines, arrivals, router, bounds.
+
+The only place that knows all config groups. Everything is checked while it is built, before anything runs.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+
+from sim.checked import build, locate
+from sim.cluster import PipelineSpec
+from sim.core.cost import CostModel, Predictor
+from sim.core.finetune import Job
+from sim.core.loop import Horizon
+from sim.core.plan import ClusterPolicy, Limits, Policy
+from sim.core.request import Slo
+from sim.core.specs import DeviceSpec, ModelShape
+from sim.cost.context import CostBuilder, CostContext
+from sim.cost.memory import kv_room_tokens
+from sim.errors import nearest
+from sim.metrics import PipelineFacts
+from sim.policies.finetune_only import FinetuneOnly
+from sim.routing import Router
+from sim.workload.config import Workload
+from sim.workload.finetune import Finetune
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitSettings:
+    """`cluster.limits`, as `Limits` with what the model and the device decide left open."""
+
+    kv_tokens: int | None
+    block_tokens: int
+    max_sequences: int
+    max_tokens: int
+    max_sequence_tokens: int | None
+    admission: str
+    lookahead: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupSettings:
+    """One entry of `cluster.groups`: equal pipelines on one kind of device."""
+
+    pipelines: int
+    device: str
+    tp: int | None = None
+    kv_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """The `cluster` group."""
+
+    pipelines: int
+    tp: int | None
+    groups: tuple[GroupSettings, ...] | None
+    router: Router
+    memory_utilization: float
+    limits: LimitSettings
+
+    def __post_init__(self) -> None:
+        for where, count in [("cluster.pipelines", self.pipelines)] + [
+            (f"cluster.groups[{i}].pipelines", group.pipelines) for i, group in enumerate(self.groups or ())
+        ]:
+            if count < 1:
+                raise ValueError(f"{where} must be at least 1, got {count}")
+        if not 0 < self.memory_utilization <= 1:
+            raise ValueError(f"cluster.memory_utilization must be in (0, 1], got {self.memory_utilization}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """The `run` node."""
+
+    name: str | None
+    duration_s: float | None
+    drain_s: float
+    bounds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assembly:
+    """Everything that a run needs, fresh: jobs and random streams are used up by running."""
+
+    pipelines: tuple[PipelineSpec, ...]
+    facts: tuple[PipelineFacts, ...]
+    workload: Workload
+    router: Router
+    slos: dict[str, Slo]
+    horizon: Horizon
+    labels: dict[str, object]
+
+    def finetune_only(self) -> Assembly:
+        """The same cluster with every pipeline finetuning and none serving."""
+        policy = FinetuneOnly()
+        return replace(
+            self,
+            pipelines=tuple(replace(spec, policy=policy) for spec in self.pipelines),
+            labels=self.labels | {"policy": "finetune_only"},
+        )
+
+
+def assemble(config: DictConfig) -> Assembly:
+    """Build a run from the config. Raises ValueError naming the key, the value and what is allowed."""
+    seed = _seed(config)
+    run = build(RunSettings, config.run, "run")
+    slos = _slos(config)
+    workload = build(None, config.workload, "workload").build(seed, tuple(slos))
+    duration_s = workload.duration_s if run.duration_s is None else run.duration_s
+    horizon = Horizon(duration_s=duration_s, drain_s=run.drain_s)
+    groups, router = _groups(config, seed)
+    count = sum(len(group.members) for group in groups)
+    policies = _policies(config, groups, slos)
+    finetune = build(None, config.finetune, "finetune")
+    assert isinstance(finetune, Finetune)
+    pipelines, facts = [], []
+    for group in groups:
+        for index in group.members:
+            jobs = finetune.build(group.model, index, count, seed)
+            pipelines.append(
+                PipelineSpec(
+                    policy=policies[index],
+                    world=group.world(index),
+                    predictor=group.predictor,
+                    limits=group.limits,
+                    jobs=tuple(Job(spec, samples) for spec, samples in jobs),
+                )
+            )
+            facts.append(group.facts)
+    labels: dict[str, object] = {
+        "name": run.name,
+        "policy": config.policy.name,
+        "model": config.model.name,
+        "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
+        "pipelines": count,
+        "workload": workload.name,
+        "rate_rps": workload.rate_rps,
+        "seed": seed,
+        "source": "sim",
+    }
+    return Assembly(
+        pipelines=tuple(pipelines),
+        facts=tuple(facts),
+        workload=workload,
+        router=router,
+        slos=slos,
+        horizon=horizon,
+        labels=labels,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Group:
+    """Equal pipelines: they share a predictor, and each has a world with a noise of its own."""
+
+    members: range
+    device: DeviceSpec
+    model: ModelShape
+    context: CostContext
+    predictor: Predictor
+    limits: Limits
+    facts: PipelineFacts
+    world_builder: CostBuilder
+
+    def world(self, index: int) -> CostModel:
+        return self.world_builder.build(replace(self.context, seed=self.context.seed * 4096 + index))
+
+
+def _seed(config: DictConfig) -> int:
+    seed = config.seed
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
+    return seed
+
+
+def _slos(config: DictConfig) -> dict[str, Slo]:
+    classes = OmegaConf.to_container(config.slo.classes, resolve=True)
+    if not isinstance(classes, Mapping) or not classes:
+        raise ValueError("slo.classes must name at least one class")
+    slos = {}
+    for name, bounds in classes.items():
+        given = {key: bound for key, bound in bounds.items() if bound is not None}
+        slos[str(name)] = build(Slo, given, f"slo.classes.{name}", name=str(name))
+    return slos
+
+
+def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
+    model = build(ModelShape, config.model, "model")
+    cluster = build(ClusterSettings, config.cluster, "cluster")
+    device = build(DeviceSpec, config.device, "device")
+    lora = build(None, config.finetune, "finetune").lora
+    if cluster.groups is None:
+        settings = [(cluster.pipelines, device, cluster.tp, cluster.limits.kv_tokens)]
+    else:
+        settings = [
+            (g.pipelines, _named_device(g.device), g.tp or cluster.tp, g.kv_tokens or cluster.limits.kv_tokens)
+            for g in cluster.groups
+        ]
+    groups, first = [], 0
+    for count, device, tp, kv_tokens in settings:
+        context = CostContext(
+            device=device,
+            model=model,
+            tp=model.tp if tp is None else tp,
+            lora=lora,
+            seed=seed,
+            lookahead=cluster.limits.lookahead,
+        )
+        limits = _limits(config, cluster, context, kv_tokens)
+        world = build(None, config.cost.world, "cost.world")
+        predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
+        facts = PipelineFacts(
+            kv_blocks=limits.kv_tokens // limits.block_tokens, device=device, devices=context.tp
+        )
+        groups.append(
+            _Group(
+                members=range(first, first + count),
+                device=device,
+                model=model,
+                context=context,
+                predictor=predictor,
+                limits=limits,
+                facts=facts,
+                world_builder=world,
+            )
+        )
+        first += count
+    return groups, cluster.router
+
+
+def _limits(
+    config: DictConfig, cluster: ClusterSettings, context: CostContext, kv_tokens: int | None
+) -> Limits:
+    limits = cluster.limits
+    if kv_tokens is None:
+        finetune = build(None, config.finetune, "finetune")
+        kv_tokens = kv_room_tokens(
+            context.device,
+            context.model,
+            context.tp,
+            context.lora,
+            utilization=cluster.memory_utilization,
+            finetune=finetune.reservation,
+        )
+    longest = limits.max_sequence_tokens
+    return Limits(
+        kv_tokens=kv_tokens,
+        block_tokens=limits.block_tokens,
+        max_sequences=limits.max_sequences,
+        max_tokens=limits.max_tokens,
+        max_sequence_tokens=context.model.max_context_tokens if longest is None else longest,
+        admission=limits.admission,
+        lookahead=limits.lookahead,
+    )
+
+
+def _named_device(name: str) -> DeviceSpec:
+    folder = CONFIGS / "device"
+    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    if name not in known:
+        raise ValueError(f"no device named {name!r}{nearest(name, known)}; known: {', '.join(known)}")
+    return cast(DeviceSpec, build(DeviceSpec, OmegaConf.load(folder / f"{name}.yaml"), f"device {name}"))
+
+
+def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo]) -> list[Policy]:
+    """The policy of each pipeline, in order of their indices."""
+    node = {key: value for key, value in config.policy.items() if key != "name"}
+    built = [_policy(node, group.predictor, slos) for group in groups]
+    count = sum(len(group.members) for group in groups)
+    if hasattr(built[0], "assign"):
+        return cast(ClusterPolicy, built[0]).assign(count)
+    return [policy for policy, group in zip(built, groups, strict=True) for _ in group.members]
+
+
+def _policy(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
+    """Build a policy, giving it what it asks for by name: `predictor`, and `budget_s` where that is null."""
+    parameters = inspect.signature(locate(node.get("_target_"), "policy")).parameters
+    given: dict[str, object] = {}
+    if "predictor" in parameters:
+        given["predictor"] = predictor
+    if "budget_s" in parameters and node.get("budget_s") is None:
+        node = {key: value for key, value in node.items() if key != "budget_s"}
+        given["budget_s"] = min((slo.tpot_s for slo in slos.values()), default=math.inf)
+    policy = build(None, node, "policy", **given)
+    budget_s = given.get("budget_s", node.get("budget_s", 1.0))
+    if not cast(float, budget_s) > 0:
+        raise ValueError(f"policy.budget_s must be above 0 seconds, got {budget_s}")
+    return cast(Policy, policy)
