@@ -1,0 +1,38 @@
+"""What a cost model is built for: one pipeline's device, model, parallelism and adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from sim.core.cost import Predictor
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CostContext:
+    """Everything that seconds depend on besides the work itself."""
+
+    device: DeviceSpec
+    model: ModelShape
+    tp: int
+    lora: LoraSpec
+    seed: int
+    lookahead: int = 0
+    """Iterations that the loop plans ahead: with 1, host time hides behind the GPU's."""
+
+    def __post_init__(self) -> None:
+        self.model.check_tp(self.tp)
+        self.lora.layer_params(self.model)  # refuses targets that the model does not have
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
+        if self.lookahead not in (0, 1):
+            raise ValueError(f"lookahead must be 0 or 1, got {self.lookahead}")
+
+
+class CostBuilder(Protocol):
+    """A node of the `cost` config group: plain settings, made into a cost model for a context."""
+
+    def build(self, context: CostContext) -> Predictor:
+        """A cost model with state of its own: two builds share nothing that changes."""
+        ...

@@ -1,0 +1,222 @@
+"""A cost model fitted to rows of flat work (`WORK_COLUMNS`) and seconds.
+
+    seconds = host + C_pass(T + F) + C_logits(sampled) + C_loss(F) + C_recompute(R)
+              + linear terms of attention, decodes, backward, adapters and optimizer
+
+The C are piecewise linear and never decrease: they are sums of ramps between log-spaced knots with
+non-negative coefficients, fitted by non-negative least squares of the relative error. Attention is
+linear per axis, decode attention linear in the sum of contexts. What one row cannot show is not in the
+model: the rectangles of a backward are seen only as their sums (layer-tokens and pairs).
+
+Host time is the constant term, so rows must come from a loop that does not hide it behind the GPU.
+Rows with `overlap` do not enter the fit of the terms; they give the contention of two streams.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.core.rows import WORK_COLUMNS, work_row
+from sim.core.work import Work
+from sim.cost.curves import ChunkCost, Curves, DecodeCost
+from sim.cost.iteration import IterationCost
+from sim.cost.nnls import nnls
+
+Floats = NDArray[np.float64]
+
+KNOTS = (0, 1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+COARSE_KNOTS = (0, 1, 64, 256, 1024, 4096, 8192)
+"""For logits, loss and recomputed windows, which are nearly straight."""
+LINEAR = (
+    "host",
+    "prefill_chunks",
+    "prefill_pairs",
+    "any_decode",
+    "decode_count",
+    "decode_context_tokens",
+    "forward_windows",
+    "forward_pairs",
+    "any_backward",
+    "backward_layer_tokens",
+    "backward_pairs",
+    "any_lora",
+    "lora_tokens",
+    "adapters",
+    "optimizer_params",
+)
+
+
+class FittedCost(IterationCost):
+    """An `IterationCost` that knows the range of the rows it was fitted to."""
+
+    def __init__(self, curves: Curves, ranges: dict[str, tuple[float, float]], lookahead: int = 0) -> None:
+        super().__init__(curves, lookahead)
+        self.ranges = ranges
+        """Work column -> least and largest value among the rows."""
+
+    def outside(self, work: Work) -> tuple[str, ...]:
+        """Columns of `work` that lie outside the fitted rows; empty when it is interpolation."""
+        values = zip(WORK_COLUMNS, work_row(work), strict=True)
+        return tuple(n for n, v in values if not self.ranges[n][0] <= v <= self.ranges[n][1])
+
+    def extrapolates(self, work: Work) -> bool:
+        return bool(self.outside(work))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """What the rows said: curves, and the range in which they said it."""
+
+    curves: Curves
+    ranges: dict[str, tuple[float, float]]
+
+    @classmethod
+    def fit(cls, columns: dict[str, Floats], seconds: Floats, overlap_contention: float = 1.0) -> Table:
+        """Fit rows: `columns` has every name of WORK_COLUMNS, each of shape (rows,), like `seconds`.
+
+        `overlap_contention` is used when no row has `overlap`. ValueError for missing columns, unequal
+        lengths, values that are not finite, or seconds that are not positive.
+        """
+        rows = _checked(columns, seconds)
+        alone = rows["overlap"] == 0
+        if not alone.any():
+            raise ValueError("cost table: needs rows without overlap to fit")
+        fitted = {name: values[alone] for name, values in rows.items()}
+        terms, blocks = _design(fitted)
+        x = nnls(terms / seconds[alone, None], np.ones(int(alone.sum())))
+        curves = _curves(x, blocks, overlap_contention)
+        if not alone.all():
+            beside = {name: values[~alone] for name, values in rows.items()}
+            curves = _curves(x, blocks, _contention(curves, beside, seconds[~alone]))
+        ranges = {name: (float(v.min()), float(v.max())) for name, v in rows.items()}
+        return cls(curves=curves, ranges=ranges)
+
+    def model(self, lookahead: int = 0) -> FittedCost:
+        return FittedCost(self.curves, self.ranges, lookahead)
+
+
+def _checked(columns: dict[str, Floats], seconds: Floats) -> dict[str, Floats]:
+    missing = [name for name in WORK_COLUMNS if name not in columns]
+    if missing:
+        raise ValueError(f"cost table: column {missing[0]} is missing; needed: {', '.join(WORK_COLUMNS)}")
+    rows = {name: np.asarray(columns[name], dtype=np.float64) for name in WORK_COLUMNS}
+    for name, values in {**rows, "seconds": seconds}.items():
+        if values.shape != seconds.shape or values.ndim != 1:
+            raise ValueError(f"cost table: column {name} must have shape {seconds.shape}, got {values.shape}")
+        least = values.min(initial=np.inf)
+        if not np.isfinite(values).all() or least < 0 or (name == "seconds" and not least > 0):
+            row = int(np.argmin(np.where(np.isfinite(values), values, -np.inf)))
+            raise ValueError(f"cost table: row {row}, column {name}: {values[row]} is not allowed")
+    return rows
+
+
+def _design(rows: dict[str, Floats]) -> tuple[Floats, dict[str, tuple[int, ...]]]:
+    """Matrix of terms (rows, coefficients), and the knots of each curve in column order."""
+    inference = rows["prefill_tokens"] + rows["decode_count"]
+    windows = rows["forward_tokens"]
+    uses = rows["adapters"] > 0
+    axes = {
+        "pass": (inference + windows, KNOTS),
+        "logits": (rows["sampled_tokens"], COARSE_KNOTS),
+        "loss": (windows, COARSE_KNOTS),
+        "recompute": (rows["recompute_tokens"], COARSE_KNOTS),
+    }
+    linear = {
+        **rows,
+        "host": np.ones_like(windows),
+        "any_decode": rows["decode_count"] > 0,
+        "any_backward": rows["backward_layer_tokens"] > 0,
+        "any_lora": uses * 1.0 + (windows > 0),
+        "lora_tokens": uses * inference + windows,
+    }
+    blocks, parts = {}, [np.column_stack([linear[name] for name in LINEAR])]
+    for name, (tokens, knots) in axes.items():
+        # A knot beyond the data has an all-zero ramp; the curve then ends where the data does.
+        last = float(tokens.max())
+        kept = (*[k for k in knots if k < last], int(last)) if last else (0, 1)
+        blocks[name] = kept
+        parts.append(np.column_stack([_ramp(tokens, a, b) for a, b in zip(kept, kept[1:], strict=False)]))
+    return np.concatenate(parts, axis=1).astype(np.float64), blocks
+
+
+def _ramp(tokens: Floats, start: float, end: float) -> Floats:
+    return np.clip((tokens - start) / (end - start), 0.0, 1.0)
+
+
+def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: float) -> Curves:
+    c = dict(zip(LINEAR, x[: len(LINEAR)].tolist(), strict=True))
+    known = max(blocks["pass"][-1], blocks["recompute"][-1], 2)
+    lists, column = {}, len(LINEAR)
+    for name, knots in blocks.items():
+        heights = np.concatenate([[0.0], np.cumsum(x[column : column + len(knots) - 1])])
+        lists[name] = _interpolated(knots, heights, known)
+        column += len(knots) - 1
+    return Curves(
+        token_s=lists["pass"],
+        collective_s=None,
+        sampled_s=lists["logits"],
+        loss_s=lists["loss"],
+        recompute_s=lists["recompute"],
+        backward_layer_s=[c["backward_layer_tokens"] * n for n in range(known + 1)],
+        backward_collective_s=None,
+        backward_start_s=c["any_backward"],
+        prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], 0.0),
+        forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], 0.0),
+        recompute=ChunkCost(),
+        backward=ChunkCost(0.0, 0.0, c["backward_pairs"], 0.0),
+        decode=DecodeCost(c["any_decode"], c["decode_count"], c["decode_context_tokens"]),
+        lora_fixed_s=c["any_lora"],
+        lora_token_s=c["lora_tokens"],
+        adapter_s=c["adapters"],
+        optimizer_param_s=c["optimizer_params"],
+        host_s=c["host"],
+        overlap_contention=overlap_contention,
+    )
+
+
+def _interpolated(knots: tuple[int, ...], heights: Floats, known: int) -> list[float]:
+    """Entries 0..known; beyond the last knot by the slope of the last two."""
+    tokens = np.arange(known + 1, dtype=np.float64)
+    values = np.interp(tokens, knots, heights)
+    if len(knots) > 1:
+        slope = (heights[-1] - heights[-2]) / (knots[-1] - knots[-2])
+        values += np.maximum(tokens - knots[-1], 0.0) * slope
+    return [0.0, *np.maximum.accumulate(values[1:]).tolist()]
+
+
+def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> float:
+    """Median over overlapping rows of (gpu - longer) / shorter, within 0..1."""
+    model = IterationCost(curves)
+    finetuning = ("forward_windows", "forward_tokens", "forward_pairs", "backward_layer_tokens")
+    finetuning += ("backward_pairs", "recompute_tokens", "optimizer_params")
+    shares = []
+    for i, measured_s in enumerate(seconds.tolist()):
+        row = {name: float(values[i]) for name, values in rows.items()}
+        ours = {name: value if name in finetuning else 0.0 for name, value in row.items()}
+        x = flat_gpu_s(model, {name: value - ours[name] for name, value in row.items()})
+        y = flat_gpu_s(model, ours)
+        if min(x, y) > 0:
+            shares.append((measured_s - curves.host_s - max(x, y)) / min(x, y))
+    return float(np.clip(np.median(shares), 0.0, 1.0)) if shares else curves.overlap_contention
+
+
+def flat_gpu_s(model: IterationCost, row: dict[str, float]) -> float:
+    """GPU seconds of a flat row, without overlap, by the terms of a fitted model."""
+    c = model.curves
+    tokens = int(row["prefill_tokens"] + row["decode_count"])
+    windows = int(row["forward_tokens"])
+    seconds = c.token_s[tokens + windows] + c.sampled_s[int(row["sampled_tokens"])] + c.loss_s[windows]
+    seconds += c.recompute_s[int(row["recompute_tokens"])]
+    seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
+    seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
+    seconds += row["backward_layer_tokens"] * c.backward_layer_s[1] + row["backward_pairs"] * c.backward.pair_s
+    seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
+    seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (row["backward_pairs"] > 0)
+    if row["adapters"] > 0:
+        seconds += c.lora_fixed_s + c.lora_token_s * tokens + c.adapter_s * row["adapters"]
+    if windows:
+        seconds += c.lora_fixed_s + c.lora_token_s * windows
+    return seconds + row["optimizer_params"] * c.optimizer_param_s
