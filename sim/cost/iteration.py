@@ -257,7 +257,7 @@ class IterationCost:
             lora_token_s = curves.lora_token_s
         optimizer_s = params * curves.optimizer_param_s
         return (
-            tokens, prefill_s, _, lora_token_s, windows, forward_s, backward_s, recompute_s, optimizer_s
+            tokens, prefill_s, rest_s, lora_token_s, windows, forward_s, backward_s, recompute_s, optimizer_s
         )  # fmt: skip
 
     def _reach(self, tokens: int) -> None:

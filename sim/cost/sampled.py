@@ -105,7 +105,7 @@ class _Draw:
 
     def backward(self, layers: int, longest: int) -> tuple[LayerChunk, ...]:
         """As a slice of a sample falls: the rest of one layer, whole layers, part of the next."""
-        length = max(16, self.size(longest))
+        length = max(256, self.size(longest))
         first, last = self.up_to(length - 1), self.up_to(length - 1)
         whole = self.size(layers) if self._random.random() < 0.7 else 0
         pieces = ((1, first, 0), (whole, length, 0), (1, last, length - last))

@@ -188,19 +188,20 @@ def _interpolated(knots: tuple[int, ...], heights: Floats, known: int) -> list[f
 
 
 def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> float:
-    """Median over overlapping rows of (gpu - longer) / shorter, within 0..1."""
+    """The share of the shorter stream that does not hide, by least squares of the relative error, in 0..1."""
     model = IterationCost(curves)
     finetuning = ("forward_windows", "forward_tokens", "forward_pairs", "backward_layer_tokens")
     finetuning += ("backward_pairs", "recompute_tokens", "optimizer_params")
-    shares = []
+    moment = norm = 0.0
     for i, measured_s in enumerate(seconds.tolist()):
         row = {name: float(values[i]) for name, values in rows.items()}
         ours = {name: value if name in finetuning else 0.0 for name, value in row.items()}
         x = flat_gpu_s(model, {name: value - ours[name] for name, value in row.items()})
         y = flat_gpu_s(model, ours)
-        if min(x, y) > 0:
-            shares.append((measured_s - curves.host_s - max(x, y)) / min(x, y))
-    return float(np.clip(np.median(shares), 0.0, 1.0)) if shares else curves.overlap_contention
+        share = min(x, y) / measured_s
+        moment += share * (measured_s - curves.host_s - max(x, y)) / measured_s
+        norm += share * share
+    return min(1.0, max(0.0, moment / norm)) if norm > 0 else curves.overlap_contention
 
 
 def flat_gpu_s(model: IterationCost, row: dict[str, float]) -> float:
