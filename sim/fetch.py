@@ -77,7 +77,8 @@ def _copy(file: PublicFile, out: BinaryIO) -> tuple[int, str]:
     with urllib.request.urlopen(file.url, timeout=TIMEOUT_S) as response:
         stated = response.headers.get("Content-Length")
         total = int(stated) if stated is not None else file.size_bytes
-        with tqdm(total=total, unit="B", unit_scale=True, desc=file.name, disable=not sys.stderr.isatty()) as bar:
+        quiet = not sys.stderr.isatty()
+        with tqdm(total=total, unit="B", unit_scale=True, desc=file.name, disable=quiet) as bar:
             while block := response.read(BLOCK_BYTES):
                 out.write(block)
                 digest.update(block)
@@ -117,7 +118,9 @@ def _wanted(options: argparse.Namespace, files: tuple[PublicFile, ...]) -> Publi
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"the path must lie below the data folder, got {name}")
-    return PublicFile(name=path.name, url=url, path=name, licence="see its source", sha256=sha256, size_bytes=None)
+    return PublicFile(
+        name=path.name, url=url, path=name, licence="see its source", sha256=sha256, size_bytes=None
+    )
 
 
 def _print_list(files: tuple[PublicFile, ...]) -> None:

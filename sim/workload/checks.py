@@ -9,7 +9,12 @@ from typing import Any
 
 
 def check_number(
-    key: str, value: Any, *, above: float | None = None, at_least: float | None = None, at_most: float = math.inf
+    key: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float = math.inf,
 ) -> None:
     """Raise ValueError unless `value` is a finite number within the bounds."""
     bounds = [f"above {above:g}"] if above is not None else []
@@ -37,7 +42,8 @@ def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     """Raise ValueError, naming the nearest choice, unless `value` is among `choices`."""
     names = list(choices)
     if value not in names:
-        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{nearest(str(value), names)}")
+        hint = nearest(str(value), names)
+        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -127,7 +127,7 @@ class Trace:
 
     def build(self, seed: int, slo_names: Sequence[str]) -> Workload:
         if self.file is None:
-            raise ValueError("workload.file must be the path of a trace, got none; for example workload.file=my.csv")
+            raise ValueError("workload.file must be the path of a trace, such as my.csv; got none")
         table = replace(self.reader.read(self.file), name=self.name)
         table = table.filter(max_prompt_tokens=self.max_prompt_tokens, max_total_tokens=self.max_total_tokens)
         if self.start_s > 0:
@@ -149,9 +149,9 @@ class Trace:
     def _copies(self, needed: float, table: RequestTable) -> int:
         if needed > 1 and not self.repeat:
             raise ValueError(
-                f"workload {self.name}: the trace has {len(table)} requests in {table.duration_s:.6g} s from start_s "
-                f"{self.start_s:g}, {needed:.3g} times too few for rate_rps {self.rate_rps} and duration_s "
-                f"{self.duration_s:g}; ask for less, or start again at its end with workload.repeat=true"
+                f"workload {self.name}: the trace has {len(table)} requests in {table.duration_s:.6g} s "
+                f"from start_s {self.start_s:g}, {needed:.3g} times too few for rate_rps "
+                f"{self.rate_rps} and duration_s {self.duration_s:g}; ask for less, or start again at its end with workload.repeat=true"
             )
         return max(1, ceil(needed))
 
@@ -239,7 +239,7 @@ def _labelled(
         codes = adapters.draw(len(table), stream(seed, "adapter"))
         changes |= {"adapter": codes, "adapter_names": adapters.names}
     elif adapters.count > 0:
-        raise ValueError(f"workload.adapters: {table.name} states an adapter for each request; leave count at 0")
+        raise ValueError(f"workload.adapters: {table.name} states its adapters; leave count at 0")
     return replace(table, **changes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from statistics import NormalDist
 from typing import Protocol
 
@@ -17,13 +18,14 @@ import numpy as np
 from sim.workload.checks import check_choice, check_number, check_whole
 from sim.workload.table import Ints
 
+Rng = np.random.Generator
 NORMAL = NormalDist()
 
 
 class Length(Protocol):
     """A distribution of one length."""
 
-    def draw(self, count: int, rng: np.random.Generator) -> Ints:
+    def draw(self, count: int, rng: Rng) -> Ints:
         """`count` lengths of at least 1 token, shape (count,)."""
         ...
 
@@ -31,7 +33,7 @@ class Length(Protocol):
 class Lengths(Protocol):
     """A distribution of prompt and output lengths."""
 
-    def draw(self, count: int, prompt_rng: np.random.Generator, output_rng: np.random.Generator) -> tuple[Ints, Ints]:
+    def draw(self, count: int, prompt_rng: Rng, output_rng: Rng) -> tuple[Ints, Ints]:
         """`count` prompts and outputs of at least 1 token, each of shape (count,)."""
         ...
 
@@ -45,7 +47,7 @@ class Fixed:
     def __post_init__(self) -> None:
         check_whole("lengths: tokens", self.tokens, at_least=1)
 
-    def draw(self, count: int, rng: np.random.Generator) -> Ints:
+    def draw(self, count: int, rng: Rng) -> Ints:
         return np.full(count, self.tokens, np.int64)
 
 
@@ -73,7 +75,7 @@ class Lognormal:
         points = sorted((_standard_score(name), value) for name, value in self.quantiles.items())
         for name, value in self.quantiles.items():
             check_number(f"lengths: quantiles.{name}", value, above=0)
-        if any(low > high for (_, low), (_, high) in zip(points, points[1:], strict=False)):
+        if any(low > high for (_, low), (_, high) in pairwise(points)):
             raise ValueError(f"lengths: quantiles must not decrease, got {dict(self.quantiles)}")
         if len(points) < 2 if self.mean_tokens is None else len(points) != 1:
             raise ValueError(
@@ -84,9 +86,10 @@ class Lognormal:
         object.__setattr__(self, "mu", mu)
         object.__setattr__(self, "sigma", sigma)
 
-    def draw(self, count: int, rng: np.random.Generator) -> Ints:
+    def draw(self, count: int, rng: Rng) -> Ints:
         tokens = np.exp(self.mu + self.sigma * rng.standard_normal(count))
-        return np.rint(np.clip(tokens, self.min_tokens, self.max_tokens)).astype(np.int64)
+        clipped: Ints = np.rint(np.clip(tokens, self.min_tokens, self.max_tokens)).astype(np.int64)
+        return clipped
 
     def clipped_mean(self, mu: float, sigma: float) -> float:
         """E[clip(X, a, b)] = a P(X < a) + b P(X > b) + E[X; a <= X <= b], the last in closed form."""
@@ -111,7 +114,7 @@ class Lognormal:
             return self.clipped_mean(math.log(value) - score * sigma, sigma) - mean
 
         sigmas = [i / 100 for i in range(601)]
-        for low, high in zip(sigmas, sigmas[1:], strict=False):
+        for low, high in pairwise(sigmas):
             if excess(low) * excess(high) <= 0:
                 break
         else:
@@ -133,7 +136,7 @@ class Independent:
     prompt: Length
     output: Length
 
-    def draw(self, count: int, prompt_rng: np.random.Generator, output_rng: np.random.Generator) -> tuple[Ints, Ints]:
+    def draw(self, count: int, prompt_rng: Rng, output_rng: Rng) -> tuple[Ints, Ints]:
         return self.prompt.draw(count, prompt_rng), self.output.draw(count, output_rng)
 
 
@@ -163,7 +166,7 @@ class FromTrace:
                 raise ValueError(f"{self.file}: no row has at most {self.max_total_tokens} tokens")
         object.__setattr__(self, "pairs", pairs)
 
-    def draw(self, count: int, prompt_rng: np.random.Generator, output_rng: np.random.Generator) -> tuple[Ints, Ints]:
+    def draw(self, count: int, prompt_rng: Rng, output_rng: Rng) -> tuple[Ints, Ints]:
         rows = self.pairs[prompt_rng.integers(len(self.pairs), size=count)]
         return rows[:, 0], rows[:, 1]
 

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from sim.workload.checks import nearest
 
-AZURE = "https://raw.githubusercontent.com/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data"
+AZURE = (
+    "https://raw.githubusercontent.com/Azure/AzurePublicDataset/790921015d50dd6aae7f7e47f39ba0e235ad6b08/data"
+)
 BURSTGPT = "https://github.com/HPMLL/BurstGPT/raw/5d93d820d9b6bee4e26914df003e5713538164ae/data"
 
 

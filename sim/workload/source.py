@@ -65,7 +65,14 @@ class ClosedLoop:
     """
 
     def __init__(
-        self, *, clients: int, draws: Draws, duration_s: float, ramp_s: float, retry_s: float, max_requests: float
+        self,
+        *,
+        clients: int,
+        draws: Draws,
+        duration_s: float,
+        ramp_s: float,
+        retry_s: float,
+        max_requests: float,
     ) -> None:
         self._duration_s = duration_s
         self._retry_s = retry_s

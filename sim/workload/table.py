@@ -78,7 +78,7 @@ class RequestTable:
             if codes.min() < 0 or codes.max() >= len(names):
                 raise ValueError(f"{self.name}: {key} codes must be in 0..{len(names) - 1}")
         if self.adapter_names[0] != "":
-            raise ValueError(f"{self.name}: adapter code 0 is the base model, named '', got {self.adapter_names}")
+            raise ValueError(f"{self.name}: adapter code 0 is the base model, got {self.adapter_names[0]!r}")
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -184,7 +184,9 @@ def window_s(arrival_s: Floats) -> float:
     """Length of the window of a trace that starts at 0: one mean gap after its last request.
 
     Then requests / window is the reciprocal of the mean gap, without the one-off of a closed interval,
-    and copies of a trace follow each other at its own pace. Stamps that are all 0 get 1 s.
+    and copies of a trace follow each other at its own pace. Stamps that are all 0, and a single one,
+    get 1 s after them.
     """
     last_s = float(arrival_s[-1])
-    return last_s * len(arrival_s) / (len(arrival_s) - 1) if last_s > 0 and len(arrival_s) > 1 else last_s + 1.0
+    gaps = len(arrival_s) - 1
+    return last_s * (gaps + 1) / gaps if last_s > 0 and gaps > 0 else last_s + 1.0

@@ -41,8 +41,9 @@ class BurstGptReader:
             known = [str(name) for name in frame[column].unique()]
             for name in wanted:
                 if name not in known:
+                    got = ", ".join(known)
                     raise ValueError(
-                        f"{path}: no row has {column} {name!r}; there are {', '.join(known)}{nearest(name, known)}"
+                        f"{path}: no row has {column} {name!r}; there are {got}{nearest(name, known)}"
                     )
             frame = frame[frame[column].isin(list(wanted))]
         if len(frame) == 0:

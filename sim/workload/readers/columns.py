@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,7 +30,12 @@ MAX_TOKENS = 2**31 - 1
 
 
 def read_csv(
-    path: Path, columns: Sequence[str], *, text: Sequence[str] = (), optional: Sequence[str] = (), closed: bool = False
+    path: Path,
+    columns: Sequence[str],
+    *,
+    text: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    closed: bool = False,
 ) -> pd.DataFrame:
     """The named columns of a CSV file with a header; those in `text` as strings.
 
@@ -41,7 +47,8 @@ def read_csv(
     header = [name.strip() for name in content.partition("\n")[0].split(",")]
     for name in columns:
         if name not in header:
-            raise ValueError(f"{path}: row 1: no column {name!r}, got {', '.join(header)}{nearest(name, header)}")
+            got = ", ".join(header)
+            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
     known = [*columns, *optional]
     for name in header if closed else ():
         if name not in known:
@@ -57,7 +64,7 @@ def read_csv(
             usecols=[name for name in header if name in known],
             dtype=dict.fromkeys(text, str),
             keep_default_na=False,
-            na_values=dict.fromkeys([name for name in columns if name not in text], [""]),
+            na_values={name: [""] for name in columns if name not in text},
             skip_blank_lines=False,
             low_memory=False,
         )
@@ -92,8 +99,9 @@ def stamps_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
     import pandas as pd
 
     stamps = pd.to_datetime(frame[column], format="ISO8601", utc=True, errors="coerce")
-    _refuse(path, frame, column, stamps.isna().to_numpy(), "a date and time such as 2023-11-16 18:15:46.680590")
-    return (stamps - stamps.min()).dt.total_seconds().to_numpy(dtype=np.float64)
+    _refuse(path, frame, column, stamps.isna().to_numpy(), "a stamp such as 2023-11-16 18:15:46.680590")
+    seconds = (stamps - stamps.min()).dt.total_seconds()
+    return np.asarray(seconds, np.float64)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -111,25 +119,36 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield number, record
 
 
-def json_number(path: Path, row: int, record: dict[str, Any], column: str, at_least: int, whole: bool) -> float:
+def json_number(
+    path: Path, row: int, record: dict[str, Any], column: str, at_least: int, whole: bool
+) -> float:
     """The number under `column`; ValueError names the row. `row` is the line, or the record's place."""
-    value = record.get(column)
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not at_least <= value <= MAX_TOKENS * 1000 or (whole and value != int(value)):
-        kind = "whole number" if whole else "number"
-        shown = repr(value) if column in record else "nothing"
-        raise ValueError(f"{path}: row {row}, column {column}: must be a {kind} of at least {at_least}, got {shown}")
-    return value
+    value: Any = record.get(column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = MAX_TOKENS if whole else math.inf
+        if at_least <= value <= most and math.isfinite(value) and not (whole and value != int(value)):
+            return value
+    kind = f"whole number from {at_least} to {MAX_TOKENS}" if whole else f"number of at least {at_least}"
+    shown = repr(value) if column in record else "nothing"
+    raise ValueError(f"{path}: row {row}, column {column}: must be a {kind}, got {shown}")
 
 
 def make_table(
-    path: Path, name: str, arrival_s: Floats, prompt_tokens: Ints, output_tokens: Ints, *, rebase: bool, **more: Any
+    path: Path,
+    name: str,
+    arrival_s: Floats,
+    prompt_tokens: Ints,
+    output_tokens: Ints,
+    *,
+    rebase: bool,
+    **more: Any,
 ) -> RequestTable:
     """A table of the rows in order of arrival; `rebase` counts time from the first one."""
     if (np.diff(arrival_s) < 0).any():
         early = int((arrival_s < np.maximum.accumulate(arrival_s)).sum())
+        rows = len(arrival_s)
         warnings.warn(
-            f"{path}: {early} of {len(arrival_s)} rows are stamped earlier than a row above them; sorted by time",
+            f"{path}: {early} of {rows} rows are stamped earlier than a row above; sorted by time",
             stacklevel=2,
         )
         order = np.argsort(arrival_s, kind="stable")
@@ -158,6 +177,7 @@ def _numbers(column: pd.Series[Any]) -> Floats:
 def _refuse(path: Path, frame: pd.DataFrame, column: str, bad: NDArray[np.bool_], allowed: str) -> None:
     if bad.any():
         at = int(np.argmax(bad))
-        value = frame[column].iloc[at]
-        shown = "nothing" if value is None or value != value or value == "" else repr(getattr(value, "item", lambda: value)())
-        raise ValueError(f"{path}: row {int(frame.index[at]) + 2}, column {column}: must be {allowed}, got {shown}")
+        value = frame[column].tolist()[at]
+        shown = "nothing" if value != value or value == "" else repr(value)
+        row = int(frame.index[at]) + 2
+        raise ValueError(f"{path}: row {row}, column {column}: must be {allowed}, got {shown}")

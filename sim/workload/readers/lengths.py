@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
+from sim.workload.config import TraceReader
 from sim.workload.readers.azure import AzureReader
 from sim.workload.readers.burstgpt import BurstGptReader
 from sim.workload.readers.mooncake import MooncakeReader
@@ -11,7 +14,12 @@ from sim.workload.readers.plain import CsvReader
 from sim.workload.readers.sharegpt import read_sharegpt
 from sim.workload.table import Ints
 
-TRACES = {"azure": AzureReader, "burstgpt": BurstGptReader, "mooncake": MooncakeReader, "csv": CsvReader}
+TRACES: dict[str, Callable[[], TraceReader]] = {
+    "azure": AzureReader,
+    "burstgpt": BurstGptReader,
+    "mooncake": MooncakeReader,
+    "csv": CsvReader,
+}
 FORMATS = ("sharegpt", *TRACES)
 
 
@@ -19,5 +27,5 @@ def read_lengths(file: str, format: str) -> Ints:
     """Prompt and output lengths, shape (rows, 2); `format` is one of FORMATS."""
     if format == "sharegpt":
         return read_sharegpt(file)
-    table = TRACES[format]().read(file)  # type: ignore[attr-defined]
+    table = TRACES[format]().read(file)
     return np.stack([table.prompt_tokens, table.output_tokens], axis=1)

@@ -31,7 +31,6 @@ class MooncakeReader:
             )
             for line, record in read_jsonl(path)
         ]
-        arrival_s, prompt_tokens, output_tokens = np.array(rows, np.float64).T
-        return make_table(
-            path, path.stem, arrival_s, prompt_tokens.astype(np.int64), output_tokens.astype(np.int64), rebase=True
-        )
+        arrival_s, *tokens = np.array(rows, np.float64).T
+        prompt_tokens, output_tokens = (column.astype(np.int64) for column in tokens)
+        return make_table(path, path.stem, arrival_s, prompt_tokens, output_tokens, rebase=True)

@@ -75,6 +75,6 @@ def _pair(path: Path, names: list[str]) -> tuple[str, str]:
         if pair[0] in names and pair[1] in names:
             return pair
     if "conversations" in names:
-        raise ValueError(f"{path}: holds text, not lengths; count its tokens with the model's tokenizer first")
+        raise ValueError(f"{path}: holds text, not lengths; count its tokens first")
     known = " or ".join("/".join(pair) for pair in PAIRS)
     raise ValueError(f"{path}: row 1: no columns with lengths ({known}), got {', '.join(names)}")
