@@ -1,0 +1,52 @@
+"""Checks of what users write into a config: hydra refuses unknown keys, but not wrong types."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
+
+def check_number(
+    key: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    at_most: float = math.inf,
+) -> None:
+    """Raise ValueError unless `value` is a finite number within the bounds."""
+    bounds = [f"above {above:g}"] if above is not None else []
+    bounds += [f"at least {at_least:g}"] if at_least is not None else []
+    bounds += [f"at most {at_most:g}"] if at_most != math.inf else []
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+        and (above is None or value > above)
+        and (at_least is None or value >= at_least)
+        and value <= at_most
+    )
+    if not good:
+        raise ValueError(f"{key} must be a number {' and '.join(bounds)}, got {value!r}")
+
+
+def check_whole(key: str, value: Any, *, at_least: int) -> None:
+    """Raise ValueError unless `value` is a whole number of at least `at_least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
+        raise ValueError(f"{key} must be a whole number, at least {at_least}, got {value!r}")
+
+
+def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError, naming the nearest choice, unless `value` is among `choices`."""
+    names = list(choices)
+    if value not in names:
+        hint = nearest(str(value), names)
+        raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

@@ -1,0 +1,164 @@
+"""Finetuning jobs of a run: sample lengths in training order for every pipeline.
+
+A job has a data set of sample lengths, drawn or from a file. It is striped over the pipelines, each of
+which trains its own copy of the adapter on its own share, in an order of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from sim.core.finetune import MEMORIES, ORDERS, JobSpec
+from sim.core.specs import LoraSpec, ModelShape
+from sim.workload.checks import check_choice, check_number, check_whole
+from sim.workload.files import find_file
+from sim.workload.lengths import Length
+from sim.workload.readers.columns import json_number, read_jsonl
+from sim.workload.readers.sharegpt import json_list
+from sim.workload.streams import stream
+from sim.workload.table import Ints
+
+LENGTH_COLUMNS = ("tokens", "length", "input_ids")
+TEXT_COLUMNS = ("text", "conversations", "messages", "prompt", "instruction", "content")
+
+
+class Samples(Protocol):
+    """The data set of a job."""
+
+    def lengths(self, rng: np.random.Generator) -> Ints:
+        """Tokens of each sample, shape (samples,)."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrawnSamples:
+    """`samples` lengths from a distribution."""
+
+    length: Length
+    samples: int
+
+    def __post_init__(self) -> None:
+        check_whole("finetune: data.samples", self.samples, at_least=1)
+
+    def lengths(self, rng: np.random.Generator) -> Ints:
+        return self.length.draw(self.samples, rng)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSamples:
+    """Lengths from a JSON list or JSON lines: numbers, or records with a length or a list of tokens."""
+
+    file: str | None
+    column: str | None = None
+    """Key of a record; None takes the first of LENGTH_COLUMNS that the first record has."""
+
+    def lengths(self, rng: np.random.Generator) -> Ints:
+        if self.file is None:
+            raise ValueError("finetune: data.file must be the path of a data set, got none")
+        path = find_file(self.file)
+        records = read_jsonl(path) if path.suffix == ".jsonl" else json_list(path)
+        column = self.column
+        lengths = []
+        for row, record in records:
+            column = column or _length_column(path, record)
+            value = record.get(column)
+            record = {column: len(value)} if isinstance(value, list) else record
+            lengths.append(int(json_number(path, row, record, column, 1, whole=True)))
+        return np.array(lengths, np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneJob:
+    """One job, as a config states it; the mapping's key is its id."""
+
+    data: Samples
+    epochs: int | None = None
+    """Passes over the data set; None never ends."""
+    shuffle: bool = True
+    """A new order in every pass."""
+    cutoff_len: int = 8192
+    """Longer samples are cut to this many tokens."""
+    accumulation: int = 8
+    weight: float = 1.0
+    start_s: float = 0.0
+    order: str = "layer_major"
+    memory: str = "stash"
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None:
+            check_whole("finetune: epochs", self.epochs, at_least=1)
+        if not isinstance(self.shuffle, bool):
+            raise ValueError(f"finetune: shuffle must be true or false, got {self.shuffle!r}")
+        check_whole("finetune: cutoff_len", self.cutoff_len, at_least=1)
+        check_whole("finetune: accumulation", self.accumulation, at_least=1)
+        check_number("finetune: weight", self.weight, above=0)
+        check_number("finetune: start_s", self.start_s, at_least=0)
+        check_choice("finetune: order", self.order, ORDERS)
+        check_choice("finetune: memory", self.memory, MEMORIES)
+
+    def samples(self, name: str, pipeline: int, pipelines: int, seed: int) -> Iterator[int]:
+        """Tokens of each sample that `pipeline` trains on, in order."""
+        lengths = self.data.lengths(stream(seed, f"samples {name}"))
+        if len(lengths) < pipelines:
+            raise ValueError(
+                f"finetune.jobs.{name}: the data set must have a sample for each of {pipelines} pipelines, "
+                f"got {len(lengths)}"
+            )
+        share = np.minimum(lengths[pipeline::pipelines], self.cutoff_len)
+        rng = stream(seed, f"shuffle {name}", pipeline) if self.shuffle else None
+        return _passes(share, self.epochs, rng)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finetune:
+    """All jobs of a run; they train adapters of one shape."""
+
+    jobs: Mapping[str, FinetuneJob]
+    lora: LoraSpec
+
+    def build(
+        self, model: ModelShape, pipeline: int, seed: int, pipelines: int = 1
+    ) -> list[tuple[JobSpec, Iterator[int]]]:
+        """The jobs of `pipeline`, one of 0..pipelines-1, each with its sample lengths in order."""
+        check_whole("pipelines", pipelines, at_least=1)
+        if not 0 <= pipeline < pipelines:
+            raise ValueError(f"pipeline must be in 0..{pipelines - 1}, got {pipeline}")
+        return [
+            (self._spec(name, job, model), job.samples(name, pipeline, pipelines, seed))
+            for name, job in self.jobs.items()
+        ]
+
+    def _spec(self, name: str, job: FinetuneJob, model: ModelShape) -> JobSpec:
+        return JobSpec(
+            id=name,
+            layers=model.layers,
+            optimizer_params=self.lora.params(model),
+            accumulation=job.accumulation,
+            weight=job.weight,
+            start_s=job.start_s,
+            order=job.order,
+            memory=job.memory,
+        )
+
+
+def _passes(lengths: Ints, epochs: int | None, rng: np.random.Generator | None) -> Iterator[int]:
+    for _ in count() if epochs is None else range(epochs):
+        yield from (lengths if rng is None else rng.permutation(lengths)).tolist()
+
+
+def _length_column(path: Path, record: dict[str, Any]) -> str:
+    for column in LENGTH_COLUMNS:
+        if column in record:
+            return column
+    if any(column in record for column in TEXT_COLUMNS):
+        raise ValueError(
+            f"{path}: holds text, whose length depends on a tokenizer; give lengths or lists of tokens "
+            f"under {' or '.join(LENGTH_COLUMNS)}"
+        )
+    raise ValueError(f"{path}: row 1: no length under {' or '.join(LENGTH_COLUMNS)}, got {', '.join(record)}")

@@ -1,0 +1,183 @@
+"""What all readers share: columns of a CSV checked at once, and the first bad row named.
+
+Lines are counted from 1, the header included, as an editor shows them. Rows are looked at one by one
+only to name a bad one.
+
+Unsorted stamps are sorted, with a warning that says how many: public traces are merged from the logs
+of several servers, where the order of lines means nothing and the stamps everything.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.workload.checks import nearest
+from sim.workload.table import Floats, Ints, RequestTable, window_s
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MAX_TOKENS = 2**31 - 1
+
+
+def read_csv(
+    path: Path,
+    columns: Sequence[str],
+    *,
+    text: Sequence[str] = (),
+    optional: Sequence[str] = (),
+    closed: bool = False,
+) -> pd.DataFrame:
+    """The named columns of a CSV file with a header; those in `text` as strings.
+
+    `closed` refuses every other column: a misspelt optional one would be lost in silence.
+    """
+    import pandas as pd
+
+    content = path.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    header = [name.strip() for name in content.partition("\n")[0].split(",")]
+    for name in columns:
+        if name not in header:
+            got = ", ".join(header)
+            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
+    known = [*columns, *optional]
+    for name in header if closed else ():
+        if name not in known:
+            raise ValueError(
+                f"{path}: row 1: unknown column {name!r}; known are {', '.join(known)}{nearest(name, known)}"
+            )
+    try:
+        frame = pd.read_csv(
+            io.StringIO(content),
+            header=0,
+            names=header,
+            index_col=False,
+            usecols=[name for name in header if name in known],
+            dtype=dict.fromkeys(text, str),
+            keep_default_na=False,
+            na_values={name: [""] for name in columns if name not in text},
+            skip_blank_lines=False,
+            low_memory=False,
+        )
+    except pd.errors.ParserError as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from None
+    if len(frame) == 0:
+        raise ValueError(f"{path}: the trace is empty: there is no row after the header")
+    for name in text:
+        if name in frame:
+            frame[name] = frame[name].fillna("")
+    return frame
+
+
+def tokens_column(path: Path, frame: pd.DataFrame, column: str, *, at_least: int = 1) -> Ints:
+    """Whole numbers of tokens, shape (rows,)."""
+    values = _numbers(frame[column])
+    with np.errstate(invalid="ignore"):
+        bad = ~((values >= at_least) & (values <= MAX_TOKENS) & (values == np.floor(values)))
+    _refuse(path, frame, column, bad, f"a whole number from {at_least} to {MAX_TOKENS}")
+    return values.astype(np.int64)
+
+
+def seconds_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
+    """Finite times of at least 0, shape (rows,)."""
+    values = _numbers(frame[column])
+    _refuse(path, frame, column, ~(np.isfinite(values) & (values >= 0)), "a number of seconds, at least 0")
+    return values
+
+
+def stamps_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
+    """ISO 8601 stamps, with or without fraction and offset from UTC, as seconds after the earliest."""
+    import pandas as pd
+
+    stamps = pd.to_datetime(frame[column], format="ISO8601", utc=True, errors="coerce")
+    _refuse(path, frame, column, stamps.isna().to_numpy(), "a stamp such as 2023-11-16 18:15:46.680590")
+    seconds = (stamps - stamps.min()).dt.total_seconds()
+    return np.asarray(seconds, np.float64)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, record) of a file with one JSON object a line; blank lines at the end are allowed."""
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: row {number}: must be a JSON object, got {line[:60]!r}")
+        yield number, record
+
+
+def json_number(
+    path: Path, row: int, record: dict[str, Any], column: str, at_least: int, whole: bool
+) -> float:
+    """The number under `column`; ValueError names the row. `row` is the line, or the record's place."""
+    value: Any = record.get(column)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        most = MAX_TOKENS if whole else math.inf
+        if at_least <= value <= most and math.isfinite(value) and not (whole and value != int(value)):
+            return value
+    kind = f"whole number from {at_least} to {MAX_TOKENS}" if whole else f"number of at least {at_least}"
+    shown = repr(value) if column in record else "nothing"
+    raise ValueError(f"{path}: row {row}, column {column}: must be a {kind}, got {shown}")
+
+
+def make_table(
+    path: Path,
+    name: str,
+    arrival_s: Floats,
+    prompt_tokens: Ints,
+    output_tokens: Ints,
+    *,
+    rebase: bool,
+    **more: Any,
+) -> RequestTable:
+    """A table of the rows in order of arrival; `rebase` counts time from the first one."""
+    if (np.diff(arrival_s) < 0).any():
+        early = int((arrival_s < np.maximum.accumulate(arrival_s)).sum())
+        rows = len(arrival_s)
+        warnings.warn(
+            f"{path}: {early} of {rows} rows are stamped earlier than a row above; sorted by time",
+            stacklevel=2,
+        )
+        order = np.argsort(arrival_s, kind="stable")
+        arrival_s, prompt_tokens, output_tokens = arrival_s[order], prompt_tokens[order], output_tokens[order]
+        for key in ("slo", "adapter"):
+            if key in more:
+                more[key] = more[key][order]
+    if rebase:
+        arrival_s = arrival_s - arrival_s[0]
+    return RequestTable(
+        name=name,
+        duration_s=window_s(arrival_s),
+        arrival_s=arrival_s,
+        prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens,
+        **more,
+    )
+
+
+def _numbers(column: pd.Series[Any]) -> Floats:
+    import pandas as pd
+
+    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
+
+
+def _refuse(path: Path, frame: pd.DataFrame, column: str, bad: NDArray[np.bool_], allowed: str) -> None:
+    if bad.any():
+        at = int(np.argmax(bad))
+        value = frame[column].tolist()[at]
+        shown = "nothing" if value != value or value == "" else repr(value)
+        row = int(frame.index[at]) + 2
+        raise ValueError(f"{path}: row {row}, column {column}: must be {allowed}, got {shown}")

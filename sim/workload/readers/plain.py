@@ -1,0 +1,55 @@
+"""A user's own trace: CSV with arrival_s, prompt_tokens, output_tokens and, if wanted, slo and adapter.
+
+Times are taken as they are: 0 is the start of the run. An empty adapter is the base model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sim.workload.files import find_file
+from sim.workload.readers.columns import make_table, read_csv, seconds_column, tokens_column
+from sim.workload.table import RequestTable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CsvReader:
+    """Reads a trace in the project's own columns; any other column is refused."""
+
+    def read(self, file: str | Sequence[str]) -> RequestTable:
+        path = find_file(file)
+        columns = ("arrival_s", "prompt_tokens", "output_tokens")
+        labels = ("slo", "adapter")
+        frame = read_csv(path, columns, text=labels, optional=labels, closed=True)
+        arrival_s = seconds_column(path, frame, "arrival_s")
+        prompt_tokens = tokens_column(path, frame, "prompt_tokens")
+        output_tokens = tokens_column(path, frame, "output_tokens")
+        more = _slos(path, frame) | _adapters(frame)
+        return make_table(path, path.stem, arrival_s, prompt_tokens, output_tokens, rebase=False, **more)
+
+
+def _slos(path: Path, frame: pd.DataFrame) -> dict[str, Any]:
+    if "slo" not in frame:
+        return {}
+    names, codes = np.unique(frame["slo"].to_numpy(dtype=str), return_inverse=True)
+    if names[0] == "":
+        row = int(np.argmax(codes == 0)) + 2
+        raise ValueError(f"{path}: row {row}, column slo: must name an SLO class, got nothing")
+    return {"slo": codes.astype(np.int16), "slo_names": tuple(names.tolist())}
+
+
+def _adapters(frame: pd.DataFrame) -> dict[str, Any]:
+    if "adapter" not in frame:
+        return {}
+    named = np.append("", frame["adapter"].to_numpy(dtype=str))
+    names, codes = np.unique(named, return_inverse=True)
+    return {"adapter": codes[1:].astype(np.int32), "adapter_names": tuple(names.tolist())}
