@@ -263,7 +263,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _with_nans(row: dict[str, Any]) -> dict[str, Any]:
-    out = {key: math.nan if value is None and key in DEFINITIONS else value for key, value in row.items()}
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        out[key] = math.nan if value is None and key in DEFINITIONS else value
     if "classes" in out:
         out["classes"] = [_with_nans(child) for child in out["classes"]]
     return out
