@@ -368,7 +368,8 @@ def _busy_shares(rows: dict[str, Floats], duration_s: float, pipelines: int) -> 
 
 def _kv_use(rows: dict[str, Floats], pipelines: Sequence[PipelineFacts]) -> Floats:
     blocks = np.array([math.nan if p.kv_blocks is None else p.kv_blocks for p in pipelines])
-    return rows["kv_blocks_used"] / blocks[rows["pipeline"].astype(np.int64)]
+    use: Floats = rows["kv_blocks_used"] / blocks[rows["pipeline"].astype(np.int64)]
+    return use
 
 
 def _prediction_errors(predicted_s: Floats, actual_s: Floats) -> Floats:

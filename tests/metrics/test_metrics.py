@@ -292,7 +292,8 @@ def test_a_hand_computed_run() -> None:
     agree(row, {"attainment": 2 / 4, "goodput_rps": 2 / 4.0, "finished": 3, "rejected": 1})
     # The paper's strict bound on TTFT is missed by all three.
     agree(row, {"attainment_paper": 0.0})
-    # By 4 s: 2 + 1 + 2 tokens.
+    # By 2 s, that instant included: 2 + 1 + 1 tokens. By 4 s: 2 + 1 + 2.
+    agree(summarize(hand_made(), slos=slos, duration_s=2.0), {"inference_tok_s": 4 / 2.0})
     agree(row, {"inference_tok_s": 5 / 4.0, "preemptions": 1, "queueing_mean_s": (0.25 + 0.5 + 0.5) / 3})
 
 
