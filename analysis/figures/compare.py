@@ -1,0 +1,161 @@
+"""Policies side by side on one workload: how much finetuning each gets done, and who keeps the SLO.
+
+One line per policy through both panels, the SLO keepers on top and in each group the most finetuning
+first, so that the first line is the answer. Runs that differ only in their seed are one line, with
+their mean and a whisker from the smallest to the largest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from analysis.figures import style
+from analysis.runs import SLO_KEPT_SHARE, Row, number, text, varied
+from analysis.table import display_names, shorten
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+GUIDES = (0.90, 0.95, 0.99)
+_NAME_LETTERS = 34
+
+
+class Spread(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+class Line(NamedTuple):
+    name: str
+    policy: str
+    finetune: Spread
+    attainment: Spread
+
+
+def compare_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:
+    """Two panels over the policies of `rows`, which share workload, model, device and rate."""
+    style.check_one_scene(rows)
+    if varied(rows, ["rate_rps"]):
+        raise ValueError("a comparison shows one rate_rps; several rates make a sweep")
+    lines = ranked(rows, kept_share)
+    figure, (left, right) = style.new_figure(
+        1.9 + 0.36 * len(lines), nrows=1, ncols=2, sharey=True, gridspec_kw={"width_ratios": [1.25, 1]}
+    )
+    _finetune_panel(left, lines, _peak(rows), kept_share)
+    _attainment_panel(right, lines, kept_share)
+    left.set_yticks(range(len(lines)), [shorten(line.name, _NAME_LETTERS) for line in lines])
+    left.set_ylim(len(lines) - 0.4, -0.6)
+    runs = max(len(rows) // len(lines), 1)
+    title = "Finetuning beside inference, and who keeps the SLO"
+    seeds = f", mean of {runs} seeds and their range" if runs > 1 else ""
+    figure.suptitle(f"{title}\n{style.scene_title(rows)}{seeds}", fontsize=13)
+    return figure
+
+
+def write_compare(rows: Sequence[Row], path: str | Path, *, kept_share: float = SLO_KEPT_SHARE) -> Path:
+    """Draw and save; returns the path."""
+    return style.save(compare_figure(rows, kept_share=kept_share), path)
+
+
+def ranked(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Line]:
+    """One line per policy (and source, if there are two), keepers of the SLO first, most trained first."""
+    sources = bool(varied(rows, ["source"]))
+    groups: dict[str, list[Row]] = {}
+    for row, name in zip(rows, display_names(rows), strict=True):
+        key = f"{name} [{text(row, 'source')}]" if sources else name
+        groups.setdefault(key, []).append(row)
+    lines = [
+        Line(name, text(group[0], "policy"), _spread(group, "finetune_tok_s"), _spread(group, "attainment"))
+        for name, group in groups.items()
+    ]
+
+    def rank(line: Line) -> tuple[bool, float, float]:
+        trained, met = line.finetune.mean, line.attainment.mean
+        return (
+            not met >= kept_share,
+            math.inf if math.isnan(trained) else -trained,
+            math.inf if math.isnan(met) else -met,
+        )
+
+    return sorted(lines, key=rank)
+
+
+def _spread(rows: Sequence[Row], key: str) -> Spread:
+    values = [value for row in rows if not math.isnan(value := number(row, key))]
+    if not values:
+        return Spread(math.nan, math.nan, math.nan)
+    return Spread(sum(values) / len(values), min(values), max(values))
+
+
+def _peak(rows: Sequence[Row]) -> float | None:
+    """What finetuning alone reaches: as the runs state it, else as a finetune-only run among them."""
+    stated = [number(row, "peak_finetune_tok_s") for row in rows]
+    measured = [number(row, "finetune_tok_s") for row in rows if text(row, "policy") == "finetune_only"]
+    known = [value for value in stated if value > 0] or [value for value in measured if value > 0]
+    return sum(known) / len(known) if known else None
+
+
+def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_share: float) -> None:
+    largest = max([peak or 0.0, *(line.finetune.high for line in lines if line.finetune.high > 0)])
+    span = largest if largest > 0 else 1.0
+    for y, line in enumerate(lines):
+        value = line.finetune
+        kept = line.attainment.mean >= kept_share
+        if math.isnan(value.mean):
+            axes.text(span * 0.01, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
+            continue
+        axes.barh(y, value.mean, height=0.66, color=style.look(line.policy).color, alpha=1 if kept else 0.45)
+        _whisker(axes, value, y)
+        share = f"  {value.mean / peak * 100:.0f} %" if peak is not None and value.mean > 0 else ""
+        axes.text(
+            value.high + span * 0.01, y, f"{value.mean:,.0f}{share}", va="center", fontsize=9, zorder=4,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+        )  # fmt: skip
+    axes.set_xlim(0, span * 1.24)
+    axes.set_xlabel("trained tokens per second (tok/s); pale: SLO missed")
+    if peak is not None:
+        axes.axvline(peak, color=style.BLACK, linewidth=1.2, linestyle="--", zorder=3)
+        axes.annotate(
+            f"finetuning alone {peak:,.0f} tok/s", (peak, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
+    style.tidy(axes, "x")
+    axes.tick_params(axis="y", length=0)
+
+
+def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> None:
+    for guide in GUIDES:
+        chosen = math.isclose(guide, kept_share)
+        axes.axvline(guide * 100, color=style.BLACK if chosen else style.GREY, linewidth=1.2 if chosen else 0.8,
+                     linestyle="--" if chosen else ":", zorder=3)  # fmt: skip
+        axes.annotate(
+            f"{guide * 100:.0f}", (guide * 100, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
+            textcoords="offset points", ha="center", fontsize=8, weight="bold" if chosen else "normal",
+        )  # fmt: skip
+    for y, line in enumerate(lines):
+        value = line.attainment
+        if math.isnan(value.mean):
+            axes.text(1, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
+            continue
+        kept = value.mean >= kept_share
+        color = style.KEPT if kept else style.MISSED
+        axes.barh(y, value.mean * 100, height=0.66, color=color, alpha=0.85)
+        _whisker(axes, Spread(*(100 * v for v in value)), y)
+        axes.text(
+            102, y, f"{math.floor(round(value.mean * 1000, 6)) / 10:.1f}", va="center", fontsize=9,
+            color=color, weight="bold",
+        )  # fmt: skip
+    axes.set_xlim(0, 111)
+    axes.set_xticks([0, 20, 40, 60, 80, 100])
+    axes.set_xlabel(f"requests that meet their SLO (%); blue: at least {kept_share * 100:g} %, red: fewer")
+    style.tidy(axes, "x")
+    axes.tick_params(axis="y", length=0)
+
+
+def _whisker(axes: Any, value: Spread, y: int) -> None:
+    if value.high > value.low:
+        axes.plot([value.low, value.high], [y, y], color=style.BLACK, linewidth=1.4, marker="|", zorder=4)

@@ -1,0 +1,125 @@
+"""One look for all figures: a colour, marker and dash per policy, and how a figure is saved.
+
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
+readers. A family of policies shares a colour and is told apart by shade, marker and dash, so that a
+line never depends on colour alone.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from analysis.runs import SCENE, Row, text
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BLUE, SKY, GREEN, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#E6C229"
+ORANGE, VERMILION, PURPLE, GREY, BLACK = "#E69F00", "#D55E00", "#CC79A7", "#8C8C8C", "#222222"
+KEPT, MISSED = BLUE, VERMILION
+
+DPI = 100
+WIDTH_INCHES = 12.0
+"""1200 pixels."""
+
+
+class Look(NamedTuple):
+    color: str
+    marker: str
+    dash: str
+
+
+_FAMILIES: dict[str, tuple[str, ...]] = {
+    "coserving": ("#0072B2", "#56B4E9", "#003F63", "#8FCBF0"),
+    "temporal": ("#E69F00", "#B37700", "#F2C45A", "#7A5200", "#FFD98A", "#4F3500"),
+    "spatial": ("#009E73", "#66C7AA", "#005C43"),
+    "separate": ("#CC79A7", "#8F3F6E", "#E6B3CF", "#5E2848"),
+}
+_KNOWN = (
+    "coserving",
+    "coserving_static",
+    "coserving_slack",
+    "temporal",
+    "temporal_limited",
+    "temporal_dynamic",
+    "spatial",
+    "spatial_limited",
+    "separate",
+)
+_BOUNDS = {"inference_only": Look(GREY, "v", ":"), "finetune_only": Look(BLACK, "^", ":")}
+_MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
+_DASHES = ("-", "--", "-.")
+
+
+def look(policy: str) -> Look:
+    """The same for a policy in every figure and run; depends on its name alone."""
+    if policy in _BOUNDS:
+        return _BOUNDS[policy]
+    family = policy.split("_")[0]
+    shades = _FAMILIES.get(family)
+    if shades is None:
+        pick = zlib.crc32(policy.encode())
+        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], _MARKERS[pick % 10], _DASHES[pick % 3])
+    if policy in _KNOWN:
+        place = [name for name in _KNOWN if name.split("_")[0] == family].index(policy)
+    else:
+        # A variant such as temporal_64 or separate_25: any shade, by its name.
+        place = 1 + zlib.crc32(policy.encode()) % (3 * len(shades))
+    return Look(shades[place % len(shades)], _MARKERS[place % 10], _DASHES[place % 3])
+
+
+def scene_title(rows: Sequence[Row]) -> str:
+    """Workload, model and device, and the rate and seed where they are the same in all rows."""
+    parts = []
+    for key in SCENE:
+        values = list(dict.fromkeys(text(row, key) for row in rows))
+        if len(values) == 1 and values[0]:
+            parts.append(values[0])
+    rates = {text(row, "rate_rps") for row in rows}
+    if len(rates) == 1 and (rate := rates.pop()):
+        parts.insert(1, f"{rate} req/s")
+    return ", ".join(parts)
+
+
+def check_one_scene(rows: Sequence[Row]) -> None:
+    """Raise ValueError unless there are rows and they share workload, model and device."""
+    if not rows:
+        raise ValueError("a figure needs at least one run")
+    for key in SCENE:
+        values = list(dict.fromkeys(text(row, key) for row in rows))
+        if len(values) > 1:
+            raise ValueError(f"a figure shows one {key}, the runs have {', '.join(values[:4])}")
+
+
+def new_figure(height_inches: float, **subplots: Any) -> tuple[Figure, Any]:
+    """A figure 1200 pixels wide that belongs to no window, and its axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH_INCHES, height_inches), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(**subplots)
+
+
+def tidy(axes: Any, grid: str) -> None:
+    """Thin grid across `grid` ("x", "y" or "both"), no frame on top and right."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def save(figure: Figure, path: str | Path) -> Path:
+    """Write the figure, kind by suffix (png, pdf, svg); one clear line if that cannot be."""
+    path = Path(path)
+    kinds = figure.canvas.get_supported_filetypes()
+    if path.suffix.lstrip(".") not in kinds:
+        raise ValueError(f"figure {path}: the suffix must be one of {', '.join(sorted(kinds))}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+    except OSError as error:
+        raise OSError(f"cannot write figure {path}: {error.strerror or error}") from error
+    return path

@@ -1,0 +1,102 @@
+"""Many runs as one table: their summary rows, and the config keys in which they differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from sim.results import Run
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SLO_KEPT_SHARE = 0.95
+"""A run keeps its SLO if at least this share of the arrived requests attains it."""
+
+Row = Mapping[str, Any]
+"""One summary row: labels and metrics of `sim.metrics`; what is not there is missing."""
+
+
+def collect(runs: Sequence[Run]) -> pd.DataFrame:
+    """One line per run: `folder`, its summary without the classes, and each config key (dotted, such
+    as `policy.budget_s`) whose value is not the same in all runs."""
+    import pandas as pd
+
+    summaries = [{k: v for k, v in run.summary.items() if k != "classes"} for run in runs]
+    frame = pd.DataFrame(summaries)
+    frame.insert(0, "folder", [str(run.folder) for run in runs])
+    configs = [flatten(run.config) for run in runs]
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [config.get(key) for config in configs]
+        if key not in frame and any(value != values[0] for value in values):
+            frame[key] = values
+    return frame
+
+
+def collect_classes(runs: Sequence[Run]) -> pd.DataFrame:
+    """One line per run and SLO class: `folder`, the run's labels and the class's numbers."""
+    import pandas as pd
+
+    rows = []
+    for run in runs:
+        labels = {k: v for k, v in run.summary.items() if k in IDENTITY}
+        rows += [{"folder": str(run.folder), **labels, **row} for row in run.summary["classes"]]
+    return pd.DataFrame(rows)
+
+
+IDENTITY = ("name", "policy", "workload", "model", "device", "rate_rps", "seed", "source")
+"""Labels that tell runs apart."""
+
+SCENE = ("workload", "model", "device")
+"""Runs that agree in these can be compared side by side."""
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted key and value; lists stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def number(row: Row, key: str) -> float:
+    """The metric as a float, NaN if it is missing."""
+    value = row.get(key)
+    return math.nan if value is None else float(value)
+
+
+def text(row: Row, key: str) -> str:
+    """The label as it is shown; a missing one is empty."""
+    value = row.get(key)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def varied(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
+    """Those of `keys` in which `rows` differ."""
+    rows = list(rows)
+    return [key for key in keys if len({text(row, key) for row in rows}) > 1]
+
+
+def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
+    """Whether attainment is known and at least `kept_share`."""
+    return number(row, "attainment") >= kept_share
+
+
+def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
+    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene,
+    rate, seed and source. None for a scene in which nobody keeps it or nothing was trained."""
+    winners: dict[tuple[str, ...], int] = {}
+    for i, row in enumerate(rows):
+        trained = number(row, "finetune_tok_s")
+        if not keeps_slo(row, kept_share) or not trained > 0:
+            continue
+        place = tuple(text(row, key) for key in (*SCENE, "rate_rps", "seed", "source"))
+        if place not in winners or trained > number(rows[winners[place]], "finetune_tok_s"):
+            winners[place] = i
+    return set(winners.values())

@@ -1,0 +1,178 @@
+"""The comparison of runs as text: coloured in a terminal, aligned plain text in logs and the README.
+
+One section per workload, model and device; within it a line per run. The line with most finetuning
+among those that keep the SLO is marked. A line fits in 100 columns and is never wrapped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, varied
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 100
+_NARROWEST_POLICY = 12
+
+
+class Column(NamedTuple):
+    """A metric and how it is shown."""
+
+    key: str
+    head: tuple[str, str]
+    scale: float
+    decimals: int
+
+
+COLUMNS = (
+    Column("attainment", ("SLO met", "%"), 100, 1),
+    Column("goodput_rps", ("goodput", "req/s"), 1, 2),
+    Column("ttft_p99_s", ("TTFT p99", "s"), 1, 2),
+    Column("tpot_p99_s", ("TPOT p99", "ms"), 1000, 1),
+    Column("finetune_tok_s", ("finetune", "tok/s"), 1, 0),
+    Column("finetune_share_of_peak", ("of peak", "%"), 100, 1),
+)
+
+_LABEL_HEADS = {"rate_rps": ("rate", "req/s"), "seed": ("", "seed"), "source": ("", "source")}
+
+
+class Section(NamedTuple):
+    """Lines that are compared with each other, all cells as text."""
+
+    title: str
+    heads: list[tuple[str, str]]
+    labels: int
+    """How many columns from the left are labels, aligned left."""
+    lines: list[list[str]]
+    winners: set[int]
+    kept: list[bool]
+
+
+def sections(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Section]:
+    """`rows` by scene, in order of first appearance."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(text(row, key) for key in SCENE), []).append(row)
+    return [_section(group, kept_share) for group in groups.values()]
+
+
+def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
+    """Aligned text without colours; ends without a newline."""
+    blocks = []
+    for section in sections(rows, kept_share):
+        widths = _widths(section)
+        lines = [section.title] if section.title else []
+        for level in (0, 1):
+            lines.append(_line([head[level] for head in section.heads], section.labels, widths, "  "))
+        lines.append("  " + "  ".join("-" * width for width in widths))
+        for i, cells in enumerate(section.lines):
+            lines.append(_line(cells, section.labels, widths, "* " if i in section.winners else "  "))
+        blocks.append("\n".join(lines))
+    return "\n\n".join([*blocks, footnote(kept_share)])
+
+
+def print_table(
+    rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE, console: Console | None = None
+) -> None:
+    """The same table for a terminal: the best line bold green, those that miss the SLO dim."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console() if console is None else console
+    for line, style in _styled(rows, kept_share):
+        console.print(Text(line, style=style), no_wrap=True, overflow="ignore", crop=False)
+
+
+def footnote(kept_share: float = SLO_KEPT_SHARE) -> str:
+    return (
+        f"* most finetuning of those that keep the SLO "
+        f"(at least {kept_share * 100:g} % of arrived requests meet it); - is missing"
+    )
+
+
+def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
+    """Each line of the plain table with its style; the text is the same in both."""
+    lines = plain_table(rows, kept_share).split("\n")
+    styles = []
+    for section in sections(rows, kept_share):
+        styles += ["bold"] * bool(section.title) + ["bold", "dim", "dim"]
+        for i, kept in enumerate(section.kept):
+            styles.append("bold green" if i in section.winners else "" if kept else "dim")
+        styles.append("")
+    return list(zip(lines, [*styles, "dim"], strict=True))
+
+
+def _section(rows: list[Row], kept_share: float) -> Section:
+    labels = varied(rows, list(_LABEL_HEADS))
+    shared = [text(rows[0], key) for key in SCENE]
+    if text(rows[0], "rate_rps") and "rate_rps" not in labels:
+        shared.append(f"{text(rows[0], 'rate_rps')} req/s")
+    names = display_names(rows)
+    lines = []
+    for row, name in zip(rows, names, strict=True):
+        numbers = [_cell(column, number(row, column.key)) for column in COLUMNS]
+        lines.append([name, *(text(row, key) for key in labels), *numbers])
+    heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in COLUMNS)]
+    section = Section(
+        title=", ".join(part for part in shared if part),
+        heads=heads,
+        labels=1,
+        lines=lines,
+        winners=best(rows, kept_share),
+        kept=[keeps_slo(row, kept_share) for row in rows],
+    )
+    room = max(_NARROWEST_POLICY, WIDTH - 2 - sum(width + 2 for width in _widths(section)[1:]))
+    for line in lines:
+        line[0] = shorten(line[0], room)
+    return section
+
+
+def display_names(rows: Sequence[Row]) -> list[str]:
+    """The policy of each row, with the run's name where the same policy was run under several."""
+    names: dict[str, set[str]] = {}
+    for row in rows:
+        names.setdefault(text(row, "policy"), set()).add(text(row, "name"))
+    out = []
+    for row in rows:
+        policy, name = text(row, "policy"), text(row, "name")
+        several = len(names[policy]) > 1 and name not in ("", policy)
+        out.append(f"{policy} ({name})" if several else policy or name or "-")
+    return out
+
+
+def shorten(name: str, width: int) -> str:
+    """`name`, its middle left out if it is longer than `width`: variants differ at their ends."""
+    if len(name) <= width:
+        return name
+    tail = (width - 2) // 2
+    return f"{name[: width - 2 - tail]}..{name[len(name) - tail :]}"
+
+
+def _cell(column: Column, value: float) -> str:
+    if math.isnan(value):
+        return "-"
+    value *= column.scale
+    if column.key == "attainment":
+        # Rounded down, so that 100.0 is all of them and a bound just missed is not shown as kept.
+        value = math.floor(round(value * 10, 6)) / 10
+    return f"{value:,.{column.decimals}f}"
+
+
+def _widths(section: Section) -> list[int]:
+    columns = zip(*section.lines, strict=True)
+    return [
+        max(len(head[0]), len(head[1]), *(len(cell) for cell in cells))
+        for head, cells in zip(section.heads, columns, strict=True)
+    ]
+
+
+def _line(cells: Sequence[str], labels: int, widths: Sequence[int], mark: str) -> str:
+    padded = [
+        cell.ljust(width) if i < labels else cell.rjust(width)
+        for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return (mark + "  ".join(padded)).rstrip()

@@ -1,0 +1,323 @@
+"""A run as a folder: write it whole, read it back, find it.
+
+    config.yaml        the resolved config
+    manifest.json      commit, seed, device, versions, command line, wall time
+    requests.parquet, iterations.parquet, steps.parquet, ticks.parquet, segments.parquet
+    summary.json       `sim.metrics.summarize`; null is a missing number
+
+`summary.json` comes last and at once (written beside, then renamed), so a folder that has it is
+complete and a folder without it is a run that was cut short. The tables have the columns of
+`sim.core.rows` and a column `source`; the same rows give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.core.rows import Outcome, Recorder, Table
+from sim.metrics import DEFINITIONS, Floats, column_views
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
+SOURCES = ("sim", "engine")
+TABLES = ("requests", "iterations", "steps", "ticks", "segments")
+SUMMARY = "summary.json"
+
+_ROWS_PER_GROUP = 1 << 18
+"""Rows converted and written at a time: bounds the memory of writing, 6 MB for each ten columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A complete run folder. Tables are read when asked for, each time anew."""
+
+    folder: Path
+    summary: dict[str, Any]
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+
+    def table(self, name: str) -> pd.DataFrame:
+        """One of TABLES as a DataFrame; ValueError if its file is missing or damaged."""
+        import pandas as pd
+
+        if name not in TABLES:
+            raise ValueError(f"a run has the tables {', '.join(TABLES)}, not {name!r}")
+        path = self.folder / f"{name}.parquet"
+        try:
+            return pd.read_parquet(path)
+        except FileNotFoundError:
+            raise ValueError(f"{path} is missing") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} is not readable as Parquet: {_one_line(error)}") from None
+
+
+def write_run(
+    folder: str | Path,
+    recorder: Recorder,
+    summary: Mapping[str, object],
+    *,
+    config: Mapping[str, object],
+    manifest: Mapping[str, object],
+    source: str,
+    overwrite: bool = False,
+) -> Path:
+    """Write one run and return its folder, made if needed.
+
+    `config` and `manifest` are plain containers. A folder that already holds a run is refused; with
+    `overwrite` it is replaced, except that measured rows (`engine`) never give way to simulated ones.
+    Raises ValueError for those and OSError, with the folder in its one line, if it cannot be written.
+    """
+    if source not in SOURCES:
+        raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
+    stated = summary.get("source", source)
+    if stated != source:
+        raise ValueError(f"summary says source {stated!r}, the run is written as {source!r}")
+    folder = Path(folder)
+    texts = {
+        "config.yaml": _yaml(config),
+        "manifest.json": _json(manifest),
+    }
+    last = _json({**summary, "source": source})
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_way(folder, source, overwrite)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
+        for name in TABLES:
+            _write_table(folder / f"{name}.parquet", getattr(recorder, name), recorder, source)
+        partial = folder / f".{SUMMARY}.partial"
+        partial.write_text(last, encoding="utf-8")
+        os.replace(partial, folder / SUMMARY)
+    except OSError as error:
+        raise OSError(f"cannot write run folder {folder}: {_one_line(error)}") from error
+    return folder
+
+
+def read_run(folder: str | Path) -> Run:
+    """Read a complete run folder; ValueError names what is missing or damaged. Null becomes NaN."""
+    import yaml
+
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"run folder {folder} does not exist")
+    if not (folder / SUMMARY).is_file():
+        raise ValueError(f"{folder} has no {SUMMARY}: not a run folder, or a run that was cut short")
+    summary = _with_nans(_read_json(folder / SUMMARY))
+    manifest = _read_json(folder / "manifest.json")
+    path = folder / "config.yaml"
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {_one_line(error)}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
+    return Run(folder=folder, summary=summary, config=config, manifest=manifest)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Complete run folders among and below `paths`, each once, sorted within each path.
+
+    A path that does not exist or holds no complete run is a ValueError; runs that were cut short
+    below a path are passed over.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.is_dir():
+            raise ValueError(f"run folder {path} does not exist")
+        below = sorted(file.parent for file in path.rglob(SUMMARY))
+        if not below:
+            raise ValueError(f"no {SUMMARY} in or below {path}: no run there, or it was cut short")
+        found.update(dict.fromkeys(below))
+    return list(found)
+
+
+def make_manifest(
+    *, seed: int | None, device: str | None, wall_s: float, command: Sequence[str] | None = None
+) -> dict[str, object]:
+    """What a run needs to be repeated. `command` is by default this process's own.
+
+    `commit` is None and `dirty` missing knowledge (None) outside a git checkout. `dirty` says that
+    tracked files differ from the commit.
+    """
+    commit, dirty = _git_state(Path(__file__).resolve().parents[1])
+    versions = {name: _version(name) for name in ("numpy", "simpy", "pandas", "pyarrow")}
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        versions["torch"] = str(torch.__version__)
+    return {
+        "commit": commit,
+        "dirty": dirty,
+        "seed": seed,
+        "device": device,
+        "versions": {"python": platform.python_version(), **versions},
+        "wall_s": wall_s,
+        "command": list(sys.argv if command is None else command),
+    }
+
+
+def _make_way(folder: Path, source: str, overwrite: bool) -> None:
+    """Refuse to replace a run that must stay, else take its summary away so that it is incomplete."""
+    if not (folder / SUMMARY).exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{folder} already holds a run; choose another folder")
+    if source != "engine" and read_run(folder).summary.get("source") == "engine":
+        raise ValueError(f"{folder} holds a measured run (source engine); a simulated one may not replace it")
+    (folder / SUMMARY).unlink()
+
+
+def _write_table(path: Path, table: Table, recorder: Recorder, source: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = column_views(table)
+    labels = {
+        "slo": recorder.slos.names,
+        "adapter": recorder.adapters.names,
+        "job": recorder.jobs.names,
+        "outcome": [o.name.lower() for o in Outcome],
+        "source": [source],
+    }
+    writer: pq.ParquetWriter | None = None
+    try:
+        for start in range(0, max(len(table), 1), _ROWS_PER_GROUP):
+            part = {name: column[start : start + _ROWS_PER_GROUP] for name, column in columns.items()}
+            part["source"] = np.zeros(min(_ROWS_PER_GROUP, len(table) - start))
+            arrays = [_column(name, values, labels) for name, values in part.items()]
+            group = pa.Table.from_arrays(arrays, names=list(part))
+            if writer is None:
+                # Times are all different: a dictionary of them only costs time.
+                repeating = [f.name for f in group.schema if not pa.types.is_floating(f.type)]
+                writer = pq.ParquetWriter(path, group.schema, compression="zstd", use_dictionary=repeating)
+            writer.write_table(group)
+    finally:
+        if writer is not None:
+            writer.close()
+
+
+def _column(name: str, values: Floats, labels: Mapping[str, list[str]]) -> pa.Array:
+    """Doubles as what they mean: labels, truth values, times, and otherwise whole numbers."""
+    import pyarrow as pa
+
+    if name.endswith("_s"):
+        return _from_numpy(pa.float64(), np.ascontiguousarray(values))
+    unknown = np.isnan(values)
+    whole = np.where(unknown, 0, values).astype(np.int64)
+    known = None if not unknown.any() else np.packbits(~unknown, bitorder="little")
+    if name in labels:
+        codes = _from_numpy(pa.int32(), whole.astype(np.int32), known)
+        return pa.DictionaryArray.from_arrays(codes, _strings(labels[name]))
+    assert (whole == values)[~unknown].all(), f"column {name} must hold whole numbers"
+    if name == "overlap":
+        bits = np.packbits(whole.astype(bool), bitorder="little")
+        return _from_numpy(pa.bool_(), bits, known, length=whole.size)
+    return _from_numpy(pa.int64(), whole, known)
+
+
+def _from_numpy(
+    kind: pa.DataType, values: NDArray[Any], known: NDArray[np.uint8] | None = None, length: int | None = None
+) -> pa.Array:
+    """An Arrow array of a numpy buffer. `pa.array` would import pandas, 0.35 s that a run can save."""
+    import pyarrow as pa
+
+    buffers = [None if known is None else pa.py_buffer(known), pa.py_buffer(values)]
+    return pa.Array.from_buffers(kind, values.size if length is None else length, buffers)
+
+
+def _strings(names: list[str]) -> pa.Array:
+    import pyarrow as pa
+
+    texts = [name.encode() for name in names]
+    ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    buffers = [None, pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
+    return pa.Array.from_buffers(pa.string(), len(texts), buffers)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold an object, got {type(value).__name__}")
+    return value
+
+
+def _with_nans(row: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in row.items():
+        out[key] = math.nan if value is None and key in DEFINITIONS else value
+    if "classes" in out:
+        out["classes"] = [_with_nans(child) for child in out["classes"]]
+    return out
+
+
+def _json(value: Mapping[str, object]) -> str:
+    return json.dumps(_plain(value), indent=2, allow_nan=False) + "\n"
+
+
+def _plain(value: object) -> object:
+    """`value` in JSON's own types: numpy numbers as Python's, NaN as None."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and math.isnan(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(child) for key, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(child) for child in value]
+    return value
+
+
+def _yaml(config: Mapping[str, object]) -> str:
+    import yaml
+
+    try:
+        return str(yaml.safe_dump(dict(config), sort_keys=False))
+    except yaml.YAMLError as error:
+        raise ValueError(f"config holds a value that is not plain data: {_one_line(error)}") from None
+
+
+def _git_state(root: Path) -> tuple[str | None, bool | None]:
+    """Commit of the checkout whose top is `root`, and whether its tracked files differ from it."""
+    if not (root / ".git").exists():
+        return None, None
+    command = ["git", "-C", str(root), "status", "--porcelain=v2", "--branch", "--untracked-files=no"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    commit = next((line.split()[-1] for line in lines if line.startswith("# branch.oid ")), None)
+    return commit, any(not line.startswith("#") for line in lines)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
