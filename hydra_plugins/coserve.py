@@ -11,6 +11,7 @@ The package has to be called `hydra_plugins`: Hydra makes launchers and sweepers
 from __future__ import annotations
 
 import os
+import pickle
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
+from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
 from hydra.errors import MissingConfigException
+from hydra.plugins.config_source import ConfigResult
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -67,7 +70,7 @@ class ProcessLauncher(Launcher):
                 for index, result in results:
                     outcome = _outcome(result, jobs[index][1])
                     if outcome.failed:
-                        bar.write(_failure(outcome), file=sys.stderr)
+                        bar.write(outcome.failure, file=sys.stderr)
                     returns[index] = JobReturn(overrides=jobs[index][1], status=JobStatus.COMPLETED)
                     returns[index].return_value = outcome
                     bar.update()
@@ -126,10 +129,33 @@ class GridSweeper(BasicSweeper):
             collect(job.return_value)
 
 
+class _ParsedOnce(CachingConfigRepository):
+    """Config files as pickles, kept over all runs of a worker.
+
+    Hydra parses every file again for every run; with twenty small files that is 19 of 49 ms of
+    composing. It copies the repository each time and changes what it loads, hence the two methods.
+    """
+
+    def __init__(self, delegate: IConfigRepository) -> None:
+        super().__init__(delegate)
+        self._pickles: dict[str, bytes] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _ParsedOnce:
+        return self
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        if config_path not in self._pickles:
+            self._pickles[config_path] = pickle.dumps(self.delegate.load_config(config_path))
+        loaded: ConfigResult | None = pickle.loads(self._pickles[config_path])
+        return loaded
+
+
 def _prepare(
     context: HydraContext, task_function: TaskFunction, config: DictConfig, name: str
 ) -> Callable[[tuple[int, tuple[str, ...]]], Outcome]:
     """In a worker: Hydra's state as the parent has it, once; then what runs one job."""
+    loader: Any = context.config_loader
+    loader.repository = _ParsedOnce(loader.repository)
     version.setbase(config.hydra.runtime.version_base)
     setup_globals()
     JobRuntime.instance().set("name", name)
@@ -166,10 +192,6 @@ def _outcome(result: Outcome | WorkerDied, overrides: Sequence[str]) -> Outcome:
     if isinstance(result, WorkerDied):
         return Outcome(overrides=tuple(overrides), error=str(result))
     return result
-
-
-def _failure(outcome: Outcome) -> str:
-    return f"run {' '.join(outcome.overrides)} failed: {outcome.error}"
 
 
 def _usable_cores() -> int:

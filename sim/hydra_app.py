@@ -18,7 +18,12 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import ConfigCompositionException, MissingConfigException, OverrideParseException
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 
 from sim.errors import BUG, message, nearest, one_line, report
@@ -93,6 +98,9 @@ class _Task:
         """Called by the sweeper with each run's outcome, in order."""
         self.sweeping = True
         self.outcomes.append(outcome)
+        if outcome.exception is not None:
+            # It ran in this process, under a launcher that shows no failures; ours has shown its own.
+            print(outcome.failure, file=sys.stderr)
 
     def report(self, prog: str) -> int:
         """Print what failed; 2 or 1 for a single run, 1 for a sweep with any failure."""
@@ -161,6 +169,8 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
             given = text.split("'")[1]
             return f"{given!r} gives several values: add -m to run each, or write KEY=[A,B] for a list"
         return one_line(text)
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        return message(error.__cause__)
     return message(error)
 
 

@@ -28,6 +28,11 @@ class Outcome:
     def failed(self) -> bool:
         return self.row is None
 
+    @property
+    def failure(self) -> str:
+        """What a sweep prints of a failed run."""
+        return f"run {' '.join(self.overrides)} failed: {self.error}"
+
 
 def caught(error: Exception, overrides: Sequence[str], line: str | None) -> Outcome:
     """The outcome of a run that raised `error`; `line` says it in one line if a user caused it."""
