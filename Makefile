@@ -1,0 +1,58 @@
+# make run and make test need Python 3.10 or later, pip and make; the rest is installed into .venv.
+# Another Python: make PYTHON=python3.12 test
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A plain path entry instead of an import hook: a package added later is found without installing again.
+EDITABLE := --config-settings editable_mode=compat -e
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+# Two threads on a busy machine make small tensor operations slower, not faster.
+export OMP_NUM_THREADS := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint bench clean
+.DELETE_ON_ERROR:
+
+help:  ## show this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+
+run: $(VENV)/.base  ## compare all policies on the built-in workload: a table and a figure
+	@$(BIN)/coserve compare
+
+test: lint  ## ruff, mypy and all tests that need no GPU
+	$(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy $(wildcard sim engine profiles analysis hydra_plugins tests)
+
+bench: $(VENV)/.test  ## the benchmarks of tests/benchmarks, as tables
+	$(BIN)/python -m pytest -q -p no:xdist --benchmark-only tests/benchmarks
+
+clean:  ## remove .venv and caches; runs and data stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Where Python comes without ensurepip, its own pip fills the environment.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "coserve needs Python 3.10 or later; try: make PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV) && \
+		$(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install --quiet pip; }
+
+$(VENV)/.base: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing coserve into $(VENV)"
+	@$(PIP_INSTALL) $(EDITABLE) .
+	@touch $@
+
+# torch first and by its exact version: left to the second step, it would be resolved anew.
+$(VENV)/.test: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing coserve with engine and test tools into $(VENV)"
+	@$(PIP_INSTALL) $(TORCH)
+	@$(PIP_INSTALL) $(EDITABLE) '.[engine,test]'
+	@touch $@ $(VENV)/.base

@@ -1,0 +1,188 @@
+"""Objects from config nodes, every value checked against the annotation that receives it.
+
+Hydra refuses unknown keys and takes values of any type; here `rate_rps: fast` becomes
+`workload.rate_rps must be a number, got 'fast'`. Numbers are taken as YAML reads them: text that looks
+like a number ("1e-3", which YAML 1.1 reads as text) is refused, not converted.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+
+from sim.errors import nearest
+
+_WORDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "null",
+}
+
+
+def build(target: Callable[..., Any] | None, node: object, where: str, **given: object) -> Any:
+    """Call `target` (None: what the node's `_target_` names) with the node's keys as arguments.
+
+    `where` is the node's dotted key, for messages; `given` are arguments that no config can hold.
+    Nodes inside are built in turn: by their own `_target_`, or as the dataclass that the annotation
+    names. Raises ValueError for an unknown, missing or ill-typed key.
+    """
+    values = _plain(node)
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where} must be a group of keys, got {values!r}")
+    values = dict(values)
+    name = values.pop("_target_", None)
+    if target is None:
+        target = _locate(name, where)
+    parameters = inspect.signature(target).parameters
+    hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
+    _check_keys(values, parameters, given, where)
+    checked = {
+        key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()
+    }
+    return target(**checked, **given)
+
+
+def check(value: object, annotation: Any, where: str) -> Any:
+    """`value` as `annotation` asks for it, or ValueError. A whole number passes as a number."""
+    value = _plain(value)
+    if isinstance(value, Mapping) and "_target_" in value:
+        return build(None, value, where)
+    origin = get_origin(annotation)
+    if origin in (Union, types.UnionType):
+        return _check_union(value, get_args(annotation), annotation, where)
+    if origin is Literal:
+        return _require(value in get_args(annotation), value, annotation, where)
+    if annotation is Any or annotation is object:
+        return value
+    if annotation is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return float(_require(ok, value, annotation, where))
+    if annotation is int:
+        return _require(isinstance(value, int) and not isinstance(value, bool), value, annotation, where)
+    if annotation is None or annotation is type(None):
+        return _require(value is None, value, type(None), where)
+    if annotation in (bool, str):
+        return _require(isinstance(value, annotation), value, annotation, where)
+    return _check_container(value, annotation, origin or annotation, where)
+
+
+def _check_container(value: Any, annotation: Any, kind: Any, where: str) -> Any:
+    args = get_args(annotation)
+    if kind is tuple and args and args[-1] is not Ellipsis:
+        _require(isinstance(value, (list, tuple)) and len(value) == len(args), value, annotation, where)
+        return tuple(check(v, a, f"{where}[{i}]") for i, (v, a) in enumerate(zip(value, args, strict=True)))
+    if kind in (list, tuple, Sequence):
+        _require(isinstance(value, (list, tuple)), value, annotation, where)
+        items = [check(v, args[0] if args else Any, f"{where}[{i}]") for i, v in enumerate(value)]
+        return items if kind is list else tuple(items)
+    if kind in (dict, Mapping):
+        _require(isinstance(value, Mapping), value, annotation, where)
+        key_type, value_type = args or (Any, Any)
+        return {check(k, key_type, where): check(v, value_type, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        names = [member.value for member in kind]
+        return kind(_require(value in names, value, Literal[tuple(names)], where))
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, Mapping):
+        return build(kind, value, where)
+    # What is left is a class or a protocol: only a node with a `_target_` makes one.
+    built = not isinstance(value, (Mapping, list, tuple, str, int, float, type(None)))
+    return _require(built, value, annotation, where)
+
+
+def _check_union(value: object, options: tuple[Any, ...], annotation: Any, where: str) -> Any:
+    inner = [option for option in options if option is not type(None)]
+    if value is None and len(inner) < len(options):
+        return None
+    if len(inner) == 1 and isinstance(value, (Mapping, list)):
+        return check(value, inner[0], where)
+    # An exact type first, so that 3 stays whole under int | float.
+    for option in sorted(inner, key=lambda option: option is not type(value)):
+        try:
+            return check(value, option, where)
+        except ValueError:
+            continue
+    return _require(False, value, annotation, where)
+
+
+def _require(ok: bool, value: Any, annotation: Any, where: str) -> Any:
+    if not ok:
+        raise ValueError(f"{where} must be {words(annotation)}, got {value!r}")
+    return value
+
+
+def words(annotation: Any) -> str:
+    """An annotation as a user would say it."""
+    if annotation in _WORDS:
+        return _WORDS[annotation]
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin in (Union, types.UnionType):
+        return " or ".join(words(arg) for arg in args)
+    if origin is Literal:
+        return "one of " + ", ".join(str(arg) for arg in args)
+    if origin is tuple and args and args[-1] is not Ellipsis:
+        return f"a list of {len(args)}: " + ", ".join(words(arg) for arg in args)
+    if (origin or annotation) in (list, tuple, Sequence):
+        return f"a list, each item {words(args[0])}" if args else "a list"
+    if (origin or annotation) in (dict, Mapping) or is_dataclass(annotation):
+        return "a group of keys"
+    return f"a node whose _target_ makes a {getattr(annotation, '__name__', annotation)}"
+
+
+def _check_keys(
+    values: Mapping[str, object],
+    parameters: Mapping[str, inspect.Parameter],
+    given: Mapping[str, object],
+    where: str,
+) -> None:
+    named = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in given
+    }
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for key in values:
+        if key not in named and not takes_any:
+            known = ", ".join(named) or "none"
+            raise ValueError(f"{where} has no key {key!r}{nearest(str(key), named)}; known: {known}")
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in values]
+    if missing:
+        raise ValueError(f"{where}.{missing[0]} is missing; it must be given")
+
+
+def _plain(node: object) -> object:
+    """A config node as plain dicts and lists, interpolations resolved."""
+    if isinstance(node, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(node, resolve=True, throw_on_missing=True)
+    return node
+
+
+def _signature_owner(target: Callable[..., Any]) -> Callable[..., Any]:
+    """The function whose annotations `target` is called by."""
+    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+
+
+def _locate(name: object, where: str) -> Callable[..., Any]:
+    if not isinstance(name, str):
+        raise ValueError(f"{where}._target_ must name a class, got {name!r}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        target = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        # A package that the module itself imports and that is not installed is another matter.
+        if not f"{module}.".startswith(f"{error.name}."):
+            raise
+        raise ValueError(f"{where}._target_ names a module that does not exist: {name!r}") from error
+    except (AttributeError, ValueError) as error:
+        raise ValueError(f"{where}._target_ names nothing that exists: {name!r}") from error
+    if not callable(target):
+        raise ValueError(f"{where}._target_ must name a class or function, got {name!r}")
+    return target  # type: ignore[no-any-return]

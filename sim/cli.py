@@ -1,0 +1,75 @@
+"""The `coserve` command: one table of sub-commands, each imported only when it is called.
+
+`coserve --help` loads neither Hydra nor pandas. Adding a command is one line of COMMANDS; its function
+takes the arguments after the command's name and returns the exit code.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from sim.errors import USER_ERROR, message, nearest, report
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
+    "compare": ("simulate every policy on the same workload: a table and a figure", "sim.compare:main"),
+    "fetch": ("download a public request trace into the data folder", "sim.workload.fetch:main"),
+    "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
+}
+"""Name -> (help in one line, module:function)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (default: the process's arguments) names; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h", "help"):
+        print(_help())
+        return 0 if arguments else USER_ERROR
+    if name == "--version":
+        print(f"coserve {_version()}")
+        return 0
+    if name not in COMMANDS:
+        known = f"{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}"
+        print(f"coserve: error: no command named {name!r}{known}", file=sys.stderr)
+        return USER_ERROR
+    return _run(f"coserve {name}", COMMANDS[name][1], arguments[1:])
+
+
+def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
+    module, _, function = target.partition(":")
+    try:
+        command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+        return command(arguments)
+    except KeyboardInterrupt as stop:
+        return report(prog, stop, None)
+    except Exception as error:
+        return report(prog, error, message(error))
+
+
+def _help() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: coserve COMMAND ...",
+            "",
+            "LLM inference and LoRA finetuning on the same GPUs: what would happen, and what does.",
+            "",
+            *lines,
+            "",
+            "coserve COMMAND --help tells more; coserve --version prints the version.",
+        ]
+    )
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("coserve")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,72 @@
+"""What a user sees when something is wrong: one line that names what was given and what is allowed.
+
+An error that a user can cause becomes a line and exit code 2. Everything else is a mistake of ours
+and keeps its traceback; `COSERVE_DEBUG=1` shows the traceback of every error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+
+USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
+"""Exit codes; 130 is what a shell gives a program that Ctrl-C ended."""
+
+EXTRAS = {
+    "torch": "engine",
+    "triton": "engine",
+    "peft": "engine",
+    "transformers": "engine",
+    "safetensors": "engine",
+    "liger_kernel": "engine",
+}
+"""Package -> the extra of coserve that brings it."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """'; did you mean NAME?' for the closest of `known`, or nothing if none is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def message(error: BaseException) -> str | None:
+    """One line for an error that a user can cause, None for any other."""
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            return None
+        return f"needs {package}, which is not installed; pip install 'coserve[{EXTRAS[package]}]' brings it"
+    if isinstance(error, OSError) and error.strerror is not None:
+        where = f": {error.filename}" if error.filename is not None else ""
+        return f"{error.strerror}{where}"
+    from_config = type(error).__module__.startswith(("hydra.", "omegaconf."))
+    if from_config or isinstance(error, (ValueError, OSError)):
+        return one_line(str(error)) or type(error).__name__
+    return None
+
+
+def one_line(text: str) -> str:
+    """`text` with its line breaks as semicolons, without trailing full stops or blank lines."""
+    lines = [re.sub(r"\s+", " ", line).strip() for line in text.splitlines()]
+    return "; ".join(line.rstrip(";") for line in lines if line)
+
+
+def debugging() -> bool:
+    return os.environ.get("COSERVE_DEBUG") == "1"
+
+
+def report(prog: str, error: BaseException, line: str | None) -> int:
+    """Print `error` on stderr, as `line` where there is one, and return the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if line is None or debugging():
+        traceback.print_exception(error)
+    if line is None:
+        return BUG
+    print(f"{prog}: error: {line}", file=sys.stderr)
+    return USER_ERROR

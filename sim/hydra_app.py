@@ -1,0 +1,204 @@
+"""A command whose options are a Hydra config: `policy=temporal workload.rate_rps=5 -m seed=1,2`.
+
+Hydra's own app runs underneath, so `-m`, `--cfg job`, `--info` and everything else of it work. What is
+added: errors as one line with the nearest known name, and the summaries of all runs of a sweep.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import (
+    ConfigCompositionException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
+from omegaconf import DictConfig, OmegaConf
+
+from sim.errors import BUG, message, nearest, one_line, report
+from sim.outcome import Outcome, caught
+from sim.usage import usage
+
+VERSION_BASE = "1.3"
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+Task = Callable[[DictConfig], Mapping[str, Any]]
+AtEnd = Callable[[Sequence[Mapping[str, Any]]], None]
+
+
+def hydra_main(
+    task: Task,
+    argv: Sequence[str],
+    *,
+    prog: str,
+    config_name: str = "config",
+    config_dir: Path = CONFIGS,
+    at_end: AtEnd | None = None,
+) -> int:
+    """Run `task` on the config that `argv` asks for, once or as a sweep; returns the exit code.
+
+    `task` is a function of a module (worker processes import it). It gets the resolved config
+    without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
+    run's folder. `at_end` gets the rows of all runs that finished, in order, also after Ctrl-C.
+    """
+    if "--help" in argv or "-h" in argv:
+        print(usage(prog, task, config_dir, config_name))
+        return 0
+    # Hydra's parser takes overrides after a flag as unknown when others came before it.
+    argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
+    collected = _Task(task)
+    try:
+        _check_flags(argv)
+        app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
+        with _command_line(prog, argv):
+            app(collected)()
+    except KeyboardInterrupt as stop:
+        code = report(prog, stop, None)
+    except Exception as error:
+        return report(prog, error, _line(error, argv, config_dir, config_name))
+    else:
+        code = collected.report(prog)
+    rows = [outcome.row for outcome in collected.outcomes if outcome.row is not None]
+    if rows and at_end is not None:
+        at_end(rows)
+    return code
+
+
+class _Task:
+    """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
+
+    def __init__(self, task: Task) -> None:
+        functools.update_wrapper(self, task)
+        self.task = task
+        self.outcomes: list[Outcome] = []
+        self.sweeping = False
+
+    def __call__(self, config: DictConfig) -> Outcome:
+        overrides = _overrides()
+        try:
+            outcome = Outcome(overrides=overrides, row=dict(self.task(config)))
+        except Exception as error:
+            outcome = caught(error, overrides, message(error))
+        if HydraConfig.get().mode == hydra.types.RunMode.RUN:
+            self.outcomes.append(outcome)
+        return outcome
+
+    def collect(self, outcome: Outcome) -> None:
+        """Called by the sweeper with each run's outcome, in order."""
+        self.sweeping = True
+        self.outcomes.append(outcome)
+        if outcome.exception is not None:
+            # It ran in this process, under a launcher that shows no failures; ours has shown its own.
+            print(outcome.failure, file=sys.stderr)
+
+    def report(self, prog: str) -> int:
+        """Print what failed; 2 or 1 for a single run, 1 for a sweep with any failure."""
+        failed = [outcome for outcome in self.outcomes if outcome.failed]
+        if not failed:
+            return 0
+        if self.sweeping:
+            print(f"{prog}: {len(failed)} of {len(self.outcomes)} runs failed", file=sys.stderr)
+            return BUG
+        error = failed[0].exception
+        assert error is not None
+        return report(prog, error, message(error))
+
+
+def _overrides() -> tuple[str, ...]:
+    """As given: an override may hold an interpolation that leads nowhere."""
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(given, list)
+    return tuple(map(str, given))
+
+
+@contextmanager
+def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
+    """What Hydra reads from its surroundings: `sys.argv`, and that errors are to be raised."""
+    before_argv, before_env = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = [prog, *argv]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before_argv
+        if before_env is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = before_env
+
+
+def _check_flags(argv: Sequence[str]) -> None:
+    """Refuse what Hydra's parser would refuse with a page of usage."""
+    parser: ArgumentParser = get_args_parser()
+
+    def refuse(message: str) -> NoReturn:
+        flags = [flag for action in parser._actions for flag in action.option_strings]
+        unknown = next((arg for arg in argv if arg.startswith("-") and arg not in flags), "")
+        raise ValueError(message + nearest(unknown, flags))
+
+    parser.error = refuse  # type: ignore[method-assign]
+    parser.parse_args(list(argv))
+
+
+def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: str) -> str | None:
+    """`message`, with what only the configs tell: the nearest known key or choice."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        options = sorted(error.options or [])
+        return f"no {group} named {choice!r}{nearest(choice, options)}; known: {', '.join(options) or 'none'}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: expected KEY=VALUE, quotes around unusual values"
+    if isinstance(error, ConfigCompositionException):
+        text = str(error) or str(error.__cause__)
+        key = _refused_key(text, argv)
+        if key is not None:
+            keys = _known_keys(argv, config_dir, config_name)
+            return f"no key or group named {key!r}{nearest(key, keys) or '; --cfg job lists them'}"
+        if "Ambiguous value" in text or "requires --multirun" in text:
+            given = text.split("'")[1]
+            return f"{given!r} gives several values: add -m to run each, or write KEY=[A,B] for a list"
+        return one_line(text)
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
+        return message(error.__cause__)
+    return message(error)
+
+
+def _refused_key(text: str, argv: Sequence[str]) -> str | None:
+    """The key of the override that Hydra found no place for."""
+    if not text.startswith(("Could not override", "Could not append", "Could not delete", "Key ")):
+        return None
+    keys = [arg.partition("=")[0].lstrip("+~") for arg in argv if "=" in arg]
+    return next((key for key in keys if f"'{key}'" in text or f"full_key: {key}" in text), None)
+
+
+def _known_keys(argv: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
+    """Groups, and the dotted keys of the config with the choices of `argv` that can be composed."""
+    groups = [
+        folder.relative_to(config_dir).as_posix() for folder in config_dir.rglob("*") if folder.is_dir()
+    ]
+    choices = [arg for arg in argv if arg.partition("=")[0] in groups and "," not in arg]
+    with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
+        try:
+            config = hydra.compose(config_name, choices)
+        except Exception:
+            # The error told is the first one; suggestions for it are not worth a second.
+            return groups
+    return groups + list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def _dotted(node: Any, prefix: str) -> Iterator[str]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            yield from _dotted(value, f"{prefix}{key}.")

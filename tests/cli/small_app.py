@@ -1,0 +1,42 @@
+"""A command of its own, with the smallest task there is, for tests of everything around a task."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from sim.hydra_app import hydra_main
+
+
+def task(config: DictConfig) -> dict[str, Any]:
+    """Write the seed into the run's folder."""
+    if config.policy.name == "broken":
+        raise ValueError("policy broken cannot run")
+    if config.seed == 99:
+        raise ZeroDivisionError("a mistake of ours")
+    if config.seed == 98:
+        sys.exit(7)
+    time.sleep(config.wait_s)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    (folder / "seed.txt").write_text(str(config.seed))
+    return {"policy": config.policy.name, "seed": config.seed}
+
+
+def show(rows: Sequence[Any]) -> None:
+    print("rows:", *(f"{row['policy']}/{row['seed']}" for row in rows))
+
+
+def main(argv: list[str]) -> int:
+    return hydra_main(task, argv, prog="coserve small", config_dir=Path("configs").resolve(), at_end=show)
+
+
+if __name__ == "__main__":
+    from tests.cli import small_app
+
+    sys.exit(small_app.main(sys.argv[1:]))

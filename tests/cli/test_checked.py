@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+from omegaconf import OmegaConf
+
+from sim.checked import build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    rate_rps: float
+    count: int = 1
+    on: bool = False
+    name: str | None = None
+    order: Literal["fcfs", "edf"] = "fcfs"
+    targets: tuple[str, ...] = ()
+    pair: tuple[float, int] = (0.0, 0)
+    weights: dict[str, float] = field(default_factory=dict)
+    inner: Inner | None = None
+    many: list[Inner] = field(default_factory=list)
+    made: Any = None
+
+
+HERE = __name__
+
+
+def make(**keys: object) -> Outer:
+    built = build(Outer, OmegaConf.create({"rate_rps": 1.0, **keys}), "workload")
+    assert isinstance(built, Outer)
+    return built
+
+
+def test_values_of_the_right_type_arrive_as_the_annotation_says() -> None:
+    built = make(
+        rate_rps=5,
+        name="x",
+        targets=["a", "b"],
+        pair=[1, 2],
+        weights={"a": 1},
+        inner={"tokens": 3},
+        many=[{"tokens": 1}, {"tokens": 2}],
+    )
+    assert type(built.rate_rps) is float
+    assert built == Outer(
+        rate_rps=5.0,
+        name="x",
+        targets=("a", "b"),
+        pair=(1.0, 2),
+        weights={"a": 1.0},
+        inner=Inner(tokens=3),
+        many=[Inner(tokens=1), Inner(tokens=2)],
+    )
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"rate_rps": "fast"}, "workload.rate_rps must be a number, got 'fast'"),
+        ({"rate_rps": "1e-3"}, "workload.rate_rps must be a number, got '1e-3'"),
+        ({"rate_rps": None}, "workload.rate_rps must be a number, got None"),
+        ({"rate_rps": True}, "workload.rate_rps must be a number, got True"),
+        ({"count": True}, "workload.count must be a whole number, got True"),
+        ({"count": 1.0}, "workload.count must be a whole number, got 1.0"),
+        ({"on": 1}, "workload.on must be true or false, got 1"),
+        ({"name": 3}, "workload.name must be text or null, got 3"),
+        ({"order": "lifo"}, "workload.order must be one of fcfs, edf, got 'lifo'"),
+        ({"targets": "a"}, "workload.targets must be a list, each item text, got 'a'"),
+        ({"targets": ["a", 1]}, "workload.targets[1] must be text, got 1"),
+        ({"pair": [1]}, "workload.pair must be a list of 2: a number, a whole number, got [1]"),
+        ({"weights": {"a": "b"}}, "workload.weights.a must be a number, got 'b'"),
+        ({"inner": {"tokens": "3"}}, "workload.inner.tokens must be a whole number, got '3'"),
+        ({"inner": {}}, "workload.inner.tokens is missing; it must be given"),
+        ({"many": [{"tokens": None}]}, "workload.many[0].tokens must be a whole number, got None"),
+        ({"rate_rsp": 1}, "workload has no key 'rate_rsp'; did you mean 'rate_rps'?; known: rate_rps, count"),
+        ({"made": {"_target_": "sim.nowhere.X"}}, "workload.made._target_ names a module that does"),
+        ({"made": {"_target_": "math.nothing"}}, "workload.made._target_ names nothing that exists"),
+    ],
+)
+def test_any_other_value_is_refused_by_name(keys: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=r"^workload") as refused:
+        make(**keys)
+    assert str(refused.value).startswith(told)
+
+
+def test_a_target_is_built_with_what_no_config_can_hold() -> None:
+    node = OmegaConf.create({"_target_": f"{HERE}.Outer", "rate_rps": math.inf})
+    inner = Inner(tokens=1)
+    built = build(None, node, "workload", inner=inner)
+    assert built.inner is inner
+    with pytest.raises(ValueError, match="workload has no key 'inner'"):
+        build(None, OmegaConf.merge(node, {"inner": {"tokens": 2}}), "workload", inner=inner)
+
+
+def test_a_nested_target_is_built_first() -> None:
+    assert make(made={"_target_": f"{HERE}.Inner", "tokens": 4}).made == Inner(tokens=4)

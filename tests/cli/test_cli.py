@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from sim import cli
+
+
+def test_help_names_every_command_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name, (text, _) in cli.COMMANDS.items():
+        assert [line.split(maxsplit=1) for line in lines if line.startswith(f"  {name} ")] == [[name, text]]
+
+
+def test_help_loads_no_heavy_package() -> None:
+    program = (
+        "import sys; from sim.cli import main; main(['--help']);"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    loaded = set(out.splitlines()[-1].split())
+    assert not loaded & {"hydra", "omegaconf", "numpy", "pandas", "simpy", "matplotlib", "torch"}
+
+
+def test_an_unknown_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["simulte"]) == 2
+    assert "no command named 'simulte'; did you mean 'simulate'?" in capsys.readouterr().err
+
+
+def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "usage: coserve" in capsys.readouterr().out
+
+
+def raising(error: BaseException) -> object:
+    def command(argv: list[str]) -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (ValueError("rate_rps must be above 0,\n got -1"), 2, "error: rate_rps must be above 0,; got -1\n"),
+        (FileNotFoundError(2, "No such file", "x.csv"), 2, "error: No such file: x.csv\n"),
+        (ModuleNotFoundError("torch", name="torch"), 2, "error: needs torch, which is not installed;"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (KeyError("a mistake of ours"), 1, "Traceback"),
+        (ModuleNotFoundError("sim.missing", name="sim.missing"), 1, "Traceback"),
+    ],
+)
+def test_an_error_of_a_command_gives_its_line_and_exit_code(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+    told: str,
+) -> None:
+    monkeypatch.setattr(cli, "failing", raising(error), raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "failing", ("fails", "sim.cli:failing"))
+    assert cli.main(["failing"]) == code
+    err = capsys.readouterr().err
+    assert told in err
+    assert ("Traceback" in err) == (code == 1)

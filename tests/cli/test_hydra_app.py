@@ -1,0 +1,141 @@
+"""A Hydra command: what it writes, what it refuses and how, sweeps, failures and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.small_app import main
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_a_run_leaves_its_folder_with_the_resolved_config_and_nothing_else(
+    app_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["seed=3"]) == 0
+    out = app_folder / "out"
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
+        "seed.txt", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+    }  # fmt: skip
+    assert capfd.readouterr() == ("rows: plain/3\n", "")
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["polcy=eager"], "no key or group named 'polcy'; did you mean 'policy'?"),
+        (["policy=eagr"], "no policy named 'eagr'; did you mean 'eager'?; known: broken, eager, plain"),
+        (["workload.rate_rsp=1"], "no key or group named 'workload.rate_rsp'; did you mean 'workload.rate_rps'?"),
+        (["policy=eager", "sede=1"], "no key or group named 'sede'; did you mean 'seed'?"),
+        (["-m", "policy=plain,eagr"], "no policy named 'eagr'; did you mean 'eager'?; known: broken, eager, plain"),
+        (["-m", "sede=1,2"], "no key or group named 'sede'; did you mean 'seed'?"),
+        (["seed=1,2"], "'seed=1,2' gives several values: add -m to run each, or write KEY=[A,B] for a list"),
+        (["seed 1"], "cannot read 'seed 1': expected KEY=VALUE, quotes around unusual values"),
+        (["--multrun", "seed=1"], "unrecognized arguments: --multrun; did you mean '--multirun'?"),
+        (["policy=broken"], "policy broken cannot run"),
+        (["hydra.run.dir=configs/config.yaml/out"], "Not a directory: "),
+        (["-m", "seed=1,2", "hydra.sweep.dir=configs/config.yaml/out"], "Not a directory: "),
+        (["seed=${nothing}"], "Interpolation key 'nothing' not found"),
+        (
+            ["hydra.launcher.workers=0", "-m", "seed=1,2"],
+            "hydra.launcher.workers must be null or a whole number of at least 1, got 0",
+        ),
+    ],
+)
+def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(
+    app_folder: Path, capfd: pytest.CaptureFixture[str], argv: list[str], told: str
+) -> None:
+    assert main(argv) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith(f"coserve small: error: {told}")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["seed=99"]) == 1
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_debugging_shows_the_traceback_of_every_error(
+    app_folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COSERVE_DEBUG", "1")
+    assert main(["policy=broken"]) == 2
+    assert "Traceback" in capfd.readouterr().err
+
+
+def test_hydras_own_flags_work(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["seed=4", "--cfg", "job"]) == 0
+    assert "seed: 4" in capfd.readouterr().out
+    assert not (app_folder / "out").exists()
+
+
+def test_help_lists_groups_choices_and_keys_of_the_folder(
+    app_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--help"]) == 0
+    text = capfd.readouterr().out
+    for expected in ("policy  broken, eager, plain*", "workload.rate_rps=5.0", "Write the seed", "-m policy="):
+        assert expected in text
+
+
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_a_sweep_runs_every_combination_and_sums_up_in_order(
+    app_folder: Path, capfd: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    sweep = ["-m", "policy=eager,plain", "seed=range(1,4)", f"hydra/launcher={launcher}"]
+    # The keys of one launcher are not those of another.
+    config = app_folder / "configs" / "config.yaml"
+    config.write_text(config.read_text().replace("  launcher: {workers: 2}\n", ""))
+    assert main(sweep) == 0
+    out, err = capfd.readouterr()
+    assert out == "rows: eager/1 eager/2 eager/3 plain/1 plain/2 plain/3\n"
+    seeds = [(app_folder / "out" / str(job) / "seed.txt").read_text() for job in range(6)]
+    assert seeds == ["1", "2", "3", "1", "2", "3"]
+    assert ("6/6" in err) == (launcher == "processes")
+    assert "HYDRA" not in out + err
+
+
+def test_failed_runs_of_a_sweep_stop_no_other(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["-m", "policy=glob(*)", "seed=1,98"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "rows: eager/1 plain/1\n"
+    assert "run policy=broken seed=1 failed: policy broken cannot run\n" in err
+    assert "run policy=eager seed=98 failed: its process ended with exit code 7\n" in err
+    assert err.endswith("coserve small: 4 of 6 runs failed\n")
+    assert "Traceback" not in err
+
+
+def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "tests.cli.small_app", "-m", "seed=range(0,40)", "wait_s=0.3"]
+    process = subprocess.Popen(
+        command,
+        cwd=app_folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while len(list(app_folder.glob("out/*/seed.txt"))) < 3:
+        assert process.poll() is None
+        time.sleep(0.02)
+    # To the whole group, as a terminal does.
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.endswith("coserve small: interrupted\n")
+    assert "Traceback" not in err
+    told = [int(row.split("/")[1]) for row in out.removeprefix("rows: ").split()]
+    assert 2 <= len(told) < 40
+    for seed in told:
+        assert (app_folder / "out" / str(seed) / "seed.txt").read_text() == str(seed)
