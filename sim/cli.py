@@ -6,11 +6,12 @@ takes the arguments after the command's name and returns the exit code.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from sim.errors import USER_ERROR, message, nearest, report
+from sim.errors import BUG, USER_ERROR, message, nearest, report
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
@@ -23,7 +24,15 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; returns the exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; what is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BUG
+
+
+def _dispatch(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h", "help"):
         print(_help())
@@ -45,6 +54,8 @@ def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
         return command(arguments)
     except KeyboardInterrupt as stop:
         return report(prog, stop, None)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         return report(prog, error, message(error))
 
