@@ -23,7 +23,7 @@ from sim.core.plan import ClusterPolicy, Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.context import CostBuilder, CostContext
-from sim.cost.memory import kv_room_tokens
+from sim.cost.memory import FinetuneReservation, kv_room_tokens
 from sim.errors import nearest
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
@@ -83,7 +83,6 @@ class RunSettings:
     """The `run` node."""
 
     name: str | None
-    duration_s: float | None
     drain_s: float
     bounds: bool
 
@@ -116,8 +115,7 @@ def assemble(config: DictConfig) -> Assembly:
     run = build(RunSettings, config.run, "run")
     slos = _slos(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    duration_s = workload.duration_s if run.duration_s is None else run.duration_s
-    horizon = Horizon(duration_s=duration_s, drain_s=run.drain_s)
+    horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     groups, router = _groups(config, seed)
     count = sum(len(group.members) for group in groups)
     policies = _policies(config, groups, slos)
@@ -126,7 +124,7 @@ def assemble(config: DictConfig) -> Assembly:
     pipelines, facts = [], []
     for group in groups:
         for index in group.members:
-            jobs = finetune.build(group.model, index, count, seed)
+            jobs = finetune.build(group.model, index, seed, count)
             pipelines.append(
                 PipelineSpec(
                     policy=policies[index],
@@ -142,7 +140,6 @@ def assemble(config: DictConfig) -> Assembly:
         "policy": config.policy.name,
         "model": config.model.name,
         "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
-        "pipelines": count,
         "workload": workload.name,
         "rate_rps": workload.rate_rps,
         "seed": seed,
@@ -198,7 +195,7 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
     model = build(ModelShape, config.model, "model")
     cluster = build(ClusterSettings, config.cluster, "cluster")
     device = build(DeviceSpec, config.device, "device")
-    lora = build(None, config.finetune, "finetune").lora
+    finetune = build(None, config.finetune, "finetune")
     if cluster.groups is None:
         settings = [(cluster.pipelines, device, cluster.tp, cluster.limits.kv_tokens)]
     else:
@@ -212,11 +209,11 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
             device=device,
             model=model,
             tp=model.tp if tp is None else tp,
-            lora=lora,
+            lora=finetune.lora,
             seed=seed,
             lookahead=cluster.limits.lookahead,
         )
-        limits = _limits(config, cluster, context, kv_tokens)
+        limits = _limits(finetune, cluster, context, kv_tokens)
         world = build(None, config.cost.world, "cost.world")
         predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
         facts = PipelineFacts(
@@ -239,18 +236,19 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
 
 
 def _limits(
-    config: DictConfig, cluster: ClusterSettings, context: CostContext, kv_tokens: int | None
+    finetune: Finetune, cluster: ClusterSettings, context: CostContext, kv_tokens: int | None
 ) -> Limits:
     limits = cluster.limits
     if kv_tokens is None:
-        finetune = build(None, config.finetune, "finetune")
         kv_tokens = kv_room_tokens(
-            context.device,
-            context.model,
-            context.tp,
-            context.lora,
+            device=context.device,
+            model=context.model,
+            tp=context.tp,
+            lora=context.lora,
             utilization=cluster.memory_utilization,
-            finetune=finetune.reservation,
+            batch_tokens=limits.max_tokens,
+            batch_sequences=limits.max_sequences,
+            finetune=_reservation(finetune),
         )
     longest = limits.max_sequence_tokens
     return Limits(
@@ -261,6 +259,17 @@ def _limits(
         max_sequence_tokens=context.model.max_context_tokens if longest is None else longest,
         admission=limits.admission,
         lookahead=limits.lookahead,
+    )
+
+
+def _reservation(finetune: Finetune) -> FinetuneReservation | None:
+    """Room for the longest sample of every job at once: each has one in flight."""
+    jobs = finetune.jobs.values()
+    if not jobs:
+        return None
+    return FinetuneReservation(
+        sample_tokens=sum(job.cutoff_len for job in jobs),
+        memory="stash" if any(job.memory == "stash" for job in jobs) else "recompute",
     )
 
 

@@ -41,7 +41,7 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
     values = dict(values)
     name = values.pop("_target_", None)
     if target is None:
-        target = _locate(name, where)
+        target = locate(name, where)
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
     _check_keys(values, parameters, given, where)
@@ -170,7 +170,7 @@ def _signature_owner(target: Callable[..., Any]) -> Callable[..., Any]:
     return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
 
 
-def _locate(name: object, where: str) -> Callable[..., Any]:
+def locate(name: object, where: str) -> Callable[..., Any]:
     if not isinstance(name, str):
         raise ValueError(f"{where}._target_ must name a class, got {name!r}")
     module, _, attribute = name.rpartition(".")

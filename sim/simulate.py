@@ -158,8 +158,8 @@ def _few_collections() -> Iterator[None]:
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, the figure that compares them, and where both are."""
-    from analysis.figures.compare import compare_figure
-    from analysis.table import print_summaries
+    from analysis.figures.compare import write_compare
+    from analysis.table import print_table
     from sim.results import read_run
 
     folder = Path(rows[0]["folder"])
@@ -168,6 +168,6 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         shown += [read_run(path).summary for path in sorted(folder.glob("bounds/*"))]
     else:
         folder = folder.parent
-    print_summaries(shown)
+    print_table(shown)
     print(f"runs:   {folder}")
-    print(f"figure: {compare_figure(shown, folder / 'compare.png')}")
+    print(f"figure: {write_compare(shown, folder / 'compare.png')}")

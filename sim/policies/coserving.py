@@ -23,15 +23,18 @@ class CoServing:
         *,
         predictor: Predictor,
         budget_s: float,
+        margin: float = 0.05,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 16,
     ) -> None:
-        """`budget_s`: bound on the predicted time of an iteration with finetuning in it, the tightest
-        TPOT bound of the traffic."""
+        """`budget_s`: bound on the time of an iteration, the tightest TPOT bound of the traffic; `margin`:
+        share of it that is kept free, because predictions are not exact."""
+        if not 0 <= margin < 1:
+            raise ValueError(f"policy.margin must be in [0, 1), got {margin}")
         self._predictor = predictor
-        self._budget_s = budget_s
+        self._budget_s = (1 - margin) * budget_s
         self._max_forward_tokens = max_forward_tokens
-        self._latency = Latency(predictor, budget_s, min_chunk_tokens)
+        self._latency = Latency(predictor, self._budget_s, min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         inference = pack_inference(view, view.limits.max_tokens, self._latency)

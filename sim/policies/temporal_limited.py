@@ -23,14 +23,18 @@ class TemporalLimited:
         *,
         predictor: Predictor,
         budget_s: float,
+        margin: float = 0.05,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 16,
     ) -> None:
-        """`budget_s`: bound on an inference iteration and the finetuning slice after it, together."""
+        """`budget_s`: bound on an inference iteration and the finetuning slice after it, together;
+        `margin`: share of it that is kept free."""
+        if not 0 <= margin < 1:
+            raise ValueError(f"policy.margin must be in [0, 1), got {margin}")
         self._predictor = predictor
-        self._budget_s = budget_s
+        self._budget_s = (1 - margin) * budget_s
         self._max_forward_tokens = max_forward_tokens
-        self._latency = Latency(predictor, budget_s, min_chunk_tokens)
+        self._latency = Latency(predictor, self._budget_s, min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         spent_s = view.memory

@@ -22,6 +22,11 @@ class Workload:
     notes: tuple[str, ...] = ()
     """What was left out of a trace, for people."""
 
+    @property
+    def rate_rps(self) -> float | None:
+        """Mean arrival rate; None when arrivals depend on answers."""
+        return None if self.table is None else self.table.rate_rps
+
     @classmethod
     def of(cls, table: RequestTable) -> Workload:
         return cls(
