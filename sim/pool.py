@@ -2,7 +2,7 @@
 
 The standard executor gives up all calls when one worker dies, and its workers answer Ctrl-C with a
 traceback each. Workers are spawned, not forked: a fork copies the locks of whatever threads numpy,
-pyarrow or torch have started, and a spawned worker costs its imports (about 0.5 s) once per sweep.
+pyarrow or torch have started, and a spawned worker pays for its imports once per sweep.
 """
 
 from __future__ import annotations
