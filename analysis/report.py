@@ -68,7 +68,9 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="coserve report", description="Compare runs that are already there.")
+    parser = argparse.ArgumentParser(
+        prog="coserve report", description="Compare runs that are already there."
+    )
     parser.add_argument("runs", nargs="*", metavar="RUN_FOLDER", help="a run, or a folder that holds runs")
     parser.add_argument("--figure", metavar="PATH", help="write a figure (png, pdf, svg)")
     parser.add_argument("--csv", metavar="PATH", help="write every metric of every run")

@@ -45,8 +45,6 @@ class Section(NamedTuple):
 
     title: str
     heads: list[tuple[str, str]]
-    labels: int
-    """How many columns from the left are labels, aligned left."""
     lines: list[list[str]]
     winners: set[int]
     kept: list[bool]
@@ -66,11 +64,10 @@ def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
     for section in sections(rows, kept_share):
         widths = _widths(section)
         lines = [section.title] if section.title else []
-        for level in (0, 1):
-            lines.append(_line([head[level] for head in section.heads], section.labels, widths, "  "))
+        lines += [_line([head[level] for head in section.heads], widths, "  ") for level in (0, 1)]
         lines.append("  " + "  ".join("-" * width for width in widths))
         for i, cells in enumerate(section.lines):
-            lines.append(_line(cells, section.labels, widths, "* " if i in section.winners else "  "))
+            lines.append(_line(cells, widths, "* " if i in section.winners else "  "))
         blocks.append("\n".join(lines))
     return "\n\n".join([*blocks, footnote(kept_share)])
 
@@ -89,8 +86,8 @@ def print_table(
 
 def footnote(kept_share: float = SLO_KEPT_SHARE) -> str:
     return (
-        f"* most finetuning of those that keep the SLO "
-        f"(at least {kept_share * 100:g} % of arrived requests meet it); - is missing"
+        f"* most finetuning among those keeping the SLO "
+        f"({kept_share * 100:g} % of arrived requests meet it). -: missing"
     )
 
 
@@ -120,7 +117,6 @@ def _section(rows: list[Row], kept_share: float) -> Section:
     section = Section(
         title=", ".join(part for part in shared if part),
         heads=heads,
-        labels=1,
         lines=lines,
         winners=best(rows, kept_share),
         kept=[keeps_slo(row, kept_share) for row in rows],
@@ -170,9 +166,10 @@ def _widths(section: Section) -> list[int]:
     ]
 
 
-def _line(cells: Sequence[str], labels: int, widths: Sequence[int], mark: str) -> str:
+def _line(cells: Sequence[str], widths: Sequence[int], mark: str) -> str:
+    """Cells to the right, but for the first, the policy."""
     padded = [
-        cell.ljust(width) if i < labels else cell.rjust(width)
+        cell.ljust(width) if i == 0 else cell.rjust(width)
         for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
     ]
     return (mark + "  ".join(padded)).rstrip()

@@ -116,7 +116,7 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
         )  # fmt: skip
     axes.set_xlim(0, span * 1.24)
-    axes.set_xlabel("trained tokens per second (tok/s); pale: SLO missed")
+    axes.set_xlabel("trained tokens per second (tok/s)\npale: SLO missed")
     if peak is not None:
         axes.axvline(peak, color=style.BLACK, linewidth=1.2, linestyle="--", zorder=3)
         axes.annotate(
@@ -128,13 +128,16 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
 
 
 def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> None:
-    for guide in GUIDES:
+    # Four points apart at most, so the outer two numbers stand outside of their lines.
+    for guide, side in zip(GUIDES, ("right", "center", "left"), strict=True):
         chosen = math.isclose(guide, kept_share)
-        axes.axvline(guide * 100, color=style.BLACK if chosen else style.GREY, linewidth=1.2 if chosen else 0.8,
-                     linestyle="--" if chosen else ":", zorder=3)  # fmt: skip
+        axes.axvline(
+            guide * 100, color=style.BLACK if chosen else style.GREY, linewidth=1.2 if chosen else 0.8,
+            linestyle="--" if chosen else ":", zorder=3,
+        )  # fmt: skip
         axes.annotate(
             f"{guide * 100:.0f}", (guide * 100, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
-            textcoords="offset points", ha="center", fontsize=8, weight="bold" if chosen else "normal",
+            textcoords="offset points", ha=side, fontsize=8, weight="bold" if chosen else "normal",
         )  # fmt: skip
     for y, line in enumerate(lines):
         value = line.attainment
@@ -151,7 +154,9 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
         )  # fmt: skip
     axes.set_xlim(0, 111)
     axes.set_xticks([0, 20, 40, 60, 80, 100])
-    axes.set_xlabel(f"requests that meet their SLO (%); blue: at least {kept_share * 100:g} %, red: fewer")
+    axes.set_xlabel(
+        f"requests that meet their SLO (%)\nblue: SLO kept (at least {kept_share * 100:g} %), red: missed"
+    )
     style.tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
 

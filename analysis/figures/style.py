@@ -8,7 +8,7 @@ line never depends on colour alone.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -45,9 +45,16 @@ _KNOWN = (
     "temporal",
     "temporal_limited",
     "temporal_dynamic",
+    "temporal_1",
+    "temporal_64",
+    "temporal_128",
+    "temporal_512",
     "spatial",
     "spatial_limited",
     "separate",
+    "separate_25",
+    "separate_50",
+    "separate_75",
 )
 _BOUNDS = {"inference_only": Look(GREY, "v", ":"), "finetune_only": Look(BLACK, "^", ":")}
 _MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
@@ -66,9 +73,22 @@ def look(policy: str) -> Look:
     if policy in _KNOWN:
         place = [name for name in _KNOWN if name.split("_")[0] == family].index(policy)
     else:
-        # A variant such as temporal_64 or separate_25: any shade, by its name.
+        # Another variant of a family: any shade, by its name.
         place = 1 + zlib.crc32(policy.encode()) % (3 * len(shades))
     return Look(shades[place % len(shades)], _MARKERS[place % 10], _DASHES[place % 3])
+
+
+def looks(policies: Mapping[str, str]) -> dict[str, Look]:
+    """Display name -> its policy's look, with the next marker where two would look the same."""
+    out: dict[str, Look] = {}
+    for name, policy in policies.items():
+        chosen = look(policy)
+        for marker in _MARKERS:
+            if chosen not in out.values():
+                break
+            chosen = chosen._replace(marker=marker)
+        out[name] = chosen
+    return out
 
 
 def scene_title(rows: Sequence[Row]) -> str:

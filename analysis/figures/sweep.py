@@ -50,10 +50,12 @@ def sweep_figure(
             raise ValueError(f"{metric!r} is not a metric; among them are {', '.join(DEFAULT_METRICS)}")
     lines = {metric: series(rows, key, metric) for metric in metrics}
     figure, grid = style.new_figure(5.2, nrows=1, ncols=len(metrics), squeeze=False)
-    policies = {name: text(row, "policy") for row, name in zip(rows, display_names(rows), strict=True)}
+    looks = style.looks(
+        {name: text(row, "policy") for row, name in zip(rows, display_names(rows), strict=True)}
+    )
     for axes, metric in zip(grid[0], metrics, strict=True):
         for name, points in lines[metric].items():
-            _draw(axes, shorten(name, 28), style.look(policies[name]), points, scale(metric))
+            _draw(axes, shorten(name, 28), looks[name], points, scale(metric))
         axes.set_xlabel(axis_title(key))
         axes.set_ylabel(axis_title(metric))
         _y_limits(axes, metric)

@@ -152,7 +152,7 @@ def test_a_missing_or_damaged_table_is_named(tmp_path: Path, name: str) -> None:
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cannot write run folder .*file") as caught:
+    with pytest.raises(OSError, match=r"cannot write run folder .*file") as caught:
         write(tmp_path / "file" / "run")
     assert "\n" not in str(caught.value)
     blocked = tmp_path / "run"

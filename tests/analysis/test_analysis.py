@@ -1,0 +1,278 @@
+"""Tables, figures and the report over run folders: what they show is what the rows say."""
+
+from __future__ import annotations
+
+import io
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from analysis.figures import style
+from analysis.figures.compare import compare_figure, ranked
+from analysis.figures.sweep import series, sweep_figure
+from analysis.figures.timeline import spread, timeline_figure
+from analysis.report import main
+from analysis.runs import best, collect, collect_classes, flatten
+from analysis.table import WIDTH, plain_table, print_table
+from sim.core.request import Slo
+from sim.core.rows import ITERATION_COLUMNS, Outcome, Recorder
+from sim.metrics import DEFINITIONS, summarize
+from sim.results import read_run, write_run
+
+NAN = math.nan
+POLICIES = {
+    "inference_only": (0.0, 0.999),
+    "finetune_only": (15000.0, NAN),
+    "coserving": (11800.0, 0.978),
+    "coserving_static": (7200.0, 0.991),
+    "temporal_64": (9000.0, 0.62),
+    "a_policy_with_a_name_that_is_far_too_long_for_any_table": (NAN, NAN),
+}
+
+
+def rows(rate: float = 20.0, seed: int = 0, factor: float = 1.0) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": policy,
+            "policy": policy,
+            "workload": "azure_conv",
+            "model": "llama_3_1_8b",
+            "device": "a100_80gb",
+            "rate_rps": rate,
+            "seed": seed,
+            "source": "sim",
+            "finetune_tok_s": trained * factor,
+            "attainment": met,
+            "tpot_p99_s": 0.0434,
+            "peak_finetune_tok_s": 15000.0,
+        }
+        for policy, (trained, met) in POLICIES.items()
+    ]
+
+
+def write(folder: Path, policy: str, rate: float = 2.0, tokens: int = 50, seed: int = 0) -> Path:
+    recorder = Recorder()
+    code = recorder.slos.code("chat")
+    recorder.requests.append((0, 0, code, 0, Outcome.FINISHED, 0.0, 0.5, 1.0, 3.0, 5, 3, 3, 0))
+    recorder.segments.append((0, 0, code, 1.0, 0, 2))
+    recorder.ticks.append((0, 2.0, 0, 3.0))
+    for i in range(3):
+        values = {**dict.fromkeys(ITERATION_COLUMNS, 0), "start_s": i, "end_s": i + 1.0, "predicted_s": NAN}
+        values |= {"iteration": i, "sampled_tokens": 1, "running": 1, "forward_tokens": 10}
+        recorder.iterations.append([values[c] for c in ITERATION_COLUMNS])
+    recorder.steps.append((0, recorder.jobs.code("job"), 1, 8, tokens, 2.5))
+    labels = {
+        "name": policy, "policy": policy, "model": "tiny", "device": "a100_80gb", "workload": "fixed",
+        "rate_rps": rate, "seed": seed,
+    }  # fmt: skip
+    summary = summarize(recorder, slos={"chat": Slo()}, duration_s=4.0, labels=labels)
+    config = {"policy": {"name": policy}, "workload": {"rate_rps": rate}, "device": "a100_80gb"}
+    return write_run(folder, recorder, summary, config=config, manifest={}, source="sim")
+
+
+def test_the_mark_goes_to_most_finetuning_among_those_that_keep_the_slo() -> None:
+    lines = [line for line in plain_table(rows()).split("\n") if line.startswith("*")]
+    assert lines[0].split()[:2] == ["*", "coserving"]
+    stricter = [line for line in plain_table(rows(), 0.99).split("\n") if line.startswith("*")]
+    assert stricter[0].split()[:2] == ["*", "coserving_static"]
+    assert best(rows(), 1.0) == set()
+
+
+def test_each_rate_has_its_own_best() -> None:
+    both = rows(4.0) + rows(20.0)
+    assert best(both) == {2, 2 + len(POLICIES)}
+
+
+def test_cells_say_missing_and_zero_apart_and_round_attainment_down() -> None:
+    table = plain_table([{"policy": "p", "attainment": 0.99999, "finetune_tok_s": 0.0, "goodput_rps": NAN}])
+    cells = table.split("\n")[3].split()
+    assert cells == ["p", "99.9", "-", "-", "-", "0", "-"]
+    exact = plain_table([{"policy": "p", "attainment": 0.991}, {"policy": "q", "attainment": 1.0}])
+    assert [line.split()[1] for line in exact.split("\n")[3:5]] == ["99.1", "100.0"]
+
+
+def test_lines_fit_and_are_aligned_whatever_varies() -> None:
+    many = [{**row, "source": source} for source in ("sim", "engine") for row in rows(4.0) + rows(12.5, 123)]
+    lines = plain_table(many).split("\n")
+    assert max(map(len, lines)) <= WIDTH
+    rule = next(line for line in lines if line.startswith("  -"))
+    body = lines[lines.index(rule) + 1 :][: len(many)]
+    gaps = [i for i, char in enumerate(rule) if char == " " and i >= 2]
+    assert all(len(line) <= len(rule) and all(line[i : i + 1] in (" ", "") for i in gaps) for line in body)
+
+
+def test_the_terminal_shows_the_same_text_even_when_it_is_narrow() -> None:
+    stream = io.StringIO()
+    print_table(rows() + rows(4.0), console=Console(file=stream, width=40, color_system=None))
+    assert stream.getvalue() == plain_table(rows() + rows(4.0)) + "\n"
+
+
+def test_scenes_are_sections() -> None:
+    other = [{**row, "model": "qwen2_5_14b"} for row in rows()]
+    table = plain_table(rows() + other)
+    assert "azure_conv, llama_3_1_8b, a100_80gb, 20 req/s" in table
+    assert "azure_conv, qwen2_5_14b, a100_80gb, 20 req/s" in table
+    assert sum(line.startswith("* coserving ") for line in table.split("\n")) == 2
+
+
+def test_collect_keeps_only_config_keys_that_vary(tmp_path: Path) -> None:
+    runs = [read_run(write(tmp_path / p, p, rate)) for p, rate in (("a", 1.0), ("b", 2.0))]
+    frame = collect(runs)
+    assert frame["workload.rate_rps"].tolist() == [1.0, 2.0]
+    assert frame["policy.name"].tolist() == ["a", "b"]
+    assert "classes" not in frame
+    assert frame["finetune_tok_s"].tolist() == [12.5, 12.5]
+    classes = collect_classes(runs)
+    assert classes["policy"].tolist() == ["a", "b"]
+    assert classes["slo"].tolist() == ["chat", "chat"]
+    assert classes["attainment"].tolist() == [1.0, 1.0]
+    assert flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "d": None}
+
+
+def test_the_comparison_draws_each_policy_once_with_its_numbers() -> None:
+    figure = compare_figure(rows())
+    left, right = figure.axes
+    names = [label.get_text() for label in left.get_yticklabels()]
+    assert names[:3] == ["coserving", "coserving_static", "inference_only"]
+    assert len(names) == len(POLICIES)
+    assert sorted(bar.get_width() for bar in left.patches) == [0.0, 7200.0, 9000.0, 11800.0, 15000.0]
+    assert sorted(bar.get_width() for bar in right.patches) == pytest.approx([62.0, 97.8, 99.1, 99.9])
+    assert [text.get_text() for text in left.texts].count("missing") == 1
+    assert [text.get_text() for text in right.texts].count("missing") == 2
+    assert any("finetuning alone 15,000" in text.get_text() for text in left.texts)
+    assert "azure_conv" in figure.get_suptitle()
+
+
+def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure() -> None:
+    figure = compare_figure(rows())
+    figure.canvas.draw()
+    frame = figure.bbox
+    for axes in figure.axes:
+        shown = [*axes.texts, axes.xaxis.label]
+        boxes = [text.get_window_extent() for text in shown if text.get_text()]
+        for i, box in enumerate(boxes):
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1, shown[i]  # noqa: PT018
+            assert not any(box.overlaps(other) for other in boxes[:i]), shown[i]
+
+
+def test_seeds_are_one_line_with_their_range() -> None:
+    lines = {line.name: line for line in ranked(rows(seed=0) + rows(seed=1, factor=1.1))}
+    assert lines["coserving"].finetune == pytest.approx((12390.0, 11800.0, 12980.0))
+    assert len(lines) == len(POLICIES)
+
+
+def test_measured_and_simulated_are_never_averaged() -> None:
+    both = rows() + [{**row, "source": "engine", "finetune_tok_s": 1.0} for row in rows()]
+    lines = {line.name: line.finetune.mean for line in ranked(both)}
+    assert (lines["coserving [sim]"], lines["coserving [engine]"]) == (11800.0, 1.0)
+
+
+@pytest.mark.parametrize("metric", [m for m in DEFINITIONS if not m.endswith("_bound_s")])
+def test_a_sweep_draws_any_metric_as_the_rows_have_it(metric: str) -> None:
+    swept = [
+        {**row, metric: None if rate == 8 else 0.1 * rate * (i + 1)}
+        for rate in (4, 8, 12)
+        for i, row in enumerate(rows(rate))
+    ]
+    figure = sweep_figure(swept, metrics=[metric])
+    lines = figure.axes[0].get_lines()
+    assert len(lines) == len(POLICIES)
+    x, y = (np.asarray(values, dtype=float) for values in lines[1].get_data())
+    assert x.tolist() == [4, 8, 12]
+    assert math.isnan(y[1])
+    assert y[2] == pytest.approx(3 * y[0])
+    assert y[0] in (pytest.approx(0.8), pytest.approx(80.0), pytest.approx(800.0))
+    labels = figure.axes[0].get_xlabel(), figure.axes[0].get_ylabel()
+    assert all(labels)
+    assert not labels[1].endswith(("_s", "_rps", "_j"))
+
+
+def test_points_of_a_sweep_are_means_with_range() -> None:
+    points = series(rows(4.0) + rows(4.0, seed=1, factor=2.0), "rate_rps", "finetune_tok_s")
+    assert points["coserving"] == [(4.0, 17700.0, 11800.0, 23600.0)]
+
+
+def test_every_policy_has_one_look_and_no_two_lines_the_same() -> None:
+    variants = [f"{family}_{n}" for family in ("temporal", "separate", "spatial") for n in range(8)]
+    names = [*variants, *POLICIES]
+    looks = style.looks({name: name for name in names})
+    assert len(set(looks.values())) == len(names)
+    assert style.looks({"coserving": "coserving"}) == {"coserving": style.look("coserving")}
+
+
+def test_a_timeline_keeps_every_token(tmp_path: Path) -> None:
+    run = read_run(write(tmp_path, "coserving"))
+    figure = timeline_figure(run, bins=7)
+    generated = figure.axes[0].get_lines()[0].get_ydata()
+    assert np.sum(generated) * 3.0 / 7 == pytest.approx(3.0)
+    assert figure.axes[1].get_lines()[0].get_ydata() == pytest.approx(np.ones(7))
+
+
+def test_spread_counts_by_overlap_and_sums_pipelines() -> None:
+    pd = pytest.importorskip("pandas")
+    table = pd.DataFrame({"pipeline": [0, 1, 0], "start_s": [0.0, 1.0, 3.0], "end_s": [2.0, 2.0, 4.0]})
+    rate = spread(table, np.array([4.0, 1.0, 8.0]), np.array([0.0, 1.0, 2.0, 3.0, 4.0]))
+    assert rate == pytest.approx([2.0, 3.0, 0.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("folders", "drawn"),
+    [
+        ([("a", 1.0)], "course"),
+        ([("a", 1.0), ("b", 1.0)], "comparison"),
+        ([("a", 1.0), ("a", 2.0)], "sweep"),
+    ],
+)
+def test_report_prints_and_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], folders: list[tuple[str, float]], drawn: str
+) -> None:
+    for i, (policy, rate) in enumerate(folders):
+        write(tmp_path / "runs" / str(i), policy, rate)
+    picture, csv = tmp_path / "out" / f"{drawn}.png", tmp_path / "all.csv"
+    assert main([str(tmp_path / "runs"), "--figure", str(picture), "--csv", str(csv)]) == 0
+    out = capsys.readouterr().out
+    assert "fixed, tiny, a100_80gb" in out
+    assert out.rstrip().endswith(f"figure: {picture}")
+    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    assert width == 1200
+    assert height > 150
+    assert len(csv.read_text().splitlines()) == 1 + len(folders)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ([], "name at least one run folder"),
+        (["NOWHERE"], "does not exist"),
+        (["EMPTY"], "no summary.json in or below"),
+        (["RUN", "--figure", "x.nothing"], "the suffix must be one of"),
+        (["RUN", "--figure", "FILE/x.png"], "cannot write figure"),
+        (["RUN", "--csv", "FILE/x.csv"], "cannot write"),
+        (["DAMAGED"], "summary.json is not JSON"),
+        (["RUN", "OTHER", "--figure", "x.png"], "a figure shows one model"),
+    ],
+)
+def test_report_fails_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], message: str
+) -> None:
+    write(tmp_path / "RUN", "a")
+    other = write(tmp_path / "OTHER", "b") / "summary.json"
+    other.write_text(other.read_text().replace('"tiny"', '"huge"'))
+    (write(tmp_path / "DAMAGED", "a") / "summary.json").write_text("{")
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    arguments = [a if a.startswith("--") else str(tmp_path / a) for a in extra]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_report_tells_definitions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--definitions"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(DEFINITIONS)
