@@ -326,7 +326,9 @@ class PipelineState:
         gone: list[int] = []
         if launched.scheduled:
             for sequence in launched.scheduled:
-                sequence.scheduled_s = start_s
+                # With a lookahead its second chunk may have been launched before the first had its time.
+                if sequence.scheduled_s is None:
+                    sequence.scheduled_s = start_s
         if launched.sampled:
             self._stamp_first_tokens(launched.sampled, end_s)
         for sequence, start_tick, end_tick in launched.segments:
@@ -343,8 +345,9 @@ class PipelineState:
             code = self._recorder.jobs.code(job)
             self._recorder.steps.append((self.pipeline, code, step, samples, tokens, end_s))
         if ended or aborted:
-            gone += self._end_by_themselves(ended, launched.tick, end_s)
-            gone += self._abort(aborted, launched.tick, end_s)
+            tick = launched.tick
+            gone += [id for id in ended if self._end_early(id, Outcome.FINISHED, tick, end_s)]
+            gone += [id for id in aborted if self._end_early(id, Outcome.ABORTED, tick, end_s)]
         return gone
 
     def close(self) -> None:
@@ -357,37 +360,26 @@ class PipelineState:
                 self._record_segment(sequence, start_tick, self.tick)
             self._record_request(sequence, Outcome.UNFINISHED)
 
-    def _end_by_themselves(self, ids: Iterable[int], tick: int, end_s: float) -> list[int]:
-        gone = []
-        for id in ids:
-            sequence = self.running[id]
-            start_tick = sequence.start_tick
-            # With a lookahead the sequence may already be part of the next iteration, in vain.
-            surplus = self.tick - tick if sequence.decoding else 0
-            self._stop(sequence)
-            sequence.generated_tokens -= surplus
-            self._record_segment(sequence, start_tick, tick)
-            self._record_request(sequence, Outcome.FINISHED, end_s)
-            gone.append(id)
-        return gone
-
-    def _abort(self, ids: Iterable[int], tick: int, end_s: float) -> list[int]:
-        gone = []
-        for id in ids:
-            sequence = self.running.get(id)
+    def _end_early(self, id: int, outcome: Outcome, tick: int, end_s: float) -> bool:
+        """End a request before its last token; False when it has ended already."""
+        sequence = self.running.get(id)
+        if sequence is None:
+            # Waiting; if an iteration launched meanwhile has put it back, that one records its segment.
+            sequence = next((s for s in self.waiting if s.id == id), None)
             if sequence is None:
-                sequence = next((s for s in self.waiting if s.id == id), None)
-                if sequence is None:
-                    continue  # it ended before its client's word arrived
-                self.waiting.remove(sequence)
-            else:
-                segment = (sequence.start_tick, min(tick, self.tick)) if sequence.decoding else None
-                self._stop(sequence)
-                if segment is not None:
-                    self._record_segment(sequence, *segment)
-            self._record_request(sequence, Outcome.ABORTED)
-            gone.append(id)
-        return gone
+                return False
+            self.waiting.remove(sequence)
+        else:
+            prefilling, start_tick = id in self.prefilling, sequence.start_tick
+            self._stop(sequence)
+            # A token that an iteration launched meanwhile computes for it comes in vain.
+            if any(sequence in launched.sampled for launched in self._launched):
+                sequence.generated_tokens -= 1
+            elif not prefilling:
+                sequence.generated_tokens -= self.tick - tick
+                self._record_segment(sequence, start_tick, tick)
+        self._record_request(sequence, outcome, end_s if outcome is Outcome.FINISHED else None)
+        return True
 
     # Small things
 
