@@ -33,6 +33,8 @@ class IterationCost:
         self.lookahead = lookahead
         self.known_tokens = len(curves.token_s) - 1
         """Passes of more tokens are extended by the slope of the curves' upper half."""
+        self.extrapolations = 0
+        """Questions so far whose work had a pass beyond `known_tokens`."""
         self._token_s = list(curves.token_s)
         self._sampled_s = list(curves.sampled_s)
         fixed_s, token_s = curves.lora_fixed_s, curves.lora_token_s
@@ -250,6 +252,7 @@ class IterationCost:
                     fixed_s + (compute_s if compute_s > reading_s else reading_s)
                 )
         if largest > self.known_tokens:
+            self.extrapolations += 1
             self._reach(largest)
         rest_s += self._sampled_s[sampled]
         if adapters:
