@@ -2,8 +2,7 @@
 
 Tolerances are 4 standard errors; seeds are fixed. Over T seconds a renewal process with gaps of mean m
 and coefficient of variation c counts T/m arrivals with variance c^2 T/m (Cox, Renewal Theory, 1962). The
-sample CV of n gamma gaps has standard error c * sqrt((1 + 2 c^2 + ...) / 2n), taken from the spread over
-independent blocks below.
+standard error of a gamma sample's CV is taken from the spread over independent blocks.
 """
 
 from __future__ import annotations
