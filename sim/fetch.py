@@ -84,6 +84,10 @@ def _copy(file: PublicFile, out: BinaryIO) -> tuple[int, str]:
                 digest.update(block)
                 size_bytes += len(block)
                 bar.update(len(block))
+    if stated is not None and size_bytes != int(stated):
+        raise ValueError(
+            f"{file.url}: the download broke off after {size_bytes} of {stated} bytes; nothing kept"
+        )
     return size_bytes, digest.hexdigest()
 
 

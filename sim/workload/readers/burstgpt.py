@@ -38,6 +38,10 @@ class BurstGptReader:
         for column, wanted in (("Model", self.models), ("Log Type", self.log_types)):
             if wanted is None:
                 continue
+            if isinstance(wanted, str) or len(wanted) == 0:
+                raise ValueError(
+                    f"{path}: the values of {column} to keep must be a list of names, got {wanted!r}"
+                )
             known = [str(name) for name in frame[column].unique()]
             for name in wanted:
                 if name not in known:
@@ -46,8 +50,6 @@ class BurstGptReader:
                         f"{path}: no row has {column} {name!r}; there are {got}{nearest(name, known)}"
                     )
             frame = frame[frame[column].isin(list(wanted))]
-        if len(frame) == 0:
-            raise ValueError(f"{path}: no row is left by models {self.models} and log_types {self.log_types}")
         output_tokens = tokens_column(path, frame, "Response tokens", at_least=0)
         failed = output_tokens == 0
         count, total = int(failed.sum()), len(frame)

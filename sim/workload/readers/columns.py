@@ -9,6 +9,7 @@ of several servers, where the order of lines means nothing and the stamps everyt
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
@@ -49,6 +50,7 @@ def read_csv(
         if name not in header:
             got = ", ".join(header)
             raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
+    _check_widths(path, content, len(header))
     known = [*columns, *optional]
     for name in header if closed else ():
         if name not in known:
@@ -57,7 +59,7 @@ def read_csv(
             )
     try:
         frame = pd.read_csv(
-            io.StringIO(content),
+            io.BytesIO(content.encode()),  # a StringIO would hold 4 bytes a character
             header=0,
             names=header,
             index_col=False,
@@ -166,6 +168,16 @@ def make_table(
         output_tokens=output_tokens,
         **more,
     )
+
+
+def _check_widths(path: Path, content: str, width: int) -> None:
+    """Refuse a row with more fields than the header: pandas would drop the rest in silence."""
+    if content.count(",") == (width - 1) * (content.count("\n") + 1):
+        return
+    reader = csv.reader(io.StringIO(content))
+    for fields in reader:
+        if len(fields) > width:
+            raise ValueError(f"{path}: row {reader.line_num}: must have {width} fields, got {len(fields)}")
 
 
 def _numbers(column: pd.Series[Any]) -> Floats:
