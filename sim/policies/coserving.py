@@ -42,4 +42,4 @@ class CoServing:
             inference.work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens
         )
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(True, inference.prefills, inference.preempted, slices, False, predicted_s)
+        return Plan(inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s)

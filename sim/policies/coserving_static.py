@@ -33,7 +33,7 @@ class CoServingStatic:
         used = inference.work.decode_count + inference.work.prefill_tokens
         slices = self._slices(view.jobs[0], self._token_budget - used) if view.jobs else ()
         return Plan(
-            decode=True,
+            decode=inference.decode,
             prefills=inference.prefills,
             preempted=inference.preempted,
             finetune=slices,

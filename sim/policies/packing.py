@@ -26,12 +26,17 @@ class Inference(NamedTuple):
     work: Work
 
     @property
+    def decode(self) -> bool:
+        """There are sequences to decode, and room for their growth."""
+        return self.work.decode_count > 0
+
+    @property
     def busy(self) -> bool:
         """There are inference tokens to compute."""
         return self.work.decode_count > 0 or bool(self.prefills)
 
     def plan(self) -> Plan:
-        return Plan(True, self.prefills, self.preempted)
+        return Plan(self.decode, self.prefills, self.preempted)
 
 
 class Latency(NamedTuple):
@@ -44,7 +49,9 @@ class Latency(NamedTuple):
 
 
 def pack_inference(view: View, max_tokens: int, latency: Latency | None = None) -> Inference:
-    """Fill an iteration with at most `max_tokens` inference tokens (decodes are never cut)."""
+    """Fill an iteration with at most `max_tokens` inference tokens (decodes are never cut), and never
+    more than the pipeline's limit."""
+    max_tokens = min(max_tokens, view.limits.max_tokens)
     free = view.free_blocks - view.growth_blocks
     if free < 0:
         return _with_preemptions(view, max_tokens, latency)
@@ -70,6 +77,9 @@ def _with_preemptions(view: View, max_tokens: int, latency: Latency | None) -> I
     work = Work((), count, context, count, (), (), (), 0, view.adapters)
     kept = [s for s in view.prefilling if s.id not in preempted]
     inference = _with_prefills(view, work, kept, 0, max_tokens, free, latency)
+    if not inference.busy:
+        # Sequences that end with the running iteration hold the blocks: wait for them.
+        return Inference((), (), inference.work)
     return inference._replace(preempted=tuple(preempted))
 
 
