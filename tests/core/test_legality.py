@@ -19,7 +19,7 @@ from tests.support import SLOS, job_of, limits_of
 def state_of(**changes: Any) -> PipelineState:
     """Request 0 decodes with 16 tokens cached, 1 has 10 of its 40 tokens computed, 2 and 3 wait."""
     limits = limits_of(
-        **({"kv_tokens": 128, "block_tokens": 16, "max_sequences": 3, "max_tokens": 64} | changes)
+        **({"kv_tokens": 128, "block_tokens": 16, "max_sequences": 3, "max_tokens": 60} | changes)
     )
     jobs = [
         job_of([20, 20], id="rows"),
@@ -28,7 +28,7 @@ def state_of(**changes: Any) -> PipelineState:
         job_of([20], id="late", start_s=9.0),
     ]
     state = PipelineState(limits=limits, slos=SLOS, recorder=Recorder(), jobs=jobs)
-    for id, prompt in enumerate([16, 40, 30, 100]):
+    for id, prompt in enumerate([16, 40, 30, 66]):
         assert state.arrive(Request(id, 0.0, prompt, 50))
     state.view(0.0)
     state.apply(Plan(prefills=((0, 16), (1, 10)), finetune=(Forward("due", 5), Backward("due", 5))), 0.0)
@@ -52,7 +52,7 @@ ILLEGAL = {
     "unknown request": Plan(prefills=((9, 4),)),
     "admits while it preempts": Plan(decode=True, prefills=((2, 4),), preempted=(1,)),
     "too many sequences": Plan(prefills=((2, 4), (3, 4))),
-    "too many tokens": Plan(decode=True, prefills=((1, 30), (2, 30), )),
+    "too many tokens": Plan(decode=True, prefills=((1, 30), (2, 30))),
     "unknown job": Plan(finetune=(Forward("none", 1),)),
     "job not started": Plan(finetune=(Forward("late", 1),)),
     "no step due": Plan(finetune=(Step("rows"),)),
