@@ -358,6 +358,8 @@ class PipelineState:
                 start_tick = sequence.start_tick
                 self._stop(sequence)
                 self._record_segment(sequence, start_tick, self.tick)
+            elif sequence.id in self.prefilling:
+                self._stop(sequence)
             self._record_request(sequence, Outcome.UNFINISHED)
 
     def _end_early(self, id: int, outcome: Outcome, tick: int, end_s: float) -> bool:
