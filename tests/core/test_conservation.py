@@ -186,7 +186,7 @@ finite_jobs = st.lists(
     max_size=2,
 )
 many = settings(
-    max_examples=12,
+    max_examples=30,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],  # examples are small, and shrinking one takes minutes
