@@ -195,7 +195,7 @@ class PipelineState:
             finetune.backward,
             finetune.recompute,
             finetune.optimizer_params,
-            len(self._adapter_users),
+            len(self._adapter_users) if count or chunks else 0,
             plan.overlap and bool(plan.finetune),
         )
         counts = (len(self.running), len(self.waiting), self.kv.used, len(plan.preempted))
