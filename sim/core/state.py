@@ -195,7 +195,7 @@ class PipelineState:
             finetune.backward,
             finetune.recompute,
             finetune.optimizer_params,
-            len(self._adapter_users),
+            len(self._adapter_users) if count or chunks else 0,
             plan.overlap and bool(plan.finetune),
         )
         counts = (len(self.running), len(self.waiting), self.kv.used, len(plan.preempted))
@@ -358,6 +358,8 @@ class PipelineState:
                 start_tick = sequence.start_tick
                 self._stop(sequence)
                 self._record_segment(sequence, start_tick, self.tick)
+            elif sequence.id in self.prefilling:
+                self._stop(sequence)
             self._record_request(sequence, Outcome.UNFINISHED)
 
     def _end_early(self, id: int, outcome: Outcome, tick: int, end_s: float) -> bool:

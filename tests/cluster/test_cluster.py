@@ -1,0 +1,190 @@
+"""Routers and clusters: exact rules, and clusters that are sums of single pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import pytest
+
+from sim.cluster import PipelineSpec, simulate_cluster
+from sim.core.arrivals import Arrivals
+from sim.core.loop import Horizon
+from sim.core.request import Request, Slo
+from sim.core.rows import Outcome, Recorder
+from sim.core.state import PipelineState
+from sim.core.work import Work
+from sim.routing import (
+    AdapterAffinity,
+    Incoming,
+    LeastTokens,
+    Load,
+    PowerOfTwo,
+    RoundRobin,
+    Router,
+    SloAware,
+)
+from tests.support import (
+    SLOS,
+    ClosedLoop,
+    LinearCost,
+    ListArrivals,
+    build_policy,
+    job_of,
+    limits_of,
+    requests_of,
+)
+
+HELLO = Incoming(10, Slo(), None)
+ROUTERS = [RoundRobin, LeastTokens, PowerOfTwo, AdapterAffinity, SloAware]
+
+
+def load_of(*prompts: int, predictor: LinearCost | None = None, inbox: int = 0) -> Load:
+    """A pipeline with these prompts waiting and `inbox` requests of 10 tokens routed to it."""
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    for id, prompt in enumerate(prompts):
+        state.arrive(Request(id, 0.0, prompt, 5))
+    load = Load(state, predictor or LinearCost())
+    load.inbox_requests, load.inbox_tokens = inbox, 10 * inbox
+    return load
+
+
+def cluster(
+    requests: Seq[Request] | Arrivals,
+    router: Router,
+    costs: Seq[LinearCost],
+    *,
+    lookahead: int = 0,
+    jobs: bool = False,
+    horizon: Horizon | None = None,
+    policy: str = "coserving",
+) -> Recorder:
+    recorder = Recorder()
+    specs = [
+        PipelineSpec(
+            policy=build_policy(policy, predictor=cost),
+            world=cost,
+            predictor=cost,
+            limits=limits_of(lookahead=lookahead),
+            jobs=(job_of([50] * 40),) if jobs else (),
+        )
+        for cost in costs
+    ]
+    arrivals = ListArrivals(requests) if isinstance(requests, list) else requests
+    simulate_cluster(
+        pipelines=specs,
+        arrivals=arrivals,  # type: ignore[arg-type]
+        router=router,
+        slos=SLOS,
+        horizon=horizon or Horizon(),
+        recorder=recorder,
+    )
+    return recorder
+
+
+def test_round_robin_takes_each_in_turn() -> None:
+    loads, router = [load_of(), load_of(500), load_of()], RoundRobin()
+    assert [router.choose(HELLO, loads) for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+def test_least_tokens_counts_state_and_inbox_and_breaks_ties_by_index() -> None:
+    assert LeastTokens().choose(HELLO, [load_of(50), load_of(30, inbox=1), load_of(41)]) == 1
+    assert LeastTokens().choose(HELLO, [load_of(50), load_of(30, inbox=2), load_of(50)]) == 0
+
+
+def test_power_of_two_prefers_the_lighter_of_two_drawn() -> None:
+    """The heaviest is never taken; the lightest whenever drawn: 2/3 of three, 1/2 of four."""
+    for count, share in ((3, 2 / 3), (4, 1 / 2)):
+        loads, router = [load_of(10 + 10 * i) for i in range(count)], PowerOfTwo(seed=1)
+        picks = [router.choose(HELLO, loads) for _ in range(3000)]
+        assert count - 1 not in picks
+        assert picks.count(0) / 3000 == pytest.approx(share, abs=0.03)
+
+
+def test_an_adapter_stays_on_one_pipeline_until_the_bound() -> None:
+    loads, router = [load_of() for _ in range(4)], AdapterAffinity(max_imbalance=2.0)
+    request = Incoming(10, Slo(), "poet")
+    picks = []
+    for sent in range(40):
+        home = router.choose(request, loads)
+        bound = np.ceil(2.0 * (sent + 1) / 4)
+        assert loads[home].requests < bound
+        loads[home].inbox_requests += 1
+        picks.append(home)
+    assert picks.count(picks[0]) >= 20, "the bound lets a pipeline take twice the mean"
+    for load in loads:
+        load.inbox_requests = 10
+    assert {router.choose(request, loads) for _ in range(5)} == {picks[0]}
+
+
+def test_slo_aware_sends_more_to_the_faster_pipeline() -> None:
+    costs = [LinearCost(scale=1.0), LinearCost(scale=3.0)]
+    rows = cluster(requests_of(200, rate_rps=40, prompt_tokens=200), SloAware(), costs).requests.arrays()
+    fast, slow = (rows["pipeline"] == 0).sum(), (rows["pipeline"] == 1).sum()
+    assert fast > 1.5 * slow > 0
+
+
+def test_slo_aware_avoids_a_pipeline_whose_tpot_would_break() -> None:
+    """The second has a shorter backlog and decodes too slowly for 20 ms a token."""
+    slow = LinearCost(decode_s=0.03, prefill_s=2.0**-20)
+    loads = [load_of(200, 200), load_of(predictor=slow)]
+    assert SloAware().choose(Incoming(10, Slo(tpot_s=0.02), None), loads) == 0
+    assert SloAware().choose(Incoming(10, Slo(), None), loads) == 1
+
+
+def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
+    """16 short requests wait on the first: decoding together they take 4 + 17 * 2 ms a token, over 20 ms."""
+    cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
+    loads = [load_of(*[1] * 16, predictor=cost), load_of(900, predictor=LinearCost(prefill_s=0.01))]
+    assert cost.iteration_s(Work(decode_count=17)) > 0.02
+    assert SloAware().choose(Incoming(10, Slo(tpot_s=0.02), None), loads) == 1
+
+
+@pytest.mark.parametrize("jobs", [False, True])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_round_robin_cluster_is_as_many_single_pipelines(lookahead: int, jobs: bool) -> None:
+    """Stamps are multiples of 1/1024 s and costs sums of powers of two, so times are exact."""
+    requests = [
+        r._replace(arrival_s=round(r.arrival_s * 1024) / 1024)
+        for r in requests_of(90, rate_rps=30, prompt_tokens=(5, 300), slo="chat")
+    ]
+    costs = [LinearCost()] * 3
+    together = cluster(requests, RoundRobin(), costs, lookahead=lookahead, jobs=jobs)
+    for index in range(3):
+        alone = cluster(requests[index::3], RoundRobin(), costs[:1], lookahead=lookahead, jobs=jobs)
+        for name in ("iterations", "requests", "segments", "ticks", "steps"):
+            whole, part = getattr(together, name).arrays(), getattr(alone, name).arrays()
+            own = whole["pipeline"] == index
+            for column, values in part.items():
+                if column != "pipeline":
+                    assert np.array_equal(whole[column][own], values, equal_nan=True), (name, column)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_every_request_is_served_once_by_one_pipeline(router: type, lookahead: int) -> None:
+    requests = requests_of(80, rate_rps=40, prompt_tokens=(5, 1100), adapters=(None, "a", "b"))
+    rows = cluster(requests, router(), [LinearCost()] * 3, lookahead=lookahead).requests.arrays()
+    assert sorted(rows["request"].tolist()) == list(range(80))
+    rejected = {r.id for r in requests if r.prompt_tokens >= 1024}
+    assert {int(i) for i in rows["request"][rows["outcome"] == Outcome.REJECTED]} == rejected
+    assert len(rejected) > 0 and set(rows["pipeline"].tolist()) == {0.0, 1.0, 2.0}
+
+
+def test_finetune_only_pipelines_reject_every_request() -> None:
+    recorder = cluster(
+        requests_of(20, rate_rps=10), RoundRobin(), [LinearCost()] * 2, jobs=True, policy="finetune_only"
+    )
+    rows = recorder.requests.arrays()
+    assert rows["outcome"].tolist() == [float(Outcome.REJECTED)] * 20
+    assert recorder.iterations.arrays()["decode_count"].sum() == 0
+    assert recorder.steps.arrays()["tokens"].sum() == 2 * 40 * 50
+
+
+@pytest.mark.parametrize("pipelines", [1, 3])
+@pytest.mark.parametrize("clients", [1, 5])
+def test_a_closed_loop_on_a_cluster_ends_when_its_clients_do(pipelines: int, clients: int) -> None:
+    """Without a horizon too: sleeping pipelines must hear that nothing will ever come."""
+    source = ClosedLoop(clients=clients, total=20, think_s=0.25)
+    rows = cluster(source, RoundRobin(), [LinearCost()] * pipelines).requests.arrays()  # type: ignore[arg-type]
+    assert sorted(rows["request"].tolist()) == list(range(20))

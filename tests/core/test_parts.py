@@ -1,0 +1,160 @@
+"""The parts of the state against slow obvious references: queue, deadlines, blocks, backward rectangles."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from sim.core.deadlines import TokenDeadlines
+from sim.core.finetune import JobView, backward_chunks, recompute_chunks
+from sim.core.jobs import Jobs
+from sim.core.kv import KvBlocks
+from sim.core.queue import AdmissionQueue
+from sim.core.request import Slo
+from sim.core.sequence import Sequence
+from tests.support import job_of
+
+bounded = settings(max_examples=80, deadline=None, derandomize=True)
+KEYS = {
+    "fcfs": lambda s: s.arrival_s,
+    "deadline": lambda s: s.arrival_s + s.slo.ttft_s if s.slo.ttft_s < math.inf else 1e12 + s.arrival_s,
+    "shortest": lambda s: s.prompt_tokens,
+}
+
+
+@pytest.mark.parametrize("order", list(KEYS))
+@bounded
+@given(steps=st.lists(st.tuples(st.sampled_from("aaatpr"), st.integers(0, 9), st.booleans()), max_size=150))
+def test_the_queue_is_returned_ones_then_a_stable_sort(order: str, steps: list[tuple[str, int, bool]]) -> None:
+    queue = AdmissionQueue(order)
+    returned: list[Sequence] = []
+    ordered: list[Sequence] = []
+    taken: list[Sequence] = []
+    for id, (step, number, bounded_ttft) in enumerate(steps):
+        if step == "a":
+            slo = Slo(ttft_s=float(1 + number)) if bounded_ttft else Slo()
+            sequence = Sequence(id, id / 4, 1 + number, slo, None)
+            queue.add(sequence)
+            ordered = sorted([*ordered, sequence], key=KEYS[order])
+        elif step == "t" and len(queue):
+            assert queue.first() is (returned + ordered)[0]
+            sequence = queue.take()
+            assert sequence is (returned or ordered).pop(0)
+            taken.append(sequence)
+        elif step == "p" and taken:
+            sequence = taken.pop()
+            sequence.generated_tokens += 1
+            queue.put_back(sequence)
+            returned.insert(0, sequence)
+        elif step == "r" and len(queue):
+            sequence = (returned + ordered)[number % len(queue)]
+            queue.remove(sequence)
+            (returned if sequence in returned else ordered).remove(sequence)
+        assert list(queue) == returned + ordered
+        assert len(queue) == len(returned) + len(ordered)
+        assert queue.tokens == sum(s.known_tokens for s in returned + ordered)
+
+
+def test_a_long_queue_keeps_its_order_when_its_head_is_dropped() -> None:
+    queue = AdmissionQueue("fcfs")
+    sequences = [Sequence(i, float(i), 1, Slo(), None) for i in range(1000)]
+    for sequence in sequences:
+        queue.add(sequence)
+    assert [queue.take() for _ in sequences] == sequences and queue.tokens == 0
+
+
+@bounded
+@given(steps=st.lists(st.tuples(st.sampled_from("jjltt"), st.integers(1, 9), st.integers(0, 2)), max_size=80))
+def test_deadlines_and_growth_are_those_of_a_walk_over_the_sequences(steps: list[tuple[str, int, int]]) -> None:
+    """Sequences join, leave and come back with more tokens; [sequence, cached, generated] are kept one by one."""
+    bounds = (0.05, 0.2, math.inf)
+    deadlines, kv, tick = TokenDeadlines(), KvBlocks(4096, 4), 0
+    inside: list[tuple[Sequence, int]] = []
+    away: list[Sequence] = []
+    for id, (step, number, kind) in enumerate(steps):
+        if step == "j":
+            if away and kind == 0:
+                sequence = away.pop()
+                sequence.generated_tokens += 1
+            else:
+                sequence = Sequence(id, 0.0, number, Slo(tpot_s=bounds[kind]), None)
+                sequence.first_token_s, sequence.generated_tokens = number / 8, 1
+            sequence.computed_tokens = sequence.known_tokens - 1
+            sequence.start_tick = tick
+            kv.join(sequence.computed_tokens, tick)
+            deadlines.add(sequence)
+            inside.append((sequence, tick))
+        elif step == "l" and inside:
+            sequence, joined = inside.pop(number % len(inside))
+            kv.leave(sequence.computed_tokens, joined)
+            deadlines.remove(sequence)
+            sequence.generated_tokens += tick - joined
+            away.append(sequence)
+        else:
+            tick += 1
+        expected_s, growth = math.inf, 0
+        for sequence, joined in inside:
+            passed = tick - joined
+            assert sequence.first_token_s is not None
+            due_s = sequence.first_token_s + (sequence.generated_tokens + passed) * sequence.slo.tpot_s
+            expected_s = min(expected_s, due_s)
+            growth += (sequence.computed_tokens + passed) % 4 == 0
+        assert deadlines.earliest_s(tick + 1) == pytest.approx(expected_s, rel=1e-12)
+        assert kv.growth(tick + 1) == growth
+
+
+@st.composite
+def backward_cuts(draw: st.DrawFn) -> tuple[str, int, int, list[int]]:
+    """(order, layers, sample length, slice sizes that add up to all layer-tokens)."""
+    order = draw(st.sampled_from(["layer_major", "window_major"]))
+    layers, length = draw(st.integers(1, 5)), draw(st.integers(1, 12))
+    unit = layers if order == "window_major" else 1
+    left, cuts = layers * length, []
+    while left:
+        cuts.append(unit * draw(st.integers(1, left // unit)))
+        left -= cuts[-1]
+    return order, layers, length, cuts
+
+
+@bounded
+@given(cut=backward_cuts())
+def test_backward_rectangles_cover_each_cell_once_in_legal_order(cut: tuple[str, int, int, list[int]]) -> None:
+    """A cell (layer, token) may go backward once the layer above has its token, and the layer its own right
+    neighbour: the gradient of a window's K and V is final only when all later queries are done."""
+    order, layers, length, cuts = cut
+    memory = "recompute" if order == "window_major" else "stash"
+    next_token = [length - 1] * layers
+    done = 0
+    for layer_tokens in cuts:
+        job = JobView("job", layers, order, memory, 1, length, length, done, False)
+        rectangles = backward_chunks(job, layer_tokens)
+        assert sum(r.layer_tokens for r in rectangles) == layer_tokens
+        for rectangle in rectangles:
+            layer = max(n for n in range(layers) if next_token[n] >= 0)
+            assert rectangle.layers <= layer + 1
+            for n in range(layer, layer - rectangle.layers, -1):
+                for token in range(rectangle.context + rectangle.tokens - 1, rectangle.context - 1, -1):
+                    assert next_token[n] == token, "not the cell's turn in its layer"
+                    assert n == layers - 1 or next_token[n + 1] < token, "the layer above is not there yet"
+                    next_token[n] = token - 1
+        windows = [(c.tokens, c.context) for c in recompute_chunks(job, layer_tokens)]
+        assert windows == ([] if memory == "stash" else [(r.tokens, r.context) for r in rectangles])
+        done += layer_tokens
+    assert next_token == [-1] * layers
+
+
+def test_a_late_job_shares_from_its_start_and_claims_nothing_of_the_past() -> None:
+    early, late = job_of(100, id="early"), job_of(100, id="late", start_s=5.0)
+    jobs = Jobs([early, late])
+    jobs.start(0.0)
+    early.virtual_s = 1234.0
+    jobs.start(5.0)
+    assert late.virtual_s == early.virtual_s
+
+
+def test_a_job_without_data_never_starts_and_one_with_a_rest_ends_with_a_partial_step() -> None:
+    jobs = Jobs([job_of([], id="empty")])
+    jobs.start(0.0)
+    assert not jobs.active and jobs.views == () and jobs.next_start_s == math.inf

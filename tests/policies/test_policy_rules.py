@@ -1,0 +1,273 @@
+"""The rule of each policy, on scenarios small enough to know the answer."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sim.core.finetune import Backward, Forward, Step
+from sim.core.loop import Horizon
+from sim.core.plan import Plan, View
+from sim.core.request import Request
+from sim.core.work import Chunk
+from sim.policies.separate import Separate
+from sim.policies.temporal_dynamic import TemporalDynamic
+from tests.support import (
+    LAYERS,
+    ConstantCost,
+    LinearCost,
+    Run,
+    build_policy,
+    job_of,
+    limits_of,
+    requests_of,
+    run,
+    token_times,
+)
+
+COST = LinearCost(context_s=2.0**-22)
+BUDGETED = ["coserving", "spatial_limited", "temporal_limited"]
+BUSY = Horizon(duration_s=20.0, drain_s=0.0)
+
+
+def long_requests(count: int = 8) -> list[Request]:
+    """Decode throughout a 20 s run."""
+    return [Request(i, 0.0, 16, 10_000) for i in range(count)]
+
+
+ROOMY = limits_of(kv_tokens=400_000, max_sequence_tokens=20_000)
+
+
+def is_inference(plan: Plan) -> bool:
+    return plan.decode or bool(plan.prefills)
+
+
+def minimum_s(result: Run, index: int) -> float:
+    """Seconds of iteration `index` with its decodes and one minimum chunk, by prediction."""
+    work = result.log.works[index].inference._replace(overlap=False)
+    chunk = tuple(c._replace(tokens=min(c.tokens, 16)) for c in work.prefill[:1])
+    return COST.iteration_s(work._replace(prefill=chunk, adapters=0))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("order", ["layer_major", "window_major"])
+@pytest.mark.parametrize("name", BUDGETED)
+def test_the_predicted_time_exceeds_the_budget_only_with_the_least_inference(
+    name: str, order: str, lookahead: int
+) -> None:
+    requests = requests_of(150, rate_rps=30, prompt_tokens=(10, 800), output_tokens=(1, 80), seed=2)
+    for budget_s in (0.012, 0.03):
+        policy = build_policy(name, predictor=COST, budget_s=budget_s)
+        limits = limits_of(lookahead=lookahead, kv_tokens=6000)
+        jobs = [job_of(700, order=order)]
+        result = run(policy, requests, jobs=jobs, limits=limits, world=COST, horizon=Horizon(duration_s=6.0))
+        spent_s = 0.0
+        assert any(plan.finetune for plan in result.log.plans)
+        for i, (plan, work) in enumerate(zip(result.log.plans, result.log.works, strict=True)):
+            predicted_s = plan.predicted_s
+            assert predicted_s is not None
+            assert predicted_s == pytest.approx(COST.iteration_s(work._replace(adapters=0)), rel=1e-9)
+            together_s = predicted_s + (spent_s if name == "temporal_limited" and plan.finetune else 0.0)
+            if together_s > budget_s * (1 + 1e-9):
+                assert not plan.finetune and predicted_s <= minimum_s(result, i) * (1 + 1e-9)
+            spent_s = predicted_s if is_inference(plan) else 0.0
+
+
+@pytest.mark.parametrize("budget_s", [0.01, 0.05])
+def test_the_slice_is_the_largest_that_fits(budget_s: float) -> None:
+    """One token more of the last forward window would break the budget."""
+    policy = build_policy("coserving", predictor=COST, budget_s=budget_s, margin=0.0)
+    result = run(policy, long_requests(), jobs=[job_of(5000)], limits=ROOMY, world=COST, horizon=BUSY)
+    cut = 0
+    for plan, work in zip(result.log.plans, result.log.works, strict=True):
+        if plan.finetune and type(plan.finetune[-1]) is Forward and not work.backward:
+            last = work.forward[-1]
+            if last.tokens + last.context < 5000:
+                more = work._replace(forward=(*work.forward[:-1], Chunk(last.tokens + 1, last.context)))
+                assert COST.iteration_s(more) > budget_s
+                cut += 1
+    assert cut > 50
+
+
+def attainment(name: str, predictor: LinearCost, lookahead: int = 0) -> tuple[float, float]:
+    """(share of requests of TPOT bound 50 ms that keep it, trained tokens per second)."""
+    requests = requests_of(60, rate_rps=3, prompt_tokens=64, output_tokens=150, slo="chat", seed=6)
+    policy = build_policy(name, predictor=predictor, budget_s=0.05)
+    limits = limits_of(kv_tokens=20_000, lookahead=lookahead)
+    result = run(policy, requests, jobs=[job_of(900)], limits=limits, world=COST, horizon=Horizon(duration_s=25.0))
+    kept = []
+    for times_s in token_times(result.recorder).values():
+        kept.append((times_s[-1] - times_s[0]) / (len(times_s) - 1) <= 0.05)
+    return float(np.mean(kept)), float(result.table("steps")["tokens"].sum() / 25.0)
+
+
+def test_a_predictor_twice_too_optimistic_breaks_coserving_and_not_coserving_slack() -> None:
+    optimistic = LinearCost(context_s=COST.context_s, scale=0.5)
+    assert attainment("coserving", COST)[0] == 1.0
+    assert attainment("coserving", optimistic)[0] < 0.05
+    recovered, trained_tok_s = attainment("coserving_slack", optimistic)
+    assert recovered > 0.95 and trained_tok_s > 1000
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_coserving_slack_with_the_true_predictor_keeps_every_tpot(lookahead: int) -> None:
+    kept, trained_tok_s = attainment("coserving_slack", COST, lookahead)
+    assert kept == 1.0 and trained_tok_s > 1000
+
+
+@pytest.mark.parametrize("lengths", ["fixed", "drawn"])
+@pytest.mark.parametrize("backward_layers", [1, 2])
+def test_the_static_policy_gives_its_closed_form(lengths: str, backward_layers: int) -> None:
+    """FLEXLLM.md: L / [(ceil(L / (256 - c)) + layers / K) * t], here with c = 8 decodes at every iteration, the
+    mean of the brackets over a distribution, and one iteration more for each optimizer step."""
+    random = np.random.default_rng(7)
+    drawn = random.integers(300, 3000, 100_000).tolist() if lengths == "drawn" else [1800] * 100_000
+    seconds, accumulation, layers = 0.005, 8, 32
+    result = run(
+        build_policy("coserving_static", backward_layers=backward_layers),
+        [Request(i, 0.0, 1, 1_000_000) for i in range(8)],
+        jobs=[job_of(drawn, accumulation=accumulation, layers=layers)],
+        limits=limits_of(kv_tokens=10_000_000, max_sequence_tokens=1_000_000),
+        world=ConstantCost(seconds=seconds),
+        horizon=Horizon(duration_s=100.0, drain_s=0.0),
+    )
+    used = drawn[:500]
+    iterations = np.mean([math.ceil(n / (256 - 8)) + layers / backward_layers for n in used])
+    closed_form_tok_s = np.mean(used) / (iterations * seconds)
+    steps = result.table("steps")
+    trained_tok_s = steps["tokens"].sum() / steps["end_s"].max()
+    assert trained_tok_s == pytest.approx(closed_form_tok_s, rel=0.02)
+
+
+@pytest.mark.parametrize("interval", [1, 3, 64])
+def test_temporal_finetunes_after_every_n_inference_iterations(interval: int) -> None:
+    policy = build_policy("temporal", interval=interval)
+    result = run(policy, long_requests(), jobs=[job_of(30)], limits=ROOMY, horizon=Horizon(duration_s=3.0, drain_s=0))
+    kinds = [is_inference(plan) for plan in result.log.plans]
+    assert all((not plan.finetune) == is_inference(plan) for plan in result.log.plans)
+    finetuning = [i for i, kind in enumerate(kinds) if not kind]
+    assert len(finetuning) > 3 and finetuning[0] == interval
+    assert set(np.diff(finetuning)) == {interval + 1}
+    slices = [p for p in result.log.plans[finetuning[0]].finetune if type(p) is not Step]
+    assert slices == [Forward("job", 30), Backward("job", 30 * LAYERS)]
+
+
+def test_the_dynamic_interval_grows_with_queue_and_rate() -> None:
+    def mean_gap(requests: list[Request], slots: int) -> float:
+        policy = TemporalDynamic(min_interval=4, max_interval=64, queue_step=4, rate_step_rps=2, window_s=1.0)
+        limits = limits_of(kv_tokens=400_000, max_sequences=slots, max_sequence_tokens=20_000)
+        horizon = Horizon(duration_s=10.0, drain_s=0.0)
+        result = run(policy, requests, jobs=[job_of(10)], limits=limits, horizon=horizon)
+        return float(np.diff([i for i, plan in enumerate(result.log.plans) if plan.finetune][-30:]).mean())
+
+    quiet = mean_gap(long_requests(4), 4)
+    queued = mean_gap(long_requests(20), 4)
+    arriving = mean_gap([*long_requests(4), *(Request(9 + i, i / 20, 1, 1) for i in range(200))], 16)
+    # The averaged rate decays but is never 0, so the interval stays a little over 4 iterations.
+    assert 5 <= quiet <= 6
+    assert queued == pytest.approx(4 * (1 + 16 / 4) + 1, abs=1)
+    assert arriving > 5 * quiet
+
+
+def test_spatial_gives_both_streams_the_same_time() -> None:
+    result = run(build_policy("spatial", predictor=COST), long_requests(), jobs=[job_of(5000)], limits=ROOMY, horizon=BUSY)
+    shared = [w for w in result.log.works if w.decode_count and w.forward_tokens and not w.backward]
+    assert len(shared) > 50 and all(w.overlap for w in shared)
+    for work in shared:
+        inference_s, finetuning_s = COST.iteration_s(work.inference), COST.iteration_s(work.finetuning)
+        ended = work.forward[-1].tokens + work.forward[-1].context == 5000
+        assert finetuning_s <= inference_s and (ended or finetuning_s + COST.forward_s > inference_s)
+
+
+@pytest.mark.parametrize(("share", "pipelines", "serving"), [(0.5, 4, 2), (0.25, 4, 1), (0.75, 8, 6), (0.1, 10, 1)])
+def test_separate_assigns_whole_pipelines(share: float, pipelines: int, serving: int) -> None:
+    assigned = Separate(inference_share=share).assign(pipelines)
+    assert [policy.serves for policy in assigned] == [True] * serving + [False] * (pipelines - serving)
+
+
+@pytest.mark.parametrize(("share", "pipelines"), [(0.5, 3), (0.5, 1), (0.3, 4), (0.01, 4)])
+def test_separate_refuses_impossible_shares(share: float, pipelines: int) -> None:
+    with pytest.raises(ValueError, match="inference_share"):
+        Separate(inference_share=share).assign(pipelines)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])
+def test_separate_refuses_shares_outside_of_zero_and_one(share: float) -> None:
+    with pytest.raises(ValueError, match="inference_share"):
+        Separate(inference_share=share)
+
+
+def test_inference_only_is_coserving_without_jobs_and_without_a_tight_budget() -> None:
+    requests = requests_of(80, rate_rps=30, prompt_tokens=(5, 400), output_tokens=(1, 60))
+    plain = run(build_policy("inference_only"), requests, limits=limits_of(kv_tokens=2000))
+    other = run(build_policy("coserving", budget_s=1e9), requests, limits=limits_of(kv_tokens=2000))
+    assert plain.recorder.requests.data.tobytes() == other.recorder.requests.data.tobytes()
+    assert plain.log.works == other.log.works
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [
+        ("coserving", 3000),
+        ("coserving_slack", 3000),
+        ("coserving_static", 100),
+        ("temporal", 100),
+        ("spatial", 100),
+        ("finetune_only", 100),
+    ],
+)
+def test_two_jobs_share_the_work_by_weight(name: str, length: int) -> None:
+    """Samples longer than an iteration's budget where there is one: a job gets one sample an iteration at most."""
+    heavy, light = job_of(length, id="heavy", weight=3.0), job_of(length, id="light", weight=1.0)
+    horizon = Horizon(duration_s=120.0 if length == 3000 else 20.0, drain_s=0.0)
+    requests = [] if name == "finetune_only" else long_requests()
+    run(build_policy(name), requests, jobs=[heavy, light], limits=ROOMY, horizon=horizon)
+    assert heavy.trained_tokens / light.trained_tokens == pytest.approx(3.0, rel=0.05)
+
+
+def test_a_job_that_starts_late_gets_half_from_then_on() -> None:
+    early, late = job_of(100, id="early"), job_of(100, id="late", start_s=10.0)
+    result = run(build_policy("coserving"), long_requests(), jobs=[early, late], limits=ROOMY, horizon=BUSY)
+    steps, names = result.table("steps"), result.recorder.jobs.names
+    after = steps["end_s"] > 10.0
+    own = {name: steps["tokens"][after & (steps["job"] == code)].sum() for code, name in enumerate(names)}
+    assert own["early"] == pytest.approx(own["late"], rel=0.05)
+
+
+@pytest.mark.parametrize("order", ["layer_major", "window_major"])
+def test_finite_data_ends_with_a_partial_accumulation(order: str) -> None:
+    job = job_of([10, 20, 30, 40, 50], accumulation=2, order=order)
+    result = run(build_policy("coserving"), jobs=[job])
+    steps = result.table("steps")
+    assert steps["samples"].tolist() == [2, 2, 1] and steps["tokens"].tolist() == [30, 70, 50]
+    assert job.finished and job.trained_tokens == 150
+
+
+@pytest.mark.parametrize("name", ["coserving_static", "inference_only", "temporal", "temporal_dynamic", "spatial"])
+def test_a_token_budget_above_the_pipelines_limit_is_cut_to_it(name: str) -> None:
+    limits = limits_of(max_tokens=64)
+    result = run(build_policy(name, token_budget=256), requests_of(10, rate_rps=50, prompt_tokens=300), limits=limits)
+    assert max(w.prefill_tokens + w.decode_count for w in result.log.works) == 64
+
+
+def test_running_requests_keep_the_adapter_version_that_they_started_with() -> None:
+    """Also when a step is published meanwhile, and after a preemption."""
+    versions: dict[int, set[int]] = {}
+
+    class Watching:
+        serves = True
+        inner = build_policy("coserving")
+
+        def plan(self, view: View) -> Plan:
+            state = view.victims.__self__  # type: ignore[attr-defined]
+            for sequence in state.running.values():
+                versions.setdefault(sequence.id, set()).add(sequence.adapter_version)
+            return self.inner.plan(view)
+
+    requests = requests_of(60, rate_rps=20, prompt_tokens=60, output_tokens=60, adapters=("job",))
+    result = run(Watching(), requests, jobs=[job_of(60)], limits=limits_of(kv_tokens=700), horizon=Horizon(duration_s=9.0))
+    assert result.table("requests")["preemptions"].sum() > 3
+    assert all(len(seen) == 1 for seen in versions.values())
+    assert len(set.union(*versions.values())) > 3
