@@ -7,6 +7,7 @@ A cost model is made by filling in curves, from formulas (`roofline`) or from ro
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 
@@ -79,8 +80,8 @@ class Curves:
             if values is None:
                 continue
             if len(values) != length or length < 3:
-                raise ValueError(f"curve {name} must have the length of token_s, at least 3, got {len(values)}")
-            if values[0] != 0 or any(b < a for a, b in zip(values, values[1:], strict=False)):
+                raise ValueError(f"curve {name} must have token_s's length, at least 3, got {len(values)}")
+            if values[0] != 0 or any(b < a for a, b in pairwise(values)):
                 raise ValueError(f"curve {name} must start at 0 and never decrease")
         if not 0 <= self.overlap_contention <= 1:
             raise ValueError(f"overlap_contention must be in [0, 1], got {self.overlap_contention}")

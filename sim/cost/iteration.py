@@ -51,7 +51,7 @@ class IterationCost:
 
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
-        prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, overlap = work
+        prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, _ = work
         if prefill or forward or backward or recompute or params or decodes > self.known_tokens:
             gpu_s = self._gpu_s(work)
         elif decodes:
@@ -93,9 +93,12 @@ class IterationCost:
             parts["adapters"] += (
                 curves.lora_fixed_s + curves.adapter_s * work.adapters + lora_token_s * tokens
             )
-        gpu_s = self._gpu_s(work)
-        parts["overlap_saving"] = gpu_s - sum(parts.values()) if work.overlap else 0.0
-        parts["host"] = self.iteration_s(work) - gpu_s
+        parts["overlap_saving"] = 0.0
+        if work.overlap:
+            alone = work._replace(overlap=False)
+            shorter_s = min(self._gpu_s(alone.inference), self._gpu_s(alone.finetuning))
+            parts["overlap_saving"] = (self._kappa - 1.0) * shorter_s
+        parts["host"] = self.iteration_s(work) - self._gpu_s(work)
         self._set_collective_apart(parts, work, passes)
         return parts
 

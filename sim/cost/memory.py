@@ -84,7 +84,7 @@ def finetune_bytes(model: ModelShape, tp: int, lora: LoraSpec, room: FinetuneRes
 
 
 def activation_bytes(model: ModelShape, tp: int, batch_tokens: int, batch_sequences: int) -> float:
-    """The widest point of an inference pass (residual, layer input, gate and up, their product) and logits."""
+    """The widest point of an inference pass (residual, layer input, gate, up, their product), and logits."""
     per_token = (2 * model.hidden + 3 * model.ffn / tp) * model.dtype_bytes
     return batch_tokens * per_token + batch_sequences * model.vocab / tp * LOGITS_BYTES
 

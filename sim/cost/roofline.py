@@ -148,7 +148,10 @@ class _Terms:
         values = 0.0
         for target in self.lora.targets:
             inputs, outputs = self.model.linears[target]
-            inputs, outputs = (inputs // self.tp, outputs) if target in split_in else (inputs, outputs // self.tp)
+            if target in split_in:
+                inputs //= self.tp
+            else:
+                outputs //= self.tp
             values += inputs + 2 * self.lora.rank + 2 * outputs
         layers, kernels = self.model.layers, 2 * len(self.lora.targets)
         return (
@@ -180,7 +183,8 @@ class _Terms:
         one = products + reduce + self._elementwise_s(3 * vocab, kernels=2, m=rows)
         one = np.concatenate([[0.0], np.maximum.accumulate(one)])
         whole, rest = np.divmod(self.m.astype(np.int64), chunk)
-        return whole * one[chunk] + one[rest]
+        seconds: Floats = whole * one[chunk] + one[rest]
+        return seconds
 
     def _linears(self) -> tuple[tuple[int, int], ...]:
         """(input, output) features on one device, as the engine fuses them."""

@@ -29,6 +29,8 @@ class Sampled:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.spread < 1:
+            raise ValueError(f"cost sampled: spread must be in [0, 1), got {self.spread}")
         if self.rows < 100:
             raise ValueError(f"cost sampled: rows must be at least 100 to fit all terms, got {self.rows}")
 

@@ -19,8 +19,9 @@ class Scaled:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.factor < inf:
-            raise ValueError(f"cost scaled: factor must be above 0 and finite, got {self.factor}")
+        # Far outside, a budget over the factor would overflow; nobody means such a factor.
+        if not 1e-3 <= self.factor <= 1e3:
+            raise ValueError(f"cost scaled: factor must be in [0.001, 1000], got {self.factor}")
 
     def build(self, context: CostContext) -> Predictor:
         inner = self.of.build(context)
@@ -51,7 +52,7 @@ class ScaledCost:
         return self.inner.largest_backward(work, job, self._inner_budget_s(budget_s))
 
     def _inner_budget_s(self, budget_s: float) -> float:
-        """The largest float whose product with the factor is within the budget; dividing may round past it."""
+        """The largest float whose product with the factor is within the budget; a division may miss it."""
         inner_s = budget_s / self.factor
         while inner_s * self.factor > budget_s:
             inner_s = nextafter(inner_s, -inf)

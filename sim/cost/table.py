@@ -15,6 +15,7 @@ Rows with `overlap` do not enter the fit of the terms; they give the contention 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,6 +46,17 @@ LINEAR = (
     "any_lora",
     "lora_tokens",
     "adapters",
+    "optimizer_params",
+)
+
+
+FINETUNING = (
+    "forward_windows",
+    "forward_tokens",
+    "forward_pairs",
+    "backward_layer_tokens",
+    "backward_pairs",
+    "recompute_tokens",
     "optimizer_params",
 )
 
@@ -138,7 +150,7 @@ def _design(rows: dict[str, Floats]) -> tuple[Floats, dict[str, tuple[int, ...]]
         last = float(tokens.max())
         kept = (*[k for k in knots if k < last], int(last)) if last else (0, 1)
         blocks[name] = kept
-        parts.append(np.column_stack([_ramp(tokens, a, b) for a, b in zip(kept, kept[1:], strict=False)]))
+        parts.append(np.column_stack([_ramp(tokens, a, b) for a, b in pairwise(kept)]))
     return np.concatenate(parts, axis=1).astype(np.float64), blocks
 
 
@@ -189,33 +201,30 @@ def _interpolated(knots: tuple[int, ...], heights: Floats, known: int) -> list[f
 
 def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> float:
     """The share of the shorter stream that does not hide, by least squares of the relative error, in 0..1."""
-    model = IterationCost(curves)
-    finetuning = ("forward_windows", "forward_tokens", "forward_pairs", "backward_layer_tokens")
-    finetuning += ("backward_pairs", "recompute_tokens", "optimizer_params")
     moment = norm = 0.0
     for i, measured_s in enumerate(seconds.tolist()):
         row = {name: float(values[i]) for name, values in rows.items()}
-        ours = {name: value if name in finetuning else 0.0 for name, value in row.items()}
-        x = flat_gpu_s(model, {name: value - ours[name] for name, value in row.items()})
-        y = flat_gpu_s(model, ours)
+        ours = {name: value if name in FINETUNING else 0.0 for name, value in row.items()}
+        x = _flat_gpu_s(curves, {name: value - ours[name] for name, value in row.items()})
+        y = _flat_gpu_s(curves, ours)
         share = min(x, y) / measured_s
         moment += share * (measured_s - curves.host_s - max(x, y)) / measured_s
         norm += share * share
     return min(1.0, max(0.0, moment / norm)) if norm > 0 else curves.overlap_contention
 
 
-def flat_gpu_s(model: IterationCost, row: dict[str, float]) -> float:
-    """GPU seconds of a flat row, without overlap, by the terms of a fitted model."""
-    c = model.curves
+def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
+    """GPU seconds of a flat row, without overlap, by the terms of fitted curves."""
+    layer_tokens, pairs = row["backward_layer_tokens"], row["backward_pairs"]
     tokens = int(row["prefill_tokens"] + row["decode_count"])
     windows = int(row["forward_tokens"])
     seconds = c.token_s[tokens + windows] + c.sampled_s[int(row["sampled_tokens"])] + c.loss_s[windows]
     seconds += c.recompute_s[int(row["recompute_tokens"])]
     seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
     seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
-    seconds += row["backward_layer_tokens"] * c.backward_layer_s[1] + row["backward_pairs"] * c.backward.pair_s
+    seconds += layer_tokens * c.backward_layer_s[1] + pairs * c.backward.pair_s
     seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
-    seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (row["backward_pairs"] > 0)
+    seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (layer_tokens > 0)
     if row["adapters"] > 0:
         seconds += c.lora_fixed_s + c.lora_token_s * tokens + c.adapter_s * row["adapters"]
     if windows:

@@ -37,7 +37,7 @@ class CoServing:
         self._latency = Latency(predictor, self._budget_s, min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        inference = pack_inference(view, view.limits.max_tokens, self._latency)
+        inference = pack_inference(view, latency=self._latency)
         slices, work = fill(
             inference.work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens
         )

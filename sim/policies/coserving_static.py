@@ -29,7 +29,7 @@ class CoServingStatic:
         self._overlap = overlap
 
     def plan(self, view: View) -> Plan:
-        inference = pack_inference(view, max(self._token_budget, view.decode_count))
+        inference = pack_inference(view, self._token_budget)
         used = inference.work.decode_count + inference.work.prefill_tokens
         slices = self._slices(view.jobs[0], self._token_budget - used) if view.jobs else ()
         return Plan(

@@ -16,4 +16,4 @@ class InferenceOnly:
         self._token_budget = token_budget
 
     def plan(self, view: View) -> Plan:
-        return pack_inference(view, self._token_budget or view.limits.max_tokens).plan()
+        return pack_inference(view, self._token_budget).plan()

@@ -21,14 +21,11 @@ from sim.core.work import Chunk, Work
 class Inference(NamedTuple):
     """The inference part of a plan, and its Work for a predictor."""
 
+    decode: bool
+    """False when the decodes must wait for blocks that the running iteration will release."""
     prefills: tuple[tuple[int, int], ...]
     preempted: tuple[int, ...]
     work: Work
-
-    @property
-    def decode(self) -> bool:
-        """There are sequences to decode, and room for their growth."""
-        return self.work.decode_count > 0
 
     @property
     def busy(self) -> bool:
@@ -48,16 +45,21 @@ class Latency(NamedTuple):
     """Computed even when it breaks the bound: without it, decodes near the bound would starve prompts."""
 
 
-def pack_inference(view: View, max_tokens: int, latency: Latency | None = None) -> Inference:
-    """Fill an iteration with at most `max_tokens` inference tokens (decodes are never cut), and never
-    more than the pipeline's limit."""
-    max_tokens = min(max_tokens, view.limits.max_tokens)
+def pack_inference(
+    view: View, token_budget: int | None = None, latency: Latency | None = None
+) -> Inference:
+    """Fill an iteration with inference tokens, at most `token_budget` and the pipeline's own limit.
+
+    Decodes are never cut.
+    """
+    limit = view.limits.max_tokens
+    max_tokens = limit if token_budget is None else min(token_budget, limit)
     free = view.free_blocks - view.growth_blocks
     if free < 0:
         return _with_preemptions(view, max_tokens, latency)
     room = view.limits.max_sequences - view.running if len(view.waiting) else 0
     if not view.prefilling and room == 0:
-        return Inference((), (), view.decode_work)
+        return Inference(True, (), (), view.decode_work)
     return _with_prefills(view, view.decode_work, view.prefilling, room, max_tokens, free, latency)
 
 
@@ -78,8 +80,8 @@ def _with_preemptions(view: View, max_tokens: int, latency: Latency | None) -> I
     kept = [s for s in view.prefilling if s.id not in preempted]
     inference = _with_prefills(view, work, kept, 0, max_tokens, free, latency)
     if not inference.busy:
-        # Sequences that end with the running iteration hold the blocks: wait for them.
-        return Inference((), (), inference.work)
+        # Only with a lookahead: sequences that finish in the running iteration still hold their blocks.
+        return Inference(False, (), (), Work(adapters=view.adapters))
     return inference._replace(preempted=tuple(preempted))
 
 
@@ -126,4 +128,4 @@ def _with_prefills(
             break
         promised_blocks += need - held
     packed = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, work[8])
-    return Inference(tuple(prefills), (), packed)
+    return Inference(True, tuple(prefills), (), packed)

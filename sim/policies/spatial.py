@@ -27,7 +27,7 @@ class Spatial:
         self._max_forward_tokens = max_forward_tokens
 
     def plan(self, view: View) -> Plan:
-        inference = pack_inference(view, self._token_budget or view.limits.max_tokens)
+        inference = pack_inference(view, self._token_budget)
         if not inference.busy:
             slices = whole_step(Work(), view.jobs[0])[0] if view.jobs else ()
             return Plan(finetune=slices)

@@ -22,7 +22,7 @@ class Temporal:
 
     def plan(self, view: View) -> Plan:
         passed = view.memory or 0
-        inference = pack_inference(view, self._token_budget or view.limits.max_tokens)
+        inference = pack_inference(view, self._token_budget)
         if view.jobs and (passed >= self._interval or not inference.busy):
             slices, _ = whole_step(Work(), view.jobs[0])
             return Plan(finetune=slices, memory=0)

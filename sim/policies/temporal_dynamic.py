@@ -55,7 +55,7 @@ class TemporalDynamic:
 
     def plan(self, view: View) -> Plan:
         memory = self._observe(view)
-        inference = pack_inference(view, self._token_budget or view.limits.max_tokens)
+        inference = pack_inference(view, self._token_budget)
         if view.jobs and (memory.passed >= self._interval(view, memory) or not inference.busy):
             slices, _ = whole_step(Work(), view.jobs[0])
             return Plan(finetune=slices, memory=memory._replace(passed=0))

@@ -42,7 +42,7 @@ class TemporalLimited:
             plan = self._finetune(view, self._budget_s - spent_s)
             if plan.finetune:
                 return plan
-        inference = pack_inference(view, view.limits.max_tokens, self._latency)
+        inference = pack_inference(view, latency=self._latency)
         if not inference.busy:
             return self._finetune(view, self._budget_s)
         predicted_s = self._predictor.iteration_s(inference.work)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from sim.checked import build as construct
 from sim.core.finetune import Job
 from sim.core.request import Slo
 from sim.core.specs import ModelShape
@@ -42,7 +42,7 @@ def node(*overrides: str) -> Any:
 
 
 def build(*overrides: str, seed: int = 0, slo_names: tuple[str, ...] = ("default",)) -> Workload:
-    return instantiate(node(*overrides)).build(seed, slo_names)
+    return construct(None, node(*overrides), "workload").build(seed, slo_names)
 
 
 NEEDS = {
@@ -85,7 +85,7 @@ def test_builtin_is_the_ten_minutes_of_the_figure_with_its_mean_lengths() -> Non
     assert (len(table), table.duration_s, table.rate_rps) == (4800, 600.0, 8.0)
     quarter = np.histogram(table.arrival_s, 4, (0, 600))[0]
     assert quarter[0] < 0.9 * quarter[1:].mean()
-    builder = instantiate(config)
+    builder = construct(None, config, "workload")
     tables = [builder.build(seed, ["default"]).table for seed in range(9)]
     prompt = np.concatenate([table.prompt_tokens for table in tables])
     output = np.concatenate([table.output_tokens for table in tables])
@@ -183,9 +183,8 @@ def test_unknown_keys_are_refused(name: str) -> None:
 )  # fmt: skip
 def test_wrong_values_are_refused_by_key(override: str) -> None:
     config = node("workload=azure_conv", f"workload.{override}")
-    with pytest.raises(Exception, match=rf"workload\.{override.split('=')[0]} must be") as error:
-        instantiate(config)
-    assert isinstance(error.value.__cause__ or error.value, ValueError)
+    with pytest.raises(ValueError, match=rf"workload\.{override.split('=')[0]} must be"):
+        construct(None, config, "workload")
 
 
 @pytest.mark.parametrize("name", names("slo"))
@@ -218,7 +217,7 @@ def test_two_classes_are_shared_out_equally_unless_said() -> None:
 def test_every_finetune_config_gives_jobs_that_the_core_runs(name: str, tmp_path: Path) -> None:
     (tmp_path / "lengths.json").write_text("[100, 9000, 300]")
     more = [f"finetune.jobs.file.data.file={tmp_path}/lengths.json"] if name == "file" else []
-    finetune = instantiate(node(f"finetune={name}", *more))
+    finetune = construct(None, node(f"finetune={name}", *more), "finetune")
     built = finetune.build(MODEL, 1, 0, pipelines=3)
     assert len(built) == len(finetune.jobs) == {"none": 0, "two_jobs": 2}.get(name, 1)
     for spec, lengths in built:
@@ -228,7 +227,7 @@ def test_every_finetune_config_gives_jobs_that_the_core_runs(name: str, tmp_path
 
 
 def test_sky_t1_has_its_mean_length() -> None:
-    [(_, lengths)] = instantiate(node("finetune=sky_t1")).build(MODEL, 0, 0)
+    [(_, lengths)] = construct(None, node("finetune=sky_t1"), "finetune").build(MODEL, 0, 0)
     tokens = np.array(list(islice(lengths, 17_000)))
     assert abs(tokens.mean() - 3650) < 4 * tokens.std() / np.sqrt(len(tokens))
     assert tokens.max() <= 8192
