@@ -90,7 +90,7 @@ class Dispatcher:
         self.next_s = arrivals.next_s()
         """Time of the next arrival that is not routed yet, as `Arrivals.next_s`."""
         self.on_change: Callable[[], None] = lambda: None
-        """Called when an end has moved `next_s`, so that sleeping pipelines look again: also when it is None now."""
+        """Called when an end has moved `next_s`, also to None, so that sleeping pipelines look again."""
 
     def inbox(self, load: Load) -> Arrivals:
         inbox = _Inbox(self, load)
