@@ -90,7 +90,7 @@ class Dispatcher:
         self.next_s = arrivals.next_s()
         """Time of the next arrival that is not routed yet, as `Arrivals.next_s`."""
         self.on_change: Callable[[], None] = lambda: None
-        """Called when `next_s` has moved earlier, so that sleeping pipelines look again."""
+        """Called when an end has moved `next_s`, also to None, so that sleeping pipelines look again."""
 
     def inbox(self, load: Load) -> Arrivals:
         inbox = _Inbox(self, load)
@@ -107,7 +107,7 @@ class Dispatcher:
     def ended(self, request_id: int, now_s: float) -> None:
         self._arrivals.ended(request_id, now_s)
         before, self.next_s = self.next_s, self._arrivals.next_s()
-        if self.next_s is not None and (before is None or self.next_s < before):
+        if self.next_s != before:
             self.on_change()
 
 

@@ -23,7 +23,6 @@ from sim.core.rows import Outcome
 from sim.core.state import PipelineState
 from sim.core.work import Chunk, Work
 
-
 SNAPSHOT_EVERY = 8
 """Views between two deep comparisons of the state before and after planning; one takes a millisecond."""
 
@@ -196,7 +195,9 @@ class Reference:
         assert len(decoded) + work.prefill_tokens <= self.limits.max_tokens
         assert decoded or chunks or plan.finetune, "an iteration without work"
         steps = self._finetune(plan, work)
-        self.flights.append(Flight(now_s, [id for id, _ in plan.prefills], sampled, sampled[len(decoded) :], steps))
+        self.flights.append(
+            Flight(now_s, [id for id, _ in plan.prefills], sampled, sampled[len(decoded) :], steps)
+        )
 
     def _sample(self, item: Item, sampled: list[int]) -> None:
         item.generated += 1
@@ -303,7 +304,9 @@ class Referee:
         assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(), rel=1e-12)
         assert view.arrived == len(reference.items)
         prefilling = [
-            id for id in reference.running if not reference.items[id].decoding and not reference.items[id].full
+            id
+            for id in reference.running
+            if not reference.items[id].decoding and not reference.items[id].full
         ]
         assert [s.id for s in view.prefilling] == prefilling
         waiting = {id for id, item in reference.items.items() if item.outcome is None and not item.admitted}
@@ -380,5 +383,3 @@ def reachable(value: Any) -> list[Any]:
         if not callable(one):
             todo += [getattr(one, name) for name in slots_of(one) if not name.startswith("__")]
     return list(found.values())
-
-

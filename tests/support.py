@@ -61,7 +61,8 @@ class LinearCost:
         return {
             "host": scale * self.host_s,
             "prefill": scale * self.prefill_s * work.prefill_tokens,
-            "decode": scale * (self.decode_s * work.decode_count + self.context_s * work.decode_context_tokens),
+            "decode": scale
+            * (self.decode_s * work.decode_count + self.context_s * work.decode_context_tokens),
             "forward": scale * self.forward_s * work.forward_tokens,
             "backward": scale * self.backward_s * work.backward_layer_tokens,
             "recompute": scale * self.recompute_s * work.recompute_tokens,
@@ -94,9 +95,7 @@ class LinearCost:
         unit = job.layers if job.order == "window_major" else 1
         return self._largest(work, with_layer_tokens, unit, job.backward_left, budget_s)
 
-    def _largest(
-        self, work: Work, more: Callable[[int], Work], unit: int, most: int, budget_s: float
-    ) -> int:
+    def _largest(self, work: Work, more: Callable[[int], Work], unit: int, most: int, budget_s: float) -> int:
         """Largest multiple of `unit` up to `most` within the budget: the linear solution, then made exact."""
         base_s = self.iteration_s(work)
         if base_s > budget_s or most < unit:
@@ -168,7 +167,7 @@ class ClosedLoop:
     def next_s(self) -> float | None:
         if self._planned:
             return min(self._planned)
-        return math.inf if self.sent < self._total and self.in_service else None
+        return math.inf if self.in_service else None
 
     def due(self, now_s: float) -> Seq[Request]:
         due_s = sorted(t for t in self._planned if t <= now_s)
@@ -267,7 +266,9 @@ SERVING = [name for name, cls in POLICIES.items() if cls.serves]
 FINETUNING = [name for name in POLICIES if name != "inference_only"]
 
 
-def build_policy(name: str, *, predictor: CostModel | None = None, budget_s: float = 0.05, **more: Any) -> Policy:
+def build_policy(
+    name: str, *, predictor: CostModel | None = None, budget_s: float = 0.05, **more: Any
+) -> Policy:
     """The policy with what its constructor asks for by name."""
     cls = POLICIES[name]
     given = {"predictor": predictor or LinearCost(), "budget_s": budget_s}

@@ -237,7 +237,9 @@ def test_stop_tokens_and_aborts_at_any_iteration_conserve(
     name: str, requests: list[Request], limits: Limits, jobs: list, data: st.DataObject
 ) -> None:
     """`ended` names any request that the iteration gave a token, `aborted` any at all, also those gone."""
-    draws = data.draw(st.lists(st.tuples(st.sampled_from(["", "end", "abort"]), st.integers(0, 9)), max_size=20))
+    draws = data.draw(
+        st.lists(st.tuples(st.sampled_from(["", "end", "abort"]), st.integers(0, 9)), max_size=20)
+    )
 
     def answer(reference: Reference, index: int) -> Answer:
         kind, id = draws[index] if index < len(draws) else ("", 0)

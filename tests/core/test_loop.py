@@ -55,7 +55,10 @@ def test_all_arrivals_of_a_moment_are_seen_before_the_plan_at_that_moment() -> N
 
 def test_an_idle_pipeline_sleeps_exactly_until_the_next_arrival_or_job() -> None:
     result = run(
-        build_policy("coserving"), [Request(0, 7.25, 4, 1)], jobs=[job_of([5], start_s=3.5)], world=LinearCost()
+        build_policy("coserving"),
+        [Request(0, 7.25, 4, 1)],
+        jobs=[job_of([5], start_s=3.5)],
+        world=LinearCost(),
     )
     assert result.log.sleeps == [3.5, 7.25]
     assert result.request(0)["scheduled_s"] == 7.25
@@ -74,7 +77,9 @@ def test_with_a_lookahead_the_plan_counts_the_running_iteration_as_done() -> Non
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_scheduled_is_the_start_of_the_first_chunk(lookahead: int, chunks: int) -> None:
     limits = limits_of(lookahead=lookahead, max_tokens=16)
-    result = run(build_policy("inference_only"), [Request(0, 0.5, 16 * chunks, 2)], limits=limits, world=ONE_S)
+    result = run(
+        build_policy("inference_only"), [Request(0, 0.5, 16 * chunks, 2)], limits=limits, world=ONE_S
+    )
     row = result.request(0)
     assert (row["scheduled_s"], row["first_token_s"]) == (0.5, 0.5 + chunks)
 
@@ -88,7 +93,9 @@ def test_a_stop_token_at_any_iteration_ends_the_request_there(lookahead: int, it
         return Answer(ended=(0,)) if index == iteration else Answer()
 
     limits = limits_of(lookahead=lookahead)
-    result = run(build_policy("inference_only"), [Request(0, 0.0, 4, 5)], limits=limits, world=ONE_S, answer=answer)
+    result = run(
+        build_policy("inference_only"), [Request(0, 0.0, 4, 5)], limits=limits, world=ONE_S, answer=answer
+    )
     row = result.request(0)
     assert row["outcome"] == Outcome.FINISHED
     assert row["generated_tokens"] == iteration + 1

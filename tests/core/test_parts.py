@@ -27,7 +27,9 @@ KEYS = {
 @pytest.mark.parametrize("order", list(KEYS))
 @bounded
 @given(steps=st.lists(st.tuples(st.sampled_from("aaatpr"), st.integers(0, 9), st.booleans()), max_size=150))
-def test_the_queue_is_returned_ones_then_a_stable_sort(order: str, steps: list[tuple[str, int, bool]]) -> None:
+def test_the_queue_is_returned_ones_then_a_stable_sort(
+    order: str, steps: list[tuple[str, int, bool]]
+) -> None:
     queue = AdmissionQueue(order)
     returned: list[Sequence] = []
     ordered: list[Sequence] = []
@@ -67,7 +69,9 @@ def test_a_long_queue_keeps_its_order_when_its_head_is_dropped() -> None:
 
 @bounded
 @given(steps=st.lists(st.tuples(st.sampled_from("jjltt"), st.integers(1, 9), st.integers(0, 2)), max_size=80))
-def test_deadlines_and_growth_are_those_of_a_walk_over_the_sequences(steps: list[tuple[str, int, int]]) -> None:
+def test_deadlines_and_growth_are_those_of_a_walk_over_the_sequences(
+    steps: list[tuple[str, int, int]],
+) -> None:
     """Sequences join, leave and come back with more tokens; [sequence, cached, generated] are kept one by one."""
     bounds = (0.05, 0.2, math.inf)
     deadlines, kv, tick = TokenDeadlines(), KvBlocks(4096, 4), 0
@@ -120,7 +124,9 @@ def backward_cuts(draw: st.DrawFn) -> tuple[str, int, int, list[int]]:
 
 @bounded
 @given(cut=backward_cuts())
-def test_backward_rectangles_cover_each_cell_once_in_legal_order(cut: tuple[str, int, int, list[int]]) -> None:
+def test_backward_rectangles_cover_each_cell_once_in_legal_order(
+    cut: tuple[str, int, int, list[int]],
+) -> None:
     """A cell (layer, token) may go backward once the layer above has its token, and the layer its own right
     neighbour: the gradient of a window's K and V is final only when all later queries are done."""
     order, layers, length, cuts = cut

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 
 from sim.core.request import Request
-from tests.support import POLICIES, SERVING, ConstantCost, Run, build_policy, job_of, limits_of, requests_of, run
+from tests.support import (
+    POLICIES,
+    SERVING,
+    ConstantCost,
+    Run,
+    build_policy,
+    job_of,
+    limits_of,
+    requests_of,
+    run,
+)
 
 SERVICE_S = 0.5
 
@@ -18,7 +28,9 @@ def test_one_slot_with_constant_service_waits_as_an_m_d_1_queue() -> None:
     load = 0.5
     requests = requests_of(60_000, rate_rps=load / SERVICE_S, prompt_tokens=1, output_tokens=1, seed=1)
     limits = limits_of(max_sequences=1)
-    result = run(build_policy("inference_only"), requests, limits=limits, world=ConstantCost(seconds=SERVICE_S))
+    result = run(
+        build_policy("inference_only"), requests, limits=limits, world=ConstantCost(seconds=SERVICE_S)
+    )
     rows = result.table("requests")
     waits_s = rows["scheduled_s"] - rows["arrival_s"]
 
@@ -66,7 +78,10 @@ def test_iterations_of_a_pipeline_never_overlap() -> None:
     for lookahead in (0, 1):
         requests = requests_of(50, rate_rps=20, seed=4)
         rows = run(
-            build_policy("coserving"), requests, jobs=[job_of([80] * 5)], limits=limits_of(lookahead=lookahead)
+            build_policy("coserving"),
+            requests,
+            jobs=[job_of([80] * 5)],
+            limits=limits_of(lookahead=lookahead),
         ).table("iterations")
         assert (rows["start_s"][1:] >= rows["end_s"][:-1]).all()
         assert (rows["end_s"] > rows["start_s"]).all()
@@ -77,7 +92,9 @@ def test_same_input_same_bytes(name: str) -> None:
     def once() -> list[bytes]:
         requests: list[Request] = []
         if POLICIES[name].serves:
-            requests = requests_of(40, rate_rps=20, prompt_tokens=(5, 200), adapters=(None, "job"), slo="chat")
+            requests = requests_of(
+                40, rate_rps=20, prompt_tokens=(5, 200), adapters=(None, "job"), slo="chat"
+            )
         jobs = [] if name == "inference_only" else [job_of([70, 200, 33], accumulation=2)]
         recorder = run(build_policy(name), requests, jobs=jobs).recorder
         tables = (recorder.iterations, recorder.requests, recorder.segments, recorder.ticks, recorder.steps)

@@ -96,7 +96,9 @@ def attainment(name: str, predictor: LinearCost, lookahead: int = 0) -> tuple[fl
     requests = requests_of(60, rate_rps=3, prompt_tokens=64, output_tokens=150, slo="chat", seed=6)
     policy = build_policy(name, predictor=predictor, budget_s=0.05)
     limits = limits_of(kv_tokens=20_000, lookahead=lookahead)
-    result = run(policy, requests, jobs=[job_of(900)], limits=limits, world=COST, horizon=Horizon(duration_s=25.0))
+    result = run(
+        policy, requests, jobs=[job_of(900)], limits=limits, world=COST, horizon=Horizon(duration_s=25.0)
+    )
     kept = []
     for times_s in token_times(result.recorder).values():
         kept.append((times_s[-1] - times_s[0]) / (len(times_s) - 1) <= 0.05)
@@ -144,7 +146,9 @@ def test_the_static_policy_gives_its_closed_form(lengths: str, backward_layers: 
 @pytest.mark.parametrize("interval", [1, 3, 64])
 def test_temporal_finetunes_after_every_n_inference_iterations(interval: int) -> None:
     policy = build_policy("temporal", interval=interval)
-    result = run(policy, long_requests(), jobs=[job_of(30)], limits=ROOMY, horizon=Horizon(duration_s=3.0, drain_s=0))
+    result = run(
+        policy, long_requests(), jobs=[job_of(30)], limits=ROOMY, horizon=Horizon(duration_s=3.0, drain_s=0)
+    )
     kinds = [is_inference(plan) for plan in result.log.plans]
     assert all((not plan.finetune) == is_inference(plan) for plan in result.log.plans)
     finetuning = [i for i, kind in enumerate(kinds) if not kind]
@@ -172,7 +176,13 @@ def test_the_dynamic_interval_grows_with_queue_and_rate() -> None:
 
 
 def test_spatial_gives_both_streams_the_same_time() -> None:
-    result = run(build_policy("spatial", predictor=COST), long_requests(), jobs=[job_of(5000)], limits=ROOMY, horizon=BUSY)
+    result = run(
+        build_policy("spatial", predictor=COST),
+        long_requests(),
+        jobs=[job_of(5000)],
+        limits=ROOMY,
+        horizon=BUSY,
+    )
     shared = [w for w in result.log.works if w.decode_count and w.forward_tokens and not w.backward]
     assert len(shared) > 50 and all(w.overlap for w in shared)
     for work in shared:
@@ -181,7 +191,9 @@ def test_spatial_gives_both_streams_the_same_time() -> None:
         assert finetuning_s <= inference_s and (ended or finetuning_s + COST.forward_s > inference_s)
 
 
-@pytest.mark.parametrize(("share", "pipelines", "serving"), [(0.5, 4, 2), (0.25, 4, 1), (0.75, 8, 6), (0.1, 10, 1)])
+@pytest.mark.parametrize(
+    ("share", "pipelines", "serving"), [(0.5, 4, 2), (0.25, 4, 1), (0.75, 8, 6), (0.1, 10, 1)]
+)
 def test_separate_assigns_whole_pipelines(share: float, pipelines: int, serving: int) -> None:
     assigned = Separate(inference_share=share).assign(pipelines)
     assert [policy.serves for policy in assigned] == [True] * serving + [False] * (pipelines - serving)
@@ -245,10 +257,14 @@ def test_finite_data_ends_with_a_partial_accumulation(order: str) -> None:
     assert job.finished and job.trained_tokens == 150
 
 
-@pytest.mark.parametrize("name", ["coserving_static", "inference_only", "temporal", "temporal_dynamic", "spatial"])
+@pytest.mark.parametrize(
+    "name", ["coserving_static", "inference_only", "temporal", "temporal_dynamic", "spatial"]
+)
 def test_a_token_budget_above_the_pipelines_limit_is_cut_to_it(name: str) -> None:
     limits = limits_of(max_tokens=64)
-    result = run(build_policy(name, token_budget=256), requests_of(10, rate_rps=50, prompt_tokens=300), limits=limits)
+    result = run(
+        build_policy(name, token_budget=256), requests_of(10, rate_rps=50, prompt_tokens=300), limits=limits
+    )
     assert max(w.prefill_tokens + w.decode_count for w in result.log.works) == 64
 
 
@@ -267,7 +283,13 @@ def test_running_requests_keep_the_adapter_version_that_they_started_with() -> N
             return self.inner.plan(view)
 
     requests = requests_of(60, rate_rps=20, prompt_tokens=60, output_tokens=60, adapters=("job",))
-    result = run(Watching(), requests, jobs=[job_of(60)], limits=limits_of(kv_tokens=700), horizon=Horizon(duration_s=9.0))
+    result = run(
+        Watching(),
+        requests,
+        jobs=[job_of(60)],
+        limits=limits_of(kv_tokens=700),
+        horizon=Horizon(duration_s=9.0),
+    )
     assert result.table("requests")["preemptions"].sum() > 3
     assert all(len(seen) == 1 for seen in versions.values())
     assert len(set.union(*versions.values())) > 3
