@@ -27,14 +27,16 @@ WORK_COLUMNS = (
     "forward_windows",
     "forward_tokens",
     "forward_pairs",
+    "backward_layers",
     "backward_layer_tokens",
     "backward_pairs",
     "recompute_tokens",
+    "recompute_pairs",
     "optimizer_params",
     "adapters",
     "overlap",
 )
-"""`Work`, flat. Pairs are query-key pairs of causal attention (`Chunk.attention_pairs`)."""
+"""`Work`, flat. `backward_layers` counts the layers of all backward rectangles; pairs are query-key pairs of causal attention (`Chunk.attention_pairs`)."""
 
 ITERATION_COLUMNS = (
     "pipeline",
@@ -183,8 +185,8 @@ class Recorder:
 def work_row(work: Work) -> tuple[float, ...]:
     """`work` in WORK_COLUMNS order."""
     prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
-    prefill_tokens = forward_tokens = backward_tokens = recompute_tokens = 0
-    prefill_pairs = forward_pairs = backward_pairs = 0.0
+    prefill_tokens = forward_tokens = backward_layers = backward_tokens = recompute_tokens = 0
+    prefill_pairs = forward_pairs = backward_pairs = recompute_pairs = 0.0
     for tokens, before in prefill:
         prefill_tokens += tokens
         prefill_pairs += tokens * (before + (tokens + 1) / 2)
@@ -192,10 +194,12 @@ def work_row(work: Work) -> tuple[float, ...]:
         forward_tokens += tokens
         forward_pairs += tokens * (before + (tokens + 1) / 2)
     for layers, tokens, before in backward:
+        backward_layers += layers
         backward_tokens += layers * tokens
         backward_pairs += layers * tokens * (before + (tokens + 1) / 2)
-    for tokens, _ in recompute:
+    for tokens, before in recompute:
         recompute_tokens += tokens
+        recompute_pairs += tokens * (before + (tokens + 1) / 2)
     return (
         len(prefill),
         prefill_tokens,
@@ -206,9 +210,11 @@ def work_row(work: Work) -> tuple[float, ...]:
         len(forward),
         forward_tokens,
         forward_pairs,
+        backward_layers,
         backward_tokens,
         backward_pairs,
         recompute_tokens,
+        recompute_pairs,
         params,
         adapters,
         overlap,

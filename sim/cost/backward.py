@@ -1,12 +1,13 @@
 """The inverse of the backward: how much of a job's backward fits a budget.
 
 Backward is additive over layers, so whole layers are found by division and only a partial one by
-bisection. Every candidate is judged by the sum that `IterationCost.iteration_s` would form for it.
+search, as in `sim.cost.iteration`. Every candidate is judged by the sum that `IterationCost.iteration_s` would form for it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING
 
 from sim.core.finetune import JobView
@@ -105,15 +106,28 @@ def _part(
     fixed_s, each_s, pair_s, read_s = cost._backward
     list_s = cost._backward_s
     reading_s = read_s * right
+    room_s, excess_s, step, side = budget_s - seconds(b, r), 0.0, 0, 0
     low, high, n = 0, most + 1, most
     while low + 1 < high:
         compute_s = n * each_s + pair_s * (n * (right - n + (n + 1) * 0.5))
         more_s = list_s[n] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
-        if seconds(b + more_s, r) <= budget_s:
-            low = n
+        over_s = seconds(b + more_s, r) - budget_s
+        if over_s <= 0.0:
+            low, room_s = n, -over_s
+            if side > 0:
+                excess_s *= 0.5
+            side = 1
         else:
-            high = n
-        n = (low + high) >> 1
+            high, excess_s = n, over_s
+            if side < 0:
+                room_s *= 0.5
+            side = -1
+        step += 1
+        span_s = room_s + excess_s
+        if step & 3 and 0.0 < span_s < inf:
+            n = min(max(low + int((high - low) * room_s / span_s), low + 1), high - 1)
+        else:
+            n = (low + high) >> 1
     return low
 
 

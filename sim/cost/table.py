@@ -5,8 +5,8 @@
 
 The C are piecewise linear and never decrease: they are sums of ramps between log-spaced knots with
 non-negative coefficients, fitted by non-negative least squares of the relative error. Attention is
-linear per axis, decode attention linear in the sum of contexts. What one row cannot show is not in the
-model: the rectangles of a backward are seen only as their sums (layer-tokens and pairs).
+linear per axis, decode attention linear in the sum of contexts. The rectangles of a backward are seen as
+their sums: layers, layer-tokens and pairs.
 
 Host time is the constant term, so rows must come from a loop that does not hide it behind the GPU.
 Rows with `overlap` do not enter the fit of the terms; they give the contention of two streams.
@@ -41,8 +41,10 @@ LINEAR = (
     "forward_windows",
     "forward_pairs",
     "any_backward",
+    "backward_layers",
     "backward_layer_tokens",
     "backward_pairs",
+    "recompute_pairs",
     "any_lora",
     "lora_tokens",
     "adapters",
@@ -54,9 +56,11 @@ FINETUNING = (
     "forward_windows",
     "forward_tokens",
     "forward_pairs",
+    "backward_layers",
     "backward_layer_tokens",
     "backward_pairs",
     "recompute_tokens",
+    "recompute_pairs",
     "optimizer_params",
 )
 
@@ -177,8 +181,8 @@ def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: f
         backward_start_s=c["any_backward"],
         prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], 0.0),
         forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], 0.0),
-        recompute=ChunkCost(),
-        backward=ChunkCost(0.0, 0.0, c["backward_pairs"], 0.0),
+        recompute=ChunkCost(0.0, 0.0, c["recompute_pairs"], 0.0),
+        backward=ChunkCost(c["backward_layers"], 0.0, c["backward_pairs"], 0.0),
         decode=DecodeCost(c["any_decode"], c["decode_count"], c["decode_context_tokens"]),
         lora_fixed_s=c["any_lora"],
         lora_token_s=c["lora_tokens"],
@@ -222,7 +226,8 @@ def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     seconds += c.recompute_s[int(row["recompute_tokens"])]
     seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
     seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
-    seconds += layer_tokens * c.backward_layer_s[1] + pairs * c.backward.pair_s
+    seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward_layer_s[1]
+    seconds += pairs * c.backward.pair_s + row["recompute_pairs"] * c.recompute.pair_s
     seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
     seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (layer_tokens > 0)
     if row["adapters"] > 0:
