@@ -118,11 +118,38 @@ class SloAware:
         return min(range(len(pipelines)), key=lambda i: (scores[i][1] > request.slo.tpot_s, scores[i][0], i))
 
 
+class Consolidate:
+    """The fewest pipelines that keep the SLO: the first in order whose predicted latencies stay well within
+    the bounds.
+
+    Decoding few sequences reads the weights as often as decoding many, so requests spread thinly cost
+    every pipeline's finetuning; packed, they leave the other pipelines to finetune undisturbed. Like the best
+    static split, but following the load. `headroom` is the share of each bound that may be used up. When
+    no pipeline has that much, the earliest predicted first token decides.
+    """
+
+    def __init__(self, *, headroom: float = 0.6) -> None:
+        if not 0 < headroom <= 1:
+            raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
+        self._headroom = headroom
+
+    def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
+        first_s = math.inf
+        chosen = 0
+        for index, load in enumerate(pipelines):
+            ttft_s, tpot_s = _predict(request, load)
+            if ttft_s <= self._headroom * request.slo.ttft_s and tpot_s <= self._headroom * request.slo.tpot_s:
+                return index
+            if ttft_s < first_s:
+                chosen, first_s = index, ttft_s
+        return chosen
+
+
 def _predict(request: Incoming, load: Load) -> tuple[float, float]:
     """(seconds to the first token, seconds per token afterwards) if the request went there."""
     state = load.state
-    count = state.decode_count + 1
-    context = state.decode_context_tokens + request.prompt_tokens
+    count = min(load.requests + 1, state.limits.max_sequences)
+    context = load.tokens + request.prompt_tokens
     backlog = state.waiting.tokens + load.inbox_tokens + request.prompt_tokens
     backlog += sum([s.remaining_tokens for s in state.prefilling.values()])
     chunk = max(1, min(backlog, state.limits.max_tokens - count))

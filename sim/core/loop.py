@@ -91,7 +91,7 @@ def run_loop(
     in_flight = 0
     wait = Wait()
     while True:
-        for request in arrivals.due(now_s):
+        for request in arrivals.due(min(now_s, horizon.duration_s)):
             if not state.arrive(request):
                 arrivals.ended(request.id, now_s)
         over = _over(state, arrivals, horizon, now_s)
@@ -101,15 +101,17 @@ def run_loop(
             in_flight += 1
             if in_flight <= state.limits.lookahead:
                 continue
-        elif in_flight == 0:
-            if over:
-                break
-            now_s = (yield Sleep(_next_event_s(state, arrivals, horizon, now_s))).now_s
-            continue
-        done = yield wait
-        in_flight -= 1
+        elif over and in_flight == 0:
+            break
+        if in_flight:
+            done = yield wait
+            in_flight -= 1
+            gone = state.commit(done.now_s, done.ended, done.aborted)
+        else:
+            done = yield Sleep(_next_event_s(state, arrivals, horizon, now_s))
+            gone = state.abort(done.aborted)
         now_s = done.now_s
-        for id in state.commit(now_s, done.ended, done.aborted):
+        for id in gone:
             arrivals.ended(id, now_s)
     state.close()
 
@@ -129,7 +131,7 @@ def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: flo
 def _next_event_s(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> float:
     """The next time at which something can change by itself."""
     end_s = horizon.duration_s if now_s < horizon.duration_s else horizon.duration_s + horizon.drain_s
-    arrival_s = arrivals.next_s()
+    arrival_s = arrivals.next_s() if now_s < horizon.duration_s else None
     until_s = min(math.inf if arrival_s is None else arrival_s, state.jobs.next_start_s, end_s)
     if until_s == math.inf and arrival_s is None:
         raise StuckPolicy(

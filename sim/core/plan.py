@@ -71,6 +71,7 @@ class Victim(NamedTuple):
 class Feedback(NamedTuple):
     """The last iteration that ended: its shape, what the policy predicted, what it took."""
 
+    iteration: int
     work: Work
     predicted_s: float | None
     actual_s: float
@@ -80,6 +81,8 @@ class View(NamedTuple):
     """The state of one pipeline as its policy sees it. Read-only by contract; a test holds it."""
 
     now_s: float
+    start_s: float
+    """When the planned iteration will start: now, or with a lookahead after the one that runs, by prediction."""
     limits: Limits
     decode_count: int
     decode_context_tokens: int

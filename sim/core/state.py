@@ -115,6 +115,7 @@ class PipelineState:
         tick = self.tick + 1
         return View(
             now_s,
+            self._expected_start_s(now_s) if self._launched else now_s,
             self.limits,
             self.decode_count,
             self.decode_context_tokens,
@@ -132,6 +133,16 @@ class PipelineState:
             self.victims,
         )
 
+    def _expected_start_s(self, now_s: float) -> float:
+        """When the iteration that is planned now will start, with others still running."""
+        start_s = now_s
+        for launched in self._launched:
+            if launched.predicted_s is not None:
+                start_s += launched.predicted_s
+            elif self._last is not None:
+                start_s += self._last.actual_s
+        return start_s
+
     def victims(self) -> Iterator[Victim]:
         for sequence in reversed(self.running.values()):
             if sequence.decoding or sequence.id in self.prefilling:
@@ -145,7 +156,15 @@ class PipelineState:
     # Arrivals
 
     def arrive(self, request: Request) -> bool:
-        """Queue a request. False, and a rejected row, when its prompt can never fit."""
+        """Queue a request. False, and a rejected row, when its prompt can never fit.
+
+        Raises ValueError for a request without prompt or without output.
+        """
+        if request.prompt_tokens < 1 or request.output_tokens < 1:
+            raise ValueError(
+                f"request {request.id}: prompt_tokens and output_tokens must be at least 1, "
+                f"got {request.prompt_tokens} and {request.output_tokens}"
+            )
         self.arrived += 1
         slo = self._slos[request.slo]
         self._requests[request.id] = request
@@ -319,8 +338,8 @@ class PipelineState:
                 *launched.counts,
             )
         )
+        self._last = Feedback(self._iterations, work, predicted_s, end_s - start_s)
         self._iterations += 1
-        self._last = Feedback(work, predicted_s, end_s - start_s)
         if work[1]:
             self._recorder.ticks.append((self.pipeline, end_s))
         gone: list[int] = []
@@ -349,6 +368,11 @@ class PipelineState:
             gone += [id for id in ended if self._end_early(id, Outcome.FINISHED, tick, end_s)]
             gone += [id for id in aborted if self._end_early(id, Outcome.ABORTED, tick, end_s)]
         return gone
+
+    def abort(self, ids: Iterable[int]) -> list[int]:
+        """Drop requests whose client has gone while nothing runs; return the ids that were still here."""
+        assert not self._launched
+        return [id for id in ids if self._end_early(id, Outcome.ABORTED, self.tick, self._last_end_s)]
 
     def close(self) -> None:
         """Record what is still waiting or running when the run ends, with the tokens that it got."""

@@ -22,6 +22,8 @@ class _Error(NamedTuple):
 
     ratio: float = 1.0
     deviation: float = 0.0
+    iteration: int = -1
+    """The last one that is in the averages."""
 
 
 class CoServingSlack:
@@ -80,19 +82,20 @@ class CoServingSlack:
     def _observe(self, view: View) -> _Error:
         error: _Error = view.memory or _Error()
         last = view.last
-        if last is None or last.predicted_s is None:
+        if last is None or last.predicted_s is None or last.iteration == error.iteration:
             return error
         ratio = last.actual_s / last.predicted_s
         weight = self._smoothing
         return _Error(
             error.ratio + weight * (ratio - error.ratio),
             error.deviation + weight * (abs(ratio / error.ratio - 1) - error.deviation),
+            last.iteration,
         )
 
     def _budget(self, view: View) -> float:
         """Seconds that the coming iteration may take."""
         if view.decode_count:
-            banked_s = view.token_deadline_s - view.now_s
+            banked_s = view.token_deadline_s - view.start_s
             budget_s = min(banked_s, self._max_burst * self._budget_s)
         else:
             budget_s = self._budget_s
@@ -106,6 +109,6 @@ class CoServingSlack:
         deadline_s = first.first_token_deadline_s
         room = max(1, view.limits.max_tokens - view.decode_count)
         iterations = math.ceil(first.remaining_tokens / room)
-        left_s = self._first_token_share * (deadline_s - view.now_s) / iterations
+        left_s = self._first_token_share * (deadline_s - view.start_s) / iterations
         # A deadline that is already lost must not cost the other requests theirs.
         return left_s if left_s > 0 else math.inf

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sim.core.plan import Plan, View
-from sim.policies.packing import pack_inference
+from sim.policies.packing import checked_budget, pack_inference
 
 
 class InferenceOnly:
@@ -13,7 +13,7 @@ class InferenceOnly:
 
     def __init__(self, *, token_budget: int | None = None) -> None:
         """`token_budget`: inference tokens of an iteration; None is the pipeline's limit."""
-        self._token_budget = token_budget
+        self._token_budget = checked_budget(token_budget)
 
     def plan(self, view: View) -> Plan:
         return pack_inference(view, self._token_budget).plan()

@@ -45,6 +45,13 @@ class Latency(NamedTuple):
     """Computed even when it breaks the bound: without it, decodes near the bound would starve prompts."""
 
 
+def checked_budget(token_budget: int | None) -> int | None:
+    """`policy.token_budget` as given, or ValueError."""
+    if token_budget is not None and token_budget < 1:
+        raise ValueError(f"policy.token_budget must be at least 1 or null, got {token_budget}")
+    return token_budget
+
+
 def pack_inference(
     view: View, token_budget: int | None = None, latency: Latency | None = None
 ) -> Inference:

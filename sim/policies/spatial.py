@@ -10,7 +10,7 @@ from __future__ import annotations
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import pack_inference
+from sim.policies.packing import checked_budget, pack_inference
 from sim.policies.slices import fill, whole_step
 
 
@@ -23,7 +23,7 @@ class Spatial:
         self, *, predictor: Predictor, token_budget: int | None = None, max_forward_tokens: int = 8192
     ) -> None:
         self._predictor = predictor
-        self._token_budget = token_budget
+        self._token_budget = checked_budget(token_budget)
         self._max_forward_tokens = max_forward_tokens
 
     def plan(self, view: View) -> Plan:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import pack_inference
+from sim.policies.packing import checked_budget, pack_inference
 from sim.policies.slices import whole_step
 
 
@@ -18,7 +18,7 @@ class Temporal:
         if interval < 1:
             raise ValueError(f"policy.interval must be at least 1 inference iteration, got {interval}")
         self._interval = interval
-        self._token_budget = token_budget
+        self._token_budget = checked_budget(token_budget)
 
     def plan(self, view: View) -> Plan:
         passed = view.memory or 0

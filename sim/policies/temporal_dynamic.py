@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import pack_inference
+from sim.policies.packing import checked_budget, pack_inference
 from sim.policies.slices import whole_step
 
 
@@ -51,7 +51,7 @@ class TemporalDynamic:
         self._queue_step = queue_step
         self._rate_step_rps = rate_step_rps
         self._window_s = window_s
-        self._token_budget = token_budget
+        self._token_budget = checked_budget(token_budget)
 
     def plan(self, view: View) -> Plan:
         memory = self._observe(view)
@@ -70,6 +70,6 @@ class TemporalDynamic:
         rate_rps = memory.rate_rps + share * ((view.arrived - memory.arrived) / elapsed_s - memory.rate_rps)
         return memory._replace(rate_rps=rate_rps, seen_s=view.now_s, arrived=view.arrived)
 
-    def _interval(self, view: View, memory: _Memory) -> float:
+    def _interval(self, view: View, memory: _Memory) -> int:
         pressure = (1 + len(view.waiting) / self._queue_step) * (1 + memory.rate_rps / self._rate_step_rps)
-        return min(self._max_interval, self._min_interval * pressure)
+        return min(self._max_interval, round(self._min_interval * pressure))
