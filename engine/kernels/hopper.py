@@ -198,7 +198,7 @@ def _backward(heads: int, head_dim: int, window: int, start: int) -> Callable[[]
     total = _empty(8192, 8, head_dim, dtype=torch.float32)
     return lambda: backward_launches(
         rows, rows, rows, _empty(window, heads, dtype=torch.float32), pages, pages,
-        _empty(512, dtype=torch.int32), rows, total, total, start=start, scale=head_dim**-0.5, splits=None,
+        _empty(512, dtype=torch.int32), total, total, start=start, scale=head_dim**-0.5, splits=None,
     )[0]
 
 

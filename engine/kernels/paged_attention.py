@@ -51,14 +51,18 @@ class Tile(NamedTuple):
 
 
 def decode_tile(dtype: torch.dtype, group: int) -> Tile:
-    """One token: its G rows, padded to the 16 that the matrix units want. Bound by memory."""
+    """One token: its G rows, padded to the 16 that the matrix units want. Bound by memory.
+
+    Five stages hold two tiles in flight: the page number is loaded two stages before its page.
+    """
     rows = max(16, power_of_2_from(group))
-    return Tile(rows, 32, 4, 2) if dtype == torch.float32 else Tile(rows, 64, 4, 3)
+    return Tile(rows, 32, 4, 2) if dtype == torch.float32 else Tile(rows, 64, 4, 5)
 
 
 def chunk_tile(dtype: torch.dtype) -> Tile:
-    """128 rows fill Hopper's matrix instructions twice over; float32 is for tests, and fits."""
-    return Tile(32, 32, 4, 2) if dtype == torch.float32 else Tile(128, 64, 8, 3)
+    """Two warp groups of 64 rows. Registers allow one program per multiprocessor, so the shared memory
+    of a deep pipeline is free. float32 is for tests."""
+    return Tile(32, 32, 4, 2) if dtype == torch.float32 else Tile(128, 64, 8, 5)
 
 
 def paged_attention(
