@@ -45,14 +45,15 @@ class Tiles(NamedTuple):
 
     dq: Tile
     dkv: Tile
-    """Here `rows` are packed query rows walked over, `keys` the block that a program owns."""
+    """Here `rows` are tokens of one query head, walked over, `keys` the block that a program owns."""
 
 
 def backward_tiles(dtype: torch.dtype) -> Tiles:
-    """float32 is for tests."""
+    """float32 is for tests. 128 keys per program of `_dkv` would spill 144 bytes per thread at D = 128
+    (255 registers); 64 take 201."""
     if dtype == torch.float32:
         return Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1))
-    return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 2))
+    return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3))
 
 
 def attention_backward(
@@ -135,9 +136,9 @@ def backward_launches(
     check_heads(heads, kv_heads, head_dim)
     group, keys = heads // kv_heads, start + tokens
     tiles = backward_tiles(q.dtype)
-    if group > min(tiles.dq.rows, tiles.dkv.rows):
-        raise ValueError(f"query heads per key head must be at most {tiles.dkv.rows}, got {group}")
-    dq_tokens, dkv_tokens = tiles.dq.rows // group, tiles.dkv.rows // group
+    if group > tiles.dq.rows:
+        raise ValueError(f"query heads per key head must be at most {tiles.dq.rows}, got {group}")
+    dq_tokens = tiles.dq.rows // group
     programs = cdiv(tokens, dq_tokens)
     if splits is None:
         splits = choose_splits(programs * kv_heads, multiprocessors(q.device), keys)
@@ -170,7 +171,7 @@ def backward_launches(
                 dout, q, lse, delta, k_pages, v_pages, block_table, dk, dv, scale, scale * LOG2_E,
                 start, tokens, heads, dout.stride(0), q.stride(0), dk.stride(0), *strides,
             ),
-            {**sizes, "block_m": tiles.dkv.rows, "block_q": dkv_tokens, "block_n": tiles.dkv.keys},
+            {**sizes, "block_m": tiles.dkv.rows, "block_n": tiles.dkv.keys},
             tiles.dkv.warps,
             tiles.dkv.stages,
         ),
@@ -314,7 +315,7 @@ def _dkv(
     scale_log2: tl.tensor, start: tl.tensor, tokens: tl.tensor, heads: tl.tensor, stride_do: tl.tensor,
     stride_q: tl.tensor, stride_dk: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor,
     stride_kv_head: tl.tensor, group: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr,
-    block_m: tl.constexpr, block_q: tl.constexpr, block_n: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr,
 ) -> None:
     """Grid (blocks of keys, K). Adds to dk, dv [L, K, D] of its keys."""
     # The first keys are seen by most queries: the longest programs start first.
@@ -329,26 +330,25 @@ def _dkv(
     k = tl.load(k_pages + where, mask=inside[:, None], other=0.0)
     v = tl.load(v_pages + where, mask=inside[:, None], other=0.0)
 
+    # One query head at a time: packing the group into the rows, as the other kernels do, costs a
+    # division per row for the addresses, and registers are scarce here with two accumulators.
     row = tl.arange(0, block_m)
-    row_query = row // group
-    head = kv_head * group + row % group
-    full = row < block_q * group
-    q_at = (row_query * stride_q + head * head_dim)[:, None] + dim[None, :]
-    do_at = (row_query * stride_do + head * head_dim)[:, None] + dim[None, :]
     acc_k = tl.zeros((block_n, head_dim), dtype=tl.float32)
     acc_v = tl.zeros((block_n, head_dim), dtype=tl.float32)
-    first = tl.maximum(block - start, 0) // block_q * block_q
-    for token in range(first, tokens, block_q):
-        valid = full & (row_query < tokens - token)
-        q_tile = tl.load(q + token * stride_q + q_at, mask=valid[:, None], other=0.0)
-        do_tile = tl.load(dout + token * stride_do + do_at, mask=valid[:, None], other=0.0)
-        row_at = (token + row_query) * heads + head
-        row_lse = tl.load(lse + row_at, mask=valid, other=0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + row_at, mask=valid, other=0.0)
+    first = tl.maximum(block - start, 0) // block_m
+    tiles = tl.cdiv(tokens, block_m) - first
+    for i in range(0, tiles * group):
+        head = kv_head * group + i // tiles
+        query = (first + i % tiles) * block_m + row
+        valid = query < tokens
+        inner = (head * head_dim + dim)[None, :]
+        q_tile = tl.load(q + (query * stride_q)[:, None] + inner, mask=valid[:, None], other=0.0)
+        do_tile = tl.load(dout + (query * stride_do)[:, None] + inner, mask=valid[:, None], other=0.0)
+        row_lse = tl.load(lse + query * heads + head, mask=valid, other=0.0) * 1.4426950408889634
+        row_delta = tl.load(delta + query * heads + head, mask=valid, other=0.0)
         s = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * scale_log2
         # Rows without a query have q = do = 0 and need no mask: they add 0 to both sums.
-        visible = (key - start - token)[:, None] <= row_query[None, :]
-        p = tl.where(visible, tl.exp2(s - row_lse[None, :]), 0.0)
+        p = tl.where(key[:, None] <= (start + query)[None, :], tl.exp2(s - row_lse[None, :]), 0.0)
         acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")
         ds = p * (dp - row_delta[None, :])
