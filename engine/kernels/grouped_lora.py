@@ -30,11 +30,11 @@ from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, power_of_2_fr
 
 MAX_RANK = 128
 MAX_SPLITS = 16
-MAX_PARTS = 16384
-"""Partial sums that a program of the expand reads: 128 registers of each of its 128 threads. Four
-times as many spilled 3 KB per thread."""
+MAX_PARTS = 8192
+"""Partial sums that a program of the expand reads at once: 64 registers of each of its 128 threads.
+Eight times as many spilled 3 KB per thread (compiled for sm_90)."""
 LARGE_SEGMENT_TOKENS = 32
-"""From this mean length on tiles have 64 tokens, else 16, the least that the matrix units take."""
+"""From this mean length on tiles have up to 64 tokens, else 16, the least that the matrix units take."""
 
 
 def grouped_lora(
@@ -119,8 +119,8 @@ def lora_launches(
     if rank > MAX_RANK:
         raise ValueError(f"the padded rank must be at most {MAX_RANK}, got {rank}")
     large = tokens >= LARGE_SEGMENT_TOKENS * segments
-    block_t = 64 if large else 16
     block_r = max(16, power_of_2_from(rank))
+    block_t = min(64, 2048 // block_r) if large else 16
     programs = tokens // block_t + segments
     block_i = 128 if block_r <= 32 else 64
     splits = choose_splits(programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i))

@@ -382,8 +382,8 @@ def paged_attention_reference(
     *,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`paged_attention` in torch, sequence by sequence in float32 (float64 stays). Decodes of equal
-    path are one batch: a loop over hundreds of them would cost more than their arithmetic."""
+    """`paged_attention` in torch, sequence by sequence in float32 (float64 stays). All decodes are one
+    batch: a loop over hundreds of them would cost more than their arithmetic."""
     check_batch(q, k_pages, v_pages, block_tables, query_start, context_lens)
     check_dtype("q", q, (*FLOATS, torch.float64))
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -406,6 +406,8 @@ def paged_attention_reference(
         index = torch.tensor(singles, device=q.device)
         position = context_lens[index].long()
         pages = block_tables[index][:, : int(position.max()) // k_pages.shape[1] + 1].long()
+        own = torch.arange(pages.shape[1], device=q.device) * k_pages.shape[1] <= position[:, None]
+        pages = pages.where(own, 0)  # what follows a sequence's own pages in its row may be anything
         k, v = (p[pages].flatten(1, 2) for p in (k_pages, v_pages))
         tokens = query_start[index].long()
         rows, row_lse = attend_reference(q[tokens][:, None], k, v, position[:, None], scale)
