@@ -337,7 +337,7 @@ def _dkv(
     acc_v = tl.zeros((block_n, head_dim), dtype=tl.float32)
     first = tl.maximum(block - start, 0) // block_m
     tiles = tl.cdiv(tokens, block_m) - first
-    for i in range(0, tiles * group):
+    for i in range(tiles * group):
         head = kv_head * group + i // tiles
         query = (first + i % tiles) * block_m + row
         valid = query < tokens

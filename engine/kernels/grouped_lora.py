@@ -123,7 +123,9 @@ def lora_launches(
     block_t = min(64, 2048 // block_r) if large else 16
     programs = tokens // block_t + segments
     block_i = 128 if block_r <= 32 else 64
-    splits = choose_splits(programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i))
+    splits = choose_splits(
+        programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i)
+    )
     parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=x.device)
     s = torch.empty((tokens, rank), dtype=torch.float32, device=x.device) if splits > 1 else parts[0]
     block_o = 128
@@ -311,7 +313,7 @@ def _expand(
     for part in tl.static_range(1, splits):
         offset = tl.cast(part * padded_rank, tl.int64) * tokens
         s_tile += tl.load(parts + offset + s_at, mask=s_mask, other=0.0)
-    if splits > 1:
+    if splits > 1:  # noqa: SIM102 - decided by the compiler, the next by the program
         if tl.program_id(1) == 0:
             tl.store(s + s_at, s_tile, mask=s_mask)
     b_at = adapter.to(tl.int64) * stride_b + (feature * stride_bo)[None, :] + (r * stride_br)[:, None]

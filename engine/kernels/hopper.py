@@ -65,17 +65,20 @@ Case = tuple[str, Callable[[], Iterable[Launch]]]
 
 
 def cases() -> list[Case]:
-    """Production launches by name: Llama-3.1-8B (32 heads on 8) and Qwen2.5-14B (40 on 8), bf16."""
+    """Production launches by name, bf16: Llama-3.1-8B (32 heads on 8), Qwen2.5-14B (40 on 8) and
+    Llama-3.2-1B (32 on 8 of size 64)."""
     found: list[Case] = []
     for name, heads, head_dim in (("llama8b", 32, 128), ("qwen14b", 40, 128), ("llama1b", 32, 64)):
         found += [
             (f"decode {name}", _attention(heads, head_dim, [1] * 128, decodes=128, splits=1)),
-            (f"decode split {name}", _attention(heads, head_dim, [1] * 8, decodes=8, splits=8)),
             (f"chunk {name}", _attention(heads, head_dim, [2048], decodes=0, splits=1)),
-            (f"chunk split {name}", _attention(heads, head_dim, [64], decodes=0, splits=4)),
             (f"backward {name}", _backward(heads, head_dim, 512, 3500)),
-            (f"backward small {name}", _backward(heads, head_dim, 32, 3500)),
         ]
+    found += [
+        ("decode split llama8b", _attention(32, 128, [1] * 8, decodes=8, splits=8)),
+        ("chunk split llama8b", _attention(32, 128, [64], decodes=0, splits=4)),
+        ("backward small llama8b", _backward(32, 128, 32, 3500)),
+    ]
     found.append(("write kv", _write_kv))
     for rank in (16, 64):
         found += [
@@ -205,7 +208,7 @@ def _backward(heads: int, head_dim: int, window: int, start: int) -> Callable[[]
 def _write_kv() -> Iterable[Launch]:
     new = torch.empty((640, 6144), dtype=torch.bfloat16, device="meta")
     pages = _empty(8192, 16, 8, 128)
-    k, v = (new[:, i : i + 1024].unflatten(1, (8, 128)) for i in (4096, 5120))
+    k, v = (new[:, i : i + 1024].view(640, 8, 128) for i in (4096, 5120))
     return [write_launch(k, v, pages, pages, _empty(640, dtype=torch.int32))]
 
 

@@ -22,6 +22,8 @@ else:
     except ModuleNotFoundError:
         triton = tl = None
 
+__all__ = ["Launch", "cdiv", "jit", "multiprocessors", "power_of_2_from", "tl", "triton", "uses_triton"]
+
 
 def jit(function: Any) -> Any:
     """`triton.jit`, or the function itself where Triton is missing."""

@@ -244,10 +244,10 @@ def check_batch(
 
 @jit
 def _attend_keys(
-    acc: tl.tensor, peak: tl.tensor, total: tl.tensor, q_tile: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, table: tl.tensor,
-    kv_head_offset: tl.tensor, position: tl.tensor, n: tl.tensor, end: tl.tensor, scale_log2: tl.tensor, stride_page: tl.tensor,
-    stride_slot: tl.tensor, masked: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr,
-    block_n: tl.constexpr,
+    acc: tl.tensor, peak: tl.tensor, total: tl.tensor, q_tile: tl.tensor, k_pages: tl.tensor,
+    v_pages: tl.tensor, table: tl.tensor, kv_head_offset: tl.tensor, position: tl.tensor, n: tl.tensor,
+    end: tl.tensor, scale_log2: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor,
+    masked: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr, block_n: tl.constexpr,
 ) -> tl.tensor:
     """Take keys n .. n + block_n into the running (acc [M, D], peak [M], total [M])."""
     key = n + tl.arange(0, block_n)
@@ -280,12 +280,13 @@ def _attend_keys(
 
 @jit
 def _attend(
-    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, block_tables: tl.tensor, query_start: tl.tensor, context_lens: tl.tensor,
-    out: tl.tensor, lse: tl.tensor, scale_log2: tl.tensor, sequences: tl.tensor, width: tl.tensor, stride_q: tl.tensor,
-    stride_page: tl.tensor, stride_slot: tl.tensor, stride_kv_head: tl.tensor, stride_table: tl.tensor, heads: tl.tensor,
-    group: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr, block_m: tl.constexpr,
-    block_q: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr, decode: tl.constexpr,
-    splits: tl.constexpr,
+    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, block_tables: tl.tensor,
+    query_start: tl.tensor, context_lens: tl.tensor, out: tl.tensor, lse: tl.tensor,
+    scale_log2: tl.tensor, sequences: tl.tensor, width: tl.tensor, stride_q: tl.tensor,
+    stride_page: tl.tensor, stride_slot: tl.tensor, stride_kv_head: tl.tensor, stride_table: tl.tensor,
+    heads: tl.tensor, group: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr,
+    block_m: tl.constexpr, block_q: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr,
+    decode: tl.constexpr, splits: tl.constexpr,
 ) -> None:
     """Grid (tiles, K, splits). Writes out [splits, width, H, D] and lse [splits, width, H]."""
     pid = tl.program_id(0)
@@ -342,17 +343,19 @@ def _attend(
         )
 
     some = total > 0
-    acc = acc / tl.where(some, total, 1.0)[:, None]
-    row_lse = tl.where(some, (peak + tl.log2(tl.where(some, total, 1.0))) * 0.6931471805599453, float("-inf"))
+    safe = tl.where(some, total, 1.0)
+    acc = acc / safe[:, None]
+    row_lse = tl.where(some, (peak + tl.log2(safe)) * 0.6931471805599453, float("-inf"))
     out_row = (split.to(tl.int64) * width + first + query) * heads + head
-    tl.store(out + (out_row * head_dim)[:, None] + dim[None, :], acc.to(out.dtype.element_ty), mask=valid[:, None])
+    out_at = out + (out_row * head_dim)[:, None] + dim[None, :]
+    tl.store(out_at, acc.to(out.dtype.element_ty), mask=valid[:, None])
     tl.store(lse + out_row, row_lse, mask=valid)
 
 
 @jit
 def _join(
-    partial: tl.tensor, partial_lse: tl.tensor, out: tl.tensor, lse: tl.tensor, offset: tl.tensor, width: tl.tensor, heads: tl.tensor,
-    head_dim: tl.constexpr, splits: tl.constexpr,
+    partial: tl.tensor, partial_lse: tl.tensor, out: tl.tensor, lse: tl.tensor, offset: tl.tensor,
+    width: tl.tensor, heads: tl.tensor, head_dim: tl.constexpr, splits: tl.constexpr,
 ) -> None:
     """Grid (tokens, H): out = sum_s exp(lse_s - lse) partial_s, lse = log sum_s exp(lse_s)."""
     row = (tl.program_id(0) + offset).to(tl.int64) * heads + tl.program_id(1)
@@ -429,7 +432,7 @@ def attend_reference(
     Returns out [S, N, H, D] and lse [S, N, H] in the type of computation.
     """
     compute = torch.float64 if q.dtype == torch.float64 else torch.float32
-    (sequences, tokens, heads, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
+    (sequences, tokens, _, head_dim), (keys, kv_heads) = q.shape, k.shape[1:3]
     # [S, K, N * G, D] against [S, K, J, D]: one batched product, keys not repeated per query head.
     rows = q.to(compute).view(sequences, tokens, kv_heads, -1, head_dim).transpose(1, 2).flatten(2, 3)
     k_rows, v_rows = (x.to(compute).transpose(1, 2) for x in (k, v))

@@ -5,7 +5,6 @@ Shapes: T packed tokens, K key/value heads, D head size, P pages of B tokens.
 
 from __future__ import annotations
 
-
 import torch
 
 from engine.kernels.checks import check_device, check_dtype, check_pages, check_rows, check_shape
@@ -105,9 +104,10 @@ def _check(
 
 @jit
 def _write(
-    k: tl.tensor, v: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, slots: tl.tensor, stride_k: tl.tensor, stride_v: tl.tensor,
-    stride_page: tl.tensor, stride_slot: tl.tensor, stride_head: tl.tensor, block_size: tl.constexpr,
-    head_dim: tl.constexpr, size: tl.constexpr, block: tl.constexpr,
+    k: tl.tensor, v: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, slots: tl.tensor,
+    stride_k: tl.tensor, stride_v: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor,
+    stride_head: tl.tensor, block_size: tl.constexpr, head_dim: tl.constexpr, size: tl.constexpr,
+    block: tl.constexpr,
 ) -> None:
     """Grid (T,): copies the K * D numbers of one token, twice."""
     token = tl.program_id(0).to(tl.int64)

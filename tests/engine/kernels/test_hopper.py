@@ -22,7 +22,7 @@ print(json.dumps([c._asdict() for c in compile_all(int(sys.argv[1]), sys.argv[2]
 """
 
 
-@pytest.fixture(scope="module", params=[(90, ""), (80, "llama8b"), (80, "r64")], ids=str)
+@pytest.fixture(scope="module", params=[(90, ""), (80, "llama8b")], ids=str)
 def compiled(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]:
     """Compiled in a process of its own: Triton may have been told to interpret in this one."""
     arch, only = request.param

@@ -72,5 +72,5 @@ def test_tensors_that_do_not_fit_are_refused(which: str) -> None:
         labels = labels.int()
     if which == "type":
         weight = weight.half()
-    with pytest.raises(ValueError, match="must be|must have"):
+    with pytest.raises(ValueError, match=r"must be|must have"):
         linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk_tokens)

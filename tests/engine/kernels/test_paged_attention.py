@@ -84,7 +84,8 @@ def exact(batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[0], 0) for x in (k, v))
         rows = q[first:last].double().transpose(0, 1)
         seen = torch.ones(n, context + n, dtype=torch.bool).tril(context)
-        out[first:last] = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+        attended = F.scaled_dot_product_attention(rows, k, v, attn_mask=seen, scale=scale)
+        out[first:last] = attended.transpose(0, 1)
         logits = (rows @ k.transpose(1, 2) * scale).masked_fill(~seen, float("-inf"))
         lse[first:last] = logits.logsumexp(-1).T
     return out, lse

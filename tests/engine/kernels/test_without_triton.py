@@ -7,8 +7,8 @@ PROGRAM = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
 import torch
-from engine.kernels import linear_cross_entropy, paged_attention
-from engine.kernels.paged_attention import paged_attention_triton
+import engine.kernels.hopper
+from engine.kernels.paged_attention import paged_attention, paged_attention_triton
 
 pages = torch.randn(2, 16, 2, 64)
 index = torch.zeros(1, 1, dtype=torch.int32), torch.tensor([0, 1]).int(), torch.tensor([3]).int()
