@@ -224,7 +224,7 @@ def check_window(
         check_device(name, tensor, q.device)
 
 
-@jit
+@jit()
 def _dq_keys(
     acc: tl.tensor, q_tile: tl.tensor, do_tile: tl.tensor, row_lse: tl.tensor, row_delta: tl.tensor,
     k_pages: tl.tensor, v_pages: tl.tensor, table: tl.tensor, kv_head_offset: tl.tensor,
@@ -257,7 +257,7 @@ def _dq_keys(
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
-@jit
+@jit("start", "tokens")
 def _dq(
     dout: tl.tensor, q: tl.tensor, out: tl.tensor, lse: tl.tensor, delta: tl.tensor, k_pages: tl.tensor,
     v_pages: tl.tensor, table: tl.tensor, dq: tl.tensor, scale: tl.tensor, scale_log2: tl.tensor,
@@ -308,7 +308,7 @@ def _dq(
     tl.store(dq + out_row[:, None] + dim[None, :], (acc * scale).to(dq.dtype.element_ty), mask=valid[:, None])
 
 
-@jit
+@jit("start", "tokens")
 def _dkv(
     dout: tl.tensor, q: tl.tensor, lse: tl.tensor, delta: tl.tensor, k_pages: tl.tensor,
     v_pages: tl.tensor, table: tl.tensor, dk: tl.tensor, dv: tl.tensor, scale: tl.tensor,

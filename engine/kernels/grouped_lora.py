@@ -130,7 +130,7 @@ def lora_launches(
     s = torch.empty((tokens, rank), dtype=torch.float32, device=x.device) if splits > 1 else parts[0]
     block_o = 128
     index = (ranks, scales, segment_start, segment_adapter)
-    common = {"block_t": block_t, "block_r": block_r, "block_g": power_of_2_from(segments)}
+    common = {"block_t": block_t, "block_r": block_r, "block_g": max(256, power_of_2_from(segments))}
     launches = [
         Launch(
             _shrink,
@@ -237,7 +237,7 @@ def check_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tenso
     check_device("small", small, wide.device)
 
 
-@jit
+@jit()
 def _locate(
     segment_start: tl.tensor, segments: tl.tensor, pid: tl.tensor, block_t: tl.constexpr,
     block_g: tl.constexpr,
@@ -254,7 +254,7 @@ def _locate(
     return segment, first, tl.load(segment_start + segment + 1)
 
 
-@jit
+@jit("segments", "tokens")
 def _shrink(
     x: tl.tensor, a: tl.tensor, parts: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
     segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
@@ -288,7 +288,7 @@ def _shrink(
     tl.store(parts + row[:, None] + r[None, :], acc, mask=mask)
 
 
-@jit
+@jit("segments", "tokens")
 def _expand(
     y: tl.tensor, b: tl.tensor, parts: tl.tensor, s: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
     segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
@@ -324,7 +324,7 @@ def _expand(
     tl.store(y_at, (old + update).to(y.dtype.element_ty), mask=has_token & has_feature)
 
 
-@jit
+@jit("tokens")
 def _weight_grad(
     grad: tl.tensor, small: tl.tensor, wide: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
     features: tl.tensor, rank: tl.tensor, stride_small: tl.tensor, stride_wide: tl.tensor,

@@ -101,7 +101,7 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
     kernel = launch.kernel
     if not isinstance(kernel, triton.runtime.JITFunction):
         raise ValueError("compiling needs Triton's compiler: unset TRITON_INTERPRET")
-    signature, constants, attributes = specialise(kernel.arg_names, launch)
+    signature, constants, attributes = specialise(launch)
     compiled = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
@@ -125,27 +125,28 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
 
 
 def specialise(
-    names: list[str], launch: Launch
+    launch: Launch,
 ) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], list[list[Any]]]]:
     """Signature, constants and attributes as Triton's launcher makes them: an integer 1 becomes a
-    constant, pointers and multiples of 16 are known to be aligned."""
+    constant, pointers and multiples of 16 are known to be aligned, unless the kernel declines."""
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
-    for i, (name, value) in enumerate(zip(names, launch.args, strict=False)):
-        aligned = False
+    names = launch.kernel.arg_names
+    for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
+        name, index, aligned = parameter.name, (parameter.num,), False
         if isinstance(value, torch.Tensor):
             signature[name], aligned = POINTERS[value.dtype], True
         elif isinstance(value, float):
             signature[name] = "fp32"
-        elif value == 1:
+        elif value == 1 and not parameter.do_not_specialize:
             signature[name] = "constexpr"
-            constants[(i,)] = 1
+            constants[index] = 1
         else:
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
         if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
+            attributes[index] = [["tt.divisibility", 16]]
     for name, value in launch.constants.items():
         signature[name] = "constexpr"
         constants[(names.index(name),)] = value

@@ -8,6 +8,7 @@ so this package imports without it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -25,9 +26,15 @@ else:
 __all__ = ["Launch", "cdiv", "jit", "multiprocessors", "power_of_2_from", "tl", "triton", "uses_triton"]
 
 
-def jit(function: Any) -> Any:
-    """`triton.jit`, or the function itself where Triton is missing."""
-    return function if triton is None else triton.jit(function)
+def jit(*varying: str) -> Callable[[Any], Any]:
+    """`triton.jit`, or the function itself where Triton is missing.
+
+    `varying` names integers that change from one iteration to the next. Triton would compile a kernel
+    anew for each pattern of which of them are 1 or multiples of 16: a second's pause while serving.
+    """
+    if triton is None:
+        return lambda function: function
+    return lambda function: triton.jit(function, do_not_specialize=list(varying))
 
 
 class Launch(NamedTuple):

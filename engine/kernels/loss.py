@@ -18,12 +18,13 @@ from engine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
 IGNORE_LABEL = -100
 
 
+@torch.no_grad()
 def linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     *,
-    chunk_tokens: int = 1024,
+    chunk_tokens: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed loss of softmax(hidden @ weight^T) against `labels`, and its gradient.
 

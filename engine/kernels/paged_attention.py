@@ -87,7 +87,7 @@ def paged_attention(
     the keys are split.
 
     Returns out [T, H, D] of q's type and lse [T, H] (float32; float64 for float64 on the CPU). Rows
-    from query_start[S] on are not written. Raises ValueError for tensors that do not fit together.
+    from query_start[S] on are undefined. Raises ValueError for tensors that do not fit together.
     """
     if uses_triton(q):
         return paged_attention_triton(
@@ -172,20 +172,19 @@ def attention_launches(
         if count > 1:
             partial = torch.empty((count, width, heads, head_dim), dtype=torch.float32, device=q.device)
             partial_lse = torch.empty((count, width, heads), dtype=torch.float32, device=q.device)
-        own = sequences - first
         launches.append(
             Launch(
                 _attend,
                 (programs, kv_heads, count),
                 (
-                    q, k_pages, v_pages, block_tables[first:], query_start[first:], context_lens[first:],
-                    partial, partial_lse, scale * LOG2_E, own, width, q.stride(0),
+                    q, k_pages, v_pages, block_tables, query_start, context_lens,
+                    partial, partial_lse, scale * LOG2_E, first, sequences, width, q.stride(0),
                     k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), block_tables.stride(0), heads,
                 ),
                 {
                     "group": group, "block_size": k_pages.shape[1], "head_dim": head_dim,
                     "block_m": tile.rows, "block_q": tile_tokens, "block_n": tile.keys,
-                    "block_s": power_of_2_from(own), "decode": decode, "splits": count,
+                    "block_s": max(256, power_of_2_from(sequences)), "decode": decode, "splits": count,
                 },
                 tile.warps,
                 tile.stages,
@@ -242,7 +241,7 @@ def check_batch(
         check_device(name, tensor, q.device)
 
 
-@jit
+@jit()
 def _attend_keys(
     acc: tl.tensor, peak: tl.tensor, total: tl.tensor, q_tile: tl.tensor, k_pages: tl.tensor,
     v_pages: tl.tensor, table: tl.tensor, kv_head_offset: tl.tensor, position: tl.tensor, n: tl.tensor,
@@ -278,15 +277,15 @@ def _attend_keys(
     return acc, higher, total
 
 
-@jit
+@jit("first_sequence", "sequences", "width")
 def _attend(
     q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, block_tables: tl.tensor,
     query_start: tl.tensor, context_lens: tl.tensor, out: tl.tensor, lse: tl.tensor,
-    scale_log2: tl.tensor, sequences: tl.tensor, width: tl.tensor, stride_q: tl.tensor,
-    stride_page: tl.tensor, stride_slot: tl.tensor, stride_kv_head: tl.tensor, stride_table: tl.tensor,
-    heads: tl.tensor, group: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr,
-    block_m: tl.constexpr, block_q: tl.constexpr, block_n: tl.constexpr, block_s: tl.constexpr,
-    decode: tl.constexpr, splits: tl.constexpr,
+    scale_log2: tl.tensor, first_sequence: tl.tensor, sequences: tl.tensor, width: tl.tensor,
+    stride_q: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor, stride_kv_head: tl.tensor,
+    stride_table: tl.tensor, heads: tl.tensor, group: tl.constexpr, block_size: tl.constexpr,
+    head_dim: tl.constexpr, block_m: tl.constexpr, block_q: tl.constexpr, block_n: tl.constexpr,
+    block_s: tl.constexpr, decode: tl.constexpr, splits: tl.constexpr,
 ) -> None:
     """Grid (tiles, K, splits). Writes out [splits, width, H, D] and lse [splits, width, H]."""
     pid = tl.program_id(0)
@@ -298,15 +297,18 @@ def _attend(
         token = 0
         count = 1
     else:
-        # Sequence s owns the tiles from (start_s - start_0) // block_q + s: at least as many as it
-        # needs, and strictly increasing in s, whatever the lengths.
+        # Sequence s, counted from the first that is not a decode, owns the tiles from
+        # (start_s - start_0) // block_q + s: at least as many as it needs, and strictly increasing
+        # in s, whatever the lengths.
         index = tl.arange(0, block_s)
-        origin = tl.load(query_start)
-        starts = tl.load(query_start + index, mask=index < sequences, other=0) - origin
-        owned = (starts // block_q + index <= pid) & (index < sequences)
-        sequence = tl.sum(owned.to(tl.int32), 0) - 1
+        here = index < sequences - first_sequence
+        origin = tl.load(query_start + first_sequence)
+        starts = tl.load(query_start + first_sequence + index, mask=here, other=0) - origin
+        owned = (starts // block_q + index <= pid) & here
+        ordinal = tl.sum(owned.to(tl.int32), 0) - 1
+        sequence = first_sequence + ordinal
         first = tl.load(query_start + sequence)
-        token = (pid - ((first - origin) // block_q + sequence)) * block_q
+        token = (pid - ((first - origin) // block_q + ordinal)) * block_q
         count = tl.load(query_start + sequence + 1) - first
     if token >= count:
         return
@@ -352,7 +354,7 @@ def _attend(
     tl.store(lse + out_row, row_lse, mask=valid)
 
 
-@jit
+@jit("offset", "width")
 def _join(
     partial: tl.tensor, partial_lse: tl.tensor, out: tl.tensor, lse: tl.tensor, offset: tl.tensor,
     width: tl.tensor, heads: tl.tensor, head_dim: tl.constexpr, splits: tl.constexpr,

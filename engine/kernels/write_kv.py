@@ -102,7 +102,7 @@ def _check(
         check_device(name, tensor, k.device)
 
 
-@jit
+@jit()
 def _write(
     k: tl.tensor, v: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, slots: tl.tensor,
     stride_k: tl.tensor, stride_v: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor,

@@ -12,8 +12,9 @@ import pytest
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling needs triton")
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-SPILL_LIMIT_BYTES = {80: 256, 90: 0}
-"""Block sizes are chosen for Hopper; on an A100 some kernels may spill a little."""
+SPILL_LIMIT_BYTES = {80: 64, 90: 16}
+"""Per thread. Block sizes are chosen for Hopper: there Triton 3.9 spills nothing and 3.6 two registers
+of one kernel; on an A100 some kernels may spill a little more."""
 
 COMPILE = """
 import json, sys
