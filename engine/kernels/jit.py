@@ -9,6 +9,7 @@ so this package imports without it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -70,6 +71,7 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cuda"
 
 
+@cache
 def multiprocessors(device: torch.device) -> int:
     """Multiprocessors to fill; off a GPU those of a Hopper, which the compile table is made for."""
     if device.type != "cuda":

@@ -46,20 +46,22 @@ def make_batch(
     segments: list[tuple[int, int]], wide_in: int, wide_out: int, dtype: torch.dtype, device: str,
     padded_rank: int = 64,
 ) -> Batch:
-    """Two tokens lie in no segment; padding beyond a rank holds NaN."""
+    """Two tokens lie in no segment; padding beyond a rank holds NaN. In memory a real adapter lies
+    before the first, where a kernel that takes -1 for an index would find it."""
     draw = torch.Generator().manual_seed(wide_in)
     lengths, adapters = zip(*segments, strict=True)
-    tokens, ranks = sum(lengths) + 2, [8, 16, padded_rank, 3]
+    tokens, ranks = sum(lengths) + 2, [8, 8, 16, padded_rank, 3]
     y, x = torch.randn(tokens, wide_out, generator=draw), torch.randn(tokens, wide_in, generator=draw)
-    a = torch.randn(4, padded_rank, wide_in, generator=draw) / wide_in**0.5
-    b = torch.randn(4, wide_out, padded_rank, generator=draw) / padded_rank**0.5
+    a = torch.randn(5, padded_rank, wide_in, generator=draw) / wide_in**0.5
+    b = torch.randn(5, wide_out, padded_rank, generator=draw) / padded_rank**0.5
     for n, rank in enumerate(ranks):
         a[n, rank:] = float("nan")
         b[n, :, rank:] = float("nan")
     return Batch(
-        *(z.to(device, dtype) for z in (y, x, a, b)),
-        torch.tensor(ranks, dtype=torch.int32, device=device),
-        torch.tensor([2.0, 0.5, 1.0, -1.0], device=device),
+        *(z.to(device, dtype) for z in (y, x)),
+        *(z.to(device, dtype)[1:] for z in (a, b)),
+        torch.tensor(ranks, dtype=torch.int32, device=device)[1:],
+        torch.tensor([3.0, 2.0, 0.5, 1.0, -1.0], device=device)[1:],
         torch.tensor([0, *lengths]).cumsum(0).int().to(device),
         torch.tensor(adapters, dtype=torch.int32, device=device),
     )
