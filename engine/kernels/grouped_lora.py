@@ -1,0 +1,390 @@
+"""LoRA of many adapters, of different ranks, in one packed batch; forward, and the pieces of backward.
+
+Tokens lie in segments of one adapter. Both kernels find a program's segment on the device, as
+`paged_attention` does. The shrink splits the long contraction over programs, whose partial sums the
+expand adds when it reads them: a decode token alone would leave the device idle, and no atomics are
+needed. The gradient with respect to x is the same pair of products with the factors exchanged and
+transposed, so it is the same pair of kernels on transposed views:
+
+    forward    s = x A^T       y += scale * s B^T
+    backward   u = dy B        dx += scale * u A          = grouped_lora(dx, dy, B^T, A^T)
+               dA += scale * u^T x       dB += scale * dy^T s
+
+Shapes: T packed tokens, I input and O output features, N adapters, R padded rank (the buffers'), r an
+adapter's own rank, G segments, C splits of the contraction. Sums are float32.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.checks import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_index,
+    check_rows,
+    check_shape,
+)
+from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, power_of_2_from, tl, uses_triton
+
+MAX_RANK = 128
+MAX_SPLITS = 16
+MAX_PARTS = 8192
+"""Partial sums that a program of the expand reads at once: 64 registers of each of its 128 threads.
+Eight times as many spilled 3 KB per thread (compiled for sm_90)."""
+LARGE_SEGMENT_TOKENS = 32
+"""From this mean length on tiles have up to 64 tokens, else 16, the least that the matrix units take."""
+
+
+def grouped_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """y[t] += scales[n] * (x[t] @ A_n^T) @ B_n^T for the tokens of each segment, n its adapter.
+
+    y [T, O] is modified; x [T, I]; a [N, R, I] and b [N, O, R] with one of the last two strides 1, so
+    that transposed views do; ranks [N] int32 and scales [N] float32; segment_start [G + 1] and
+    segment_adapter [G] int32, all on the device. Adapter -1 is the base model: its tokens are left
+    alone, as are those outside of all segments; segments may be empty. Padding beyond an adapter's
+    rank is never read.
+
+    Returns s = x A^T [T, R] (float32; float64 for float64 on the CPU), unscaled, defined for the
+    first r columns of tokens with an adapter. Raises ValueError for tensors that do not fit together.
+    """
+    run = grouped_lora_triton if uses_triton(x) else grouped_lora_reference
+    return run(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+
+
+def lora_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> None:
+    """grad += scale * small^T @ wide over the tokens of one segment: dA and dB.
+
+    small [T, >= r] float32 (u or s of `grouped_lora`), wide [T, F] (x or dy), grad [r, F] float32 is
+    modified and may be a transposed view:
+
+        dA [r, I]: lora_weight_grad(da, u, x, scale)       dB [O, r]: lora_weight_grad(db.T, s, dy, scale)
+
+    One program owns its part of grad, so the sum's order is fixed. float64 works on the CPU. Raises
+    ValueError for tensors that do not fit together.
+    """
+    run = lora_weight_grad_triton if uses_triton(wide) else lora_weight_grad_reference
+    run(grad, small, wide, scale)
+
+
+def grouped_lora_triton(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """`grouped_lora` by the kernels of this file."""
+    launches, s = lora_launches(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+    for launch in launches:
+        launch.run()
+    return s
+
+
+def lora_weight_grad_triton(
+    grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
+) -> None:
+    """`lora_weight_grad` by the kernel of this file."""
+    weight_grad_launch(grad, small, wide, scale).run()
+
+
+def lora_launches(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> tuple[list[Launch], torch.Tensor]:
+    """The shrink and the expand, and s, which the expand writes."""
+    check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+    check_dtype("x", x, FLOATS)
+    (tokens, wide_in), wide_out, rank = x.shape, y.shape[1], a.shape[1]
+    segments = segment_adapter.shape[0]
+    if rank > MAX_RANK:
+        raise ValueError(f"the padded rank must be at most {MAX_RANK}, got {rank}")
+    large = tokens >= LARGE_SEGMENT_TOKENS * segments
+    block_r = max(16, power_of_2_from(rank))
+    block_t = min(64, 2048 // block_r) if large else 16
+    programs = tokens // block_t + segments
+    block_i = 128 if block_r <= 32 else 64
+    splits = choose_splits(
+        programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i)
+    )
+    parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=x.device)
+    s = torch.empty((tokens, rank), dtype=torch.float32, device=x.device) if splits > 1 else parts[0]
+    block_o = 128
+    index = (ranks, scales, segment_start, segment_adapter)
+    common = {"block_t": block_t, "block_r": block_r, "block_g": max(256, power_of_2_from(segments))}
+    launches = [
+        Launch(
+            _shrink,
+            (programs, splits),
+            (x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
+            {**common, "block_i": block_i, "split": cdiv(cdiv(wide_in, splits), block_i) * block_i},
+            4,
+            4,
+        ),
+        Launch(
+            _expand,
+            (programs, cdiv(wide_out, block_o)),
+            (y, b, parts, s, *index, segments, tokens, wide_out, rank, y.stride(0), *b.stride()),
+            {**common, "block_o": block_o, "splits": splits},
+            4,
+            1,
+        ),
+    ]
+    return launches, s
+
+
+def choose_splits(programs: int, wanted_programs: int, tile: int, limit: int) -> int:
+    """Power of two that brings the shrink to about `wanted_programs`, at most `limit`, and few enough
+    that a program of the expand holds a tile from each of them."""
+    splits = 1
+    while (
+        2 * splits <= min(limit, MAX_SPLITS)
+        and 2 * splits * programs <= wanted_programs
+        and 2 * splits * tile <= MAX_PARTS
+    ):
+        splits *= 2
+    return splits
+
+
+def weight_grad_launch(
+    grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
+) -> Launch:
+    """One program per block of grad's wide dimension, walking over the tokens."""
+    check_weight_grad(grad, small, wide)
+    check_dtype("wide", wide, FLOATS)
+    check_dtype("small", small, (torch.float32,))
+    rank, features = grad.shape
+    if rank > MAX_RANK:
+        raise ValueError(f"the rank must be at most {MAX_RANK}, got {rank}")
+    block_f = 64
+    return Launch(
+        _weight_grad,
+        (cdiv(features, block_f),),
+        (
+            grad, small, wide, float(scale), wide.shape[0], features, rank,
+            small.stride(0), wide.stride(0), *grad.stride(),
+        ),
+        {"block_t": 64, "block_r": max(16, power_of_2_from(rank)), "block_f": block_f},
+        4,
+        3,
+    )
+
+
+def check_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the tensors of one grouped LoRA fit together."""
+    check_shape("x", x, (None, None))
+    check_shape("y", y, (x.shape[0], None))
+    check_rows("x", x)
+    check_rows("y", y)
+    check_shape("a", a, (None, None, x.shape[1]))
+    check_shape("b", b, (a.shape[0], y.shape[1], a.shape[1]))
+    for name, tensor in (("y", y), ("a", a), ("b", b)):
+        check_dtype(name, tensor, (x.dtype,))
+    for name, tensor in (("a", a), ("b", b)):
+        if 1 not in tensor.stride()[1:]:
+            raise ValueError(f"{name} must be contiguous along one side, got strides {tensor.stride()}")
+    check_index("ranks", ranks, (a.shape[0],))
+    check_shape("scales", scales, (a.shape[0],))
+    check_dtype("scales", scales, (torch.float32,))
+    check_index("segment_adapter", segment_adapter, (None,))
+    check_index("segment_start", segment_start, (segment_adapter.shape[0] + 1,))
+    for name, tensor in (
+        ("y", y), ("a", a), ("b", b), ("ranks", ranks), ("scales", scales),
+        ("segment_start", segment_start), ("segment_adapter", segment_adapter),
+    ):
+        check_device(name, tensor, x.device)
+
+
+def check_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor) -> None:
+    """Raise ValueError unless grad is [r, F], small [T, >= r] and wide [T, F]."""
+    check_shape("wide", wide, (None, None))
+    check_shape("small", small, (wide.shape[0], None))
+    check_shape("grad", grad, (None, wide.shape[1]))
+    if small.shape[1] < grad.shape[0]:
+        raise ValueError(f"small must have at least {grad.shape[0]} columns, got {small.shape[1]}")
+    check_dtype("grad", grad, (small.dtype,))
+    check_rows("small", small)
+    check_rows("wide", wide)
+    check_device("grad", grad, wide.device)
+    check_device("small", small, wide.device)
+
+
+@jit()
+def _locate(
+    segment_start: tl.tensor, segments: tl.tensor, pid: tl.tensor, block_t: tl.constexpr,
+    block_g: tl.constexpr,
+) -> tl.tensor:
+    """Segment of tile `pid` with its first token and its end: segment g owns the tiles from
+    (start_g - start_0) // block_t + g."""
+    index = tl.arange(0, block_g)
+    origin = tl.load(segment_start)
+    starts = tl.load(segment_start + index, mask=index < segments, other=0) - origin
+    owned = (starts // block_t + index <= pid) & (index < segments)
+    segment = tl.sum(owned.to(tl.int32), 0) - 1
+    start = tl.load(segment_start + segment)
+    first = start + (pid - ((start - origin) // block_t + segment)) * block_t
+    return segment, first, tl.load(segment_start + segment + 1)
+
+
+@jit("segments", "tokens")
+def _shrink(
+    x: tl.tensor, a: tl.tensor, parts: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
+    segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
+    wide_in: tl.tensor, padded_rank: tl.tensor, stride_x: tl.tensor, stride_a: tl.tensor,
+    stride_ar: tl.tensor, stride_ai: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
+    block_g: tl.constexpr, block_i: tl.constexpr, split: tl.constexpr,
+) -> None:
+    """Grid (tiles, C): parts[c, t, :] = x[t, c-th part] @ A[:, c-th part]^T."""
+    segment, first, end = _locate(segment_start, segments, tl.program_id(0), block_t, block_g)
+    adapter = tl.load(segment_adapter + segment)
+    if (first >= end) | (adapter < 0):
+        return
+    part = tl.program_id(1)
+    token = first + tl.arange(0, block_t)
+    r = tl.arange(0, block_r)
+    has_token = token < end
+    has_rank = r < tl.load(ranks + adapter)
+    x_row = (token.to(tl.int64) * stride_x)[:, None]
+    a_row = adapter.to(tl.int64) * stride_a + (r * stride_ar)[:, None]
+    acc = tl.zeros((block_t, block_r), dtype=tl.float32)
+    for i in range(part * split, tl.minimum((part + 1) * split, wide_in), block_i):
+        feature = i + tl.arange(0, block_i)
+        has_feature = (feature < wide_in)[None, :]
+        x_tile = tl.load(x + x_row + feature[None, :], mask=has_token[:, None] & has_feature, other=0.0)
+        a_tile = tl.load(
+            a + a_row + (feature * stride_ai)[None, :], mask=has_rank[:, None] & has_feature, other=0.0
+        )
+        acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+    row = (part * tokens + token).to(tl.int64) * padded_rank
+    mask = has_token[:, None] & (r < padded_rank)[None, :]
+    tl.store(parts + row[:, None] + r[None, :], acc, mask=mask)
+
+
+@jit("segments", "tokens")
+def _expand(
+    y: tl.tensor, b: tl.tensor, parts: tl.tensor, s: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
+    segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
+    wide_out: tl.tensor, padded_rank: tl.tensor, stride_y: tl.tensor, stride_b: tl.tensor,
+    stride_bo: tl.tensor, stride_br: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
+    block_g: tl.constexpr, block_o: tl.constexpr, splits: tl.constexpr,
+) -> None:
+    """Grid (tiles, blocks of O): y[t, block] += scale * sum_c parts[c, t] @ B[block]^T."""
+    segment, first, end = _locate(segment_start, segments, tl.program_id(0), block_t, block_g)
+    adapter = tl.load(segment_adapter + segment)
+    if (first >= end) | (adapter < 0):
+        return
+    token = first + tl.arange(0, block_t)
+    r = tl.arange(0, block_r)
+    feature = tl.program_id(1) * block_o + tl.arange(0, block_o)
+    has_token = (token < end)[:, None]
+    has_feature = (feature < wide_out)[None, :]
+    has_rank = r < tl.load(ranks + adapter)
+    s_at = (token.to(tl.int64) * padded_rank)[:, None] + r[None, :]
+    s_mask = has_token & (r < padded_rank)[None, :]
+    s_tile = tl.load(parts + s_at, mask=s_mask, other=0.0)
+    for part in tl.static_range(1, splits):
+        offset = tl.cast(part * padded_rank, tl.int64) * tokens
+        s_tile += tl.load(parts + offset + s_at, mask=s_mask, other=0.0)
+    if splits > 1:  # noqa: SIM102 - decided by the compiler, the next by the program
+        if tl.program_id(1) == 0:
+            tl.store(s + s_at, s_tile, mask=s_mask)
+    b_at = adapter.to(tl.int64) * stride_b + (feature * stride_bo)[None, :] + (r * stride_br)[:, None]
+    b_tile = tl.load(b + b_at, mask=has_rank[:, None] & has_feature, other=0.0)
+    update = tl.dot(s_tile.to(b_tile.dtype), b_tile, input_precision="ieee") * tl.load(scales + adapter)
+    y_at = y + (token.to(tl.int64) * stride_y)[:, None] + feature[None, :]
+    old = tl.load(y_at, mask=has_token & has_feature, other=0.0).to(tl.float32)
+    tl.store(y_at, (old + update).to(y.dtype.element_ty), mask=has_token & has_feature)
+
+
+@jit("tokens")
+def _weight_grad(
+    grad: tl.tensor, small: tl.tensor, wide: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
+    features: tl.tensor, rank: tl.tensor, stride_small: tl.tensor, stride_wide: tl.tensor,
+    stride_gr: tl.tensor, stride_gf: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
+    block_f: tl.constexpr,
+) -> None:
+    """Grid (blocks of F,): grad[:, block] += scale * small^T @ wide[:, block]."""
+    feature = tl.program_id(0) * block_f + tl.arange(0, block_f)
+    r = tl.arange(0, block_r)
+    has_feature = feature < features
+    has_rank = r < rank
+    acc = tl.zeros((block_f, block_r), dtype=tl.float32)
+    for t in range(0, tokens, block_t):
+        token = t + tl.arange(0, block_t)
+        has_token = (token < tokens)[:, None]
+        row = token.to(tl.int64)
+        wide_tile = tl.load(
+            wide + (row * stride_wide)[:, None] + feature[None, :],
+            mask=has_token & has_feature[None, :], other=0.0,
+        )
+        small_tile = tl.load(
+            small + (row * stride_small)[:, None] + r[None, :], mask=has_token & has_rank[None, :], other=0.0
+        )
+        acc = tl.dot(tl.trans(wide_tile), small_tile.to(wide_tile.dtype), acc, input_precision="ieee")
+    at = grad + (feature.to(tl.int64) * stride_gf)[:, None] + (r * stride_gr)[None, :]
+    mask = has_feature[:, None] & has_rank[None, :]
+    tl.store(at, tl.load(at, mask=mask, other=0.0) + acc * scale, mask=mask)
+
+
+def grouped_lora_reference(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """`grouped_lora` in torch, segment by segment; s is 0 where it is undefined."""
+    check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+    check_dtype("x", x, (*FLOATS, torch.float64))
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    s = torch.zeros((x.shape[0], a.shape[1]), dtype=compute, device=x.device)
+    starts, rank_of, scale_of = segment_start.tolist(), ranks.tolist(), scales.tolist()
+    for g, n in enumerate(segment_adapter.tolist()):
+        first, end = starts[g], starts[g + 1]
+        if n < 0 or first == end:
+            continue
+        r = rank_of[n]
+        s[first:end, :r] = x[first:end].to(compute) @ a[n, :r].to(compute).T
+        update = s[first:end, :r] @ b[n, :, :r].to(compute).T
+        y[first:end] = (y[first:end].to(compute) + update * scale_of[n]).to(y.dtype)
+    return s
+
+
+def lora_weight_grad_reference(
+    grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
+) -> None:
+    """`lora_weight_grad` in torch."""
+    check_weight_grad(grad, small, wide)
+    check_dtype("small", small, (torch.float32, torch.float64))
+    grad.add_(small[:, : grad.shape[0]].T @ wide.to(small.dtype), alpha=scale)

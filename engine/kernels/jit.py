@@ -1,0 +1,88 @@
+"""Triton where it is installed, and kernel launches as values.
+
+A launcher checks its tensors and returns `Launch`es; whoever asked runs them. The same values are
+compiled for a GPU that is not there (`engine.kernels.hopper`), so the table of registers and shared
+memory is about exactly what production launches. Kernels are plain functions where Triton is missing,
+so this package imports without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+if TYPE_CHECKING:
+    import triton
+    import triton.language as tl
+else:
+    try:
+        import triton
+        import triton.language as tl
+    except ModuleNotFoundError:
+        triton = tl = None
+
+__all__ = ["Launch", "cdiv", "jit", "multiprocessors", "power_of_2_from", "tl", "triton", "uses_triton"]
+
+
+def jit(*varying: str) -> Callable[[Any], Any]:
+    """`triton.jit`, or the function itself where Triton is missing.
+
+    `varying` names integers that change from one iteration to the next. Triton would compile a kernel
+    anew for each pattern of which of them are 1 or multiples of 16: a second's pause while serving.
+    """
+    if triton is None:
+        return lambda function: function
+    return lambda function: triton.jit(function, do_not_specialize=list(varying))
+
+
+class Launch(NamedTuple):
+    """One kernel launch: everything that decides what is compiled and what runs."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    """Tensors and numbers in the order of the kernel's parameters, before the constants."""
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    """Depth of software pipelining of the kernel's loops."""
+
+    def run(self) -> None:
+        """Launch on the current stream. An empty grid is no work."""
+        if triton is None:
+            raise RuntimeError("Triton kernels need the package triton, which is not installed")
+        if 0 in self.grid:
+            return
+        self.kernel[self.grid](
+            *self.args, **self.constants, num_warps=self.warps, num_stages=self.stages
+        )
+
+
+def uses_triton(tensor: torch.Tensor) -> bool:
+    """Whether operators on this tensor's device are Triton kernels: cuda yes, cpu no (reference).
+
+    Raises ValueError for any other device.
+    """
+    if tensor.device.type not in ("cuda", "cpu"):
+        raise ValueError(f"kernels run on cuda (Triton) or cpu (reference), got {tensor.device}")
+    return tensor.device.type == "cuda"
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors to fill; off a GPU those of a Hopper, which the compile table is made for."""
+    if device.type != "cuda":
+        return 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_2_from(n: int) -> int:
+    """The smallest power of two that is at least `n`."""
+    return 1 << max(0, n - 1).bit_length()

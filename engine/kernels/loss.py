@@ -1,0 +1,76 @@
+"""Cross-entropy of a language-model head, with the gradient at the hidden states, chunk by chunk.
+
+Logits of a sample would be its largest tensor by far (0.25 MiB per token in bf16 at a vocabulary of
+128k); here only those of one chunk exist. The head is frozen, so the only gradient is that of the
+hidden states, and it is computed while the chunk's logits are at hand. Library kernels for this loss
+read the count of labels on the host (`.item()`), which an iteration must not wait for; these are
+plain matrix products and reductions, on any device, and nothing is read back.
+
+Shapes: T tokens, E hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from engine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
+
+IGNORE_LABEL = -100
+
+
+@torch.no_grad()
+def linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    chunk_tokens: int = 512,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Summed loss of softmax(hidden @ weight^T) against `labels`, and its gradient.
+
+    hidden [T, E], weight [V, E], labels [T] int64, already shifted, IGNORE_LABEL where there is none.
+    With p the softmax of a token's logits and c its label:
+
+        loss = sum -log p_c        d_hidden = (p - onehot(c)) @ weight
+
+    Returns loss [] (float32; float64 for float64), count [] int64 of tokens with a label and d_hidden
+    [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time.
+    Raises ValueError for tensors that do not fit together.
+    """
+    check_shape("hidden", hidden, (None, None))
+    check_dtype("hidden", hidden, (*FLOATS, torch.float64))
+    check_shape("weight", weight, (None, hidden.shape[1]))
+    check_dtype("weight", weight, (hidden.dtype,))
+    check_shape("labels", labels, (hidden.shape[0],))
+    check_dtype("labels", labels, (torch.int64,))
+    check_device("weight", weight, hidden.device)
+    check_device("labels", labels, hidden.device)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format)
+    loss = torch.zeros((), dtype=compute, device=hidden.device)
+    for first in range(0, hidden.shape[0], chunk_tokens):
+        part = slice(first, first + chunk_tokens)
+        loss += _chunk(hidden[part], weight, labels[part], d_hidden[part], compute)
+    return loss, (labels != IGNORE_LABEL).sum(), d_hidden
+
+
+def _chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    d_hidden: torch.Tensor,
+    compute: torch.dtype,
+) -> torch.Tensor:
+    """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place."""
+    logits = (hidden @ weight.T).to(compute)
+    used = (labels != IGNORE_LABEL)[:, None]
+    at = labels.where(used[:, 0], 0)[:, None]
+    log_total = logits.logsumexp(1, keepdim=True)
+    loss = (log_total - logits.gather(1, at)).where(used, 0.0).sum()
+    logits.sub_(log_total).exp_()
+    logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
+    logits.masked_fill_(~used, 0.0)
+    torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
+    return loss
