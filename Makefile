@@ -29,7 +29,7 @@ test: lint  ## ruff, mypy and all tests that need no GPU
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
-	$(BIN)/mypy $(wildcard sim engine profiles analysis hydra_plugins tests)
+	$(BIN)/mypy $(wildcard sim engine profiles analysis hydra_plugins)
 
 bench: $(VENV)/.test  ## the benchmarks of tests/benchmarks, as tables
 	$(BIN)/python -m pytest -q -p no:xdist --benchmark-only tests/benchmarks

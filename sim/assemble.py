@@ -28,8 +28,8 @@ from sim.errors import nearest
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
 from sim.routing import Router
-from sim.workload.config import Workload
 from sim.workload.finetune import Finetune
+from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -185,9 +185,10 @@ def _slos(config: DictConfig) -> dict[str, Slo]:
     if not isinstance(classes, Mapping) or not classes:
         raise ValueError("slo.classes must name at least one class")
     slos = {}
-    for name, bounds in classes.items():
-        given = {key: bound for key, bound in bounds.items() if bound is not None}
-        slos[str(name)] = build(Slo, given, f"slo.classes.{name}", name=str(name))
+    for name in map(str, classes):
+        bounds = config.slo.classes[name]
+        given = {str(key): bound for key, bound in bounds.items() if bound is not None}
+        slos[name] = build(Slo, given, f"slo.classes.{name}", name=name)
     return slos
 
 
@@ -200,7 +201,12 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
         settings = [(cluster.pipelines, device, cluster.tp, cluster.limits.kv_tokens)]
     else:
         settings = [
-            (g.pipelines, _named_device(g.device), g.tp or cluster.tp, g.kv_tokens or cluster.limits.kv_tokens)
+            (
+                g.pipelines,
+                _named_device(g.device),
+                g.tp or cluster.tp,
+                g.kv_tokens or cluster.limits.kv_tokens,
+            )
             for g in cluster.groups
         ]
     groups, first = [], 0

@@ -45,9 +45,7 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
     parameters = inspect.signature(target).parameters
     hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
     _check_keys(values, parameters, given, where)
-    checked = {
-        key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()
-    }
+    checked = {key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()}
     return target(**checked, **given)
 
 

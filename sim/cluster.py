@@ -7,7 +7,8 @@ and the order at equal times is fixed: arrivals, then pipelines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence as Seq
+from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
 import simpy
@@ -152,9 +153,7 @@ def _start(
     horizon: Horizon,
     recorder: Recorder,
 ) -> SimulatedPipeline:
-    state = PipelineState(
-        limits=spec.limits, slos=slos, recorder=recorder, jobs=spec.jobs, pipeline=index
-    )
+    state = PipelineState(limits=spec.limits, slos=slos, recorder=recorder, jobs=spec.jobs, pipeline=index)
     serves = spec.policy.serves
     inbox = dispatcher.inbox(Load(state, spec.predictor)) if serves else _NoArrivals()
     return SimulatedPipeline(env, run_loop(state, spec.policy, inbox, horizon), spec.world)
@@ -165,7 +164,7 @@ def _report(
     every_s: float,
     on_progress: Callable[[float], None],
     running: list[SimulatedPipeline],
-) -> Iterable[simpy.Event]:
+) -> Generator[simpy.Event, object, None]:
     while any(pipeline.process.is_alive for pipeline in running):
         on_progress(env.now)
         yield env.timeout(every_s)

@@ -20,7 +20,9 @@ from sim.core.loop import Command, Done, Execute, Sleep
 class SimulatedPipeline:
     """A pipeline as a SimPy process; `world` says how long each iteration takes."""
 
-    def __init__(self, env: simpy.Environment, loop: Generator[Command, Done, None], world: CostModel) -> None:
+    def __init__(
+        self, env: simpy.Environment, loop: Generator[Command, Done, None], world: CostModel
+    ) -> None:
         self._env = env
         self._loop = loop
         self._world = world
@@ -33,7 +35,12 @@ class SimulatedPipeline:
             self._wake.succeed()
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
-        env, send, iteration_s, timeout = self._env, self._loop.send, self._world.iteration_s, self._env.timeout
+        env, send, iteration_s, timeout = (
+            self._env,
+            self._loop.send,
+            self._world.iteration_s,
+            self._env.timeout,
+        )
         ends: deque[float] = deque()
         device_free_s = -math.inf
         reply: Done | None = None
@@ -61,5 +68,9 @@ class SimulatedPipeline:
         if until_s < math.inf:
             alarm = self._env.timeout(max(0.0, until_s - self._env.now))
             assert alarm.callbacks is not None
-            alarm.callbacks.append(lambda _: wake.triggered or wake.succeed())
+            alarm.callbacks.append(lambda _: None if wake.triggered else _succeed(wake))
         return wake
+
+
+def _succeed(event: simpy.Event) -> None:
+    event.succeed()

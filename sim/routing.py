@@ -76,6 +76,8 @@ class PowerOfTwo:
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
         if len(pipelines) == 1:
             return 0
+        first: int
+        second: int
         first, second = self._random.choice(len(pipelines), size=2, replace=False).tolist()
         return first if pipelines[first].tokens <= pipelines[second].tokens else second
 
@@ -138,7 +140,10 @@ class Consolidate:
         chosen = 0
         for index, load in enumerate(pipelines):
             ttft_s, tpot_s = _predict(request, load)
-            if ttft_s <= self._headroom * request.slo.ttft_s and tpot_s <= self._headroom * request.slo.tpot_s:
+            if (
+                ttft_s <= self._headroom * request.slo.ttft_s
+                and tpot_s <= self._headroom * request.slo.tpot_s
+            ):
                 return index
             if ttft_s < first_s:
                 chosen, first_s = index, ttft_s

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -114,8 +114,7 @@ def _run(
         peak_finetune_tok_s=peak_tok_s,
         labels=assembly.labels,
     )
-    resolved = OmegaConf.to_container(config, resolve=True)
-    assert isinstance(resolved, dict)
+    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
@@ -141,13 +140,18 @@ def _progress(assembly: Assembly, show: bool) -> Iterator[Callable[[float], None
     from tqdm import tqdm
 
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} simulated s [{elapsed}<{remaining}]"
-    with tqdm(total=assembly.horizon.duration_s, bar_format=form, leave=False) as bar:
-        yield lambda now_s: bar.update(min(now_s, bar.total) - bar.n) and None
+    total_s = assembly.horizon.duration_s
+    with tqdm(total=total_s, bar_format=form, leave=False) as bar:
+
+        def update(now_s: float) -> None:
+            bar.update(min(now_s, total_s) - bar.n)
+
+        yield update
 
 
 @contextmanager
 def _few_collections() -> Iterator[None]:
-    """Collect garbage rarely while the loop runs: it makes many small tuples and no cycles (7 % of its time)."""
+    """Collect garbage rarely while the loop runs: it makes many small tuples, no cycles (7 % of its time)."""
     before = gc.get_threshold()
     gc.set_threshold(200_000, 50, 50)
     try:

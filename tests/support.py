@@ -11,7 +11,8 @@ import inspect
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence as Seq
+from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple

@@ -28,9 +28,7 @@ def check_shape(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) 
 def check_dtype(name: str, tensor: torch.Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     """Raise ValueError unless `tensor` has one of the `allowed` types."""
     if tensor.dtype not in allowed:
-        raise ValueError(
-            f"{name} must be of type {' or '.join(str(d) for d in allowed)}, got {tensor.dtype}"
-        )
+        raise ValueError(f"{name} must be of type {' or '.join(str(d) for d in allowed)}, got {tensor.dtype}")
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:

@@ -165,9 +165,7 @@ def choose_splits(programs: int, wanted_programs: int, tile: int, limit: int) ->
     return splits
 
 
-def weight_grad_launch(
-    grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
-) -> Launch:
+def weight_grad_launch(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> Launch:
     """One program per block of grad's wide dimension, walking over the tokens."""
     check_weight_grad(grad, small, wide)
     check_dtype("wide", wide, FLOATS)
@@ -180,8 +178,16 @@ def weight_grad_launch(
         _weight_grad,
         (cdiv(features, block_f),),
         (
-            grad, small, wide, float(scale), wide.shape[0], features, rank,
-            small.stride(0), wide.stride(0), *grad.stride(),
+            grad,
+            small,
+            wide,
+            float(scale),
+            wide.shape[0],
+            features,
+            rank,
+            small.stride(0),
+            wide.stride(0),
+            *grad.stride(),
         ),
         {"block_t": 64, "block_r": max(16, power_of_2_from(rank)), "block_f": block_f},
         4,
@@ -217,8 +223,13 @@ def check_lora(
     check_index("segment_adapter", segment_adapter, (None,))
     check_index("segment_start", segment_start, (segment_adapter.shape[0] + 1,))
     for name, tensor in (
-        ("y", y), ("a", a), ("b", b), ("ranks", ranks), ("scales", scales),
-        ("segment_start", segment_start), ("segment_adapter", segment_adapter),
+        ("y", y),
+        ("a", a),
+        ("b", b),
+        ("ranks", ranks),
+        ("scales", scales),
+        ("segment_start", segment_start),
+        ("segment_adapter", segment_adapter),
     ):
         check_device(name, tensor, x.device)
 
@@ -239,7 +250,10 @@ def check_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tenso
 
 @jit()
 def _locate(
-    segment_start: tl.tensor, segments: tl.tensor, pid: tl.tensor, block_t: tl.constexpr,
+    segment_start: tl.tensor,
+    segments: tl.tensor,
+    pid: tl.tensor,
+    block_t: tl.constexpr,
     block_g: tl.constexpr,
 ) -> tl.tensor:
     """Segment of tile `pid` with its first token and its end: segment g owns the tiles from
@@ -256,11 +270,26 @@ def _locate(
 
 @jit("segments", "tokens")
 def _shrink(
-    x: tl.tensor, a: tl.tensor, parts: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
-    segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
-    wide_in: tl.tensor, padded_rank: tl.tensor, stride_x: tl.tensor, stride_a: tl.tensor,
-    stride_ar: tl.tensor, stride_ai: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
-    block_g: tl.constexpr, block_i: tl.constexpr, split: tl.constexpr,
+    x: tl.tensor,
+    a: tl.tensor,
+    parts: tl.tensor,
+    ranks: tl.tensor,
+    scales: tl.tensor,
+    segment_start: tl.tensor,
+    segment_adapter: tl.tensor,
+    segments: tl.tensor,
+    tokens: tl.tensor,
+    wide_in: tl.tensor,
+    padded_rank: tl.tensor,
+    stride_x: tl.tensor,
+    stride_a: tl.tensor,
+    stride_ar: tl.tensor,
+    stride_ai: tl.tensor,
+    block_t: tl.constexpr,
+    block_r: tl.constexpr,
+    block_g: tl.constexpr,
+    block_i: tl.constexpr,
+    split: tl.constexpr,
 ) -> None:
     """Grid (tiles, C): parts[c, t, :] = x[t, c-th part] @ A[:, c-th part]^T."""
     segment, first, end = _locate(segment_start, segments, tl.program_id(0), block_t, block_g)
@@ -290,11 +319,27 @@ def _shrink(
 
 @jit("segments", "tokens")
 def _expand(
-    y: tl.tensor, b: tl.tensor, parts: tl.tensor, s: tl.tensor, ranks: tl.tensor, scales: tl.tensor,
-    segment_start: tl.tensor, segment_adapter: tl.tensor, segments: tl.tensor, tokens: tl.tensor,
-    wide_out: tl.tensor, padded_rank: tl.tensor, stride_y: tl.tensor, stride_b: tl.tensor,
-    stride_bo: tl.tensor, stride_br: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
-    block_g: tl.constexpr, block_o: tl.constexpr, splits: tl.constexpr,
+    y: tl.tensor,
+    b: tl.tensor,
+    parts: tl.tensor,
+    s: tl.tensor,
+    ranks: tl.tensor,
+    scales: tl.tensor,
+    segment_start: tl.tensor,
+    segment_adapter: tl.tensor,
+    segments: tl.tensor,
+    tokens: tl.tensor,
+    wide_out: tl.tensor,
+    padded_rank: tl.tensor,
+    stride_y: tl.tensor,
+    stride_b: tl.tensor,
+    stride_bo: tl.tensor,
+    stride_br: tl.tensor,
+    block_t: tl.constexpr,
+    block_r: tl.constexpr,
+    block_g: tl.constexpr,
+    block_o: tl.constexpr,
+    splits: tl.constexpr,
 ) -> None:
     """Grid (tiles, blocks of O): y[t, block] += scale * sum_c parts[c, t] @ B[block]^T."""
     segment, first, end = _locate(segment_start, segments, tl.program_id(0), block_t, block_g)
@@ -326,9 +371,19 @@ def _expand(
 
 @jit("tokens")
 def _weight_grad(
-    grad: tl.tensor, small: tl.tensor, wide: tl.tensor, scale: tl.tensor, tokens: tl.tensor,
-    features: tl.tensor, rank: tl.tensor, stride_small: tl.tensor, stride_wide: tl.tensor,
-    stride_gr: tl.tensor, stride_gf: tl.tensor, block_t: tl.constexpr, block_r: tl.constexpr,
+    grad: tl.tensor,
+    small: tl.tensor,
+    wide: tl.tensor,
+    scale: tl.tensor,
+    tokens: tl.tensor,
+    features: tl.tensor,
+    rank: tl.tensor,
+    stride_small: tl.tensor,
+    stride_wide: tl.tensor,
+    stride_gr: tl.tensor,
+    stride_gf: tl.tensor,
+    block_t: tl.constexpr,
+    block_r: tl.constexpr,
     block_f: tl.constexpr,
 ) -> None:
     """Grid (blocks of F,): grad[:, block] += scale * small^T @ wide[:, block]."""
@@ -343,7 +398,8 @@ def _weight_grad(
         row = token.to(tl.int64)
         wide_tile = tl.load(
             wide + (row * stride_wide)[:, None] + feature[None, :],
-            mask=has_token & has_feature[None, :], other=0.0,
+            mask=has_token & has_feature[None, :],
+            other=0.0,
         )
         small_tile = tl.load(
             small + (row * stride_small)[:, None] + r[None, :], mask=has_token & has_rank[None, :], other=0.0

@@ -189,10 +189,18 @@ def _attention(
     pages = _empty(8192, 16, 8, head_dim)
     index = torch.int32
     return lambda: attention_launches(
-        _empty(tokens, heads, head_dim), pages, pages, _empty(sequences, 512, dtype=index),
-        _empty(sequences + 1, dtype=index), _empty(sequences, dtype=index),
-        _empty(tokens, heads, head_dim), _empty(tokens, heads, dtype=torch.float32),
-        scale=head_dim**-0.5, max_keys=8192, decodes=decodes, splits=splits,
+        _empty(tokens, heads, head_dim),
+        pages,
+        pages,
+        _empty(sequences, 512, dtype=index),
+        _empty(sequences + 1, dtype=index),
+        _empty(sequences, dtype=index),
+        _empty(tokens, heads, head_dim),
+        _empty(tokens, heads, dtype=torch.float32),
+        scale=head_dim**-0.5,
+        max_keys=8192,
+        decodes=decodes,
+        splits=splits,
     )
 
 
@@ -201,8 +209,18 @@ def _backward(heads: int, head_dim: int, window: int, start: int) -> Callable[[]
     pages = _empty(8192, 16, 8, head_dim)
     total = _empty(8192, 8, head_dim, dtype=torch.float32)
     return lambda: backward_launches(
-        rows, rows, rows, _empty(window, heads, dtype=torch.float32), pages, pages,
-        _empty(512, dtype=torch.int32), total, total, start=start, scale=head_dim**-0.5, splits=None,
+        rows,
+        rows,
+        rows,
+        _empty(window, heads, dtype=torch.float32),
+        pages,
+        pages,
+        _empty(512, dtype=torch.int32),
+        total,
+        total,
+        start=start,
+        scale=head_dim**-0.5,
+        splits=None,
     )[0]
 
 
@@ -218,8 +236,13 @@ def _lora(rank: int, tokens: int, segments: int, transposed: bool = False) -> Ca
     if transposed:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return lambda: lora_launches(
-        _empty(tokens, 4096), _empty(tokens, 4096), a, b, _empty(33, dtype=torch.int32),
-        _empty(33, dtype=torch.float32), _empty(segments + 1, dtype=torch.int32),
+        _empty(tokens, 4096),
+        _empty(tokens, 4096),
+        a,
+        b,
+        _empty(33, dtype=torch.int32),
+        _empty(33, dtype=torch.float32),
+        _empty(segments + 1, dtype=torch.int32),
         _empty(segments, dtype=torch.int32),
     )[0]
 
@@ -227,12 +250,16 @@ def _lora(rank: int, tokens: int, segments: int, transposed: bool = False) -> Ca
 def _weight_grad(rank: int) -> Callable[[], Iterable[Launch]]:
     return lambda: [
         weight_grad_launch(
-            _empty(rank, 4096, dtype=torch.float32), _empty(512, rank, dtype=torch.float32),
-            _empty(512, 4096), 2.0,
+            _empty(rank, 4096, dtype=torch.float32),
+            _empty(512, rank, dtype=torch.float32),
+            _empty(512, 4096),
+            2.0,
         ),
         weight_grad_launch(
-            _empty(4096, rank, dtype=torch.float32).T, _empty(512, rank, dtype=torch.float32),
-            _empty(512, 4096), 2.0,
+            _empty(4096, rank, dtype=torch.float32).T,
+            _empty(512, rank, dtype=torch.float32),
+            _empty(512, 4096),
+            2.0,
         ),
     ]
 

@@ -56,9 +56,7 @@ class Launch(NamedTuple):
             raise RuntimeError("Triton kernels need the package triton, which is not installed")
         if 0 in self.grid:
             return
-        self.kernel[self.grid](
-            *self.args, **self.constants, num_warps=self.warps, num_stages=self.stages
-        )
+        self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:

@@ -91,8 +91,15 @@ def paged_attention(
     """
     if uses_triton(q):
         return paged_attention_triton(
-            q, k_pages, v_pages, block_tables, query_start, context_lens,
-            scale=scale, max_keys=max_keys, decodes=decodes,
+            q,
+            k_pages,
+            v_pages,
+            block_tables,
+            query_start,
+            context_lens,
+            scale=scale,
+            max_keys=max_keys,
+            decodes=decodes,
         )
     return paged_attention_reference(
         q, k_pages, v_pages, block_tables, query_start, context_lens, scale=scale
@@ -116,8 +123,18 @@ def paged_attention_triton(
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     for launch in attention_launches(
-        q, k_pages, v_pages, block_tables, query_start, context_lens, out, lse,
-        scale=scale, max_keys=max_keys, decodes=decodes, splits=splits,
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        query_start,
+        context_lens,
+        out,
+        lse,
+        scale=scale,
+        max_keys=max_keys,
+        decodes=decodes,
+        splits=splits,
     ):
         launch.run()
     return out, lse
@@ -177,14 +194,35 @@ def attention_launches(
                 _attend,
                 (programs, kv_heads, count),
                 (
-                    q, k_pages, v_pages, block_tables, query_start, context_lens,
-                    partial, partial_lse, scale * LOG2_E, first, sequences, width, q.stride(0),
-                    k_pages.stride(0), k_pages.stride(1), k_pages.stride(2), block_tables.stride(0), heads,
+                    q,
+                    k_pages,
+                    v_pages,
+                    block_tables,
+                    query_start,
+                    context_lens,
+                    partial,
+                    partial_lse,
+                    scale * LOG2_E,
+                    first,
+                    sequences,
+                    width,
+                    q.stride(0),
+                    k_pages.stride(0),
+                    k_pages.stride(1),
+                    k_pages.stride(2),
+                    block_tables.stride(0),
+                    heads,
                 ),
                 {
-                    "group": group, "block_size": k_pages.shape[1], "head_dim": head_dim,
-                    "block_m": tile.rows, "block_q": tile_tokens, "block_n": tile.keys,
-                    "block_s": max(256, power_of_2_from(sequences)), "decode": decode, "splits": count,
+                    "group": group,
+                    "block_size": k_pages.shape[1],
+                    "head_dim": head_dim,
+                    "block_m": tile.rows,
+                    "block_q": tile_tokens,
+                    "block_n": tile.keys,
+                    "block_s": max(256, power_of_2_from(sequences)),
+                    "decode": decode,
+                    "splits": count,
                 },
                 tile.warps,
                 tile.stages,
@@ -235,18 +273,35 @@ def check_batch(
     if block_tables.stride(1) != 1:
         raise ValueError(f"block_tables must have contiguous rows, got strides {block_tables.stride()}")
     for name, tensor in (
-        ("k_pages", k_pages), ("v_pages", v_pages), ("block_tables", block_tables),
-        ("query_start", query_start), ("context_lens", context_lens),
+        ("k_pages", k_pages),
+        ("v_pages", v_pages),
+        ("block_tables", block_tables),
+        ("query_start", query_start),
+        ("context_lens", context_lens),
     ):
         check_device(name, tensor, q.device)
 
 
 @jit()
 def _attend_keys(
-    acc: tl.tensor, peak: tl.tensor, total: tl.tensor, q_tile: tl.tensor, k_pages: tl.tensor,
-    v_pages: tl.tensor, table: tl.tensor, kv_head_offset: tl.tensor, position: tl.tensor, n: tl.tensor,
-    end: tl.tensor, scale_log2: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor,
-    masked: tl.constexpr, block_size: tl.constexpr, head_dim: tl.constexpr, block_n: tl.constexpr,
+    acc: tl.tensor,
+    peak: tl.tensor,
+    total: tl.tensor,
+    q_tile: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    table: tl.tensor,
+    kv_head_offset: tl.tensor,
+    position: tl.tensor,
+    n: tl.tensor,
+    end: tl.tensor,
+    scale_log2: tl.tensor,
+    stride_page: tl.tensor,
+    stride_slot: tl.tensor,
+    masked: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_n: tl.constexpr,
 ) -> tl.tensor:
     """Take keys n .. n + block_n into the running (acc [M, D], peak [M], total [M])."""
     key = n + tl.arange(0, block_n)
@@ -279,13 +334,33 @@ def _attend_keys(
 
 @jit("first_sequence", "sequences", "width")
 def _attend(
-    q: tl.tensor, k_pages: tl.tensor, v_pages: tl.tensor, block_tables: tl.tensor,
-    query_start: tl.tensor, context_lens: tl.tensor, out: tl.tensor, lse: tl.tensor,
-    scale_log2: tl.tensor, first_sequence: tl.tensor, sequences: tl.tensor, width: tl.tensor,
-    stride_q: tl.tensor, stride_page: tl.tensor, stride_slot: tl.tensor, stride_kv_head: tl.tensor,
-    stride_table: tl.tensor, heads: tl.tensor, group: tl.constexpr, block_size: tl.constexpr,
-    head_dim: tl.constexpr, block_m: tl.constexpr, block_q: tl.constexpr, block_n: tl.constexpr,
-    block_s: tl.constexpr, decode: tl.constexpr, splits: tl.constexpr,
+    q: tl.tensor,
+    k_pages: tl.tensor,
+    v_pages: tl.tensor,
+    block_tables: tl.tensor,
+    query_start: tl.tensor,
+    context_lens: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    scale_log2: tl.tensor,
+    first_sequence: tl.tensor,
+    sequences: tl.tensor,
+    width: tl.tensor,
+    stride_q: tl.tensor,
+    stride_page: tl.tensor,
+    stride_slot: tl.tensor,
+    stride_kv_head: tl.tensor,
+    stride_table: tl.tensor,
+    heads: tl.tensor,
+    group: tl.constexpr,
+    block_size: tl.constexpr,
+    head_dim: tl.constexpr,
+    block_m: tl.constexpr,
+    block_q: tl.constexpr,
+    block_n: tl.constexpr,
+    block_s: tl.constexpr,
+    decode: tl.constexpr,
+    splits: tl.constexpr,
 ) -> None:
     """Grid (tiles, K, splits). Writes out [splits, width, H, D] and lse [splits, width, H]."""
     pid = tl.program_id(0)
@@ -335,13 +410,45 @@ def _attend(
     total = tl.zeros((block_m,), dtype=tl.float32)
     for n in range(begin, whole, block_n):
         acc, peak, total = _attend_keys(
-            acc, peak, total, q_tile, k_pages, v_pages, table, kv_head * stride_kv_head, position, n, end,
-            scale_log2, stride_page, stride_slot, False, block_size, head_dim, block_n,
+            acc,
+            peak,
+            total,
+            q_tile,
+            k_pages,
+            v_pages,
+            table,
+            kv_head * stride_kv_head,
+            position,
+            n,
+            end,
+            scale_log2,
+            stride_page,
+            stride_slot,
+            False,
+            block_size,
+            head_dim,
+            block_n,
         )
     for n in range(whole, end, block_n):
         acc, peak, total = _attend_keys(
-            acc, peak, total, q_tile, k_pages, v_pages, table, kv_head * stride_kv_head, position, n, end,
-            scale_log2, stride_page, stride_slot, True, block_size, head_dim, block_n,
+            acc,
+            peak,
+            total,
+            q_tile,
+            k_pages,
+            v_pages,
+            table,
+            kv_head * stride_kv_head,
+            position,
+            n,
+            end,
+            scale_log2,
+            stride_page,
+            stride_slot,
+            True,
+            block_size,
+            head_dim,
+            block_n,
         )
 
     some = total > 0
@@ -356,8 +463,15 @@ def _attend(
 
 @jit("offset", "width")
 def _join(
-    partial: tl.tensor, partial_lse: tl.tensor, out: tl.tensor, lse: tl.tensor, offset: tl.tensor,
-    width: tl.tensor, heads: tl.tensor, head_dim: tl.constexpr, splits: tl.constexpr,
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    out: tl.tensor,
+    lse: tl.tensor,
+    offset: tl.tensor,
+    width: tl.tensor,
+    heads: tl.tensor,
+    head_dim: tl.constexpr,
+    splits: tl.constexpr,
 ) -> None:
     """Grid (tokens, H): out = sum_s exp(lse_s - lse) partial_s, lse = log sum_s exp(lse_s)."""
     row = (tl.program_id(0) + offset).to(tl.int64) * heads + tl.program_id(1)

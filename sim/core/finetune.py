@@ -104,9 +104,7 @@ class JobSpec:
         if self.order not in ORDERS:
             raise ValueError(f"finetune job {self.id}: order must be one of {ORDERS}, got {self.order!r}")
         if self.memory not in MEMORIES:
-            raise ValueError(
-                f"finetune job {self.id}: memory must be one of {MEMORIES}, got {self.memory!r}"
-            )
+            raise ValueError(f"finetune job {self.id}: memory must be one of {MEMORIES}, got {self.memory!r}")
         if self.memory == "recompute" and self.order != "window_major":
             raise ValueError(
                 f"finetune job {self.id}: memory=recompute needs order=window_major, got {self.order}"

@@ -84,7 +84,8 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
         raise IllegalPlan("a plan cannot admit while it preempts")
     if len(state.running) + admitted > state.limits.max_sequences:
         raise IllegalPlan(
-            f"at most {state.limits.max_sequences} sequences run, got {len(state.running)} and {admitted} more"
+            f"at most {state.limits.max_sequences} sequences run, "
+            f"got {len(state.running)} and {admitted} more"
         )
     return tokens, blocks
 

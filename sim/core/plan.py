@@ -7,7 +7,8 @@ NamedTuples because one of each is made per iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence as Seq
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -82,7 +83,8 @@ class View(NamedTuple):
 
     now_s: float
     start_s: float
-    """When the planned iteration will start: now, or with a lookahead after the one that runs, by prediction."""
+    """When the planned iteration will start: now, or with a lookahead when the running one is predicted to
+    end."""
     limits: Limits
     decode_count: int
     decode_context_tokens: int

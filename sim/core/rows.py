@@ -36,7 +36,8 @@ WORK_COLUMNS = (
     "adapters",
     "overlap",
 )
-"""`Work`, flat. `backward_layers` counts the layers of all backward rectangles; pairs are query-key pairs of causal attention (`Chunk.attention_pairs`)."""
+"""`Work`, flat. `backward_layers` counts the layers of all backward rectangles; pairs are query-key pairs of
+causal attention (`Chunk.attention_pairs`)."""
 
 ITERATION_COLUMNS = (
     "pipeline",

@@ -220,7 +220,16 @@ class PipelineState:
         counts = (len(self.running), len(self.waiting), self.kv.used, len(plan.preempted))
         self._launched.append(
             Launched(
-                work, plan.predicted_s, now_s, self.tick, scheduled, sampled, finishing, segments, finetune.steps, counts
+                work,
+                plan.predicted_s,
+                now_s,
+                self.tick,
+                scheduled,
+                sampled,
+                finishing,
+                segments,
+                finetune.steps,
+                counts,
             )
         )
         return work
@@ -431,7 +440,9 @@ class PipelineState:
         first_s = math.nan if sequence.segment_first_s is None else sequence.segment_first_s
         self._recorder.segments.append((sequence.id, self.pipeline, slo, first_s, start_tick, end_tick))
 
-    def _record_request(self, sequence: Sequence, outcome: Outcome, last_token_s: float | None = None) -> None:
+    def _record_request(
+        self, sequence: Sequence, outcome: Outcome, last_token_s: float | None = None
+    ) -> None:
         self._recorder.add_request(
             self._requests.pop(sequence.id),
             self.pipeline,

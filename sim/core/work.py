@@ -79,9 +79,7 @@ class Work(NamedTuple):
     @property
     def inference(self) -> Work:
         """This work without its finetuning part."""
-        return self._replace(
-            forward=(), backward=(), recompute=(), optimizer_params=0, overlap=False
-        )
+        return self._replace(forward=(), backward=(), recompute=(), optimizer_params=0, overlap=False)
 
     @property
     def finetuning(self) -> Work:

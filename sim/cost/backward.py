@@ -1,7 +1,8 @@
 """The inverse of the backward: how much of a job's backward fits a budget.
 
 Backward is additive over layers, so whole layers are found by division and only a partial one by
-search, as in `sim.cost.iteration`. Every candidate is judged by the sum that `IterationCost.iteration_s` would form for it.
+search, as in `sim.cost.iteration`. Every candidate is judged by the sum that `IterationCost.iteration_s`
+would form for it.
 """
 
 from __future__ import annotations
@@ -131,9 +132,7 @@ def _part(
     return low
 
 
-def _windows(
-    cost: IterationCost, seconds: Seconds, budget_s: float, b: float, r: float, job: JobView
-) -> int:
+def _windows(cost: IterationCost, seconds: Seconds, budget_s: float, b: float, r: float, job: JobView) -> int:
     """Layer-tokens of the widest window at the right end, through all layers."""
     layers = job.layers
     right = job.sample_tokens - job.backward_layer_tokens // layers

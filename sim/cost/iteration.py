@@ -325,9 +325,7 @@ class IterationCost:
         if not work.decode_count:
             return 0.0
         each_s, context_s = self._decode_sequence_s, self._decode_context_s
-        return (
-            self._decode_fixed_s + work.decode_count * each_s + work.decode_context_tokens * context_s
-        )
+        return self._decode_fixed_s + work.decode_count * each_s + work.decode_context_tokens * context_s
 
     def _set_collective_apart(self, parts: dict[str, float], work: Work, passes: tuple[int, ...]) -> None:
         """Move the all-reduces out of the parts that contain them. Modifies `parts`."""

@@ -217,4 +217,3 @@ def _curve(seconds: Floats) -> list[float]:
     """Values at 1.. as a list from 0. The running maximum makes waves monotone: a kernel for more tokens
     could always be used for fewer, by padding."""
     return [0.0, *np.maximum.accumulate(seconds).tolist()]
-

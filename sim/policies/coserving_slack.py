@@ -77,7 +77,9 @@ class CoServingSlack:
         inference = pack_inference(view, latency=latency)
         slices, work = fill(inference.work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s, error)
+        return Plan(
+            inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s, error
+        )
 
     def _observe(self, view: View) -> _Error:
         error: _Error = view.memory or _Error()

@@ -52,9 +52,7 @@ def checked_budget(token_budget: int | None) -> int | None:
     return token_budget
 
 
-def pack_inference(
-    view: View, token_budget: int | None = None, latency: Latency | None = None
-) -> Inference:
+def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:
     """Fill an iteration with inference tokens, at most `token_budget` and the pipeline's own limit.
 
     Decodes are never cut.

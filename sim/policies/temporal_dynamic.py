@@ -41,8 +41,7 @@ class TemporalDynamic:
     ) -> None:
         if not 1 <= min_interval <= max_interval:
             raise ValueError(
-                "policy.min_interval must be 1..policy.max_interval, "
-                f"got {min_interval} and {max_interval}"
+                f"policy.min_interval must be 1..policy.max_interval, got {min_interval} and {max_interval}"
             )
         if not (queue_step > 0 and rate_step_rps > 0 and window_s > 0):
             raise ValueError("policy.queue_step, policy.rate_step_rps and policy.window_s must be above 0")

@@ -156,7 +156,7 @@ def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure() -> No
         shown = [*axes.texts, axes.xaxis.label]
         boxes = [text.get_window_extent() for text in shown if text.get_text()]
         for i, box in enumerate(boxes):
-            assert frame.x0 <= box.x0 and box.x1 <= frame.x1, shown[i]  # noqa: PT018
+            assert frame.x0 <= box.x0 and box.x1 <= frame.x1, shown[i]
             assert not any(box.overlaps(other) for other in boxes[:i]), shown[i]
 
 

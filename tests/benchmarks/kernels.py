@@ -240,8 +240,14 @@ def backward_case(window: int, start: int) -> Case:
         pages = [random(used, BLOCK, KV_HEADS, HEAD_DIM) for _ in range(2)]
         table = torch.randperm(used, device="cuda").int()
         out, lse = paged_attention(
-            q, pages[0], pages[1], table[None], torch.tensor([0, window]).int().cuda(),
-            torch.tensor([start]).int().cuda(), scale=SCALE, max_keys=keys,
+            q,
+            pages[0],
+            pages[1],
+            table[None],
+            torch.tensor([0, window]).int().cuda(),
+            torch.tensor([start]).int().cuda(),
+            scale=SCALE,
+            max_keys=keys,
         )
         totals = [torch.zeros(keys, KV_HEADS, HEAD_DIM, device="cuda") for _ in range(2)]
         return [dout, q, out, lse, *pages, table, *totals]
@@ -294,9 +300,13 @@ def lora_case(name: str, lengths: list[int], rank: int) -> Case:
 
     def tensors() -> list[Any]:
         return [
-            random(tokens, wide), random(tokens, wide), random(segments, rank, wide) / 64,
-            random(segments, wide, rank) / 8, torch.full((segments,), rank).int().cuda(),
-            torch.full((segments,), 2.0).cuda(), torch.tensor([0, *lengths]).cumsum(0).int().cuda(),
+            random(tokens, wide),
+            random(tokens, wide),
+            random(segments, rank, wide) / 64,
+            random(segments, wide, rank) / 8,
+            torch.full((segments,), rank).int().cuda(),
+            torch.full((segments,), 2.0).cuda(),
+            torch.tensor([0, *lengths]).cumsum(0).int().cuda(),
             torch.arange(segments).int().cuda(),
         ]
 
@@ -388,8 +398,10 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def print_row(row: Row, header: bool) -> None:
     if header:
-        print(f"{'case':38} {'variant':26} {'us':>9} {'low-high us':>17} {'floor us':>9} {'of floor':>8} "
-              f"{'torch us':>9} {'error':>9}")
+        print(
+            f"{'case':38} {'variant':26} {'us':>9} {'low-high us':>17} {'floor us':>9} {'of floor':>8} "
+            f"{'torch us':>9} {'error':>9}"
+        )
     print(
         f"{row.case:38} {row.variant:26} {row.median_s * 1e6:9.1f} "
         f"{row.low_s * 1e6:8.1f}-{row.high_s * 1e6:8.1f} {row.floor_s * 1e6:9.1f} "

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 from sim.core.loop import Done, Horizon, run_loop
 from sim.core.plan import Limits

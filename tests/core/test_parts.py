@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sim.core.deadlines import TokenDeadlines
 from sim.core.finetune import JobView, backward_chunks, recompute_chunks
@@ -72,7 +73,7 @@ def test_a_long_queue_keeps_its_order_when_its_head_is_dropped() -> None:
 def test_deadlines_and_growth_are_those_of_a_walk_over_the_sequences(
     steps: list[tuple[str, int, int]],
 ) -> None:
-    """Sequences join, leave and come back with more tokens; [sequence, cached, generated] are kept one by one."""
+    """Sequences join, leave and come back with more tokens; [sequence, cached, generated] are kept singly."""
     bounds = (0.05, 0.2, math.inf)
     deadlines, kv, tick = TokenDeadlines(), KvBlocks(4096, 4), 0
     inside: list[tuple[Sequence, int]] = []

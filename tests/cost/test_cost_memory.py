@@ -110,8 +110,6 @@ def test_weights_that_do_not_fit_are_named_with_their_size() -> None:
     with pytest.raises(ValueError, match=r"llama_3_1_70b on tp 1 .* weights 131.4 GiB"):
         kv_room_tokens(device=device("h100"), model=model("llama_3_1_70b"), tp=1, lora=LORA)
     with pytest.raises(ValueError, match="utilization"):
-        kv_room_tokens(
-            device=device("h100"), model=model("llama_3_1_8b"), tp=1, lora=LORA, utilization=1.2
-        )
+        kv_room_tokens(device=device("h100"), model=model("llama_3_1_8b"), tp=1, lora=LORA, utilization=1.2)
     with pytest.raises(ValueError, match="memory"):
         FinetuneReservation(sample_tokens=1, memory="offload")

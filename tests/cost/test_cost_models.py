@@ -33,9 +33,7 @@ DECODE = Work(decode_count=32, decode_context_tokens=32_000, sampled_tokens=32)
 def load(device: str, model: str, seed: int = 0, lookahead: int = 0) -> CostContext:
     spec = DeviceSpec(**OmegaConf.to_container(OmegaConf.load(CONFIGS / "device" / f"{device}.yaml")))
     shape = ModelShape(**OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / f"{model}.yaml")))
-    return CostContext(
-        device=spec, model=shape, tp=shape.tp, lora=LoraSpec(), seed=seed, lookahead=lookahead
-    )
+    return CostContext(device=spec, model=shape, tp=shape.tp, lora=LoraSpec(), seed=seed, lookahead=lookahead)
 
 
 HERE = load(DEVICES[0], MODELS[0])

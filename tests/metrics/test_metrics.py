@@ -209,9 +209,7 @@ def test_every_latency_equals_that_of_the_listed_tokens(seed: int, pipelines: in
 @given(seed=st.integers(0, 10**9))
 def test_system_numbers_equal_loops_over_rows(seed: int) -> None:
     recorder, _, end_s = tiny_run(seed)
-    summary = summarize(
-        recorder, slos=SLOS, duration_s=end_s, pipelines=[PipelineFacts(kv_blocks=10)] * 2
-    )
+    summary = summarize(recorder, slos=SLOS, duration_s=end_s, pipelines=[PipelineFacts(kv_blocks=10)] * 2)
     table = recorder.iterations.arrays()
     rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
     inside = [r for r in rows if r["end_s"] <= end_s]
@@ -329,9 +327,7 @@ def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:
     recorder.iterations.append([values[c] for c in ITERATION_COLUMNS])
     recorder.steps.append([0, recorder.jobs.code("job"), 1, 1, 95, 3.0])
     facts = [PipelineFacts(device=device, devices=2), PipelineFacts(device=device, devices=1)]
-    row = summarize(
-        recorder, slos=SLOS, duration_s=4.0, pipelines=facts, peak_finetune_tok_s=95.0
-    )
+    row = summarize(recorder, slos=SLOS, duration_s=4.0, pipelines=facts, peak_finetune_tok_s=95.0)
     # Pipeline 0 busy a quarter of the time: 175 W per device; pipeline 1 idle: 100 W.
     agree(row, {"energy_j": (2 * 175 + 100) * 4.0, "energy_j_per_token": 1800 / 100, "cost": 0.012})
     agree(row, {"finetune_tok_s": 95 / 4, "finetune_share_of_peak": 0.25, "cost_per_mtoken": 120.0})

@@ -99,9 +99,8 @@ def attainment(name: str, predictor: LinearCost, lookahead: int = 0) -> tuple[fl
     result = run(
         policy, requests, jobs=[job_of(900)], limits=limits, world=COST, horizon=Horizon(duration_s=25.0)
     )
-    kept = []
-    for times_s in token_times(result.recorder).values():
-        kept.append((times_s[-1] - times_s[0]) / (len(times_s) - 1) <= 0.05)
+    times = token_times(result.recorder).values()
+    kept = [(times_s[-1] - times_s[0]) / (len(times_s) - 1) <= 0.05 for times_s in times]
     return float(np.mean(kept)), float(result.table("steps")["tokens"].sum() / 25.0)
 
 
@@ -122,8 +121,8 @@ def test_coserving_slack_with_the_true_predictor_keeps_every_tpot(lookahead: int
 @pytest.mark.parametrize("lengths", ["fixed", "drawn"])
 @pytest.mark.parametrize("backward_layers", [1, 2])
 def test_the_static_policy_gives_its_closed_form(lengths: str, backward_layers: int) -> None:
-    """FLEXLLM.md: L / [(ceil(L / (256 - c)) + layers / K) * t], here with c = 8 decodes at every iteration, the
-    mean of the brackets over a distribution, and one iteration more for each optimizer step."""
+    """FLEXLLM.md: L / [(ceil(L / (256 - c)) + layers / K) * t], here with c = 8 decodes at every iteration,
+    the mean of the brackets over a distribution, and one iteration more for each optimizer step."""
     random = np.random.default_rng(7)
     drawn = random.integers(300, 3000, 100_000).tolist() if lengths == "drawn" else [1800] * 100_000
     seconds, accumulation, layers = 0.005, 8, 32
@@ -231,7 +230,7 @@ def test_inference_only_is_coserving_without_jobs_and_without_a_tight_budget() -
     ],
 )
 def test_two_jobs_share_the_work_by_weight(name: str, length: int) -> None:
-    """Samples longer than an iteration's budget where there is one: a job gets one sample an iteration at most."""
+    """Samples longer than an iteration's budget where there is one: a job gets at most one an iteration."""
     heavy, light = job_of(length, id="heavy", weight=3.0), job_of(length, id="light", weight=1.0)
     horizon = Horizon(duration_s=120.0 if length == 3000 else 20.0, drain_s=0.0)
     requests = [] if name == "finetune_only" else long_requests()

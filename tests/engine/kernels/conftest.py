@@ -61,9 +61,11 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    failure = _worker(pyfuncitem.config).submit(
-        _run, str(pyfuncitem.path), pyfuncitem.originalname, arguments
-    ).result()
+    failure = (
+        _worker(pyfuncitem.config)
+        .submit(_run, str(pyfuncitem.path), pyfuncitem.originalname, arguments)
+        .result()
+    )
     if failure is not None:
         pytest.fail(failure, pytrace=False)
     return True

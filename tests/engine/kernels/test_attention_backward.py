@@ -54,8 +54,13 @@ def make_sample(
     )[0].transpose(0, 1).backward(dout.double())
     index = table.int()
     out, lse = paged_attention_reference(
-        q, pages[0], pages[1], index[None], torch.tensor([0, tokens], dtype=torch.int32),
-        torch.zeros(1, dtype=torch.int32), scale=head_dim**-0.5,
+        q,
+        pages[0],
+        pages[1],
+        index[None],
+        torch.tensor([0, tokens], dtype=torch.int32),
+        torch.zeros(1, dtype=torch.int32),
+        scale=head_dim**-0.5,
     )
     inputs = (x.to(device) for x in (dout, q, out, lse, *pages, index))
     return Sample(*inputs, *(x.grad for x in leaves))  # type: ignore[arg-type]
@@ -103,9 +108,7 @@ def test_windows_from_right_to_left_equal_autograd_on_the_whole(
 def test_gradients_of_a_windows_own_keys_are_final_once_it_has_passed() -> None:
     sample = make_sample(37, (4, 2), 16, torch.float64, "cpu")
     dk, dv = (torch.zeros(37, 2, 16, dtype=torch.float64) for _ in range(2))
-    attention_backward(
-        *(x[20:] for x in sample[:4]), *sample[4:7], dk, dv, start=20, scale=0.25
-    )
+    attention_backward(*(x[20:] for x in sample[:4]), *sample[4:7], dk, dv, start=20, scale=0.25)
     torch.testing.assert_close(dk[20:], sample.dk[20:])
     torch.testing.assert_close(dv[20:], sample.dv[20:])
     assert float((dk[:20] - sample.dk[:20]).norm()) > 0.1
@@ -117,8 +120,13 @@ def test_gradients_of_a_windows_own_keys_are_final_once_it_has_passed() -> None:
 )
 @pytest.mark.parametrize("share", [(0, 1), (0, 0.02, 0.5, 0.58, 1), (0, 0.46, 0.92, 1)])
 def test_kernels_from_right_to_left_equal_autograd_on_the_whole(
-    share: tuple[float, ...], heads: tuple[int, int], head_dim: int, splits: int | None, dtype_name: str,
-    size: str, native: str,
+    share: tuple[float, ...],
+    heads: tuple[int, int],
+    head_dim: int,
+    splits: int | None,
+    dtype_name: str,
+    size: str,
+    native: str,
 ) -> None:
     tokens = 1100 if size == "large" else 70
     sample = make_sample(tokens, heads, head_dim, getattr(torch, dtype_name), native)

@@ -43,7 +43,11 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    segments: list[tuple[int, int]], wide_in: int, wide_out: int, dtype: torch.dtype, device: str,
+    segments: list[tuple[int, int]],
+    wide_in: int,
+    wide_out: int,
+    dtype: torch.dtype,
+    device: str,
     padded_rank: int = 64,
 ) -> Batch:
     """Two tokens lie in no segment; padding beyond a rank holds NaN. In memory a real adapter lies
@@ -132,9 +136,7 @@ def gradients(batch: Batch, dy: torch.Tensor, triton: bool) -> list[torch.Tensor
     )
     s = lora(*batch)
     dx = torch.zeros_like(batch.x)
-    u = lora(
-        dx, dy, batch.b.transpose(1, 2), batch.a.transpose(1, 2), *batch[4:]
-    )
+    u = lora(dx, dy, batch.b.transpose(1, 2), batch.a.transpose(1, 2), *batch[4:])
     da = torch.ones(rank, batch.x.shape[1], dtype=s.dtype, device=s.device)
     db = torch.ones(batch.y.shape[1], rank, dtype=s.dtype, device=s.device)
     weight_grad(da, u[:tokens], batch.x[:tokens], scale)
@@ -163,9 +165,7 @@ def test_pieces_of_backward_equal_autograd(adapter: int) -> None:
 
 
 @pytest.mark.parametrize("adapter", [0, 2, 3])
-def test_kernels_of_backward_equal_autograd(
-    adapter: int, dtype_name: str, size: str, native: str
-) -> None:
+def test_kernels_of_backward_equal_autograd(adapter: int, dtype_name: str, size: str, native: str) -> None:
     dtype = getattr(torch, dtype_name)
     tokens, wide = (700, 2048) if size == "large" else (75, 150)
     batch = make_batch([(tokens, adapter)], wide + 10, wide, dtype, native)

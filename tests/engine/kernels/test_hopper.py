@@ -31,14 +31,16 @@ def compiled(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", COMPILE, str(arch), only],
         env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-        capture_output=True, text=True, check=False,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     return arch, json.loads(done.stdout)
 
 
 def test_no_kernel_spills_or_asks_for_too_much_shared_memory(
-    compiled: tuple[int, list[dict[str, Any]]]
+    compiled: tuple[int, list[dict[str, Any]]],
 ) -> None:
     arch, rows = compiled
     assert rows
@@ -47,15 +49,17 @@ def test_no_kernel_spills_or_asks_for_too_much_shared_memory(
         assert row["stack_bytes"] <= SPILL_LIMIT_BYTES[arch], row
 
 
-def test_products_of_64_rows_use_warp_groups_on_hopper(
-    compiled: tuple[int, list[dict[str, Any]]]
-) -> None:
+def test_products_of_64_rows_use_warp_groups_on_hopper(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     arch, rows = compiled
     for row in rows:
         sizes = dict(pair.split("=") for pair in row["constants"].split())
         m = {
-            "_attend": "block_m", "_dq": "block_m", "_dkv": "block_n", "_shrink": "block_t",
-            "_expand": "block_t", "_weight_grad": "block_f",
+            "_attend": "block_m",
+            "_dq": "block_m",
+            "_dkv": "block_n",
+            "_shrink": "block_t",
+            "_expand": "block_t",
+            "_weight_grad": "block_f",
         }.get(row["kernel"])
         if m is None:
             assert row["wgmma"] == row["mma"] == 0, row
@@ -67,9 +71,7 @@ def test_products_of_64_rows_use_warp_groups_on_hopper(
             assert row["wgmma"] == 0, row
 
 
-def test_walks_over_keys_and_features_are_pipelined(
-    compiled: tuple[int, list[dict[str, Any]]]
-) -> None:
+def test_walks_over_keys_and_features_are_pipelined(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     for row in compiled[1]:
         if row["kernel"] in ("_attend", "_dq", "_dkv", "_shrink", "_weight_grad"):
             assert row["async_copies"] > 0, row

@@ -43,8 +43,12 @@ class Batch(NamedTuple):
 
 
 def make_batch(
-    lengths: list[int], contexts: list[int], heads: tuple[int, int], head_dim: int,
-    dtype: torch.dtype, device: str,
+    lengths: list[int],
+    contexts: list[int],
+    heads: tuple[int, int],
+    head_dim: int,
+    dtype: torch.dtype,
+    device: str,
 ) -> Batch:
     """Random pages in random order; every slot that no query may see holds NaN."""
     draw = torch.Generator().manual_seed(sum(lengths) + head_dim)
@@ -63,10 +67,12 @@ def make_batch(
             p[row[slot // size].long(), slot % size] = torch.randn(n, heads[1], head_dim, generator=draw)
     q = torch.randn(sum(lengths), heads[0], head_dim, generator=draw)
     start = torch.tensor([0, *lengths]).cumsum(0).int()
-    return Batch(*(
-        x.to(device) if x.dtype == torch.int32 else x.to(device, dtype)
-        for x in (q, *pages, tables, start, torch.tensor(contexts, dtype=torch.int32))
-    ))
+    return Batch(
+        *(
+            x.to(device) if x.dtype == torch.int32 else x.to(device, dtype)
+            for x in (q, *pages, tables, start, torch.tensor(contexts, dtype=torch.int32))
+        )
+    )
 
 
 def exact(batch: Batch, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,7 +117,12 @@ def test_the_reference_is_causal_attention(mix: str, heads: tuple[int, int]) -> 
 )
 @pytest.mark.parametrize("mix", MIXES)
 def test_kernels_are_causal_attention(
-    mix: str, heads: tuple[int, int], head_dim: int, splits: int | None, dtype_name: str, size: str,
+    mix: str,
+    heads: tuple[int, int],
+    head_dim: int,
+    splits: int | None,
+    dtype_name: str,
+    size: str,
     native: str,
 ) -> None:
     dtype = getattr(torch, dtype_name)
@@ -121,8 +132,11 @@ def test_kernels_are_causal_attention(
     wanted_out, wanted_lse = exact(batch, head_dim**-0.5)
     for decodes in {0, singles}:
         out, lse = paged_attention_triton(
-            *batch, scale=head_dim**-0.5, max_keys=8192 if size == "large" else 128,
-            decodes=decodes, splits=splits,
+            *batch,
+            scale=head_dim**-0.5,
+            max_keys=8192 if size == "large" else 128,
+            decodes=decodes,
+            splits=splits,
         )
         assert error(out, wanted_out) < TOLERANCE[dtype]
         assert float((lse.cpu().double() - wanted_lse).abs().max()) < 10 * TOLERANCE[dtype]
@@ -148,7 +162,11 @@ def test_a_padding_row_gives_zeros(splits: int, native: str) -> None:
 def test_no_sequences_is_no_work(native: str) -> None:
     batch = make_batch([1], [20], (4, 2), 64, torch.float32, native)
     none = Batch(
-        batch.q[:0], batch.k_pages, batch.v_pages, batch.block_tables[:0], batch.query_start[:1],
+        batch.q[:0],
+        batch.k_pages,
+        batch.v_pages,
+        batch.block_tables[:0],
+        batch.query_start[:1],
         batch.context_lens[:0],
     )
     for run in (paged_attention_triton, paged_attention):
@@ -172,8 +190,10 @@ def test_results_repeat_to_the_bit(native: str) -> None:
         ({"q": lambda x: x[:, :3]}, "multiple of kv_heads"),
         ({"q": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)}, "q must be contiguous"),
         ({"q": lambda x: x.half()}, "k_pages must be of type"),
-        ({"q": lambda x: x.double(), "k_pages": lambda x: x.double(), "v_pages": lambda x: x.double()},
-         "q must be of type"),
+        (
+            {"q": lambda x: x.double(), "k_pages": lambda x: x.double(), "v_pages": lambda x: x.double()},
+            "q must be of type",
+        ),
         ({"v_pages": lambda x: x[:1]}, "v_pages must have shape"),
         ({"v_pages": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)}, "equal strides"),
         ({"block_tables": lambda x: x.long()}, "block_tables must be of type"),

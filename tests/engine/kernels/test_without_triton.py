@@ -26,7 +26,10 @@ else:
 
 def test_the_references_need_no_triton_and_kernels_say_that_they_do() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={"PYTHONPATH": ":".join(filter(None, sys.path))},
-        capture_output=True, text=True, check=False,
+        [sys.executable, "-c", PROGRAM],
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
