@@ -22,6 +22,7 @@ from sim.core.loop import Horizon
 from sim.core.plan import ClusterPolicy, Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
+from sim.core.work import Chunk, Work
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.memory import FinetuneReservation, kv_room_tokens
 from sim.errors import nearest
@@ -118,6 +119,7 @@ def assemble(config: DictConfig) -> Assembly:
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     groups, router = _groups(config, seed)
     count = sum(len(group.members) for group in groups)
+    _check_possible(slos, groups)
     policies = _policies(config, groups, slos)
     finetune = build(None, config.finetune, "finetune")
     assert isinstance(finetune, Finetune)
@@ -135,13 +137,14 @@ def assemble(config: DictConfig) -> Assembly:
                 )
             )
             facts.append(group.facts)
+    asked_rps = config.workload.get("rate_rps")
     labels: dict[str, object] = {
         "name": run.name,
         "policy": config.policy.name,
         "model": config.model.name,
         "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
         "workload": workload.name,
-        "rate_rps": workload.rate_rps,
+        "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
         "seed": seed,
         "source": "sim",
     }
@@ -190,6 +193,20 @@ def _slos(config: DictConfig) -> dict[str, Slo]:
         given = {str(key): bound for key, bound in bounds.items() if bound is not None}
         slos[name] = build(Slo, given, f"slo.classes.{name}", name=name)
     return slos
+
+
+def _check_possible(slos: Mapping[str, Slo], groups: list[_Group]) -> None:
+    """Refuse a bound that a request alone on the cluster would miss."""
+    decode = Work(decode_count=1, decode_context_tokens=1, sampled_tokens=1)
+    prefill = Work(prefill=(Chunk(1, 0),), sampled_tokens=1)
+    for key, work in (("tpot_s", decode), ("ttft_s", prefill)):
+        fastest_s = min(group.predictor.iteration_s(work) for group in groups)
+        for slo in slos.values():
+            if getattr(slo, key) < fastest_s:
+                raise ValueError(
+                    f"slo.classes.{slo.name}.{key} cannot be kept: a single request alone is predicted to take "
+                    f"{fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}"
+                )
 
 
 def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:

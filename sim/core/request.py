@@ -23,7 +23,7 @@ class Slo:
         for key in ("ttft_s", "tpot_s", "e2e_s"):
             bound = getattr(self, key)
             if not bound > 0:
-                raise ValueError(f"slo.{self.name}.{key} must be above 0 seconds, got {bound}")
+                raise ValueError(f"slo.classes.{self.name}.{key} must be above 0 seconds, got {bound}")
 
 
 class Request(NamedTuple):

@@ -27,7 +27,7 @@ class CostContext:
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.lookahead not in (0, 1):
-            raise ValueError(f"lookahead must be 0 or 1, got {self.lookahead}")
+            raise ValueError(f"cluster.limits.lookahead must be 0 or 1, got {self.lookahead}")
 
 
 class CostBuilder(Protocol):

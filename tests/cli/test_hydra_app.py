@@ -131,6 +131,8 @@ def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> Non
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     while len(list(app_folder.glob("out/*/seed.txt"))) < 3:
         assert process.poll() is None

@@ -1,0 +1,204 @@
+"""`coserve simulate` and `coserve compare` from the command line to the run folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from sim.cli import main
+from sim.results import find_runs, read_run
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+POLICIES = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml"))
+SHORT = ("workload=poisson", "workload.rate_rps=4", "workload.duration_s=20")
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COSERVE_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def simulate(*argv: str, folder: str = "out") -> Path:
+    assert main(["simulate", *SHORT, *argv, f"hydra.run.dir={folder}"]) == 0
+    return Path(folder)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_config_runs_and_leaves_a_complete_folder(policy: str) -> None:
+    run = read_run(simulate(f"policy={policy}", "run.bounds=false"))
+    assert run.summary["requests"] == len(run.table("requests"))
+    ended = sum(run.summary[key] for key in ("finished", "rejected", "aborted", "unfinished"))
+    assert ended == run.summary["requests"] > 0
+    assert run.config["policy"]["_target_"].startswith("sim.policies.")
+    steps = run.table("steps")
+    in_time = steps[steps["end_s"] <= 20.0]
+    assert run.summary["finetune_tok_s"] == pytest.approx(in_time["tokens"].sum() / 20.0)
+    assert (run.table("iterations")["end_s"] > run.table("iterations")["start_s"]).all()
+
+
+def test_a_single_run_shows_itself_between_the_bounds(capfd: pytest.CaptureFixture[str]) -> None:
+    folder = simulate()
+    out = capfd.readouterr().out
+    for name in ("coserving", "inference_only", "finetune_only"):
+        assert re.search(rf"^[* ] {name} ", out, re.MULTILINE)
+    assert out.rstrip().endswith("compare.png")
+    assert (folder / "compare.png").stat().st_size > 10_000
+    shares = {path.name: read_run(path).summary for path in folder.glob("bounds/*")}
+    own = read_run(folder).summary
+    assert shares["inference_only"]["finetune_tok_s"] == 0
+    assert 0 < own["finetune_tok_s"] < shares["finetune_only"]["finetune_tok_s"]
+    assert shares["finetune_only"]["attainment"] == 0
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
+    one, two = simulate(folder="one"), simulate(folder="two")
+    other = simulate("seed=1", folder="other")
+    for table in ("requests", "iterations", "steps", "ticks", "segments"):
+        name = f"{table}.parquet"
+        assert (one / name).read_bytes() == (two / name).read_bytes()
+        assert (one / name).read_bytes() != (other / name).read_bytes()
+
+
+def test_a_sweep_runs_every_combination(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", "-m", *SHORT, "policy=coserving,temporal", "seed=0,1", "hydra.sweep.dir=sweep"]
+    assert main(argv) == 0
+    runs = [read_run(folder).summary for folder in find_runs(["sweep"])]
+    assert sorted((run["policy"], run["seed"]) for run in runs) == [
+        ("coserving", 0),
+        ("coserving", 1),
+        ("temporal_64", 0),
+        ("temporal_64", 1),
+    ]
+    assert Path("sweep/compare.png").is_file()
+    assert "coserving" in capfd.readouterr().out
+
+
+def test_compare_runs_every_policy(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *SHORT, "hydra.sweep.dir=sweep"]) == 0
+    names = {read_run(folder).config["policy"]["name"] for folder in find_runs(["sweep"])}
+    assert len(names) == len(POLICIES) - 1  # `separate` is `separate_50`
+    assert "15/15" in capfd.readouterr().err
+
+
+def test_unequal_pipelines_get_unequal_shares() -> None:
+    run = read_run(simulate("cluster=mixed", "policy=inference_only", "run.bounds=false"))
+    counts = run.table("requests")["pipeline"].value_counts()
+    assert counts[2] > counts[0]
+    assert run.summary["device"] == "a100_80gb+h100"
+
+
+@pytest.mark.parametrize("router", sorted(p.stem for p in (CONFIGS / "cluster/router").glob("*.yaml")))
+def test_every_router_serves_everyone(router: str) -> None:
+    run = read_run(simulate(f"cluster/router={router}", "workload.adapters.count=3", "run.bounds=false"))
+    assert run.summary["finished"] == run.summary["requests"]
+
+
+def test_consolidating_leaves_pipelines_to_finetune() -> None:
+    rows = {}
+    for router in ("least_tokens", "consolidate"):
+        folder = simulate(f"cluster/router={router}", "workload.duration_s=120", folder=router)
+        rows[router] = read_run(folder).summary
+    assert rows["consolidate"]["attainment"] > 0.95
+    assert rows["consolidate"]["finetune_tok_s"] > 1.05 * rows["least_tokens"]["finetune_tok_s"]
+
+
+def test_a_prompt_longer_than_the_room_is_rejected_and_counted() -> None:
+    Path("long.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,5000,5\n2,100,5\n")
+    own = ("workload=csv", "workload.file=long.csv", "cluster.limits.kv_tokens=4096", "run.bounds=false")
+    assert main(["simulate", *own, "hydra.run.dir=out"]) == 0
+    summary = read_run("out").summary
+    assert (summary["finished"], summary["rejected"]) == (2, 1)
+
+
+def test_a_twice_too_optimistic_predictor_breaks_coserving_and_slack_recovers() -> None:
+    rows = {}
+    for policy in ("coserving", "coserving_slack"):
+        folder = simulate(
+            f"policy={policy}", "cost.predictor.factor=0.5", "workload.duration_s=60", folder=policy
+        )
+        rows[policy] = read_run(folder).summary["attainment"]
+    assert rows["coserving"] < 0.1
+    assert rows["coserving_slack"] > 0.9
+
+
+BAD = {
+    "polcy=coserving": "no key or group named 'polcy'; did you mean 'policy'?",
+    "policy=temporl": "no policy named 'temporl'; did you mean 'temporal'?",
+    "policy.margn=0.1": "'policy.margn'",
+    "policy.margin=wide": "policy.margin must be a number, got 'wide'",
+    "policy.margin=2": "policy.margin must be in [0, 1), got 2",
+    "workload.rate_rps=fast": "workload.rate_rps must be a number, got 'fast'",
+    "workload.rate_rps=-1": "workload.rate_rps must be a number above 0, got -1",
+    "workload.duration_s=0": "workload.duration_s",
+    "slo.classes.default.tpot_s=-1": "slo.classes.default.tpot_s must be above 0",
+    "slo.classes.default.tpot_s=0.001": "slo.classes.default.tpot_s cannot be kept",
+    "slo.classes.default.ttft_s=0.001": "slo.classes.default.ttft_s cannot be kept",
+    "cluster.limits.kv_tokens=3": "cluster.limits.kv_tokens must hold a block of 16 tokens, got 3",
+    "cluster.limits.admission=random": "cluster.limits.admission must be one of fcfs, deadline, shortest",
+    "cluster.limits.lookahead=2": "cluster.limits.lookahead must be 0 or 1, got 2",
+    "cluster.pipelines=0": "cluster.pipelines must be at least 1, got 0",
+    "cluster.tp=3": "tp must divide heads 32",
+    "cluster.groups=[{pipelines:1,device:h10}]": "no device named 'h10'; did you mean 'h100'?",
+    "model=llama_3_1_70b cluster.tp=1": "leaves no room for a KV cache",
+    "policy=separate cluster.pipelines=3": "must be a whole number that leaves at least one pipeline",
+    "finetune.lora.targets=[down]": "finetune.lora.targets must be among",
+    "finetune.jobs.sky_t1.weight=0": "weight must be a number above 0",
+    "seed=x": "seed must be a whole number from 0, got 'x'",
+    "run.drain_s=-1": "run.drain_s must be at least 0 seconds",
+    "workload=csv": "workload.file must be the path of a trace",
+    "workload=csv workload.file=none.csv": "no such file: none.csv",
+    "workload=azure_conv": "coserve fetch azure_conv",
+    "workload=csv workload.file=empty.csv": "empty.csv",
+    "workload=csv workload.file=bad.csv": "bad.csv: row 3",
+    "workload=csv workload.file=nan.csv": "nan.csv: row 2",
+    "workload=csv workload.file=zero.csv": "zero.csv: row 2",
+    "hydra.run.dir=file/below": "file",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("empty.csv").write_text("arrival_s,prompt_tokens,output_tokens\n")
+    Path("bad.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,many,5\n")
+    Path("nan.csv").write_text("arrival_s,prompt_tokens,output_tokens\nnan,10,5\n")
+    Path("zero.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,0,5\n")
+    Path("file").write_text("not a folder")
+    assert main(["simulate", *override.split()]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith("coserve simulate: error: ")
+    assert BAD[override] in err
+    assert err.count("\n") == 1
+
+
+def test_unsorted_stamps_are_sorted_with_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("late.csv").write_text("arrival_s,prompt_tokens,output_tokens\n5,10,5\n1,20,5\n3,30,5\n")
+    with pytest.warns(UserWarning, match="sorted"):
+        assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
+    assert read_run("out").table("requests").sort_values("request")["prompt_tokens"].tolist() == [20, 30, 10]
+
+
+def test_the_azure_trace_at_20_rps_over_four_pipelines(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(os.environ.get("COSERVE_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
+    if not (data / "azure/AzureLLMInferenceTrace_conv.csv").is_file():
+        pytest.skip("the Azure trace is not here")
+    monkeypatch.setenv("COSERVE_DATA", str(data))
+    argv = ["workload=azure_conv", "workload.rate_rps=20", "workload.duration_s=30", "run.bounds=false"]
+    assert main(["simulate", *argv, "hydra.run.dir=out"]) == 0
+    requests = read_run("out").table("requests")
+    assert len(requests) == 600
+    assert isinstance(requests, pd.DataFrame)
+
+
+def test_the_summary_is_strict_json_with_missing_numbers_missing() -> None:
+    folder = simulate("policy=finetune_only", "run.bounds=false")
+    text = (folder / "summary.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["ttft_p99_s"] is None
