@@ -114,6 +114,13 @@ class _Builder:
         self.trainable.append(name)
         return name
 
+    def flat(self, param: str, path: str, width: Dim) -> str:
+        """The parameter as a vector."""
+        name = f"{path}.view"
+        self.tensors[name] = Tensor(name=name, shape=(width,), dtype="adapter")
+        self.ops.append(Op(kind="view", inputs=(param,), outputs=(name,)))
+        return name
+
     def graph(self, backbone: Graph, spec: PeftSpec) -> Graph:
         return replace(
             backbone,
@@ -141,7 +148,8 @@ def _lora(build: _Builder, op: Op, spec: PeftSpec) -> None:
     up = build.param(f"{path}.lora_B.weight", wide_out, "r")
     low = build.new("linear", f"{path}.lora_A.linear", (x, down), x, "adapter", "r")
     y = build.new("linear", f"{path}.lora_B.linear", (low, up), low, "adapter", wide_out)
-    y = build.new("scale", f"{path}.scale", (y,), y, "adapter", factor="lora_scale")
+    if spec.scaling != 1:
+        y = build.new("scale", f"{path}.scale", (y,), y, "adapter", factor="lora_scale")
     y = build.new("add", f"{path}.add", (op.out, y), y, "adapter")
     build.moved[op.out] = build.new("cast", f"{path}.cast_1", (y,), y, "model")
 
@@ -151,17 +159,17 @@ def _ia3(build: _Builder, op: Op, spec: PeftSpec) -> None:
     path = op.out.removesuffix(".linear")
     if _layer(op.out) == "down_proj":
         x = build.moved.get(op.inputs[0], op.inputs[0])
-        vector = build.param(f"{path}.ia3_l", 1, build.tensors[x].shape[-1])
+        width = build.tensors[x].shape[-1]
+        x = build.new("cast", f"{path}.cast", (x,), x, "adapter")
+        vector = build.flat(build.param(f"{path}.ia3_l", 1, width), path, width)
         x = build.new("mul", f"{path}.mul", (x, vector), x, "adapter")
-        x = build.new("cast", f"{path}.cast", (x,), x, "model")
+        x = build.new("cast", f"{path}.cast_1", (x,), x, "model")
         build.add(replace(op, inputs=(x, *op.inputs[1:])))
         return
     build.add(op)
     width = build.tensors[op.out].shape[-1]
-    vector = build.param(f"{path}.ia3_l", width, 1)
-    build.tensors[f"{path}.view"] = Tensor(name=f"{path}.view", shape=(width,), dtype="adapter")
-    build.ops.append(Op(kind="view", inputs=(vector,), outputs=(f"{path}.view",)))
-    y = build.new("mul", f"{path}.mul", (op.out, f"{path}.view"), op.out, "adapter")
+    vector = build.flat(build.param(f"{path}.ia3_l", width, 1), path, width)
+    y = build.new("mul", f"{path}.mul", (op.out, vector), op.out, "adapter")
     build.moved[op.out] = build.new("cast", f"{path}.cast", (y,), y, "model")
 
 

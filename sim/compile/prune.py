@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.compile.ir import ACTIVATION, PARAMETER, Graph
+from sim.compile.ir import PARAMETER, Graph
 from sim.compile.rules import RULES, storage
 
 
@@ -58,14 +58,14 @@ def prune(graph: Graph, input_grad: bool = True) -> dict[str, Need]:
     Views count as their owner, so that no memory is counted twice.
     """
     grads, owner = wanted(graph, input_grad), storage(graph)
-    readers: dict[str, list[str]] = {owner[t.name]: [] for t in graph.activations()}
+    readers = _owners(graph, owner)
     for op in graph.ops:
         if op.out not in grads:
             continue
         for i, source in enumerate(op.inputs):
             if source in grads:
                 for name in RULES[op.kind].needs(op, i):
-                    if graph.tensors[name].role == ACTIVATION and owner[name] in readers:
+                    if owner[name] in readers:
                         readers[owner[name]].append(f"gradient of {source} through {op.out}")
     return _needs(graph, readers)
 
@@ -75,7 +75,7 @@ def autograd(graph: Graph, input_grad: bool = True) -> dict[str, Need]:
     know what matters, and fused attention saves everything as soon as one operand wants a gradient."""
     depends = set(graph.trainable) | ({graph.input} if input_grad else set())
     owner = storage(graph)
-    readers: dict[str, list[str]] = {owner[t.name]: [] for t in graph.activations()}
+    readers = _owners(graph, owner)
     for op in graph.ops:
         if depends.isdisjoint(op.inputs):
             continue
@@ -84,7 +84,7 @@ def autograd(graph: Graph, input_grad: bool = True) -> dict[str, Need]:
         for i, source in enumerate(op.inputs):
             if source in depends or rule.saves_all:
                 for name in rule.needs(op, i):
-                    if graph.tensors[name].role == ACTIVATION and owner[name] in readers:
+                    if owner[name] in readers:
                         readers[owner[name]].append(f"gradient of {source} through {op.out}")
     return _needs(graph, readers)
 
@@ -92,7 +92,7 @@ def autograd(graph: Graph, input_grad: bool = True) -> dict[str, Need]:
 def unpruned(graph: Graph) -> dict[str, int]:
     """Owner of memory -> bytes per token of every activation: a graph that frees nothing."""
     owner = storage(graph)
-    return {t.name: t.bytes_per_token for t in graph.activations() if owner[t.name] == t.name}
+    return {name: graph.tensors[name].bytes_per_token for name in _owners(graph, owner)}
 
 
 def trainable_parameters(graph: Graph) -> int:
@@ -105,6 +105,11 @@ def trainable_parameters(graph: Graph) -> int:
 def kept_bytes(needs: dict[str, Need]) -> int:
     """Bytes per token of what is kept."""
     return sum(n.bytes_per_token for n in needs.values() if n.kept)
+
+
+def _owners(graph: Graph, owner: dict[str, str]) -> dict[str, list[str]]:
+    """An empty list for each activation that owns memory (rotary tables are shared by all layers)."""
+    return {t.name: [] for t in graph.activations() if owner[t.name] == t.name}
 
 
 def _needs(graph: Graph, readers: dict[str, list[str]]) -> dict[str, Need]:
