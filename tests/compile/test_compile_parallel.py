@@ -62,13 +62,14 @@ def test_bytes_of_a_collective_are_those_of_a_ring():
 
 
 def test_redundant_computation_wins_small_windows_and_loses_large_ranks():
-    """1+4 computes xA on every device and sends nothing; 2+4 splits it and pays two collectives. The
+    """1+4 computes xA on every device and sends nothing; 2+4 and 3+4 split it and pay collectives. The
     first saves time while their latency is more than the work it repeats."""
     chosen = [
         priced(lora_bypass("up_proj", HIDDEN, FFN, rank, False), 8, tokens)[0].label
         for rank, tokens in ((8, 256), (256, 8192))
     ]
-    assert chosen == ["1 4", "R>S1 2 P>R 4"]
+    assert chosen[0] == "1 4"
+    assert chosen[1] in ("R>S1 2 P>R 4", "R>S0 3 S0>R 4")
 
 
 def test_a_nonlinear_bypass_never_sees_partial_sums():
