@@ -29,7 +29,8 @@ class BottleneckAdapter(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
         low = self.activation(self.down(y.to(self.down.weight.dtype)))
-        return (y + self.up(low)).to(y.dtype)
+        total: torch.Tensor = y + self.up(low)
+        return total.to(y.dtype)
 
 
 def add_adapters(model: Any, spec: PeftSpec) -> Any:

@@ -12,9 +12,13 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from sim.compile.parallel import P, R, S0, S1, Bypass, Composition, Step, gradient_path
+from sim.compile.bypass import S0, S1, Bypass, P, R
+from sim.compile.parallel import Composition, Step, gradient_path
 
 DIM = {S0: 0, S1: -1}
+
+Weights = dict[int | None, torch.Tensor]
+"""Stage -> this process's part of its parameter."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +60,7 @@ def run_composition(
     """The same through `plan` on the processes of the default group; every process gives the same full
     arguments, takes its part of them, and gets the full results."""
     by_stage = dict(zip([i for i, s in enumerate(bypass.stages) if s.params], weights, strict=True))
-    local = {s.stage: _take_weight(by_stage[s.stage], s) for s in plan.steps if s.stage in by_stage}
+    local: Weights = {s.stage: _take_weight(by_stage[s.stage], s) for s in plan.steps if s.stage in by_stage}
     y, inputs = _take(x, bypass.input_state), []
     for step in plan.steps:
         inputs.append(y)
@@ -75,7 +79,7 @@ def run_composition(
     )
 
 
-def _forward(step: Step, x: torch.Tensor, weights: dict[int | None, torch.Tensor]) -> torch.Tensor:
+def _forward(step: Step, x: torch.Tensor, weights: Weights) -> torch.Tensor:
     if step.kind == "change":
         return _change(x, step.before, step.after)
     if step.kind == "pointwise":
@@ -87,7 +91,7 @@ def _backward(
     step: Step,
     x: torch.Tensor,
     grad: torch.Tensor,
-    weights: dict[int | None, torch.Tensor],
+    weights: Weights,
     came: str,
     collective: str | None,
 ) -> torch.Tensor:

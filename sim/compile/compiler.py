@@ -9,19 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
+from sim.compile.bypass import S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
 from sim.compile.families import head_graph, layer_graph
 from sim.compile.ir import Graph
-from sim.compile.parallel import (
-    P,
-    R,
-    S1,
-    Bypass,
-    Composition,
-    adapter_bypass,
-    compositions,
-    ia3_bypass,
-    lora_bypass,
-)
+from sim.compile.parallel import Composition, compositions
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import (
     DROP,
@@ -121,6 +112,16 @@ class Analysis:
         self.graph = layer_graph(self.local, spec)
         self.step_flops, self.points = frontier(self.graph, self.context_tokens, tp)
         self.first_points = frontier(self.graph, self.context_tokens, tp, input_grad=False)[1]
+        self.pareto = tuple(
+            ParetoPoint(
+                kept_bytes=p.kept_bytes,
+                extra_flops=p.extra_flops,
+                extra_share=p.extra_flops / self.step_flops,
+            )
+            for p in self.points
+        )
+        self.needs = prune(self.graph), prune(self.graph, input_grad=False)
+        self.forward_flops = sum(forward_flops(self.graph, op, self.context_tokens) for op in self.graph.ops)
         self.bypasses = tuple(
             _bypass_plan(bypass, tp, window_tokens, accumulation * seq_tokens, device)
             for bypass in bypasses_of(model, spec)
@@ -145,18 +146,15 @@ class Analysis:
             loss_chunk_tokens=self.loss_chunk_tokens,
             mode=mode,
             budget_share=budget_share,
-            tensors=_tensor_plans(graph, prune(graph), chosen),
-            first_tensors=_tensor_plans(graph, prune(graph, input_grad=False), first),
-            pareto=tuple(
-                ParetoPoint(kept_bytes=p.kept_bytes, extra_flops=p.extra_flops, extra_share=p.extra_flops / step)
-                for p in self.points
-            ),
+            tensors=_tensor_plans(graph, self.needs[0], chosen),
+            first_tensors=_tensor_plans(graph, self.needs[1], first),
+            pareto=self.pareto,
             bypasses=self.bypasses,
             kv_bytes=2 * local.kv_dim * local.dtype_bytes,
             kv_elements=local.kv_dim,
             hidden_bytes=model.hidden * model.dtype_bytes,
             logits_bytes=local.vocab * (local.dtype_bytes + 8),
-            layer_forward_flops=sum(forward_flops(graph, op, self.context_tokens) for op in graph.ops),
+            layer_forward_flops=self.forward_flops,
             layer_step_flops=step,
             extra_flops=chosen.extra_flops,
         )
@@ -177,7 +175,9 @@ def local_shape(model: ModelShape, tp: int) -> ModelShape:
     )
 
 
-def frontier(graph: Graph, context_tokens: float, tp: int = 1, input_grad: bool = True) -> tuple[float, list[Point]]:
+def frontier(
+    graph: Graph, context_tokens: float, tp: int = 1, input_grad: bool = True
+) -> tuple[float, list[Point]]:
     """FLOPs per token of the layer's forward and backward, and its Pareto list, K and V pinned.
 
     With tp > 1 row-parallel layers never run again: it would repeat their all-reduce.
@@ -239,7 +239,9 @@ def price_bypass(
     return compositions(bypass, tp, tokens, device, latency_s, tokens_per_step)
 
 
-def _bypass_plan(bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec) -> BypassPlan:
+def _bypass_plan(
+    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec
+) -> BypassPlan:
     best = price_bypass(bypass, tp, tokens, tokens_per_step, device)[0]
     return BypassPlan(
         target=bypass.name,
@@ -290,7 +292,7 @@ def kind_of(name: str) -> str:
     parts = name.split(".")
     if "layernorm" in name:
         return "norm"
-    if len(parts) > 3 or parts[-1] in ("scale", "cast", "relu", "gelu", "silu") and "proj" in name:
+    if len(parts) > 3 or (parts[-1] in ("scale", "cast", "relu", "gelu", "silu") and "proj" in name):
         return "bypass"
     if len(parts) == 1 or layer_of(name) in ROW_PARALLEL:
         return "residual"

@@ -2,7 +2,7 @@
 
 It is the proof that a plan is enough: the backward asks a `Memory` for each forward tensor that a
 gradient rule names; the memory has what was kept, recomputes what the plan recomputes, and raises
-`NotKept` for anything else. Slow and plain on purpose.
+`NotKeptError` for anything else. Slow and plain on purpose.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from sim.compile.ir import ACTIVATION, TOKENS, Graph, Op
 from sim.compile.prune import wanted
 from sim.compile.rules import RULES, VIEW, storage
 
-Array = np.ndarray
+Array = Any
+"""A float64 numpy array."""
 Values = dict[str, Array]
 
 
-class NotKept(KeyError):
+class NotKeptError(KeyError):
     """The backward needs a forward tensor that was neither kept nor may be recomputed."""
 
 
@@ -41,25 +42,25 @@ class Memory:
     """What is left of the forward when the backward runs: parameters, constants and `kept`."""
 
     def __init__(
-        self, graph: Graph, values: Mapping[str, Array], kept: Collection[str], recomputed: Collection[str] = ()
+        self,
+        graph: Graph,
+        values: Mapping[str, Array],
+        kept: Collection[str],
+        recomputed: Collection[str] = (),
     ) -> None:
         """`kept` and `recomputed` name owners of memory (`rules.storage`); views come with them."""
         self.graph, self.recomputed = graph, set(recomputed)
         self.tokens = _tokens(graph, values)
         self._producer, self._owner = graph.producer, storage(graph)
-        self._have = {
-            n: v
-            for n, v in values.items()
-            if n in kept or graph.tensors[n].role != ACTIVATION
-        }
+        self._have = {n: v for n, v in values.items() if n in kept or graph.tensors[n].role != ACTIVATION}
 
     def get(self, name: str) -> Array:
-        """The value of a forward tensor. Raises NotKept."""
+        """The value of a forward tensor. Raises NotKeptError."""
         if name in self._have:
             return self._have[name]
         op = self._producer.get(name)
         if op is None or (RULES[op.kind].cost != VIEW and name not in self.recomputed):
-            raise NotKept(name)
+            raise NotKeptError(name)
         made = run_op(self.graph, op, self.get, self.tokens)
         for output, value in zip(op.outputs, made, strict=True):
             self._have.setdefault(output, value)
@@ -262,7 +263,7 @@ def _rows(x: Array) -> Array:
 
 
 def _tokens(graph: Graph, values: Mapping[str, Array]) -> int:
-    return values[graph.input].shape[graph.tensors[graph.input].shape.index(TOKENS)]
+    return int(values[graph.input].shape[graph.tensors[graph.input].shape.index(TOKENS)])
 
 
 def _concrete(graph: Graph, name: str, tokens: int) -> tuple[int, ...]:

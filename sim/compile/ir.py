@@ -85,7 +85,9 @@ class Graph:
         for op in self.ops:
             missing = [n for n in op.inputs if n not in known]
             if missing:
-                raise ValueError(f"graph {self.name}: {op.kind} {op.out} reads {missing[0]} before it is made")
+                raise ValueError(
+                    f"graph {self.name}: {op.kind} {op.out} reads {missing[0]} before it is made"
+                )
             known.update(op.outputs)
         for name in (self.output, *self.trainable):
             if name not in known:
@@ -189,7 +191,7 @@ def same(left: Graph, right: Graph) -> list[str]:
     ):
         found += [f"{kind} {n} only in {left.name}" for n in a if n not in b]
         found += [f"{kind} {n} only in {right.name}" for n in b if n not in a]
-        found += [f"{kind} {n}: {a[n]} is not {b[n]}" for n in a if n in b and a[n] != b[n]]  # type: ignore[index]
+        found += [f"{kind} {n}: {a[n]} is not {b[n]}" for n in a if n in b and a[n] != b[n]]
     if set(left.trainable) != set(right.trainable):
         found.append(f"trainable: {sorted(set(left.trainable) ^ set(right.trainable))} only in one")
     if (left.input, left.output) != (right.input, right.output):

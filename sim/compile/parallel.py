@@ -26,10 +26,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from sim.compile.bypass import S0, S1, Bypass, P, R, Stage
 from sim.core.specs import DeviceSpec
-
-R, S0, S1, P = "R", "S0", "S1", "P"
-STATES = (R, S0, S1, P)
 
 LINEAR_RULES = ((1, R, "R", R), (2, S1, "Sin", P), (3, S0, "R", S0), (4, R, "Sout", S1), (5, P, "R", P))
 """(number, state of x, placement of W, state of y)."""
@@ -50,34 +48,6 @@ COLLECTIVES = {
 
 MASTER_BYTES = 16
 """Bytes beside the weight itself per trained parameter: fp32 master, gradient and two Adam moments."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stage:
-    """One operator of a bypass: `linear` (features_in x features_out), `vector` (a trained scale per
-    feature) or `pointwise` (a function without parameters that is not linear)."""
-
-    kind: str
-    features_in: int
-    features_out: int
-
-    @property
-    def params(self) -> int:
-        return {"linear": self.features_in * self.features_out, "vector": self.features_out}.get(self.kind, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bypass:
-    """A chain of stages from one backbone tensor to another."""
-
-    name: str
-    stages: tuple[Stage, ...]
-    input_state: str
-    output_state: str
-    """State in which the output is added; P joins the backbone's own all-reduce."""
-    input_grad_reduced: bool = True
-    """The backbone reduces the gradient of this input anyway (column-parallel layers), so a partial
-    one joins it for nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +87,8 @@ class Composition:
     def label(self) -> str:
         """Rules and changes of state, e.g. `2 P>R 4`."""
         parts = [
-            f"{s.before}>{s.after}" if s.kind == "change" else str(s.rule) if s.rule else s.kind for s in self.steps
+            f"{s.before}>{s.after}" if s.kind == "change" else str(s.rule) if s.rule else s.kind
+            for s in self.steps
         ]
         return " ".join(parts)
 
@@ -130,42 +101,14 @@ class Composition:
         return tuple(s.weight for s in self.steps if s.weight is not None)
 
 
-def lora_bypass(name: str, features_in: int, features_out: int, rank: int, row_parallel: bool) -> Bypass:
-    """LoRA on a column-parallel layer (input R, output S1) or a row-parallel one (input S1, output P)."""
-    stages = (
-        Stage(kind="linear", features_in=features_in, features_out=rank),
-        Stage(kind="linear", features_in=rank, features_out=features_out),
-    )
-    states = (S1, P) if row_parallel else (R, S1)
-    return Bypass(name=name, stages=stages, input_state=states[0], output_state=states[1])
-
-
-def adapter_bypass(name: str, features: int, width: int, row_parallel: bool) -> Bypass:
-    """A bottleneck adapter behind a layer: after its all-reduce (R) if row-parallel, else on S1."""
-    stages = (
-        Stage(kind="linear", features_in=features, features_out=width),
-        Stage(kind="pointwise", features_in=width, features_out=width),
-        Stage(kind="linear", features_in=width, features_out=features),
-    )
-    state = R if row_parallel else S1
-    return Bypass(
-        name=name, stages=stages, input_state=state, output_state=state, input_grad_reduced=not row_parallel
-    )
-
-
-def ia3_bypass(name: str, features: int, state: str) -> Bypass:
-    """(IA)^3 scales a tensor in the state in which the backbone has it."""
-    stage = Stage(kind="vector", features_in=features, features_out=features)
-    return Bypass(name=name, stages=(stage,), input_state=state, output_state=state)
-
-
 def compositions(
     bypass: Bypass, tp: int, tokens: int, device: DeviceSpec, latency_s: float, tokens_per_step: int
 ) -> list[Composition]:
     """Every legal composition, cheapest first (seconds, then resident bytes).
 
     `latency_s` is the time of a collective of no size; reductions at the update count
-    tokens / `tokens_per_step` of their cost. On one device all states are R. Raises ValueError where tp does not divide the features.
+    tokens / `tokens_per_step` of their cost. On one device all states are R.
+    Raises ValueError where tp does not divide the features.
     """
     for stage in bypass.stages:
         wide = max(stage.features_in, stage.features_out)
@@ -189,7 +132,7 @@ def _chains(bypass: Bypass, tp: int, at: int, state: str, changed: bool) -> Iter
     if at == len(bypass.stages) and state == bypass.output_state:
         yield ()
     if not changed and tp > 1:
-        for (before, after) in COLLECTIVES:
+        for before, after in COLLECTIVES:
             if before == state and (after != P or at == len(bypass.stages)):
                 for rest in _chains(bypass, tp, at, after, changed=True):
                     yield (Step(kind="change", before=before, after=after), *rest)
@@ -230,7 +173,9 @@ class _Bill:
         self.link += full_bytes * {"all_reduce": 2 * share, "all_to_all": share / self.tp}.get(kind, share)
 
 
-def gradient_path(bypass: Bypass, steps: tuple[Step, ...]) -> tuple[str, list[tuple[Step, str, str, str | None]]]:
+def gradient_path(
+    bypass: Bypass, steps: tuple[Step, ...]
+) -> tuple[str, list[tuple[Step, str, str, str | None]]]:
     """The backward of a composition: state of the input's gradient, and per step from the last
     (step, state of the gradient after it, state before it, collective).
 
@@ -264,7 +209,12 @@ def _change_gradient(step: Step, state: str) -> tuple[str, str | None]:
 
 
 def _price(
-    bypass: Bypass, steps: tuple[Step, ...], tp: int, tokens: int, device: DeviceSpec, latency_s: float,
+    bypass: Bypass,
+    steps: tuple[Step, ...],
+    tp: int,
+    tokens: int,
+    device: DeviceSpec,
+    latency_s: float,
     tokens_per_step: int,
 ) -> Composition:
     bill = _Bill(tp=tp)
@@ -283,9 +233,14 @@ def _price(
         split = tp if _split(step) else 1
         bill.flops += 3 * 2.0 * tokens * stage.params / split if step.kind == "linear" else 0.0
         # Forward, gradient of x and gradient of W each read or write both sides once.
-        bill.traffic += 3 * bill.item_bytes * tokens * (
-            features / (tp if step.before in (S0, S1) else 1)
-            + stage.features_out / (tp if step.after in (S0, S1) else 1)
+        bill.traffic += (
+            3
+            * bill.item_bytes
+            * tokens
+            * (
+                features / (tp if step.before in (S0, S1) else 1)
+                + stage.features_out / (tp if step.after in (S0, S1) else 1)
+            )
         )
         params = stage.params / (tp if step.weight in ("Sin", "Sout") else 1)
         resident += params * (bill.item_bytes + MASTER_BYTES)

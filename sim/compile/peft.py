@@ -79,8 +79,8 @@ def attach(backbone: Graph, spec: PeftSpec) -> Graph:
             raise ValueError(f"peft.targets: {backbone.name} has no linear layer {target!r}")
     build = _Builder(backbone)
     for op in backbone.ops:
-        target = _layer(op.out) if op.kind == "linear" else None
-        if target in spec.targets:
+        target = _layer(op.out)
+        if op.kind == "linear" and target in spec.targets:
             _BYPASS[spec.method](build, op, spec)
         else:
             build.add(op)
@@ -100,12 +100,20 @@ class _Builder:
         self.ops.append(replace(op, inputs=tuple(self.moved.get(n, n) for n in op.inputs)))
 
     def new(
-        self, kind: str, name: str, inputs: Iterable[str], like: str, dtype: str, width: Dim | None = None,
+        self,
+        kind: str,
+        name: str,
+        inputs: Iterable[str],
+        like: str,
+        dtype: str,
+        width: Dim | None = None,
         **attrs: Dim,
     ) -> str:
         """Append an operator whose output has `like`'s shape with the last dimension `width`."""
         shape = self.tensors[like].shape
-        self.tensors[name] = Tensor(name=name, shape=shape if width is None else (*shape[:-1], width), dtype=dtype)
+        self.tensors[name] = Tensor(
+            name=name, shape=shape if width is None else (*shape[:-1], width), dtype=dtype
+        )
         self.ops.append(Op(kind=kind, inputs=tuple(inputs), outputs=(name,), attrs=dict(attrs)))
         return name
 

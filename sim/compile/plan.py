@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
+from typing import Any
 
 KEEP, PIN, RECOMPUTE, DROP = "keep", "pin", "recompute", "drop"
 MODES = ("stash", "recompute")
@@ -167,7 +168,7 @@ class CompilePlan:
     @classmethod
     def from_json(cls, text: str) -> CompilePlan:
         """The plan written by `to_json`. Raises ValueError for unknown or missing fields."""
-        data = json.loads(text)
+        data: dict[str, Any] = json.loads(text)
         nested = {
             "tensors": TensorPlan,
             "first_tensors": TensorPlan,
@@ -186,5 +187,5 @@ def _kept(tensors: tuple[TensorPlan, ...]) -> int:
     return sum(t.bytes_per_token for t in tensors if t.action in (KEEP, PIN))
 
 
-def _tuple(value: object) -> object:
+def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value

@@ -15,7 +15,6 @@ import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from sim.compile.compiler import KINDS, Analysis, autograd_bytes, kind_of, local_shape
@@ -82,9 +81,7 @@ def run_compile(
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"compile.memory_fraction must be in (0, 1], got {memory_fraction}")
     start = time.perf_counter()
-    analysis = Analysis(
-        model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens
-    )
+    analysis = Analysis(model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens)
     plan = analysis.plan(mode, budget_share)
     rows = _rows(plan, analysis.graph, layer_graph(analysis.local, peft_default(spec)))
     inner, first, head = autograd_bytes(model, peft_default(spec), tp)
@@ -199,7 +196,18 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
 
     console = console if console is not None else Console()
     table = Table(title="finetuning memory of one sample, GiB per device (extra FLOPs)")
-    for name in ("model", "method", "tp", "tokens", "weights", "PEFT", "checkpointed", "stash", "far stash", "recompute"):
+    for name in (
+        "model",
+        "method",
+        "tp",
+        "tokens",
+        "weights",
+        "PEFT",
+        "checkpointed",
+        "stash",
+        "far stash",
+        "recompute",
+    ):
         table.add_column(name, justify="left" if name in ("model", "method") else "right")
     for r in rows:
         table.add_row(
@@ -209,42 +217,6 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
             f"{_gib(r.recompute_bytes)} ({r.recompute_extra_share:.1%})",
         )  # fmt: skip
     console.print(table)
-
-
-def draw(report: CompileReport, path: Path) -> None:
-    """Write the figure: classes of tensors by column, and the Pareto list with what others need."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plan = report.plan
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
-    below = [0.0] * len(COLUMNS)
-    for i, row in enumerate(report.rows):
-        heights = [v / 1024 for v in row.values]
-        left.bar(COLUMNS, heights, bottom=below, label=row.kind, color=plt.get_cmap("tab10")(i), width=0.7)
-        below = [a + b for a, b in zip(below, heights, strict=True)]
-    for x, total in enumerate(below):
-        left.text(x, total, f"{total:.1f}", ha="center", va="bottom")
-    left.set_ylim(0, max(below) * 1.1)
-    left.set_ylabel("KiB per token and layer")
-    left.set_title(f"{plan.model}, {plan.method} on {len(plan.targets)} layer(s), {plan.seq_tokens} tokens")
-    left.legend(fontsize=8)
-    points = sorted(plan.pareto, key=lambda p: p.extra_share)
-    right.step([100 * p.extra_share for p in points], [p.kept_bytes / 1024 for p in points], where="post")
-    chosen = plan.kept_bytes_per_token_layer / 1024
-    right.plot([100 * plan.extra_flops / plan.layer_step_flops], [chosen], "o", label=f"chosen: {chosen:.1f} KiB")
-    saved = math.fsum(r.autograd for r in report.rows) / 1024
-    right.axhline(saved, color="tab:red", ls="--", label=f"PEFT default: {saved:.1f} KiB")
-    right.axhline(0.2 * saved, color="tab:red", ls=":", label="80 % less")
-    right.set_xlabel("extra FLOPs, % of forward and backward")
-    right.set_ylabel("kept, KiB per token and layer")
-    right.set_ylim(0, saved * 1.1)
-    right.set_title("rematerialisation: undominated choices")
-    right.legend(fontsize=8)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def _rows(plan: CompilePlan, graph: Graph, peft_graph: Graph) -> list[ClassRow]:
@@ -301,7 +273,8 @@ def _lines(report: CompileReport) -> list[str]:
     room = "none" if report.kv_room_tokens is None else f"{report.kv_room_tokens:,} tokens"
     saving = 1 - plan.total_bytes() / report.peft_bytes
     lines = [
-        f"{plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), {plan.extra_flops_share:.1%} extra FLOPs",
+        f"{plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), "
+        f"{plan.extra_flops_share:.1%} extra FLOPs",
         f"PEFT default with full logits: {_gib(report.peft_bytes)} GiB ({saving:.1%} less here); "
         f"with gradient checkpointing: {_gib(report.checkpoint_bytes)} GiB",
         f"KV room left: {room}; compiled in {report.compile_s:.2f} s",

@@ -97,9 +97,7 @@ def unpruned(graph: Graph) -> dict[str, int]:
 
 def trainable_parameters(graph: Graph) -> int:
     """Number of trainable elements of a bound graph."""
-    return sum(
-        graph.tensors[n].elements for n in graph.trainable if graph.tensors[n].role == PARAMETER
-    )
+    return sum(graph.tensors[n].elements for n in graph.trainable if graph.tensors[n].role == PARAMETER)
 
 
 def kept_bytes(needs: dict[str, Need]) -> int:

@@ -169,7 +169,11 @@ def _point(entry: _Entry, graph: Graph) -> Point:
 
 
 def min_cut(
-    graph: Graph, needed: Collection[str], context_tokens: float, bytes_per_flop: float, pinned: Collection[str] = ()
+    graph: Graph,
+    needed: Collection[str],
+    context_tokens: float,
+    bytes_per_flop: float,
+    pinned: Collection[str] = (),
 ) -> float:
     """The least of kept bytes + `bytes_per_flop` * extra FLOPs, as the value of a minimum cut.
 

@@ -7,17 +7,9 @@ import socket
 
 import pytest
 
-from sim.compile.parallel import (
-    P,
-    R,
-    S1,
-    Bypass,
-    adapter_bypass,
-    compositions,
-    ia3_bypass,
-    lora_bypass,
-)
-from sim.core.specs import DeviceSpec
+from sim.compile.bypass import S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
+from sim.compile.parallel import compositions
+from sim.core.specs import DeviceSpec, ModelShape
 
 A100 = DeviceSpec(
     name="a100", peak_flops=312e12, memory_bandwidth_bytes_s=2.0e12, memory_bytes=80e9,
@@ -106,7 +98,9 @@ def test_compositions_equal_the_unsharded_bypass_on_real_processes(processes, tm
     assert sum(len(found) for _, found in plans) > 60
     if processes > 2:  # the rest says nothing new and costs half a minute
         plans = [(b, found[:8]) for b, found in plans]
-    torch.multiprocessing.spawn(_worker, args=(processes, _free_port(), plans, str(tmp_path)), nprocs=processes)
+    torch.multiprocessing.spawn(
+        _worker, args=(processes, _free_port(), plans, str(tmp_path)), nprocs=processes
+    )
     assert len(list(tmp_path.iterdir())) == processes
 
 
@@ -127,7 +121,11 @@ def _worker(rank: int, processes: int, port: int, plans, folder: str) -> None:
 
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=processes, timeout=timedelta(seconds=60)
+        "gloo",
+        init_method=f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(seconds=60),
     )
     generator = torch.Generator().manual_seed(0)
     for bypass, found in plans:
@@ -147,3 +145,23 @@ def _worker(rank: int, processes: int, port: int, plans, folder: str) -> None:
             assert error < 1e-12, (bypass.name, plan.label, error)
     dist.destroy_process_group()
     Path(folder, str(rank)).touch()
+
+
+def test_placement_table_shows_the_published_candidates_beside_the_chosen(capsys):
+    from sim.compile.placements import placement_table, print_placements
+
+    model = ModelShape(
+        name="m", layers=32, hidden=HIDDEN, heads=32, kv_heads=8, head_dim=128, ffn=FFN, vocab=128256
+    )
+    rows = placement_table(model, A100)
+    groups = {(r.layer, r.tp, r.rank) for r in rows}
+    assert len(groups) == 2 * 3 * 4
+    for layer, tp, rank in groups:
+        group = [r for r in rows if (r.layer, r.tp, r.rank) == (layer, tp, rank)]
+        named = {r.published for r in group} - {""}
+        assert named == ({"1+4", "2+4", "3+3", "3+4"} if layer == "up_proj" else {"partial sums joined"})
+        chosen = [r for r in group if r.chosen]
+        assert len(chosen) == 1
+        assert chosen[0].seconds == min(r.seconds for r in group)
+    print_placements(rows[:4])
+    assert "FlexLLM" in capsys.readouterr().out

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from sim.compile.families import layer_graph
-from sim.compile.interpret import Memory, NotKept, backward, forward
+from sim.compile.interpret import Memory, NotKeptError, backward, forward
 from sim.compile.ir import Graph
 from sim.compile.peft import LINEARS, PeftSpec
 from sim.compile.prune import prune
@@ -31,8 +31,16 @@ SUBSETS = [s for n in range(1, 8) for s in itertools.combinations(LINEARS, n)]
 
 def tiny(family: str) -> ModelShape:
     return ModelShape(
-        name=f"tiny-{family}", layers=1, hidden=24, heads=4, kv_heads=2, head_dim=6, ffn=40, vocab=32,
-        qkv_bias=family == "qwen2", dtype_bytes=8,
+        name=f"tiny-{family}",
+        layers=1,
+        hidden=24,
+        heads=4,
+        kv_heads=2,
+        head_dim=6,
+        ffn=40,
+        vocab=32,
+        qkv_bias=family == "qwen2",
+        dtype_bytes=8,
     )
 
 
@@ -139,12 +147,12 @@ def test_every_kept_tensor_is_necessary_for_every_subset_of_targets(reference):
         for input_grad in (True, False):
             kept = kept_by_pruning(graph, input_grad)
             for name in kept:
-                with pytest.raises(NotKept):
+                with pytest.raises(NotKeptError):
                     backward(graph, Memory(graph, values, kept - {name}), output_grad, input_grad)
         for point in _corners(graph):
             for name in set(point.kept) - set(pinned(graph)):
                 memory = Memory(graph, values, set(point.kept) - {name}, point.recomputed)
-                with pytest.raises(NotKept):
+                with pytest.raises(NotKeptError):
                     backward(graph, memory, output_grad)
 
 
@@ -176,9 +184,7 @@ def test_other_bypasses_agree_with_finite_differences(family, spec):
     """No torch: the gradient of a random direction against central differences, in float64."""
     graph = layer_graph(tiny(family), spec)
     rng = np.random.default_rng(2)
-    given = {
-        n: rng.normal(size=t.shape) * 0.4 for n, t in graph.tensors.items() if t.role == "parameter"
-    }
+    given = {n: rng.normal(size=t.shape) * 0.4 for n, t in graph.tensors.items() if t.role == "parameter"}
     angles = rng.uniform(0, 6, (1, TOKENS, 3)).repeat(2, -1)
     given |= {"x": rng.normal(size=(1, TOKENS, 24)), "cos": np.cos(angles), "sin": np.sin(angles)}
     output_grad = rng.normal(size=(1, TOKENS, 24))
