@@ -11,10 +11,12 @@ outlast a window (+token-level).
 
 from __future__ import annotations
 
+import csv
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from sim.compile.compiler import KINDS, Analysis, autograd_bytes, kind_of, local_shape
@@ -167,6 +169,19 @@ def memory_table(
     return found
 
 
+def write_report(report: CompileReport, folder: Path) -> None:
+    """Write `plan.json`, `tensors.csv` (the table in bytes) and `memory.png` into `folder`."""
+    from sim.compile.figure import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(report.plan.to_json())
+    with (folder / "tensors.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([f.name for f in fields(ClassRow)])
+        writer.writerows([r.kind, *r.values] for r in report.rows)
+    draw(report, folder / "memory.png")
+
+
 def print_report(report: CompileReport, console: Any = None) -> None:
     """Write the table with `rich` (to its own console if none is given)."""
     from rich.console import Console
@@ -208,7 +223,7 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
         "far stash",
         "recompute",
     ):
-        table.add_column(name, justify="left" if name in ("model", "method") else "right")
+        table.add_column(name, justify="left" if name in ("model", "method") else "right", overflow="fold")
     for r in rows:
         table.add_row(
             r.model, r.method, str(r.tp), str(r.seq_tokens), _gib(r.weight_bytes), _gib(r.peft_bytes),
