@@ -27,10 +27,9 @@ from sim.compile.plan import (
 )
 from sim.compile.prune import Need, autograd, kept_bytes, prune, wanted
 from sim.compile.remat import Point, pareto
-from sim.compile.rules import backward_flops, forward_flops, storage
+from sim.compile.roles import ROW_PARALLEL, keys_and_values, kind_of, layer_of, roles_of
+from sim.compile.rules import backward_flops, forward_flops
 from sim.core.specs import DeviceSpec, ModelShape
-
-ROW_PARALLEL = ("o_proj", "down_proj")
 
 COLLECTIVE_LATENCY_S = 9e-6
 """Small NCCL collectives between two A100 (ai-dynamo/aiconfigurator, nccl 2.27.3: 9 us); a device
@@ -198,13 +197,6 @@ def frontier(
     return step, points
 
 
-def keys_and_values(graph: Graph) -> tuple[str, str]:
-    """Owners of the K and V that attention reads."""
-    attention = next(op for op in graph.ops if op.kind == "attention")
-    owner = storage(graph)
-    return owner[attention.inputs[1]], owner[attention.inputs[2]]
-
-
 def autograd_bytes(model: ModelShape, spec: PeftSpec, tp: int = 1) -> tuple[int, int, int]:
     """Bytes per token that eager PyTorch saves: an inner layer, the lowest layer, norm and loss."""
     local = local_shape(model, tp)
@@ -258,6 +250,7 @@ def _bypass_plan(
 
 
 def _tensor_plans(graph: Graph, needs: dict[str, Need], point: Point) -> tuple[TensorPlan, ...]:
+    roles = roles_of(graph)
     pinned, kept, again = keys_and_values(graph), set(point.kept), set(point.recomputed)
     plans = []
     for name, need in needs.items():
@@ -275,33 +268,10 @@ def _tensor_plans(graph: Graph, needs: dict[str, Need], point: Point) -> tuple[T
             TensorPlan(
                 name=name,
                 kind=kind_of(name),
+                role=roles.get(name, ""),
                 action=action,
                 bytes_per_token=need.bytes_per_token,
                 why=why,
             )
         )
     return tuple(plans)
-
-
-KINDS = ("residual", "norm", "query key value", "attention", "gate up", "swiglu", "bypass")
-"""Classes of tensors in the table, in its order."""
-
-
-def kind_of(name: str) -> str:
-    """Class of a layer's tensor, from its module path; only for reading, no pass depends on it."""
-    parts = name.split(".")
-    if "layernorm" in name:
-        return "norm"
-    if len(parts) > 3 or (parts[-1] in ("scale", "cast", "relu", "gelu", "silu") and "proj" in name):
-        return "bypass"
-    if len(parts) == 1 or layer_of(name) in ROW_PARALLEL:
-        return "residual"
-    if parts[0] == "mlp":
-        return "gate up" if layer_of(name) in ("gate_proj", "up_proj") else "swiglu"
-    return "attention" if parts[1] == "attention" else "query key value"
-
-
-def layer_of(name: str) -> str:
-    """`self_attn.q_proj.linear` -> `q_proj`; the tensor's own name where it belongs to none."""
-    parts = name.split(".")
-    return parts[1] if len(parts) == 3 else name

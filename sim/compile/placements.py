@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from sim.compile.bypass import lora_bypass
-from sim.compile.compiler import ROW_PARALLEL, price_bypass
+from sim.compile.compiler import price_bypass
+from sim.compile.roles import ROW_PARALLEL
 from sim.core.specs import DeviceSpec, ModelShape
 
 PUBLISHED = {
@@ -49,7 +50,7 @@ def placement_table(
     tps: Iterable[int] = (2, 4, 8),
     ranks: Iterable[int] = (8, 16, 64, 256),
     tokens: int = 256,
-    alternatives: int = 3,
+    alternatives: int = 4,
     accumulation_tokens: int = 8 * 4096,
 ) -> list[PlacementRow]:
     """The published candidates and the `alternatives` cheapest, for every layer, tp and rank."""
@@ -82,25 +83,18 @@ def placement_table(
 
 
 def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
-    """Write the table with `rich`; the chosen composition of each group is marked."""
+    """Write the table with `rich`; the chosen composition of each group is marked.
+
+    `sent` counts collectives; MiB is what stays: parameters with optimizer state, inner activations.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console = console if console is not None else Console()
     table = Table(title="LoRA under tensor parallelism, per device, forward and backward")
-    for name in (
-        "layer",
-        "tp",
-        "rank",
-        "composition",
-        "FlexLLM",
-        "us",
-        "MFLOP",
-        "link KiB",
-        "collectives",
-        "MiB",
-    ):
-        table.add_column(name, justify="left" if name in ("layer", "composition", "FlexLLM") else "right")
+    words = ("layer", "composition", "FlexLLM")
+    for name in ("layer", "tp", "rank", "composition", "FlexLLM", "us", "MFLOP", "link KiB", "sent", "MiB"):
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
     for r in rows:
         table.add_row(
             r.layer,
@@ -113,6 +107,5 @@ def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
             f"{r.collective_bytes / 1024:.0f}",
             str(r.collectives),
             f"{r.resident_bytes / 2**20:.1f}",
-            end_section=False,
         )
     console.print(table)

@@ -9,6 +9,8 @@ What is live at once (`stash_bytes`, `recompute_bytes`) for a sample of T tokens
     stash, layer-major     T * kept of all layers (K and V among it)   + dK, dV of one layer
     recompute, window-major  T * K and V of all layers + dK, dV of all layers + w * kept of all layers
 
+A recomputed window runs the whole forward of the layers again (its K and V too, though they are cached;
+not the loss); under tensor parallelism that repeats the all-reduces, whose time no FLOP count shows.
 and with both the gradient of the last hidden state, T * h, and the loss of one chunk of tokens.
 """
 
@@ -33,6 +35,9 @@ class TensorPlan:
     name: str
     kind: str
     """Class of the table: residual, norm, query key value, attention, gate up, swiglu, bypass."""
+    role: str
+    """What an engine calls it (`roles.roles_of`): x, q, k, v, attention, lse, mid, gate, up, silu, product,
+    attention norm, ffn norm, low TARGET, before adapter TARGET, unscaled TARGET; empty for the rest."""
     action: str
     """keep; pin (K and V: later windows read them); recompute; drop (no gradient reads it)."""
     bytes_per_token: int

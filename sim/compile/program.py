@@ -19,12 +19,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sim.compile.compiler import KINDS, Analysis, autograd_bytes, kind_of, local_shape
+from sim.compile.compiler import Analysis, autograd_bytes, local_shape
 from sim.compile.families import layer_graph
 from sim.compile.ir import Graph
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import ACCUMULATOR_BYTES, KEEP, MODES, PIN, CompilePlan
 from sim.compile.prune import autograd, prune, unpruned
+from sim.compile.roles import KINDS, kind_of
 from sim.core.specs import DeviceSpec, ModelShape
 
 COLUMNS = ("unpruned", "autograd", "pruned", "+remat", "+token-level")

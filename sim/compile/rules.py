@@ -87,7 +87,8 @@ RULES: dict[str, Rule] = {
     "cross_entropy": Rule(cost=ELEMENTWISE, needs=_labels_and_log_probs),
 }
 """Kind of operator -> rule. `dropout` has its scaled mask as second output, `attention` (causal, grouped
-heads) its log-sum-exp, `cross_entropy` the log probabilities."""
+heads) its log-sum-exp, `cross_entropy` the log probabilities. Running dropout again needs the state of
+its random stream, which is not counted."""
 
 
 def forward_flops(graph: Graph, op: Op, context_tokens: float) -> float:

@@ -6,7 +6,7 @@ from fractions import Fraction
 
 import pytest
 
-from sim.compile.compiler import frontier, keys_and_values
+from sim.compile.compiler import frontier
 from sim.compile.families import layer_graph
 from sim.compile.peft import PeftSpec
 from sim.compile.prune import kept_bytes, prune
@@ -21,6 +21,7 @@ from sim.compile.published import (
     terms,
 )
 from sim.compile.remat import pareto
+from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
 
 LLAMA_70B = ModelShape(

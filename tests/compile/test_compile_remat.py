@@ -8,12 +8,13 @@ import random
 
 import pytest
 
-from sim.compile.compiler import frontier, keys_and_values
+from sim.compile.compiler import frontier
 from sim.compile.families import layer_graph
 from sim.compile.ir import Graph, Op, Tensor
 from sim.compile.peft import PeftSpec
 from sim.compile.prune import prune
 from sim.compile.remat import min_cut, nodes_of, pareto
+from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
 
 LLAMA_8B = ModelShape(

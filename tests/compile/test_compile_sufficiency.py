@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from sim.compile.families import layer_graph
+from sim.compile.families import head_graph, layer_graph
 from sim.compile.interpret import Memory, NotKeptError, backward, forward
 from sim.compile.ir import Graph
 from sim.compile.peft import LINEARS, PeftSpec
 from sim.compile.prune import prune
 from sim.compile.remat import pareto
+from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
 
 torch = pytest.importorskip("torch")
@@ -110,13 +111,6 @@ def kept_by_pruning(graph: Graph, input_grad: bool = True) -> set[str]:
     return {n for n, need in prune(graph, input_grad).items() if need.kept}
 
 
-def pinned(graph: Graph) -> tuple[str, ...]:
-    from sim.compile.rules import storage
-
-    attention = next(op for op in graph.ops if op.kind == "attention")
-    return tuple(storage(graph)[n] for n in attention.inputs[1:])
-
-
 def assert_equal(found: dict, expected: dict) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():
@@ -150,7 +144,7 @@ def test_every_kept_tensor_is_necessary_for_every_subset_of_targets(reference):
                 with pytest.raises(NotKeptError):
                     backward(graph, Memory(graph, values, kept - {name}), output_grad, input_grad)
         for point in _corners(graph):
-            for name in set(point.kept) - set(pinned(graph)):
+            for name in set(point.kept) - set(keys_and_values(graph)):
                 memory = Memory(graph, values, set(point.kept) - {name}, point.recomputed)
                 with pytest.raises(NotKeptError):
                     backward(graph, memory, output_grad)
@@ -203,5 +197,17 @@ def test_other_bypasses_agree_with_finite_differences(family, spec):
 
 def _corners(graph: Graph):
     """The first point that recomputes, one in the middle, and the far end of the Pareto list."""
-    points = pareto(graph, kept_by_pruning(graph), TOKENS / 2, pinned=pinned(graph))
+    points = pareto(graph, kept_by_pruning(graph), TOKENS / 2, pinned=keys_and_values(graph))
     return [points[min(1, len(points) - 1)], points[len(points) // 2], points[-1]]
+
+
+def test_head_gradient_agrees_with_finite_differences():
+    graph = head_graph(tiny("llama"))
+    rng = np.random.default_rng(3)
+    given = {n: rng.normal(size=t.shape) for n, t in graph.tensors.items() if t.role == "parameter"}
+    given |= {"x": rng.normal(size=(1, TOKENS, 24)), "labels": rng.integers(0, 32, TOKENS)}
+    kept = {n for n, need in prune(graph).items() if need.kept}
+    grad = backward(graph, Memory(graph, forward(graph, given), kept), np.ones(()))["x"]
+    way = rng.normal(size=grad.shape)
+    up, down = (forward(graph, given | {"x": given["x"] + s * way})[graph.output] for s in (1e-5, -1e-5))
+    assert (grad * way).sum() == pytest.approx((up - down) / 2e-5, rel=1e-5)
