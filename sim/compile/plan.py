@@ -37,7 +37,8 @@ class TensorPlan:
     """Class of the table: residual, norm, query key value, attention, gate up, swiglu, bypass."""
     role: str
     """What an engine calls it (`roles.roles_of`): x, q, k, v, attention, lse, mid, gate, up, silu, product,
-    attention norm, ffn norm, low TARGET, before adapter TARGET, unscaled TARGET; empty for the rest."""
+    attention norm, ffn norm, and of bypasses low, before adapter, activated, unscaled TARGET; empty for
+    the rest."""
     action: str
     """keep; pin (K and V: later windows read them); recompute; drop (no gradient reads it)."""
     bytes_per_token: int

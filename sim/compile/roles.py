@@ -51,6 +51,8 @@ def roles_of(graph: Graph) -> dict[str, str]:
         elif op.kind == "silu" and out.startswith("mlp.act_fn"):
             roles |= {owner[op.inputs[0]]: "gate", out: "silu"}
             silu = op.out
+        elif op.kind in ("silu", "relu", "gelu"):
+            roles[out] = f"activated {layer_of(op.out)}"
         elif op.kind == "mul" and silu in op.inputs:
             roles |= {owner[n]: "up" for n in op.inputs if n != silu}
             roles[out] = "product"
