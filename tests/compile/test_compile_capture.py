@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from engine import capture  # noqa: E402
+from engine.compile_translate import CaptureError  # noqa: E402
 
 FAMILIES = capture.FAMILIES
 
@@ -53,7 +55,7 @@ def small(family: str) -> ModelShape:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shipped_graph_is_a_fresh_capture(family):
+def test_shipped_graph_is_a_fresh_capture(family: str) -> None:
     model = capture.build_model(capture.PROTOTYPE, family)
     fresh = capture.symbolise(capture.check_layers_repeat(model), capture.PROTOTYPE)
     assert same(shipped(family), fresh) == []
@@ -62,7 +64,7 @@ def test_shipped_graph_is_a_fresh_capture(family):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_real_shapes_on_the_meta_device_equal_the_bound_shipped_graph(family):
+def test_real_shapes_on_the_meta_device_equal_the_bound_shipped_graph(family: str) -> None:
     for shape in REAL[family]:
         model = capture.apply_peft(capture.build_model(shape, family), PeftSpec())
         graph = capture.capture_layer(model, 1)
@@ -71,29 +73,29 @@ def test_real_shapes_on_the_meta_device_equal_the_bound_shipped_graph(family):
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.method}-{s.adapter_dtype}-{len(s.targets)}")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_attached_bypasses_are_those_of_the_captured_peft_model(family, spec):
+def test_attached_bypasses_are_those_of_the_captured_peft_model(family: str, spec: PeftSpec) -> None:
     model = capture.apply_peft(capture.build_model(small(family), family), spec)
     graph = capture.capture_layer(model)
     assert same(layer_graph(small(family), spec, eps=capture.EPSILON), graph) == []
 
 
-def test_graph_survives_json():
+def test_graph_survives_json() -> None:
     for name in (*FAMILIES, "head"):
         assert same(Graph.from_json(shipped(name).to_json()), shipped(name)) == []
 
 
-def test_an_operator_without_a_translation_is_refused_by_name():
+def test_an_operator_without_a_translation_is_refused_by_name() -> None:
     model = capture.build_model(small("llama"), "llama")
     mlp = model.model.layers[0].mlp
     mlp.act_fn = torch.nn.Softsign()
-    with pytest.raises(capture.CaptureError, match=r"aten\.abs\.default in mlp\.act_fn"):
+    with pytest.raises(CaptureError, match=r"aten\.abs\.default in mlp\.act_fn"):
         capture.capture_layer(model)
 
 
-def test_layers_that_differ_are_refused():
+def test_layers_that_differ_are_refused() -> None:
     model = capture.build_model(small("llama"), "llama")
     model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
-    with pytest.raises(capture.CaptureError, match="layer 1 differs"):
+    with pytest.raises(CaptureError, match="layer 1 differs"):
         capture.check_layers_repeat(model)
 
 
@@ -113,7 +115,9 @@ def test_layers_that_differ_are_refused():
     ids=lambda s: "frozen" if s is None else f"{s.method}-{len(s.targets)}-{s.adapter_dtype}-{s.dropout}",
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_autograd_column_is_what_saved_tensors_hooks_find(family, spec, dtype):
+def test_autograd_column_is_what_saved_tensors_hooks_find(
+    family: str, spec: PeftSpec | None, dtype: str
+) -> None:
     """Within 1 %, over storages, without parameters and the rotary tables that all layers share."""
     shape = ModelShape(name="s", layers=1, hidden=256, heads=8, kv_heads=2, head_dim=32, ffn=512, vocab=64,
                        qkv_bias=family == "qwen2", dtype_bytes=2 if dtype == "bfloat16" else 4)  # fmt: skip
@@ -124,14 +128,14 @@ def test_autograd_column_is_what_saved_tensors_hooks_find(family, spec, dtype):
     assert kept_bytes(autograd(layer_graph(shape, spec))) == pytest.approx(measured, rel=0.01)
 
 
-def saved_bytes_per_token(layer, shape: ModelShape, tokens: int) -> float:
+def saved_bytes_per_token(layer: Any, shape: ModelShape, tokens: int) -> float:
     dtype = next(layer.parameters()).dtype
     x = torch.randn(1, tokens, shape.hidden, dtype=dtype, requires_grad=True)
     rope = tuple(torch.randn(1, tokens, shape.head_dim, dtype=dtype) for _ in range(2))
     shared = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *rope)}
-    found = {}
+    found: dict[int, tuple[int, Any]] = {}
 
-    def pack(tensor):
+    def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in shared:
             found[storage.data_ptr()] = (storage.nbytes(), tensor)
@@ -143,7 +147,7 @@ def saved_bytes_per_token(layer, shape: ModelShape, tokens: int) -> float:
     return sum(size for size, _ in found.values()) / tokens
 
 
-def test_published_measurements_of_a_real_layer():
+def test_published_measurements_of_a_real_layer() -> None:
     """KiB per token and layer of a Llama-3.1-8B layer in bf16, measured with eager PyTorch (SDPA)."""
     shape = REAL["llama"][0]
     measured = {

@@ -22,7 +22,7 @@ DEVICE = DeviceSpec(
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
 @pytest.mark.parametrize("tp", [1, 2])
-def test_configuration_compiles(path, tp):
+def test_configuration_compiles(path: Path, tp: int) -> None:
     values = yaml.safe_load(path.read_text())
     assert values.pop("_target_") == "sim.compile.peft.PeftSpec"
     plan = compile_plan(SMALL, PeftSpec(**values), seq_tokens=64, device=DEVICE, tp=tp)

@@ -4,11 +4,12 @@ composition computes what the unsharded bypass does."""
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 
 import pytest
 
 from sim.compile.bypass import S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
-from sim.compile.parallel import compositions
+from sim.compile.parallel import Composition, compositions
 from sim.compile.placements import PUBLISHED, placement_table, print_placements
 from sim.core.specs import DeviceSpec, ModelShape
 
@@ -19,13 +20,13 @@ A100 = DeviceSpec(
 HIDDEN, FFN = 4096, 14336
 
 
-def priced(bypass: Bypass, tp: int, tokens: int = 1024):
+def priced(bypass: Bypass, tp: int, tokens: int = 1024) -> list[Composition]:
     return compositions(bypass, tp, tokens, A100, 9e-6, 8 * tokens)
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
-def test_published_candidates_of_a_column_parallel_layer_are_enumerated(rank, tp):
+def test_published_candidates_of_a_column_parallel_layer_are_enumerated(rank: int, tp: int) -> None:
     found = {c.label: c for c in priced(lora_bypass("up_proj", HIDDEN, FFN, rank, False), tp)}
     assert {"1 4", "R>S1 2 P>R 4", "R>S0 3 3 S0>S1", "R>S0 3 S0>R 4"} <= set(found)
     assert found["1 4"].collectives == ()
@@ -36,7 +37,7 @@ def test_published_candidates_of_a_column_parallel_layer_are_enumerated(rank, tp
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
 @pytest.mark.parametrize("rank", [8, 16, 64, 256])
-def test_low_rank_partial_sums_fold_into_the_row_parallel_all_reduce(rank, tp):
+def test_low_rank_partial_sums_fold_into_the_row_parallel_all_reduce(rank: int, tp: int) -> None:
     best = priced(lora_bypass("down_proj", FFN, HIDDEN, rank, True), tp)[0]
     if tp * rank <= 512:
         assert best.label == "2 5"
@@ -45,7 +46,7 @@ def test_low_rank_partial_sums_fold_into_the_row_parallel_all_reduce(rank, tp):
         assert best.reduced == (1,), "at the update only the gradient of B is reduced"
 
 
-def test_bytes_of_a_collective_are_those_of_a_ring():
+def test_bytes_of_a_collective_are_those_of_a_ring() -> None:
     """2+4 all-reduces the rank-r partials forward and again their gradient backward: 2 (p-1)/p of
     tokens * rank * 2 bytes each."""
     for tp in (2, 4, 8):
@@ -54,7 +55,7 @@ def test_bytes_of_a_collective_are_those_of_a_ring():
         assert found["R>S1 2 P>R 4"].collective_bytes == pytest.approx(expected)
 
 
-def test_redundant_computation_wins_small_windows_and_loses_large_ranks():
+def test_redundant_computation_wins_small_windows_and_loses_large_ranks() -> None:
     """1+4 computes xA on every device and sends nothing; 2+4 and 3+4 split it and pay collectives. The
     first saves time while their latency is more than the work it repeats."""
     chosen = [
@@ -65,17 +66,17 @@ def test_redundant_computation_wins_small_windows_and_loses_large_ranks():
     assert chosen[1] in ("R>S1 2 P>R 4", "R>S0 3 S0>R 4")
 
 
-def test_a_nonlinear_bypass_never_sees_partial_sums():
+def test_a_nonlinear_bypass_never_sees_partial_sums() -> None:
     for c in priced(adapter_bypass("o_proj", HIDDEN, 64, True), 4):
         assert all(s.before != P for s in c.steps if s.kind == "pointwise")
 
 
-def test_tp_that_does_not_divide_the_features_is_refused():
+def test_tp_that_does_not_divide_the_features_is_refused() -> None:
     with pytest.raises(ValueError, match="tp must divide"):
         priced(lora_bypass("up_proj", 30, 50, 4, False), 4)
 
 
-def test_one_device_needs_no_collective():
+def test_one_device_needs_no_collective() -> None:
     for bypass in bypasses():
         assert priced(bypass, 1)[0].collectives == ()
 
@@ -93,7 +94,7 @@ def bypasses() -> list[Bypass]:
 
 
 @pytest.mark.parametrize("processes", [2, 4])
-def test_compositions_equal_the_unsharded_bypass_on_real_processes(processes, tmp_path):
+def test_compositions_equal_the_unsharded_bypass_on_real_processes(processes: int, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     plans = [(b, priced(b, processes, tokens=12)) for b in bypasses()]
     assert sum(len(found) for _, found in plans) > 60
@@ -105,15 +106,17 @@ def test_compositions_equal_the_unsharded_bypass_on_real_processes(processes, tm
     assert len(list(tmp_path.iterdir())) == processes
 
 
+Plans = list[tuple[Bypass, list[Composition]]]
+
+
 def _free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        return int(s.getsockname()[1])
 
 
-def _worker(rank: int, processes: int, port: int, plans, folder: str) -> None:
+def _worker(rank: int, processes: int, port: int, plans: Plans, folder: str) -> None:
     from datetime import timedelta
-    from pathlib import Path
 
     import torch
     import torch.distributed as dist
@@ -148,7 +151,9 @@ def _worker(rank: int, processes: int, port: int, plans, folder: str) -> None:
     Path(folder, str(rank)).touch()
 
 
-def test_placement_table_shows_the_published_candidates_beside_the_chosen(capsys):
+def test_placement_table_shows_the_published_candidates_beside_the_chosen(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model = ModelShape(
         name="m", layers=32, hidden=HIDDEN, heads=32, kv_heads=8, head_dim=128, ffn=FFN, vocab=128256
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,24 +47,24 @@ SPECS = {
 KIB, GIB = 1024, 2**30
 
 
-def plan(seq_tokens=4096, **options) -> CompilePlan:
+def plan(seq_tokens: int = 4096, **options: Any) -> CompilePlan:
     return compile_plan(LLAMA_8B, PeftSpec(), seq_tokens=seq_tokens, device=A100, **options)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_plan_survives_json(spec, mode):
+def test_plan_survives_json(spec: PeftSpec, mode: str) -> None:
     made = compile_plan(MODELS[1], spec, seq_tokens=2048, device=A100, tp=2, mode=mode)
     assert CompilePlan.from_json(made.to_json()) == made
 
 
-def test_broken_json_is_refused():
+def test_broken_json_is_refused() -> None:
     with pytest.raises(ValueError, match="not a compile plan"):
         CompilePlan.from_json(plan().to_json().replace('"kv_bytes"', '"kv"'))
 
 
 @pytest.mark.parametrize("seq_tokens", [4096, 8192])
-def test_eighty_percent_less_than_peft_takes_15_percent_flops_or_the_far_end(seq_tokens):
+def test_eighty_percent_less_than_peft_takes_15_percent_flops_or_the_far_end(seq_tokens: int) -> None:
     """288.6 KiB per token and layer with fp32 adapters. Within 5 % extra FLOPs the best kept set is
     84 KiB, 71 % less (it holds 56 KiB of gate and up, whose GEMMs are 13 % each): 80 % less is out of
     reach there, exactly, since the list is. The first point that reaches it costs about 15 %."""
@@ -80,7 +82,7 @@ def test_eighty_percent_less_than_peft_takes_15_percent_flops_or_the_far_end(seq
 
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
 @pytest.mark.parametrize("seq_tokens", [4096, 8192])
-def test_recompute_end_is_no_worse_than_gradient_checkpointing(model, seq_tokens):
+def test_recompute_end_is_no_worse_than_gradient_checkpointing(model: ModelShape, seq_tokens: int) -> None:
     """PEFT default with checkpointing holds the layers' inputs and then one layer's set or, before it,
     the loss's log-probabilities; ours K, V, its window, dK and dV in fp32 and a chunk of the loss."""
     inner, _first, head = autograd_bytes(model, peft_default(PeftSpec()), model.tp)
@@ -96,7 +98,7 @@ def test_recompute_end_is_no_worse_than_gradient_checkpointing(model, seq_tokens
             assert layers_only <= seq_tokens * (inputs + inner)
 
 
-def test_far_stash_is_below_checkpointing_even_with_adapters_in_the_model_dtype():
+def test_far_stash_is_below_checkpointing_even_with_adapters_in_the_model_dtype() -> None:
     """Layer inputs, K and V (12 KiB) against layer inputs and one whole layer of a sample."""
     inner = autograd_bytes(LLAMA_8B, peft_default(PeftSpec()))[0] - 108 * KIB - 7 * 32
     assert inner / KIB == pytest.approx(180.4, abs=0.1)
@@ -104,14 +106,14 @@ def test_far_stash_is_below_checkpointing_even_with_adapters_in_the_model_dtype(
     assert far.total_bytes() - far.live_bytes()["loss chunk"] < 4096 * (32 * 8 * KIB + inner)
 
 
-def test_smaller_windows_and_larger_budgets_never_need_more():
+def test_smaller_windows_and_larger_budgets_never_need_more() -> None:
     totals = [plan(mode="recompute", window_tokens=w).total_bytes() for w in (16, 64, 256, 1024, 4096)]
     assert totals == sorted(totals)
     kept = [plan(budget_share=b).kept_bytes_per_token for b in (0.0, 0.001, 0.01, 0.05, 0.1, 0.2, 0.3, 0.4)]
     assert kept == sorted(kept, reverse=True)
 
 
-def test_memory_decides_between_points_and_modes():
+def test_memory_decides_between_points_and_modes() -> None:
     free = [40 * GIB, 12 * GIB, 8 * GIB, 4 * GIB, 2 * GIB]
     plans = [plan_for_memory(LLAMA_8B, PeftSpec(), f, seq_tokens=4096, device=A100) for f in free]
     for limit, made in zip(free, plans, strict=True):
@@ -124,7 +126,7 @@ def test_memory_decides_between_points_and_modes():
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])
-def test_devices_share_what_tensor_parallelism_splits(tp):
+def test_devices_share_what_tensor_parallelism_splits(tp: int) -> None:
     """The residual stream is whole on each device, everything inside attention and ffn is split; the
     far end is different since row-parallel layers do not run again."""
     whole, part = plan(budget_share=0.01), plan(budget_share=0.01, tp=tp)
@@ -137,7 +139,7 @@ def test_devices_share_what_tensor_parallelism_splits(tp):
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
-def test_roles_name_what_an_engine_keeps(model, spec):
+def test_roles_name_what_an_engine_keeps(model: ModelShape, spec: PeftSpec) -> None:
     made = compile_plan(model, spec, seq_tokens=1024, device=A100, budget_share=0.01)
     roles = {t.role: t for t in made.tensors if t.role}
     assert {"x", "mid", "q", "k", "v", "attention", "lse", "gate", "up", "silu", "product"} <= set(roles)
@@ -149,7 +151,7 @@ def test_roles_name_what_an_engine_keeps(model, spec):
     assert roles["gate"].bytes_per_token == roles["product"].bytes_per_token == 2 * model.ffn
 
 
-def test_trainable_parameters_of_graph_and_specs_agree():
+def test_trainable_parameters_of_graph_and_specs_agree() -> None:
     for model in MODELS:
         for spec in SPECS.values():
             graph = layer_graph(model, spec)
@@ -159,7 +161,7 @@ def test_trainable_parameters_of_graph_and_specs_agree():
     assert trainable_parameters(graph) == lora.layer_params(LLAMA_8B)
 
 
-def test_report_adds_up_and_prints(capsys, tmp_path):
+def test_report_adds_up_and_prints(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     report = run_compile(LLAMA_8B, PeftSpec(), seq_tokens=4096, device=A100)
     sums = [sum(r.values[i] for r in report.rows) for i in range(5)]
     assert sums[1] / KIB == pytest.approx(288.6, abs=0.05)
@@ -168,6 +170,7 @@ def test_report_adds_up_and_prints(capsys, tmp_path):
     assert sums[0] > sums[1] > sums[2] > sums[3] > sums[4]
     assert report.totals_bytes[3] == 4096 * 32 * sums[3]
     # What is left is K and V of that many tokens, to less than one of them.
+    assert report.kv_room_tokens is not None
     adapter = 32 * PeftSpec().layer_params(LLAMA_8B) * 18
     used = LLAMA_8B.weight_bytes + adapter + report.plan.total_bytes()
     left = 0.9 * A100.memory_bytes - used - report.kv_room_tokens * LLAMA_8B.kv_bytes_per_token
@@ -182,12 +185,12 @@ def test_report_adds_up_and_prints(capsys, tmp_path):
     assert sum(written) == sums[3]
 
 
-def test_no_room_is_none():
+def test_no_room_is_none() -> None:
     report = run_compile(MODELS[3], PeftSpec(), seq_tokens=4096, device=A100, tp=1)
     assert report.kv_room_tokens is None
 
 
-def test_table_over_models_and_methods(capsys):
+def test_table_over_models_and_methods(capsys: pytest.CaptureFixture[str]) -> None:
     rows = memory_table(MODELS, SPECS, seq_tokens=4096, device=A100)
     assert [(r.model, r.method) for r in rows] == [(m.name, s) for m in MODELS for s in SPECS]
     for row in rows:
@@ -209,7 +212,7 @@ def test_table_over_models_and_methods(capsys):
         ({"tp": 3}, "tp must divide"),
     ],
 )
-def test_illegal_options_are_refused(options, message):
+def test_illegal_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan(**options)
 
@@ -219,17 +222,17 @@ def test_illegal_options_are_refused(options, message):
     [{"method": "dora"}, {"rank": 0}, {"dropout": 1.0}, {"adapter_dtype": "int8"}, {"activation": "tanh"},
      {"method": "ia3", "rslora": True}],
 )  # fmt: skip
-def test_illegal_specs_are_refused(options):
+def test_illegal_specs_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="peft\\."):
         PeftSpec(**options)
 
 
-def test_a_target_that_the_model_lacks_is_refused():
+def test_a_target_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="no linear layer 'qkv_proj'"):
         layer_graph(LLAMA_8B, PeftSpec(targets=("qkv_proj",)))
 
 
-def test_real_peft_configurations_are_read_or_refused():
+def test_real_peft_configurations_are_read_or_refused() -> None:
     peft = pytest.importorskip("peft")
     from engine.compile_peft import spec_from_peft
 

@@ -8,6 +8,7 @@ import pytest
 
 from sim.compile.compiler import frontier
 from sim.compile.families import layer_graph
+from sim.compile.ir import Graph, Op
 from sim.compile.peft import PeftSpec
 from sim.compile.prune import kept_bytes, prune
 from sim.compile.published import (
@@ -34,20 +35,20 @@ LSE = Fraction(64 * 4, H)
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("method", PUBLISHED_BYTES)
-def test_named_terms_give_the_published_bytes_exactly(method, column):
+def test_named_terms_give_the_published_bytes_exactly(method: str, column: str) -> None:
     total = sum(terms(method, column).values()) * LAYERS * TOKENS * H
     assert total == PUBLISHED_BYTES[method][COLUMNS.index(column)]
 
 
-def test_published_lora_counts_in_units_of_h():
+def test_published_lora_counts_in_units_of_h() -> None:
     assert [float(published_units("lora", c)) for c in COLUMNS] == [63, 16, 12, 9.3125]
 
 
-def lora_down():
+def lora_down() -> Graph:
     return layer_graph(LLAMA_70B, PeftSpec(targets=("down_proj",)))
 
 
-def test_our_pruned_count_differs_from_the_published_one_by_named_terms():
+def test_our_pruned_count_differs_from_the_published_one_by_named_terms() -> None:
     """LoRA on down_proj, 16h there. Real sizes: gate, up and product 3.5h each and not 4h; K and V h/8
     each and not h. Eager operators: SiLU's output is another tensor, both norms keep an fp32 copy of
     their input (4h where the published count has one input of 1h), attention keeps its output and
@@ -59,7 +60,7 @@ def test_our_pruned_count_differs_from_the_published_one_by_named_terms():
     assert ours == published_units("lora", "pruned") + real_sizes + eager + small
 
 
-def test_our_rematerialised_count_differs_from_the_published_one_by_named_terms():
+def test_our_rematerialised_count_differs_from_the_published_one_by_named_terms() -> None:
     """12h there, 11.27h here without running a GEMM or attention again: gate and up 3.5h, K and V h/8;
     we also keep the residual after attention and the attention output with its log-sum-exp. Running
     attention again costs less than 1 % at 1,024 tokens and spares the latter."""
@@ -73,12 +74,12 @@ def test_our_rematerialised_count_differs_from_the_published_one_by_named_terms(
     assert Fraction(within.kept_bytes, H) == ours - 1 - LSE
 
 
-def is_cheap(op) -> bool:
+def is_cheap(op: Op) -> bool:
     """Element-wise or low-rank."""
     return op.kind != "attention" and (op.kind != "linear" or "lora" in op.inputs[1])
 
 
-def test_unknown_methods_and_columns_are_refused():
+def test_unknown_methods_and_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="method must be one of"):
         terms("prefix", "pruned")
     with pytest.raises(ValueError, match="column must be one of"):

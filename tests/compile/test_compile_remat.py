@@ -67,7 +67,7 @@ def all_choices(graph: Graph, needed: set[str], pinned: set[str]) -> set[tuple[i
 
 
 @pytest.mark.parametrize("seed", range(25))
-def test_pareto_list_is_that_of_all_choices(seed):
+def test_pareto_list_is_that_of_all_choices(seed: int) -> None:
     graph, needed, pinned = random_graph(seed)
     while len(list(graph.activations())) > 9:
         seed += 1000
@@ -77,7 +77,7 @@ def test_pareto_list_is_that_of_all_choices(seed):
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_pareto_list_holds_the_minimum_cut_at_every_price(seed):
+def test_pareto_list_holds_the_minimum_cut_at_every_price(seed: int) -> None:
     graph, needed, pinned = random_graph(seed)
     points = pareto(graph, needed, 0.0, pinned=pinned)
     for price in (0.0, 0.1, 0.5, 1.0, 2.0, 10.0):
@@ -86,7 +86,7 @@ def test_pareto_list_holds_the_minimum_cut_at_every_price(seed):
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_a_real_layer_agrees_with_its_minimum_cuts(spec):
+def test_a_real_layer_agrees_with_its_minimum_cuts(spec: PeftSpec) -> None:
     graph = layer_graph(LLAMA_8B, spec)
     _, points = frontier(graph, 2048.5)
     needed = {n for n, need in prune(graph).items() if need.kept}
@@ -97,7 +97,7 @@ def test_a_real_layer_agrees_with_its_minimum_cuts(spec):
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
-def test_points_are_undominated_and_say_what_they_cost(spec):
+def test_points_are_undominated_and_say_what_they_cost(spec: PeftSpec) -> None:
     graph = layer_graph(LLAMA_8B, spec)
     _, points = frontier(graph, 2048.5)
     producer = graph.producer
@@ -111,7 +111,7 @@ def test_points_are_undominated_and_say_what_they_cost(spec):
         assert point.extra_flops == pytest.approx(math.fsum(flops[n] for n in ran))
 
 
-def test_without_running_a_gemm_or_attention_again_a_layer_keeps_92_kib():
+def test_without_running_a_gemm_or_attention_again_a_layer_keeps_92_kib() -> None:
     """Three hand-written autograd functions (norm, SwiGLU, LoRA-linear) reach 92.1 KiB per token for a
     Llama-3.1-8B layer with LoRA everywhere; low-rank GEMMs run again there too."""
     graph = layer_graph(LLAMA_8B, PeftSpec())
@@ -128,7 +128,7 @@ def test_without_running_a_gemm_or_attention_again_a_layer_keeps_92_kib():
     assert points[-1].kept_bytes / 1024 == pytest.approx(92.1, abs=0.05)
 
 
-def test_far_end_keeps_the_layer_input_and_the_keys_and_values():
+def test_far_end_keeps_the_layer_input_and_the_keys_and_values() -> None:
     graph = layer_graph(LLAMA_8B, PeftSpec())
     _, points = frontier(graph, 2048.5)
     assert set(points[-1].kept) == {"x", *keys_and_values(graph)}

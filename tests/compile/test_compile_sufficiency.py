@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 
 from sim.compile.families import head_graph, layer_graph
-from sim.compile.interpret import Memory, NotKeptError, backward, forward
+from sim.compile.interpret import Memory, NotKeptError, Values, backward, forward
 from sim.compile.ir import Graph
 from sim.compile.peft import LINEARS, PeftSpec
 from sim.compile.prune import prune
-from sim.compile.remat import pareto
+from sim.compile.remat import Point, pareto
 from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
 
@@ -45,7 +46,7 @@ def tiny(family: str) -> ModelShape:
     )
 
 
-def norm_in_float64(self, x):
+def norm_in_float64(self: Any, x: Any) -> Any:
     return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
 
 
@@ -54,11 +55,11 @@ class Reference:
     """One real layer with LoRA on all seven linear layers; a subset is trained by silencing the rest."""
 
     shape: ModelShape
-    layer: object
-    given: dict
-    ups: dict
+    layer: Any
+    given: Values
+    ups: dict[str, Any]
 
-    def gradients(self, targets, output_grad):
+    def gradients(self, targets: tuple[str, ...], output_grad: Any) -> Values:
         """Autograd's gradients by graph name, `x` among them, for LoRA on `targets` alone."""
         x = torch.tensor(self.given["x"], requires_grad=True)
         rope = tuple(torch.tensor(self.given[n]) for n in ("cos", "sin"))
@@ -78,7 +79,7 @@ def clean(name: str) -> str:
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def reference(request):
+def reference(request: pytest.FixtureRequest) -> Reference:
     from engine.capture import EPSILON, apply_peft, build_model
 
     shape = tiny(request.param)
@@ -98,7 +99,7 @@ def reference(request):
     return Reference(shape, layer, given, ups)
 
 
-def graph_and_values(reference: Reference, targets) -> tuple[Graph, dict]:
+def graph_and_values(reference: Reference, targets: tuple[str, ...]) -> tuple[Graph, Values]:
     from engine.capture import EPSILON
 
     graph = layer_graph(reference.shape, PeftSpec(rank=3, alpha=6, targets=targets), eps=EPSILON)
@@ -111,14 +112,14 @@ def kept_by_pruning(graph: Graph, input_grad: bool = True) -> set[str]:
     return {n for n, need in prune(graph, input_grad).items() if need.kept}
 
 
-def assert_equal(found: dict, expected: dict) -> None:
+def assert_equal(found: Values, expected: Values) -> None:
     assert set(found) == set(expected)
     for name, value in expected.items():
         error = np.abs(found[name] - value).max() / np.abs(value).max()
         assert error < 1e-10, (name, error)
 
 
-def test_kept_tensors_suffice_for_every_subset_of_targets(reference):
+def test_kept_tensors_suffice_for_every_subset_of_targets(reference: Reference) -> None:
     output_grad = np.random.default_rng(1).normal(size=reference.given["x"].shape)
     assert len(SUBSETS) == 2**7 - 1
     for targets in SUBSETS:
@@ -134,7 +135,7 @@ def test_kept_tensors_suffice_for_every_subset_of_targets(reference):
         assert_equal(backward(graph, bottom, output_grad, input_grad=False), expected)
 
 
-def test_every_kept_tensor_is_necessary_for_every_subset_of_targets(reference):
+def test_every_kept_tensor_is_necessary_for_every_subset_of_targets(reference: Reference) -> None:
     output_grad = np.random.default_rng(1).normal(size=reference.given["x"].shape)
     for targets in SUBSETS:
         graph, values = graph_and_values(reference, targets)
@@ -151,7 +152,9 @@ def test_every_kept_tensor_is_necessary_for_every_subset_of_targets(reference):
 
 
 @pytest.mark.parametrize("targets", [LINEARS, ("down_proj",), ("q_proj", "v_proj"), ("k_proj", "gate_proj")])
-def test_a_wrong_value_in_any_kept_tensor_shows_in_the_gradients(reference, targets):
+def test_a_wrong_value_in_any_kept_tensor_shows_in_the_gradients(
+    reference: Reference, targets: tuple[str, ...]
+) -> None:
     """Necessity of the values: that a rule names a tensor does not yet mean that it counts."""
     output_grad = np.random.default_rng(1).normal(size=reference.given["x"].shape)
     graph, values = graph_and_values(reference, targets)
@@ -174,11 +177,15 @@ def test_a_wrong_value_in_any_kept_tensor_shows_in_the_gradients(reference, targ
     ids=lambda s: f"{s.method}-{s.activation}",
 )
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_bypasses_agree_with_finite_differences(family, spec):
+def test_other_bypasses_agree_with_finite_differences(family: str, spec: PeftSpec) -> None:
     """No torch: the gradient of a random direction against central differences, in float64."""
     graph = layer_graph(tiny(family), spec)
     rng = np.random.default_rng(2)
-    given = {n: rng.normal(size=t.shape) * 0.4 for n, t in graph.tensors.items() if t.role == "parameter"}
+    given: Values = {
+        n: rng.normal(size=tuple(map(int, t.shape))) * 0.4
+        for n, t in graph.tensors.items()
+        if t.role == "parameter"
+    }
     angles = rng.uniform(0, 6, (1, TOKENS, 3)).repeat(2, -1)
     given |= {"x": rng.normal(size=(1, TOKENS, 24)), "cos": np.cos(angles), "sin": np.sin(angles)}
     output_grad = rng.normal(size=(1, TOKENS, 24))
@@ -195,16 +202,20 @@ def test_other_bypasses_agree_with_finite_differences(family, spec):
             assert (grad * way).sum() == pytest.approx((up - down) / 2e-5, rel=1e-5)
 
 
-def _corners(graph: Graph):
+def _corners(graph: Graph) -> list[Point]:
     """The first point that recomputes, one in the middle, and the far end of the Pareto list."""
     points = pareto(graph, kept_by_pruning(graph), TOKENS / 2, pinned=keys_and_values(graph))
     return [points[min(1, len(points) - 1)], points[len(points) // 2], points[-1]]
 
 
-def test_head_gradient_agrees_with_finite_differences():
+def test_head_gradient_agrees_with_finite_differences() -> None:
     graph = head_graph(tiny("llama"))
     rng = np.random.default_rng(3)
-    given = {n: rng.normal(size=t.shape) for n, t in graph.tensors.items() if t.role == "parameter"}
+    given: Values = {
+        n: rng.normal(size=tuple(map(int, t.shape)))
+        for n, t in graph.tensors.items()
+        if t.role == "parameter"
+    }
     given |= {"x": rng.normal(size=(1, TOKENS, 24)), "labels": rng.integers(0, 32, TOKENS)}
     kept = {n for n, need in prune(graph).items() if need.kept}
     grad = backward(graph, Memory(graph, forward(graph, given), kept), np.ones(()))["x"]
