@@ -14,12 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.compile_translate import CaptureError, translate
-from sim.compile.ir import (
-    Graph,
-    Op,
-    Tensor,
-    dims_of,
-)
+from sim.compile.ir import Graph, Op, Tensor, dims_of, same
 from sim.compile.peft import PeftSpec
 from sim.core.specs import ModelShape
 
@@ -147,8 +142,6 @@ def check_layers_repeat(model: Any) -> Graph:
 
     Raises CaptureError naming the first layer that differs.
     """
-    from sim.compile.ir import same
-
     first = capture_layer(model, 0)
     for index in range(1, len(causal_lm(model).model.layers)):
         differences = same(first, capture_layer(model, index))

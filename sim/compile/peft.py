@@ -29,7 +29,7 @@ class PeftSpec:
     targets: tuple[str, ...] = LINEARS
     """Linear layers with a bypass. An adapter sits behind the named layer (o_proj, down_proj)."""
     rank: int = 16
-    """Rank of LoRA, width of an adapter's bottleneck; (IA)^3 has none and ignores nothing else."""
+    """Rank of LoRA, width of an adapter's bottleneck; (IA)^3 has none and does not read it."""
     alpha: float = 16.0
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank (Kalajdzievski 2023)."""
