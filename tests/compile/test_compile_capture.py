@@ -10,7 +10,7 @@ import pytest
 from sim.compile.families import layer_graph, shipped
 from sim.compile.ir import Graph, same
 from sim.compile.peft import LINEARS, PeftSpec
-from sim.compile.prune import autograd, kept_bytes
+from sim.compile.prune import autograd, kept_bytes, prune
 from sim.core.specs import ModelShape
 
 torch = pytest.importorskip("torch")
@@ -128,9 +128,27 @@ def test_autograd_column_is_what_saved_tensors_hooks_find(
     assert kept_bytes(autograd(layer_graph(shape, spec))) == pytest.approx(measured, rel=0.01)
 
 
-def saved_bytes_per_token(layer: Any, shape: ModelShape, tokens: int) -> float:
+@pytest.mark.parametrize("targets", [("v_proj",), ("q_proj",), ("k_proj", "o_proj"), ("down_proj",), LINEARS])
+def test_autograd_of_the_lowest_layer_is_what_saved_tensors_hooks_find(targets: tuple[str, ...]) -> None:
+    """Its input wants no gradient. Fused attention saves all of its operands even where only V wants
+    one; pruning does not."""
+    shape = small("llama")
+    model = capture.apply_peft(
+        capture.build_model(shape, "llama", "bfloat16", "cpu"), PeftSpec(targets=targets)
+    )
+    layer = capture.causal_lm(model.train()).model.layers[0]
+    measured = saved_bytes_per_token(layer, shape, 64, input_grad=False)
+    graph = layer_graph(shape, PeftSpec(targets=targets))
+    counted = kept_bytes(autograd(graph, input_grad=False))
+    assert counted == pytest.approx(measured, rel=0.01)
+    pruned = kept_bytes(prune(graph, input_grad=False))
+    spared = graph.tensors["self_attn.attention"].bytes_per_token + shape.kv_dim * 2
+    assert counted - pruned == (spared if targets == ("v_proj",) else 0)
+
+
+def saved_bytes_per_token(layer: Any, shape: ModelShape, tokens: int, input_grad: bool = True) -> float:
     dtype = next(layer.parameters()).dtype
-    x = torch.randn(1, tokens, shape.hidden, dtype=dtype, requires_grad=True)
+    x = torch.randn(1, tokens, shape.hidden, dtype=dtype, requires_grad=input_grad)
     rope = tuple(torch.randn(1, tokens, shape.head_dim, dtype=dtype) for _ in range(2))
     shared = {t.untyped_storage().data_ptr() for t in (*layer.parameters(), *rope)}
     found: dict[int, tuple[int, Any]] = {}

@@ -7,7 +7,7 @@ float32 whatever the model's dtype, so they are replaced by the same formula in 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from sim.compile.families import head_graph, layer_graph
 from sim.compile.interpret import Memory, NotKeptError, Values, backward, forward
 from sim.compile.ir import Graph
 from sim.compile.peft import LINEARS, PeftSpec
-from sim.compile.prune import prune
+from sim.compile.prune import autograd, prune
 from sim.compile.remat import Point, pareto
 from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
@@ -206,6 +206,17 @@ def _corners(graph: Graph) -> list[Point]:
     """The first point that recomputes, one in the middle, and the far end of the Pareto list."""
     points = pareto(graph, kept_by_pruning(graph), TOKENS / 2, pinned=keys_and_values(graph))
     return [points[min(1, len(points) - 1)], points[len(points) // 2], points[-1]]
+
+
+def test_a_trainable_branch_that_leads_nowhere_keeps_nothing() -> None:
+    """Autograd cannot know that; pruning walks back from the output."""
+    graph = layer_graph(tiny("llama"), PeftSpec(targets=("down_proj",)))
+    ops = [op for op in graph.ops if op.out != "mlp.down_proj.add"]
+    last = replace(ops[-1], inputs=("add", "mlp.down_proj.linear"))
+    dead = replace(graph, ops=(*ops[:-1], last))
+    assert not any(need.kept for need in prune(dead, input_grad=False).values())
+    assert any(need.kept for need in prune(graph, input_grad=False).values())
+    assert any(need.kept for need in autograd(dead, input_grad=False).values())
 
 
 def test_head_gradient_agrees_with_finite_differences() -> None:
