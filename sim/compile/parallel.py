@@ -1,0 +1,295 @@
+"""Dependent parallelisation: how a bypass is placed, given how tensor parallelism placed the backbone.
+
+An activation of shape (tokens, features) is in one of four states, named as DTensor does:
+
+    R   Replicate    every device has it all              (the paper's `=`)
+    S0  Shard(0)     split by tokens                      (`|` on the tokens)
+    S1  Shard(-1)    split by features                    (`|` on the features)
+    P   Partial      the sum over devices is the tensor   (`+`, pre-reduce)
+
+A dimension that is not split is the paper's non-parallel `-`. Legal states of y = xW (weights W as
+(in, out)), rules 1 to 4 of FlexLLM (arXiv 2402.18789, dependent parallelization) and one more that
+linearity gives, which lets low-rank partial sums go on into the backbone's own all-reduce:
+
+    1  x R,  W replicated          -> y R       4  x R, W split on out -> y S1
+    2  x S1, W split on in         -> y P       5  x P, W replicated   -> y P
+    3  x S0, W replicated          -> y S0
+
+`compositions` enumerates every chain of these with at most one change of state between two operators,
+from the state in which the backbone has the bypass's input to the one in which it adds the output, and
+prices each: FLOPs, memory traffic, collectives forward and backward, gradients reduced at the update.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from sim.compile.bypass import S0, S1, Bypass, P, R, Stage
+from sim.core.specs import DeviceSpec
+
+LINEAR_RULES = ((1, R, "R", R), (2, S1, "Sin", P), (3, S0, "R", S0), (4, R, "Sout", S1), (5, P, "R", P))
+"""(number, state of x, placement of W, state of y)."""
+
+COLLECTIVES = {
+    (P, R): "all_reduce",
+    (P, S0): "reduce_scatter",
+    (P, S1): "reduce_scatter",
+    (S0, R): "all_gather",
+    (S1, R): "all_gather",
+    (S0, S1): "all_to_all",
+    (S1, S0): "all_to_all",
+    (R, S0): None,
+    (R, S1): None,
+    (R, P): None,
+}
+"""Change of state -> collective; None costs nothing (take a slice; or one device alone contributes)."""
+
+MASTER_BYTES = 16
+"""Bytes beside the weight itself per trained parameter: fp32 master, gradient and two Adam moments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step of a composition: a change of state or a stage."""
+
+    kind: str
+    """change, linear, vector or pointwise."""
+    before: str
+    after: str
+    rule: int | None = None
+    weight: str | None = None
+    """Placement of the stage's parameter: R, Sin, Sout."""
+    stage: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Composition:
+    """One legal placement of a bypass with its cost per device for `tokens` tokens, forward and
+    backward; `reduced` are the stages whose weight gradient is reduced at the update."""
+
+    bypass: str
+    tp: int
+    steps: tuple[Step, ...]
+    collectives: tuple[str, ...]
+    """Forward in order, then backward in order."""
+    reduced: tuple[int, ...]
+    flops: float
+    memory_traffic_bytes: float
+    collective_bytes: float
+    """Sent by one device, reductions at the update included at their share."""
+    resident_bytes: float
+    """Parameters with optimizer state, and inner activations kept for the backward."""
+    seconds: float
+
+    @property
+    def label(self) -> str:
+        """Rules and changes of state, e.g. `2 P>R 4`."""
+        parts = [
+            f"{s.before}>{s.after}" if s.kind == "change" else str(s.rule) if s.rule else s.kind
+            for s in self.steps
+        ]
+        return " ".join(parts)
+
+    @property
+    def rules(self) -> tuple[int, ...]:
+        return tuple(s.rule for s in self.steps if s.rule is not None)
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        return tuple(s.weight for s in self.steps if s.weight is not None)
+
+
+def compositions(
+    bypass: Bypass, tp: int, tokens: int, device: DeviceSpec, latency_s: float, tokens_per_step: int
+) -> list[Composition]:
+    """Every legal composition, cheapest first (seconds, then resident bytes).
+
+    `latency_s` is the time of a collective of no size; reductions at the update count
+    tokens / `tokens_per_step` of their cost. On one device all states are R.
+    Raises ValueError where tp does not divide the features.
+    """
+    for stage in bypass.stages:
+        wide = max(stage.features_in, stage.features_out)
+        if wide % tp:
+            raise ValueError(f"bypass {bypass.name}: tp must divide its features {wide}, got {tp}")
+    if tp > 1 and not device.link_bandwidth_bytes_s > 0:
+        raise ValueError(
+            f"device.{device.name}.link_bandwidth_bytes_s must be above 0 for tp {tp}, "
+            f"got {device.link_bandwidth_bytes_s}"
+        )
+    if tp == 1:
+        bypass = replace(bypass, input_state=R, output_state=R)
+    found = [
+        _price(bypass, steps, tp, tokens, device, latency_s, tokens_per_step)
+        for steps in _chains(bypass, tp, 0, bypass.input_state, changed=False)
+    ]
+    return sorted(found, key=lambda c: (c.seconds, c.resident_bytes, c.label))
+
+
+def _chains(bypass: Bypass, tp: int, at: int, state: str, changed: bool) -> Iterator[tuple[Step, ...]]:
+    if at == len(bypass.stages) and state == bypass.output_state:
+        yield ()
+    if not changed and tp > 1:
+        for before, after in COLLECTIVES:
+            if before == state and (after != P or at == len(bypass.stages)):
+                for rest in _chains(bypass, tp, at, after, changed=True):
+                    yield (Step(kind="change", before=before, after=after), *rest)
+    if at == len(bypass.stages):
+        return
+    for step in _stage_steps(bypass.stages[at], state, tp, at):
+        for rest in _chains(bypass, tp, at + 1, step.after, changed=False):
+            yield (step, *rest)
+
+
+def _stage_steps(stage: Stage, state: str, tp: int, at: int) -> Iterator[Step]:
+    if stage.kind == "pointwise":
+        if state != P:
+            yield Step(kind="pointwise", before=state, after=state, stage=at)
+    elif stage.kind == "vector":
+        weight = "Sout" if state == S1 else "R"
+        yield Step(kind="vector", before=state, after=state, weight=weight, stage=at)
+    else:
+        for rule, before, weight, after in LINEAR_RULES:
+            divides = {"Sin": stage.features_in, "Sout": stage.features_out}.get(weight, tp) % tp == 0
+            if before == state and divides:
+                yield Step(kind="linear", before=before, after=after, rule=rule, weight=weight, stage=at)
+
+
+@dataclass(slots=True)
+class _Bill:
+    """Costs added up while a composition is walked."""
+
+    tp: int
+    item_bytes: int = 2
+    flops: float = 0.0
+    traffic: float = 0.0
+    link: float = 0.0
+
+    def collective(self, kind: str, full_bytes: float) -> None:
+        """Bytes that a device sends of a tensor of `full_bytes` (ring algorithms)."""
+        share = (self.tp - 1) / self.tp
+        self.link += full_bytes * {"all_reduce": 2 * share, "all_to_all": share / self.tp}.get(kind, share)
+
+
+def gradient_path(
+    bypass: Bypass, steps: tuple[Step, ...]
+) -> tuple[str, list[tuple[Step, str, str, str | None]]]:
+    """The backward of a composition: state of the input's gradient, and per step from the last
+    (step, state of the gradient after it, state before it, collective).
+
+    The gradient of a P tensor is R; of an R tensor R, or P where devices hold parts of the sum.
+    """
+    state = {P: R, R: R}.get(bypass.output_state, bypass.output_state)
+    path = []
+    for step in reversed(steps):
+        came = state
+        collective: str | None = None
+        if step.kind == "change":
+            state, collective = _change_gradient(step, state)
+        elif step.kind == "linear":
+            state = {2: S1, 4: P}.get(step.rule or 0, state)
+        path.append((step, came, state, collective))
+    return state, path
+
+
+def _change_gradient(step: Step, state: str) -> tuple[str, str | None]:
+    """State of the gradient before a change of state, and the collective that brings it there."""
+    if step.before == P:
+        if step.after == R:
+            return R, "all_reduce" if state == P else None
+        return R, "all_gather"
+    if step.before == R:
+        # The gradient of a slice is the slice among zeros: a part of a sum.
+        return (R if step.after == P else P), None
+    if step.after == R:
+        return step.before, "reduce_scatter" if state == P else None
+    return step.before, "all_to_all"
+
+
+def _price(
+    bypass: Bypass,
+    steps: tuple[Step, ...],
+    tp: int,
+    tokens: int,
+    device: DeviceSpec,
+    latency_s: float,
+    tokens_per_step: int,
+) -> Composition:
+    bill = _Bill(tp=tp)
+    collectives, resident = [], 0.0
+    features = bypass.stages[0].features_in
+    width: dict[int, int] = {}
+    for n, step in enumerate(steps):
+        width[n] = features
+        if step.kind == "change":
+            kind = COLLECTIVES[step.before, step.after]
+            if kind is not None:
+                bill.collective(kind, tokens * features * bill.item_bytes)
+                collectives.append(kind)
+            continue
+        stage = bypass.stages[step.stage or 0]
+        split = tp if _split(step) else 1
+        bill.flops += 3 * 2.0 * tokens * stage.params / split if step.kind == "linear" else 0.0
+        # Forward, gradient of x and gradient of W each read or write both sides once.
+        bill.traffic += (
+            3
+            * bill.item_bytes
+            * tokens
+            * (
+                features / (tp if step.before in (S0, S1) else 1)
+                + stage.features_out / (tp if step.after in (S0, S1) else 1)
+            )
+        )
+        params = stage.params / (tp if step.weight in ("Sin", "Sout") else 1)
+        resident += params * (bill.item_bytes + MASTER_BYTES)
+        if step.stage:
+            resident += tokens * features * bill.item_bytes / (tp if step.before in (S0, S1) else 1)
+        features = stage.features_out
+    end, path = gradient_path(bypass, steps)
+    index = {id(s): n for n, s in enumerate(steps)}
+    for step, _came, _state, kind in path:
+        if kind is not None:
+            bill.collective(kind, tokens * width[index[id(step)]] * bill.item_bytes)
+            collectives.append(kind)
+    if end == P and bypass.input_state == R and not bypass.input_grad_reduced:
+        bill.collective("all_reduce", tokens * bypass.stages[0].features_in * bill.item_bytes)
+        collectives.append("all_reduce")
+    latency = len(collectives) * latency_s
+    share = tokens / tokens_per_step
+    reduced = tuple(sorted(_reduced_stages(path))) if tp > 1 else ()
+    for at in reduced:
+        before = bill.link
+        bill.collective("all_reduce", bypass.stages[at].params * 4)
+        bill.link = before + (bill.link - before) * share
+        latency += latency_s * share
+    seconds = max(bill.flops / device.peak_flops, bill.traffic / device.memory_bandwidth_bytes_s) + latency
+    if bill.link:
+        seconds += bill.link / device.link_bandwidth_bytes_s
+    assert math.isfinite(seconds)
+    return Composition(
+        bypass=bypass.name,
+        tp=tp,
+        steps=steps,
+        collectives=tuple(collectives),
+        reduced=reduced,
+        flops=bill.flops,
+        memory_traffic_bytes=bill.traffic,
+        collective_bytes=bill.link,
+        resident_bytes=resident,
+        seconds=seconds,
+    )
+
+
+def _split(step: Step) -> bool:
+    return step.weight in ("Sin", "Sout") or step.before in (S0, S1)
+
+
+def _reduced_stages(path: list[tuple[Step, str, str, str | None]]) -> Iterator[int]:
+    """Stages whose weight gradient is a part of a sum on each device: the input or the gradient of the
+    output is split by tokens or partial while the weight is whole."""
+    for step, came, _state, _collective in path:
+        if step.weight == "R" and (step.before in (S0, P) or came == P):
+            assert step.stage is not None
+            yield step.stage

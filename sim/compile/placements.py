@@ -1,0 +1,111 @@
+"""The compositions of LoRA on a column- and a row-parallel layer, side by side: FlexLLM's four
+candidates first, then what else is legal and cheap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from sim.compile.bypass import lora_bypass
+from sim.compile.compiler import price_bypass
+from sim.compile.roles import ROW_PARALLEL
+from sim.core.specs import DeviceSpec, ModelShape
+
+PUBLISHED = {
+    "1 4": "1+4",
+    "R>S1 2 P>R 4": "2+4",
+    "R>S0 3 3 S0>S1": "3+3",
+    "R>S0 3 S0>R 4": "3+4",
+    "2 5": "partial sums joined",
+}
+"""Label of a composition -> FlexLLM's name for it: four for an input that every device has and an
+output split by features; the last is its choice for down_proj."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacementRow:
+    """One composition of LoRA on one layer; costs per device, forward and backward of `tokens`."""
+
+    layer: str
+    tp: int
+    rank: int
+    tokens: int
+    composition: str
+    published: str
+    """FlexLLM's name, or empty."""
+    chosen: bool
+    seconds: float
+    flops: float
+    collective_bytes: float
+    collectives: int
+    resident_bytes: float
+
+
+def placement_table(
+    model: ModelShape,
+    device: DeviceSpec,
+    *,
+    layers: Iterable[str] = ("up_proj", "down_proj"),
+    tps: Iterable[int] = (2, 4, 8),
+    ranks: Iterable[int] = (8, 16, 64, 256),
+    tokens: int = 256,
+    alternatives: int = 4,
+    accumulation_tokens: int = 8 * 4096,
+) -> list[PlacementRow]:
+    """The published candidates and the `alternatives` cheapest, for every layer, tp and rank."""
+    ranks, tps = tuple(ranks), tuple(tps)
+    rows = []
+    for layer in layers:
+        for tp in tps:
+            for rank in ranks:
+                bypass = lora_bypass(layer, *model.linears[layer], rank, layer in ROW_PARALLEL)
+                found = price_bypass(bypass, tp, tokens, accumulation_tokens, device)
+                rows += [
+                    PlacementRow(
+                        layer=layer,
+                        tp=tp,
+                        rank=rank,
+                        tokens=tokens,
+                        composition=c.label,
+                        published=PUBLISHED.get(c.label, ""),
+                        chosen=i == 0,
+                        seconds=c.seconds,
+                        flops=c.flops,
+                        collective_bytes=c.collective_bytes,
+                        collectives=len(c.collectives),
+                        resident_bytes=c.resident_bytes,
+                    )
+                    for i, c in enumerate(found)
+                    if i < alternatives or c.label in PUBLISHED
+                ]
+    return rows
+
+
+def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
+    """Write the table with `rich`; the chosen composition of each group is marked.
+
+    `sent` counts collectives; MiB is what stays: parameters with optimizer state, inner activations.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console if console is not None else Console()
+    table = Table(title="LoRA under tensor parallelism, per device, forward and backward")
+    words = ("layer", "composition", "FlexLLM")
+    for name in ("layer", "tp", "rank", "composition", "FlexLLM", "us", "MFLOP", "link KiB", "sent", "MiB"):
+        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+    for r in rows:
+        table.add_row(
+            r.layer,
+            str(r.tp),
+            str(r.rank),
+            f"{r.composition}{' *' if r.chosen else ''}",
+            r.published,
+            f"{r.seconds * 1e6:.1f}",
+            f"{r.flops / 1e6:.0f}",
+            f"{r.collective_bytes / 1024:.0f}",
+            str(r.collectives),
+            f"{r.resident_bytes / 2**20:.1f}",
+        )
+    console.print(table)

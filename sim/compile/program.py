@@ -1,0 +1,309 @@
+"""`coserve compile`: the memory plan of finetuning beside a model, as a table and a figure.
+
+    coserve compile model=llama31_8b peft=lora_all finetune.seq_len=8192 tp=1
+    coserve compile --all
+
+Columns, in bytes per token and layer: every forward tensor (unpruned); what PyTorch saves with `peft` as
+its users run it, adapters in float32 (autograd); what the backward needs (pruned); what is kept at the
+allowed share of extra FLOPs (+remat); and what is live with token-level finetuning when only K and V
+outlast a window (+token-level).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sim.compile.compiler import Analysis, autograd_bytes, local_shape
+from sim.compile.families import layer_graph
+from sim.compile.ir import Graph
+from sim.compile.peft import PeftSpec
+from sim.compile.plan import ACCUMULATOR_BYTES, KEEP, MODES, PIN, CompilePlan
+from sim.compile.prune import autograd, prune, unpruned
+from sim.compile.roles import KINDS, kind_of
+from sim.core.specs import DeviceSpec, ModelShape
+
+COLUMNS = ("unpruned", "autograd", "pruned", "+remat", "+token-level")
+GRADIENTS = "dK dV and hidden gradient"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassRow:
+    """Bytes per token and layer, per device, of one class of tensors."""
+
+    kind: str
+    unpruned: float
+    autograd: float
+    pruned: float
+    remat: float
+    token_level: float
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        return (self.unpruned, self.autograd, self.pruned, self.remat, self.token_level)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileReport:
+    """One compilation: the plan, the table, and what memory it leaves."""
+
+    plan: CompilePlan
+    rows: tuple[ClassRow, ...]
+    totals_bytes: tuple[float, ...]
+    """Whole sample, all layers, per device, in the order of COLUMNS (loss not included)."""
+    peft_bytes: int
+    """PEFT default: all that autograd saves for the sample, with the loss over full logits."""
+    checkpoint_bytes: int
+    """PEFT default with gradient checkpointing: layer inputs, and one layer's set or the loss."""
+    kv_room_tokens: int | None
+    """Tokens of K/V cache that fit beside weights, adapter and this plan; None if nothing fits."""
+    compile_s: float
+
+
+def run_compile(
+    model: ModelShape,
+    spec: PeftSpec,
+    *,
+    seq_tokens: int,
+    device: DeviceSpec,
+    tp: int = 1,
+    mode: str = "stash",
+    budget_share: float = 0.05,
+    window_tokens: int = 256,
+    memory_fraction: float = 0.9,
+) -> CompileReport:
+    """Compile and account. `memory_fraction` of the device is ours to use.
+
+    Raises ValueError for options outside their range (see `compile_plan`).
+    """
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"compile.memory_fraction must be in (0, 1], got {memory_fraction}")
+    start = time.perf_counter()
+    analysis = Analysis(model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens)
+    plan = analysis.plan(mode, budget_share)
+    rows = _rows(plan, analysis.graph, layer_graph(analysis.local, peft_default(spec)))
+    inner, first, head = autograd_bytes(model, peft_default(spec), tp)
+    saved = (model.layers - 1) * inner + first
+    inputs = model.layers * plan.hidden_bytes
+    sums = [math.fsum(column) for column in zip(*(r.values for r in rows), strict=True)]
+    totals = [seq_tokens * model.layers * s for s in sums]
+    return CompileReport(
+        plan=plan,
+        rows=tuple(rows),
+        totals_bytes=tuple(totals),
+        peft_bytes=seq_tokens * (saved + head),
+        checkpoint_bytes=seq_tokens * (inputs + max(inner, head)),
+        kv_room_tokens=_kv_room(model, spec, plan, device, memory_fraction),
+        compile_s=time.perf_counter() - start,
+    )
+
+
+def peft_default(spec: PeftSpec) -> PeftSpec:
+    """The same method as `peft` loads it by default: bypass parameters in float32."""
+    return replace(spec, adapter_dtype="float32")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryRow:
+    """One line of the table over models and methods; bytes per device for one sample."""
+
+    model: str
+    method: str
+    tp: int
+    seq_tokens: int
+    weight_bytes: float
+    peft_bytes: int
+    checkpoint_bytes: int
+    stash_bytes: int
+    stash_extra_share: float
+    far_stash_bytes: int
+    """The stash plan's far end: layer inputs, K and V."""
+    far_stash_extra_share: float
+    recompute_bytes: int
+    recompute_extra_share: float
+    compile_s: float
+
+
+def memory_table(
+    models: Iterable[ModelShape],
+    specs: Mapping[str, PeftSpec],
+    *,
+    seq_tokens: int,
+    device: DeviceSpec,
+    budget_share: float = 0.05,
+    window_tokens: int = 256,
+) -> list[MemoryRow]:
+    """Every model at its own `tp` with every PEFT configuration (name -> spec)."""
+    found = []
+    for model in models:
+        for name, spec in specs.items():
+            start = time.perf_counter()
+            analysis = Analysis(
+                model, spec, seq_tokens=seq_tokens, device=device, tp=model.tp, window_tokens=window_tokens
+            )
+            stash, recompute = (analysis.plan(mode, budget_share) for mode in MODES)
+            far = analysis.plan("stash", math.inf)
+            inner, first, head = autograd_bytes(model, peft_default(spec), model.tp)
+            found.append(
+                MemoryRow(
+                    model=model.name,
+                    method=name,
+                    tp=model.tp,
+                    seq_tokens=seq_tokens,
+                    weight_bytes=model.weight_bytes / model.tp,
+                    peft_bytes=seq_tokens * ((model.layers - 1) * inner + first + head),
+                    checkpoint_bytes=seq_tokens * (model.layers * stash.hidden_bytes + max(inner, head)),
+                    stash_bytes=stash.total_bytes(),
+                    stash_extra_share=stash.extra_flops_share,
+                    far_stash_bytes=far.total_bytes(),
+                    far_stash_extra_share=far.extra_flops_share,
+                    recompute_bytes=recompute.total_bytes(),
+                    recompute_extra_share=recompute.extra_flops_share,
+                    compile_s=time.perf_counter() - start,
+                )
+            )
+    return found
+
+
+def write_report(report: CompileReport, folder: Path) -> None:
+    """Write `plan.json`, `tensors.csv` (the table in bytes) and `memory.png` into `folder`."""
+    from sim.compile.figure import draw
+
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").write_text(report.plan.to_json())
+    with (folder / "tensors.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([f.name for f in fields(ClassRow)])
+        writer.writerows([r.kind, *r.values] for r in report.rows)
+    draw(report, folder / "memory.png")
+
+
+def print_report(report: CompileReport, console: Any = None) -> None:
+    """Write the table with `rich` (to its own console if none is given)."""
+    from rich.console import Console
+    from rich.table import Table
+
+    plan, console = report.plan, console if console is not None else Console()
+    title = f"{plan.model}, {plan.method} on {', '.join(plan.targets)}: KiB per token and layer"
+    table = Table(title=title + (f", per device of {plan.tp}" if plan.tp > 1 else ""))
+    table.add_column("tensors")
+    for column in COLUMNS:
+        table.add_column(column, justify="right")
+    for row in report.rows:
+        table.add_row(row.kind, *(_kib(v) for v in row.values))
+    table.add_section()
+    sums = [math.fsum(c) for c in zip(*(r.values for r in report.rows), strict=True)]
+    table.add_row("layer", *(_kib(v) for v in sums))
+    table.add_row(f"{plan.layers} layers x {plan.seq_tokens} tokens", *(_gib(v) for v in report.totals_bytes))
+    console.print(table)
+    for line in _lines(report):
+        console.print(line)
+
+
+def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
+    """Write the table over models and methods with `rich`."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = console if console is not None else Console()
+    table = Table(title="finetuning memory of one sample, GiB per device (extra FLOPs)")
+    for name in (
+        "model",
+        "method",
+        "tp",
+        "tokens",
+        "weights",
+        "PEFT",
+        "checkpointed",
+        "stash",
+        "far stash",
+        "recompute",
+    ):
+        table.add_column(name, justify="left" if name in ("model", "method") else "right", overflow="fold")
+    for r in rows:
+        table.add_row(
+            r.model, r.method, str(r.tp), str(r.seq_tokens), _gib(r.weight_bytes), _gib(r.peft_bytes),
+            _gib(r.checkpoint_bytes), f"{_gib(r.stash_bytes)} ({r.stash_extra_share:.1%})",
+            f"{_gib(r.far_stash_bytes)} ({r.far_stash_extra_share:.1%})",
+            f"{_gib(r.recompute_bytes)} ({r.recompute_extra_share:.1%})",
+        )  # fmt: skip
+    console.print(table)
+
+
+def _rows(plan: CompilePlan, graph: Graph, peft_graph: Graph) -> list[ClassRow]:
+    columns = [
+        _by_kind(unpruned(graph)),
+        _by_kind({n: v.bytes_per_token for n, v in autograd(peft_graph).items() if v.kept}),
+        _by_kind({n: v.bytes_per_token for n, v in prune(graph).items() if v.kept}),
+        _by_kind({t.name: t.bytes_per_token for t in plan.tensors if t.action in (KEEP, PIN)}),
+    ]
+    share = min(1.0, plan.window_tokens / plan.seq_tokens)
+    pinned = _by_kind({t.name: t.bytes_per_token for t in plan.tensors if t.action == PIN})
+    kept = columns[-1]
+    window = {k: pinned.get(k, 0) + share * (kept.get(k, 0) - pinned.get(k, 0)) for k in KINDS}
+    rows = [
+        ClassRow(
+            kind=kind,
+            unpruned=columns[0].get(kind, 0),
+            autograd=columns[1].get(kind, 0),
+            pruned=columns[2].get(kind, 0),
+            remat=columns[3].get(kind, 0),
+            token_level=window[kind],
+        )
+        for kind in KINDS
+    ]
+    # What token-level finetuning holds in exchange; the other columns' gradients in flight are not
+    # kept tensors and are left out.
+    gradients = 2 * plan.kv_elements * ACCUMULATOR_BYTES + plan.hidden_bytes / plan.layers
+    extra = ClassRow(kind=GRADIENTS, unpruned=0, autograd=0, pruned=0, remat=0, token_level=gradients)
+    return [r for r in rows if any(r.values)] + [extra]
+
+
+def _by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for name, size in sizes.items():
+        kind = kind_of(name)
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
+def _kv_room(
+    model: ModelShape, spec: PeftSpec, plan: CompilePlan, device: DeviceSpec, fraction: float
+) -> int | None:
+    """Weights in the model's dtype; adapter with fp32 master, gradient and two moments beside it."""
+    local = local_shape(model, plan.tp)
+    adapter = model.layers * spec.layer_params(model) * (model.dtype_bytes + 16) / plan.tp
+    free = fraction * device.memory_bytes - model.weight_bytes / plan.tp - adapter - plan.total_bytes()
+    tokens = int(free // (model.layers * 2 * local.kv_dim * local.dtype_bytes))
+    return tokens if tokens > 0 else None
+
+
+def _lines(report: CompileReport) -> list[str]:
+    plan = report.plan
+    parts = ", ".join(f"{k} {_gib(v)}" for k, v in plan.live_bytes().items())
+    room = "none" if report.kv_room_tokens is None else f"{report.kv_room_tokens:,} tokens"
+    saving = 1 - plan.total_bytes() / report.peft_bytes
+    lines = [
+        f"{plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), "
+        f"{plan.extra_flops_share:.1%} extra FLOPs",
+        f"PEFT default with full logits: {_gib(report.peft_bytes)} GiB ({saving:.1%} less here); "
+        f"with gradient checkpointing: {_gib(report.checkpoint_bytes)} GiB",
+        f"KV room left: {room}; compiled in {report.compile_s:.2f} s",
+    ]
+    if plan.tp > 1:
+        placed = ", ".join(f"{b.target}: {b.composition}" for b in plan.bypasses)
+        lines.append(f"bypass placements on {plan.tp} devices (rules, changes of state): {placed}")
+    return lines
+
+
+def _kib(value: float) -> str:
+    return f"{value / 1024:.1f}" if value else "-"
+
+
+def _gib(value: float) -> str:
+    return f"{value / 2**30:.2f}"

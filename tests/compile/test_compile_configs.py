@@ -1,0 +1,30 @@
+"""Every PEFT configuration that is shipped builds and compiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sim.compile.compiler import compile_plan
+from sim.compile.peft import PeftSpec
+from sim.core.specs import DeviceSpec, ModelShape
+
+yaml = pytest.importorskip("yaml")
+
+FOLDER = Path(__file__).resolve().parents[2] / "configs" / "peft"
+SMALL = ModelShape(name="s", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=64)
+DEVICE = DeviceSpec(
+    name="d", peak_flops=1e12, memory_bandwidth_bytes_s=1e11, memory_bytes=1e9, link_bandwidth_bytes_s=1e10,
+    sms=8, source="made up",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("tp", [1, 2])
+def test_configuration_compiles(path: Path, tp: int) -> None:
+    values = yaml.safe_load(path.read_text())
+    assert values.pop("_target_") == "sim.compile.peft.PeftSpec"
+    plan = compile_plan(SMALL, PeftSpec(**values), seq_tokens=64, device=DEVICE, tp=tp)
+    assert plan.targets == tuple(values["targets"])
+    assert plan.kept_bytes_per_token > 0
