@@ -204,8 +204,8 @@ def _check_possible(slos: Mapping[str, Slo], groups: list[_Group]) -> None:
         for slo in slos.values():
             if getattr(slo, key) < fastest_s:
                 raise ValueError(
-                    f"slo.classes.{slo.name}.{key} cannot be kept: a single request alone is predicted to take "
-                    f"{fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}"
+                    f"slo.classes.{slo.name}.{key} cannot be kept: a single request alone is "
+                    f"predicted to take {fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}"
                 )
 
 

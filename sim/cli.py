@@ -16,6 +16,10 @@ from sim.errors import BUG, USER_ERROR, message, nearest, report
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
     "compare": ("simulate every policy on the same workload: a table and a figure", "sim.simulate:compare"),
+    "compile": (
+        "plan a sample's memory: what is kept, what is recomputed",
+        "sim.compile_program:main",
+    ),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }

@@ -100,9 +100,9 @@ class Analysis:
         loss_chunk_tokens: int = 128,
         accumulation: int = 8,
     ) -> None:
-        for key, value in (("seq_tokens", seq_tokens), ("window_tokens", window_tokens)):
+        for key, value in (("seq_len", seq_tokens), ("window_tokens", window_tokens)):
             if value < 1:
-                raise ValueError(f"compile.{key} must be at least 1, got {value}")
+                raise ValueError(f"finetune.{key} must be at least 1, got {value}")
         self.model, self.spec, self.tp = model, spec, tp
         self.seq_tokens, self.window_tokens = seq_tokens, window_tokens
         self.loss_chunk_tokens = loss_chunk_tokens
@@ -129,7 +129,7 @@ class Analysis:
     def plan(self, mode: str, budget_share: float) -> CompilePlan:
         """The plan with the fewest kept bytes within `budget_share` extra FLOPs."""
         if not budget_share >= 0:
-            raise ValueError(f"compile.budget_share must be at least 0, got {budget_share}")
+            raise ValueError(f"finetune.flops_budget must be at least 0, got {budget_share}")
         model, local, graph, step = self.model, self.local, self.graph, self.step_flops
         limit = budget_share * step * (1 + 1e-12)
         chosen = [p for p in self.points if p.extra_flops <= limit][-1]

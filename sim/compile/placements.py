@@ -9,6 +9,7 @@ from typing import Any
 
 from sim.compile.bypass import lora_bypass
 from sim.compile.compiler import price_bypass
+from sim.compile.console import wide_console
 from sim.compile.roles import ROW_PARALLEL
 from sim.core.specs import DeviceSpec, ModelShape
 
@@ -87,10 +88,9 @@ def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
 
     `sent` counts collectives; MiB is what stays: parameters with optimizer state, inner activations.
     """
-    from rich.console import Console
     from rich.table import Table
 
-    console = console if console is not None else Console()
+    console = console if console is not None else wide_console()
     table = Table(title="LoRA under tensor parallelism, per device, forward and backward")
     words = ("layer", "composition", "FlexLLM")
     for name in ("layer", "tp", "rank", "composition", "FlexLLM", "us", "MFLOP", "link KiB", "sent", "MiB"):

@@ -109,10 +109,10 @@ class CompilePlan:
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
-            raise ValueError(f"compile.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+            raise ValueError(f"finetune.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         for key in ("seq_tokens", "window_tokens", "loss_chunk_tokens", "layers", "tp"):
             if getattr(self, key) < 1:
-                raise ValueError(f"compile.{key} must be at least 1, got {getattr(self, key)}")
+                raise ValueError(f"finetune.{key} must be at least 1, got {getattr(self, key)}")
 
     @property
     def kept_names(self) -> tuple[str, ...]:

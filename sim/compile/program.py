@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.compile.compiler import Analysis, autograd_bytes, local_shape
+from sim.compile.console import wide_console
 from sim.compile.families import layer_graph
 from sim.compile.ir import Graph
 from sim.compile.peft import PeftSpec
@@ -82,7 +83,7 @@ def run_compile(
     Raises ValueError for options outside their range (see `compile_plan`).
     """
     if not 0 < memory_fraction <= 1:
-        raise ValueError(f"compile.memory_fraction must be in (0, 1], got {memory_fraction}")
+        raise ValueError(f"memory_utilization must be in (0, 1], got {memory_fraction}")
     start = time.perf_counter()
     analysis = Analysis(model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens)
     plan = analysis.plan(mode, budget_share)
@@ -185,10 +186,9 @@ def write_report(report: CompileReport, folder: Path) -> None:
 
 def print_report(report: CompileReport, console: Any = None) -> None:
     """Write the table with `rich` (to its own console if none is given)."""
-    from rich.console import Console
     from rich.table import Table
 
-    plan, console = report.plan, console if console is not None else Console()
+    plan, console = report.plan, console if console is not None else wide_console()
     title = f"{plan.model}, {plan.method} on {', '.join(plan.targets)}: KiB per token and layer"
     table = Table(title=title + (f", per device of {plan.tp}" if plan.tp > 1 else ""))
     table.add_column("tensors")
@@ -207,10 +207,9 @@ def print_report(report: CompileReport, console: Any = None) -> None:
 
 def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
     """Write the table over models and methods with `rich`."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = console if console is not None else Console()
+    console = console if console is not None else wide_console()
     table = Table(title="finetuning memory of one sample, GiB per device (extra FLOPs)")
     for name in (
         "model",

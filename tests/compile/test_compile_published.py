@@ -34,14 +34,13 @@ LSE = Fraction(64 * 4, H)
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("method", PUBLISHED_BYTES)
-def test_named_terms_give_the_published_bytes_exactly(method: str, column: str) -> None:
-    total = sum(terms(method, column).values()) * LAYERS * TOKENS * H
-    assert total == PUBLISHED_BYTES[method][COLUMNS.index(column)]
+def test_named_terms_give_the_published_bytes_exactly(column: str) -> None:
+    total = sum(terms(column).values()) * LAYERS * TOKENS * H
+    assert total == PUBLISHED_BYTES[COLUMNS.index(column)]
 
 
 def test_published_lora_counts_in_units_of_h() -> None:
-    assert [float(published_units("lora", c)) for c in COLUMNS] == [63, 16, 12, 9.3125]
+    assert [float(published_units(c)) for c in COLUMNS] == [63, 16, 12, 9.3125]
 
 
 def lora_down() -> Graph:
@@ -57,7 +56,7 @@ def test_our_pruned_count_differs_from_the_published_one_by_named_terms() -> Non
     real_sizes = -3 * Fraction(1, 2) - 2 * Fraction(7, 8)
     eager = Fraction(7, 2) + (4 - 1) + 1 + LSE
     small = Fraction(16 * 2 + 2 * 4, H)
-    assert ours == published_units("lora", "pruned") + real_sizes + eager + small
+    assert ours == published_units("pruned") + real_sizes + eager + small
 
 
 def test_our_rematerialised_count_differs_from_the_published_one_by_named_terms() -> None:
@@ -69,7 +68,7 @@ def test_our_rematerialised_count_differs_from_the_published_one_by_named_terms(
     step, with_attention = frontier(graph, (TOKENS + 1) / 2)
     points = pareto(graph, needed, (TOKENS + 1) / 2, pinned=keys_and_values(graph), may_recompute=is_cheap)
     ours = Fraction(points[-1].kept_bytes, H)
-    assert ours == published_units("lora", "remat") - 2 * Fraction(1, 2) - 2 * Fraction(7, 8) + 2 + LSE
+    assert ours == published_units("remat") - 2 * Fraction(1, 2) - 2 * Fraction(7, 8) + 2 + LSE
     within = [p for p in with_attention if p.extra_flops <= 0.01 * step][-1]
     assert Fraction(within.kept_bytes, H) == ours - 1 - LSE
 
@@ -79,8 +78,6 @@ def is_cheap(op: Op) -> bool:
     return op.kind != "attention" and (op.kind != "linear" or "lora" in op.inputs[1])
 
 
-def test_unknown_methods_and_columns_are_refused() -> None:
-    with pytest.raises(ValueError, match="method must be one of"):
-        terms("prefix", "pruned")
+def test_unknown_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="column must be one of"):
-        terms("lora", "kept")
+        terms("kept")

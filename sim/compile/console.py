@@ -1,0 +1,17 @@
+"""Where tables are printed: the terminal as wide as it is, a file or pipe wide enough not to wrap."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+WIDTH = 140
+
+
+def wide_console() -> Console:
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=WIDTH)

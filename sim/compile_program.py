@@ -1,0 +1,110 @@
+"""`coserve compile`: what a finetuning sample keeps in memory, and what it would cost to keep less.
+
+coserve compile model=llama_3_1_8b peft=lora_all finetune.seq_len=8192 tp=1
+coserve compile --all           every model with LoRA, Adapter and (IA)^3
+coserve compile --placements    the bypass under tensor parallelism, by rank and degree
+coserve compile --published     FlexLLM's published counts, term by term
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from sim.assemble import CONFIGS
+from sim.checked import build
+from sim.compile.peft import PeftSpec
+from sim.compile.placements import placement_table, print_placements
+from sim.compile.program import memory_table, print_memory_table, print_report, run_compile, write_report
+from sim.compile.published import COLUMNS, published_units, terms
+from sim.core.specs import DeviceSpec, ModelShape
+from sim.hydra_app import hydra_main
+
+SHOWS = ("plan", "all", "placements", "published")
+METHODS = ("lora_all", "adapter", "ia3")
+"""PEFT configs of the table over all models."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetuneSettings:
+    """The `finetune` node of configs/compile.yaml."""
+
+    seq_len: int
+    mode: str
+    flops_budget: float
+    window_tokens: int
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve compile`."""
+    flags = {f"--{show}": f"show={show}" for show in SHOWS[1:]}
+    return hydra_main(
+        compile_plan,
+        [flags.get(arg, arg) for arg in argv],
+        prog="coserve compile",
+        config_name="compile",
+    )
+
+
+def compile_plan(config: DictConfig) -> dict[str, Any]:
+    """Compile one model and method, print the memory table and write the plan, or show what was asked."""
+    if config.show not in SHOWS:
+        raise ValueError(f"show must be one of {', '.join(SHOWS)}, got {config.show!r}")
+    if config.show == "published":
+        _print_published()
+        return {}
+    device = build(DeviceSpec, config.device, "device")
+    settings = build(FinetuneSettings, config.finetune, "finetune")
+    if config.show == "all":
+        models = [_config(ModelShape, path) for path in sorted((CONFIGS / "model").glob("*.yaml"))]
+        specs = {name: _config(None, CONFIGS / "peft" / f"{name}.yaml") for name in METHODS}
+        rows = memory_table(
+            sorted(models, key=lambda model: model.params),
+            specs,
+            seq_tokens=settings.seq_len,
+            device=device,
+            budget_share=settings.flops_budget,
+            window_tokens=settings.window_tokens,
+        )
+        print_memory_table(rows)
+        return {"rows": [asdict(row) for row in rows]}
+    model = build(ModelShape, config.model, "model")
+    spec = build(None, config.peft, "peft")
+    assert isinstance(spec, PeftSpec)
+    if config.show == "placements":
+        print_placements(placement_table(model, device=device, tokens=settings.window_tokens))
+        return {}
+    tp = model.tp if config.tp is None else config.tp
+    model.check_tp(tp)
+    report = run_compile(
+        model,
+        spec,
+        seq_tokens=settings.seq_len,
+        device=device,
+        tp=tp,
+        mode=settings.mode,
+        budget_share=settings.flops_budget,
+        window_tokens=settings.window_tokens,
+        memory_fraction=config.memory_utilization,
+    )
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    write_report(report, folder)
+    print_report(report)
+    print(f"plan and figure: {folder}")
+    return {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
+
+
+def _config(cls: type | None, path: Path) -> Any:
+    return build(cls, OmegaConf.load(path), f"{path.parent.name} {path.stem}")
+
+
+def _print_published() -> None:
+    print("FlexLLM's published LoRA activation memory at the 70B shape, in h per token and layer:")
+    for column in COLUMNS:
+        named = ", ".join(f"{name} {float(units):g}" for name, units in terms(column).items())
+        print(f"{column:>12}  {float(published_units(column)):g}h = {named}")
