@@ -206,7 +206,7 @@ def test_table_over_models_and_methods(capsys: pytest.CaptureFixture[str]) -> No
     [
         ({"mode": "swap"}, "finetune.mode must be one of stash, recompute"),
         ({"budget_share": -0.1}, "flops_budget must be at least 0"),
-        ({"seq_tokens": 0}, "seq_tokens must be at least 1"),
+        ({"seq_tokens": 0}, "seq_len must be at least 1"),
         ({"window_tokens": 0}, "window_tokens must be at least 1"),
         ({"loss_chunk_tokens": 0}, "loss_chunk_tokens must be at least 1"),
         ({"tp": 3}, "tp must divide"),
