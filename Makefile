@@ -7,8 +7,7 @@ WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A plain path entry instead of an import hook: a package added later is found without installing again.
-EDITABLE := --config-settings editable_mode=compat -e
+EDITABLE := -e
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 # Two threads on a busy machine make small tensor operations slower, not faster.
