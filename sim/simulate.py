@@ -173,5 +173,10 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     else:
         folder = folder.parent
     print_table(shown)
-    print(f"runs:   {folder}")
-    print(f"figure: {write_compare(shown, folder / 'compare.png')}")
+    print(f"runs:   {_near(folder)}")
+    print(f"figure: {_near(write_compare(shown, folder / 'compare.png'))}")
+
+
+def _near(path: Path) -> Path:
+    """Relative to the working directory where it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,0 +1,48 @@
+"""What the README shows is what the programs do."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from sim.cli import COMMANDS, main
+from sim.metrics import DEFINITIONS, LATENCIES, STATISTICS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+FENCED = "".join(re.findall(r"^ *```\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
+LINES = [line.strip() for line in FENCED.splitlines() if line.strip().startswith("coserve ")]
+HYDRA = ("simulate", "compare", "compile")
+
+
+def test_every_metric_is_defined() -> None:
+    latencies = {f"{key}_{name}_s" for key in LATENCIES for name in STATISTICS}
+    for name, text in DEFINITIONS.items():
+        if name in latencies:
+            assert f"`{name.rsplit('_', 2)[0]}_mean_s`" in README
+        else:
+            assert f"| `{name}` | {text} |" in README
+
+
+def test_every_policy_router_and_command_is_mentioned() -> None:
+    for path in (ROOT / "configs/policy").glob("*.yaml"):
+        assert path.stem.split("_25")[0].rstrip("0123456789_") in README
+    for command in COMMANDS:
+        assert f"coserve {command}" in README
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(LINES) >= 6
+
+
+@pytest.mark.parametrize("line", [line for line in LINES if line.split()[1] in HYDRA])
+def test_commands_of_the_readme_compose(line: str, capfd: pytest.CaptureFixture[str]) -> None:
+    words = line.split()[1:]
+    sweep = "-m" in words or words[0] == "compare"
+    words[0] = "simulate" if words[0] == "compare" else words[0]
+    # A sweep is composed with the first of its values.
+    plain = [re.sub(r"=([^,\[]+),.*", r"=\1", word) if sweep else word for word in words if word != "-m"]
+    assert main([*plain, "--cfg", "job"]) == 0
+    assert "device:" in capfd.readouterr().out
