@@ -14,7 +14,7 @@ After `accumulation` samples an optimizer step is due, and only then the next sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -113,22 +113,24 @@ class JobSpec:
 
 def backward_chunks(job: JobView, layer_tokens: int) -> tuple[LayerChunk, ...]:
     """The rectangles that the next `layer_tokens` of `job`'s backward consist of, in order."""
-    length, done = job.sample_tokens, job.backward_layer_tokens
-    if job.order == "window_major":
-        tokens = layer_tokens // job.layers
-        return (LayerChunk(job.layers, tokens, length - done // job.layers - tokens),)
-    chunks = []
+    _, layers, order, _, _, length, _, done, _ = job
+    if order == "window_major":
+        tokens = layer_tokens // layers
+        return (LayerChunk(layers, tokens, length - done // layers - tokens),)
+    chunks: tuple[LayerChunk, ...] = ()
     into_layer = done % length
     if into_layer:
-        tokens = min(layer_tokens, length - into_layer)
-        chunks.append(LayerChunk(1, tokens, length - into_layer - tokens))
+        tokens = length - into_layer
+        if layer_tokens <= tokens:
+            return (LayerChunk(1, layer_tokens, tokens - layer_tokens),)
+        chunks = (LayerChunk(1, tokens, 0),)
         layer_tokens -= tokens
     whole, rest = divmod(layer_tokens, length)
     if whole:
-        chunks.append(LayerChunk(whole, length, 0))
+        chunks += (LayerChunk(whole, length, 0),)
     if rest:
-        chunks.append(LayerChunk(1, rest, length - rest))
-    return tuple(chunks)
+        chunks += (LayerChunk(1, rest, length - rest),)
+    return chunks
 
 
 def recompute_chunks(job: JobView, layer_tokens: int) -> tuple[Chunk, ...]:
@@ -144,6 +146,7 @@ class Job:
     def __init__(self, spec: JobSpec, sample_tokens: Iterator[int]) -> None:
         """`sample_tokens` yields the length of each sample in training order; it may be endless."""
         self.spec = spec
+        self._fixed = (spec.id, spec.layers, spec.order, spec.memory, spec.optimizer_params)
         self._lengths = sample_tokens
         self.sample_index = -1
         self.sample_tokens = 0
@@ -170,17 +173,8 @@ class Job:
         )
 
     def view(self) -> JobView:
-        spec = self.spec
         return JobView(
-            spec.id,
-            spec.layers,
-            spec.order,
-            spec.memory,
-            spec.optimizer_params,
-            self.sample_tokens,
-            self.forward_tokens,
-            self.backward_layer_tokens,
-            self.step_due,
+            *self._fixed, self.sample_tokens, self.forward_tokens, self.backward_layer_tokens, self.step_due
         )
 
     def advance(self, piece: Slice) -> None:
@@ -212,15 +206,14 @@ class Job:
             self.sample_index += 1
 
 
-def check_slices(job: JobView, pieces: list[Slice]) -> None:
+def check_slices(job: JobView, pieces: Sequence[Slice]) -> None:
     """Raise IllegalSlice unless `pieces`, in this order, follow from where `job` stands.
 
     Several slices of one job may share an iteration as long as they stay within one sample (or are
     the step that its last slice makes due, which the loop cannot know before: so a step comes alone
     or first).
     """
-    forward, backward, step_due = job.forward_tokens, job.backward_layer_tokens, job.step_due
-    total = job.sample_tokens * job.layers
+    _, layers, order, _, _, length, forward, backward, step_due = job
     for piece in pieces:
         if type(piece) is Step:
             if not step_due:
@@ -230,23 +223,23 @@ def check_slices(job: JobView, pieces: list[Slice]) -> None:
         if step_due:
             raise IllegalSlice(f"job {job.id}: the optimizer step is due before {piece}")
         if type(piece) is Forward:
-            left = job.sample_tokens - forward
-            if not 1 <= piece.tokens <= left:
-                raise IllegalSlice(f"job {job.id}: forward must be 1..{left} tokens, got {piece.tokens}")
-            forward += piece.tokens
+            tokens, left = piece.tokens, length - forward
+            if not 1 <= tokens <= left:
+                raise IllegalSlice(f"job {job.id}: forward must be 1..{left} tokens, got {tokens}")
+            forward += tokens
         elif type(piece) is Backward:
-            if forward < job.sample_tokens:
+            if forward < length:
                 raise IllegalSlice(f"job {job.id}: backward before the forward is done")
-            left = total - backward
-            if not 1 <= piece.layer_tokens <= left:
+            layer_tokens, left = piece.layer_tokens, length * layers - backward
+            if not 1 <= layer_tokens <= left:
                 raise IllegalSlice(
-                    f"job {job.id}: backward must be 1..{left} layer-tokens, got {piece.layer_tokens}"
+                    f"job {job.id}: backward must be 1..{left} layer-tokens, got {layer_tokens}"
                 )
-            if job.order == "window_major" and piece.layer_tokens % job.layers:
+            if order == "window_major" and layer_tokens % layers:
                 raise IllegalSlice(
-                    f"job {job.id}: a window-major slice is a multiple of {job.layers} layer-tokens, "
-                    f"got {piece.layer_tokens}"
+                    f"job {job.id}: a window-major slice is a multiple of {layers} layer-tokens, "
+                    f"got {layer_tokens}"
                 )
-            backward += piece.layer_tokens
+            backward += layer_tokens
         else:
             raise IllegalSlice(f"job {job.id}: not a finetuning slice: {piece!r}")

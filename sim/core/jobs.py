@@ -55,33 +55,33 @@ class Jobs:
 
     def run(self, pieces: tuple[Slice, ...]) -> FinetuneWork:
         """Advance the jobs by legal slices and say what that computes."""
-        forward: list[Chunk] = []
+        forward: tuple[Chunk, ...] = ()
         backward: tuple[LayerChunk, ...] = ()
         recompute: tuple[Chunk, ...] = ()
-        steps: list[PublishedStep] = []
+        steps: tuple[PublishedStep, ...] = ()
         params = 0
         for piece in pieces:
             job = self.active[piece.job]
-            if type(piece) is Forward:
-                forward.append(Chunk(piece.tokens, job.forward_tokens))
-            elif type(piece) is Backward:
+            if type(piece) is Backward:
                 view = job.view() if len(pieces) > 1 else self.view_of[piece.job]
                 backward += backward_chunks(view, piece.layer_tokens)
                 recompute += recompute_chunks(view, piece.layer_tokens)
+            elif type(piece) is Forward:
+                forward += (Chunk(piece.tokens, job.forward_tokens),)
             else:
                 params += job.spec.optimizer_params
-                steps.append(
-                    PublishedStep(piece.job, job.steps + 1, job.accumulated_samples, job.accumulated_tokens)
+                steps += (
+                    PublishedStep(piece.job, job.steps + 1, job.accumulated_samples, job.accumulated_tokens),
                 )
             job.advance(piece)
             if job.finished:
                 del self.active[piece.job]
         self._refresh()
-        return FinetuneWork(tuple(forward), backward, recompute, params, tuple(steps))
+        return FinetuneWork(forward, backward, recompute, params, steps)
 
     def _refresh(self) -> None:
-        jobs = self.active.values()
-        if len(jobs) > 1:
-            jobs = sorted(jobs, key=lambda job: job.virtual_s)  # type: ignore[assignment]
+        jobs: Iterable[Job] = self.active.values()
+        if len(self.active) > 1:
+            jobs = sorted(jobs, key=lambda job: job.virtual_s)
         self.views = tuple([job.view() for job in jobs])
-        self.view_of = {view.id: view for view in self.views}
+        self.view_of = {view[0]: view for view in self.views}

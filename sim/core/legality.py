@@ -17,18 +17,20 @@ class IllegalPlan(ValueError):
 
 def check_plan(state: PipelineState, plan: Plan) -> None:
     """Raise IllegalPlan unless `state` can carry out `plan`. Changes nothing; O(changes), not O(running)."""
-    count = state.decode_count if plan.decode else 0
-    growth = state.kv.growth(state.tick + 1) if count else 0
-    free = state.kv.free
-    if plan.preempted:
+    decode, prefills, preempted, slices, _, _, _ = plan
+    kv = state.kv
+    count = state.decode_count if decode else 0
+    growth = kv.growth(state.tick + 1) if count else 0
+    free = kv.free
+    if preempted:
         released, decoding, saved = _check_preempted(state, plan)
         free += released
-        if plan.decode:
+        if decode:
             count -= decoding
             growth -= saved
-    if not (count or plan.prefills or plan.finetune):
+    if not (count or prefills or slices):
         raise IllegalPlan("a plan must have work, got neither decodes, prefills nor finetuning")
-    if plan.prefills:
+    if prefills:
         tokens, blocks = _check_prefills(state, plan)
         if count + tokens > state.limits.max_tokens:
             raise IllegalPlan(
@@ -38,8 +40,8 @@ def check_plan(state: PipelineState, plan: Plan) -> None:
         growth += blocks
     if growth > free:
         raise IllegalPlan(f"the plan takes {growth} KV blocks, {free} are free")
-    if plan.finetune:
-        _check_finetune(state, plan.finetune)
+    if slices:
+        _check_finetune(state, slices)
 
 
 def _check_preempted(state: PipelineState, plan: Plan) -> tuple[int, int, int]:
@@ -91,10 +93,9 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
 
 
 def _check_finetune(state: PipelineState, pieces: tuple[Slice, ...]) -> None:
-    own: dict[str, list[Slice]] = {}
-    for piece in pieces:
-        own.setdefault(piece.job, []).append(piece)
-    for id, slices in own.items():
+    jobs = dict.fromkeys([piece.job for piece in pieces])
+    for id in jobs:
+        slices = pieces if len(jobs) == 1 else [piece for piece in pieces if piece.job == id]
         view = state.jobs.view_of.get(id)
         if view is None:
             raise IllegalPlan(f"finetuning job {id!r} is not active")

@@ -1,7 +1,7 @@
 """Result rows: what the loop records, column by column.
 
-A table is one flat array of doubles, a row one `extend`: half a microsecond and 8 bytes a value, so
-millions of iterations fit. Strings are stored as codes into `labels`. Simulator and engine fill the
+A table is one flat array of doubles, a row one packed string of bytes appended to it: 0.4 us and 8 bytes a
+value, so millions of iterations fit. Strings are stored as codes into `labels`. Simulator and engine fill the
 same tables; `sim.results` turns them into Parquet.
 """
 
@@ -11,6 +11,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from enum import IntEnum
+from struct import Struct
 
 import numpy as np
 
@@ -109,8 +110,12 @@ class Table:
     def __init__(self, columns: tuple[str, ...]) -> None:
         self.columns = columns
         self.data = array("d")
-        self.append = self.data.extend
-        """Add one row: a sequence of numbers in column order. Bound once: it is called per iteration."""
+        # `extend` would add the values one by one: 1.0 us for a row of 26 where this takes 0.4.
+        self._pack = Struct(f"{len(columns)}d").pack
+
+    def append(self, row: Sequence[float]) -> None:
+        """Add one row, in column order."""
+        self.data.frombytes(self._pack(*row))
 
     def __len__(self) -> int:
         return len(self.data) // len(self.columns)
@@ -195,9 +200,10 @@ def work_row(work: Work) -> tuple[float, ...]:
         forward_tokens += tokens
         forward_pairs += tokens * (before + (tokens + 1) / 2)
     for layers, tokens, before in backward:
+        layer_tokens = layers * tokens
         backward_layers += layers
-        backward_tokens += layers * tokens
-        backward_pairs += layers * tokens * (before + (tokens + 1) / 2)
+        backward_tokens += layer_tokens
+        backward_pairs += layer_tokens * (before + (tokens + 1) / 2)
     for tokens, before in recompute:
         recompute_tokens += tokens
         recompute_pairs += tokens * (before + (tokens + 1) / 2)

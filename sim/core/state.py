@@ -28,6 +28,9 @@ from sim.core.rows import Outcome, Recorder, work_row
 from sim.core.sequence import Sequence
 from sim.core.work import Chunk, Work
 
+# What is made per iteration skips the NamedTuple's own constructor, a Python function: half the time.
+_new = tuple.__new__
+_NAN = math.nan
 _NONE: tuple[Any, ...] = ()
 _NO_FINETUNING = FinetuneWork()
 
@@ -91,6 +94,7 @@ class PipelineState:
         self._iterations = 0
         self._last_end_s = -math.inf
         self._last: Feedback | None = None
+        self._victims = self.victims  # bound once: every view carries it
 
     # What others ask
 
@@ -113,24 +117,28 @@ class PipelineState:
         if self.jobs.next_start_s <= now_s:
             self.jobs.start(now_s)
         tick = self.tick + 1
-        return View(
-            now_s,
-            self._expected_start_s(now_s) if self._launched else now_s,
-            self.limits,
-            self.decode_count,
-            self.decode_context_tokens,
-            self.kv.growth(tick),
-            self.kv.free,
-            len(self.running),
-            tuple(self.prefilling.values()) if self.prefilling else _NONE,
-            self.waiting,
-            self.jobs.views,
-            len(self._adapter_users),
-            self._deadlines.earliest_s(tick),
-            self.arrived,
-            self._last,
-            self.memory,
-            self.victims,
+        kv = self.kv
+        return _new(
+            View,
+            (
+                now_s,
+                self._expected_start_s(now_s) if self._launched else now_s,
+                self.limits,
+                self.decode_count,
+                self.decode_context_tokens,
+                kv.growth(tick),
+                kv.free,
+                len(self.running),
+                tuple(self.prefilling.values()) if self.prefilling else _NONE,
+                self.waiting,
+                self.jobs.views,
+                len(self._adapter_users),
+                self._deadlines.earliest_s(tick),
+                self.arrived,
+                self._last,
+                self.memory,
+                self._victims,
+            ),
         )
 
     def _expected_start_s(self, now_s: float) -> float:
@@ -180,15 +188,16 @@ class PipelineState:
     def apply(self, plan: Plan, now_s: float) -> Work:
         """Launch `plan` and return its Work. Raises IllegalPlan, and then nothing has changed."""
         check_plan(self, plan)
-        self.memory = plan.memory
-        segments = self._preempt(plan.preempted) if plan.preempted else _NONE
+        decode, prefills, preempted, slices, overlap, predicted_s, self.memory = plan
+        segments = self._preempt(preempted) if preempted else _NONE
 
         count = context = 0
         finishing: list[Sequence] | tuple[Any, ...] = _NONE
-        if plan.decode and self.decode_count:
+        kv = self.kv
+        if decode and self.decode_count:
             count, context = self.decode_count, self.decode_context_tokens
             self.tick = tick = self.tick + 1
-            self.kv.free -= self.kv.growth(tick)
+            kv.free -= kv.growth(tick)
             self.decode_context_tokens = context + count
             if tick in self._finish_at:
                 finishing = self._finish_at.pop(tick)
@@ -199,37 +208,33 @@ class PipelineState:
         chunks: tuple[Chunk, ...] = _NONE
         scheduled: Iterable[Sequence] = _NONE
         sampled: list[Sequence] | tuple[Any, ...] = _NONE
-        if plan.prefills:
-            chunks, scheduled, sampled = self._prefill(plan.prefills)
+        if prefills:
+            chunks, scheduled, sampled = self._prefill(prefills)
             if sampled:
                 finishing = [*finishing, *self._join_decode(sampled)]
 
-        finetune = self.jobs.run(plan.finetune) if plan.finetune else _NO_FINETUNING
-        work = Work(
-            chunks,
-            count,
-            context,
-            count + len(sampled),
-            finetune.forward,
-            finetune.backward,
-            finetune.recompute,
-            finetune.optimizer_params,
-            len(self._adapter_users) if count or chunks else 0,
-            plan.overlap and bool(plan.finetune),
+        forward, backward, recompute, params, steps = self.jobs.run(slices) if slices else _NO_FINETUNING
+        adapters = len(self._adapter_users) if count or chunks else 0
+        work = _new(
+            Work,
+            (
+                chunks,
+                count,
+                context,
+                count + len(sampled),
+                forward,
+                backward,
+                recompute,
+                params,
+                adapters,
+                overlap and bool(slices),
+            ),
         )
-        counts = (len(self.running), len(self.waiting), self.kv.used, len(plan.preempted))
+        counts = (len(self.running), len(self.waiting), kv.total - kv.free, len(preempted))
         self._launched.append(
-            Launched(
-                work,
-                plan.predicted_s,
-                now_s,
-                self.tick,
-                scheduled,
-                sampled,
-                finishing,
-                segments,
-                finetune.steps,
-                counts,
+            _new(
+                Launched,
+                (work, predicted_s, now_s, self.tick, scheduled, sampled, finishing, segments, steps, counts),
             )
         )
         return work
@@ -332,48 +337,50 @@ class PipelineState:
         `ended` lists sequences whose token of this iteration was their last by themselves (a stop
         token), `aborted` those whose client has gone, running or waiting.
         """
-        launched = self._launched.popleft()
-        start_s = max(launched.launch_s, self._last_end_s)
+        work, predicted_s, launch_s, tick, scheduled, sampled, finishing, segments, steps, counts = (
+            self._launched.popleft()
+        )
+        start_s = launch_s if launch_s > self._last_end_s else self._last_end_s
         self._last_end_s = end_s
-        work, predicted_s = launched.work, launched.predicted_s
-        self._recorder.iterations.append(
+        index, recorder, pipeline = self._iterations, self._recorder, self.pipeline
+        recorder.iterations.append(
             (
-                self.pipeline,
-                self._iterations,
+                pipeline,
+                index,
                 start_s,
                 end_s,
-                math.nan if predicted_s is None else predicted_s,
+                _NAN if predicted_s is None else predicted_s,
                 *work_row(work),
-                *launched.counts,
+                *counts,
             )
         )
-        self._last = Feedback(self._iterations, work, predicted_s, end_s - start_s)
-        self._iterations += 1
+        self._last = _new(Feedback, (index, work, predicted_s, end_s - start_s))
+        self._iterations = index + 1
         if work[1]:
-            self._recorder.ticks.append((self.pipeline, end_s))
+            recorder.ticks.append((pipeline, end_s))
         gone: list[int] = []
-        if launched.scheduled:
-            for sequence in launched.scheduled:
+        if scheduled:
+            for sequence in scheduled:
                 # With a lookahead its second chunk may have been launched before the first had its time.
                 if sequence.scheduled_s is None:
                     sequence.scheduled_s = start_s
-        if launched.sampled:
-            self._stamp_first_tokens(launched.sampled, end_s)
-        for sequence, start_tick, end_tick in launched.segments:
-            self._record_segment(sequence, start_tick, end_tick)
-        if launched.finishing:
-            for sequence in launched.finishing:
+        if sampled:
+            self._stamp_first_tokens(sampled, end_s)
+        if segments:
+            for sequence, start_tick, end_tick in segments:
+                self._record_segment(sequence, start_tick, end_tick)
+        if finishing:
+            for sequence in finishing:
                 if sequence.id in self.running:
-                    self._record_segment(sequence, sequence.start_tick, launched.tick)
+                    self._record_segment(sequence, sequence.start_tick, tick)
                     self._record_request(sequence, Outcome.FINISHED, end_s)
                     self._release(sequence)
                     gone.append(sequence.id)
-        for job, step, samples, tokens in launched.steps:
-            self.adapter_versions[job] = step
-            code = self._recorder.jobs.code(job)
-            self._recorder.steps.append((self.pipeline, code, step, samples, tokens, end_s))
+        if steps:
+            for job, step, samples, tokens in steps:
+                self.adapter_versions[job] = step
+                recorder.steps.append((pipeline, recorder.jobs.code(job), step, samples, tokens, end_s))
         if ended or aborted:
-            tick = launched.tick
             gone += [id for id in ended if self._end_early(id, Outcome.FINISHED, tick, end_s)]
             gone += [id for id in aborted if self._end_early(id, Outcome.ABORTED, tick, end_s)]
         return gone

@@ -17,79 +17,80 @@ from sim.core.work import Work
 if TYPE_CHECKING:
     from sim.cost.iteration import IterationCost
 
-Seconds = Callable[[float, float], float]
-"""(backward seconds, recompute seconds) of the whole work -> seconds of the iteration."""
+Over = Callable[[float, float], float]
+"""(backward seconds, recompute seconds) of the whole work -> seconds of the iteration over the budget."""
 
 
 def largest_backward(cost: IterationCost, work: Work, job: JobView, budget_s: float) -> int:
     """Most layer-tokens of `job`'s backward that continue from where it stands."""
-    left = job.backward_left
-    length, done = job.sample_tokens, job.backward_layer_tokens
-    if left <= 0:
+    _, layers, order, _, _, length, _, done, step_due = job
+    left = 0 if step_due else length * layers - done
+    if left <= 0 or (cost.lookahead and cost._host_s > budget_s):
         return 0
     if length > cost.known_tokens:
         cost._reach(length)
-    backward_s, recompute_s, seconds = _question(cost, work)
+    b, r, over = _question(cost, work, budget_s)
     if not work.backward:
-        backward_s = cost.curves.backward_start_s
-    if job.order == "window_major":
-        return _windows(cost, seconds, budget_s, backward_s, recompute_s, job)
+        b = cost.curves.backward_start_s
+    if order == "window_major":
+        return _windows(cost, over, b, r, job)
     fitted = 0
     into_layer = done % length
     if into_layer:
         rest = length - into_layer
-        fitted = _part(cost, seconds, budget_s, backward_s, recompute_s, rest, rest)
+        rest_s = cost.rectangle_s(1, rest, 0)
+        excess_s = over(b + rest_s, r)
+        if excess_s > 0.0:
+            return _part(cost, over, b, r, rest, rest - 1, rest_s - excess_s, excess_s)
+        fitted = rest
         left -= rest
-        if fitted < rest or left == 0:
+        if left == 0:
             return fitted
-        backward_s += cost.rectangle_s(1, rest, 0)
+        b += rest_s
     layer_s = cost.rectangle_s(1, length, 0)
-    whole = _whole(seconds, budget_s, backward_s, recompute_s, layer_s, left // length)
+    room_s = -over(b, r)
+    whole = _whole(over, b, r, room_s, layer_s, left // length)
     fitted += whole * length
     if whole * length == left:
         return fitted
     if whole:
-        backward_s += whole * layer_s
-    return fitted + _part(cost, seconds, budget_s, backward_s, recompute_s, length - 1, length)
+        b += whole * layer_s
+        room_s -= whole * layer_s
+    return fitted + _part(cost, over, b, r, length, length - 1, room_s, layer_s - room_s)
 
 
-def _question(cost: IterationCost, work: Work) -> tuple[float, float, Seconds]:
+def _question(cost: IterationCost, work: Work, budget_s: float) -> tuple[float, float, Over]:
     """Backward and recompute seconds that `work` has already, and the iteration as their function."""
-    tokens, prefill, rest, lora_token, windows, forward, backward, recompute, optimizer = cost._terms(work)
+    tokens, prefill, rest, lora_token, windows, forward, b, r, optimizer = cost._terms(work)
     inference_s = prefill + rest + lora_token * tokens
     window_s = forward + cost._window_s[windows]
-    host_s = cost._host_s
-    inference_s = cost._token_s[tokens + (0 if work.overlap else windows)] + inference_s
-    pass_s, kappa, lookahead = cost._token_s[windows], cost._kappa, cost.lookahead
-
-    def fused(b: float, r: float) -> float:
-        gpu_s = inference_s + (window_s + ((b + r) + optimizer))
-        if lookahead:
-            return gpu_s if gpu_s > host_s else host_s
-        return gpu_s + host_s
+    host_s = 0.0 if cost.lookahead else cost._host_s
+    if not work.overlap:
+        inference_s = cost._token_s[tokens + windows] + inference_s
+        return b, r, lambda b, r: (inference_s + (window_s + ((b + r) + optimizer)) + host_s) - budget_s
+    inference_s = cost._token_s[tokens] + inference_s
+    pass_s, kappa = cost._token_s[windows], cost._kappa
 
     def overlapped(b: float, r: float) -> float:
         y = pass_s + (window_s + ((b + r) + optimizer))
         gpu_s = inference_s + kappa * y if inference_s > y else y + kappa * inference_s
-        if lookahead:
-            return gpu_s if gpu_s > host_s else host_s
-        return gpu_s + host_s
+        return (gpu_s + host_s) - budget_s
 
-    return backward, recompute, overlapped if work.overlap else fused
+    return b, r, overlapped
 
 
-def _whole(seconds: Seconds, budget_s: float, b: float, r: float, layer_s: float, most: int) -> int:
+def _whole(over: Over, b: float, r: float, room_s: float, layer_s: float, most: int) -> int:
     """Largest number of whole layers (0..most): a division, checked on both sides.
 
     Only where the division was wrong (overlapping streams, where a second of backward costs less than
     a second) does it go on with a bisection.
     """
-    guess = (budget_s - seconds(b, r)) / layer_s
+    guess = room_s / layer_s
     n = 0 if not guess > 0 else most if guess >= most else int(guess)
     low, high, check_next = 0, most + 1, True
     while low + 1 < high:
-        n = min(max(n, low + 1), high - 1)
-        if seconds(b + n * layer_s, r) <= budget_s:
+        n = low + 1 if n <= low else high - 1 if n >= high else n
+        if over(b + n * layer_s, r) <= 0.0:
             low = n
             n = n + 1 if check_next else (low + high) >> 1
             check_next = False
@@ -101,18 +102,37 @@ def _whole(seconds: Seconds, budget_s: float, b: float, r: float, layer_s: float
 
 
 def _part(
-    cost: IterationCost, seconds: Seconds, budget_s: float, b: float, r: float, most: int, right: int
+    cost: IterationCost,
+    over: Over,
+    b: float,
+    r: float,
+    right: int,
+    most: int,
+    room_s: float,
+    excess_s: float,
 ) -> int:
-    """Largest rectangle (0..most tokens) of one layer whose right end is at token `right`."""
+    """Largest rectangle (0..most tokens) of one layer whose right end is at token `right`.
+
+    About `room_s` are left without it and `excess_s` missing with `most` + 1 tokens: where the search
+    starts depends on them, its answer does not.
+    """
     fixed_s, each_s, pair_s, read_s = cost._backward
     list_s = cost._backward_s
     reading_s = read_s * right
-    room_s, excess_s, step, side = budget_s - seconds(b, r), 0.0, 0, 0
-    low, high, n = 0, most + 1, most
+    low, high, step, side = 0, most + 1, 0, 0
     while low + 1 < high:
+        span_s = room_s + excess_s
+        if step & 3 != 3 and 0.0 < span_s < inf:
+            n = low + int((high - low) * room_s / span_s)
+            if n <= low:
+                n = low + 1
+            elif n >= high:
+                n = high - 1
+        else:
+            n = (low + high) >> 1
         compute_s = n * each_s + pair_s * (n * (right - n + (n + 1) * 0.5))
         more_s = list_s[n] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
-        over_s = seconds(b + more_s, r) - budget_s
+        over_s = over(b + more_s, r)
         if over_s <= 0.0:
             low, room_s = n, -over_s
             if side > 0:
@@ -124,15 +144,10 @@ def _part(
                 room_s *= 0.5
             side = -1
         step += 1
-        span_s = room_s + excess_s
-        if step & 3 and 0.0 < span_s < inf:
-            n = min(max(low + int((high - low) * room_s / span_s), low + 1), high - 1)
-        else:
-            n = (low + high) >> 1
     return low
 
 
-def _windows(cost: IterationCost, seconds: Seconds, budget_s: float, b: float, r: float, job: JobView) -> int:
+def _windows(cost: IterationCost, over: Over, b: float, r: float, job: JobView) -> int:
     """Layer-tokens of the widest window at the right end, through all layers."""
     layers = job.layers
     right = job.sample_tokens - job.backward_layer_tokens // layers
@@ -141,7 +156,7 @@ def _windows(cost: IterationCost, seconds: Seconds, budget_s: float, b: float, r
     while low + 1 < high:
         context = right - n
         recompute_s = r + cost.recompute_window_s(n, context) if again else r
-        if seconds(b + cost.rectangle_s(layers, n, context), recompute_s) <= budget_s:
+        if over(b + cost.rectangle_s(layers, n, context), recompute_s) <= 0.0:
             low = n
         else:
             high = n

@@ -51,6 +51,9 @@ class IterationCost:
         self._decode_fixed_s, self._decode_sequence_s, self._decode_context_s = curves.decode
         self._host_s = curves.host_s
         self._kappa = curves.overlap_contention
+        self._window_token_s = 0.0
+        """Mean seconds of a window's token in the last answer: where the next search starts. Successive
+        windows are alike, so that three evaluations do where starting from the most takes five."""
 
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
@@ -181,8 +184,11 @@ class IterationCost:
             if host_s > budget_s:
                 return 0
             host_s = 0.0
-        room_s, excess_s, step = budget_s - (inference_s + token_s[tokens + base] + finetuning_s), 0.0, 0
-        low, high, n, side = 0, max_tokens + 1, max_tokens, 0
+        room_s = empty_s = budget_s - (inference_s + token_s[tokens + base] + finetuning_s + host_s)
+        low, high, n, side, step, excess_s = 0, max_tokens + 1, max_tokens, 0, 0, 0.0
+        if 0.0 < room_s < high * self._window_token_s:
+            n = int(room_s / self._window_token_s) or 1
+            excess_s = high * self._window_token_s - room_s
         while low + 1 < high:
             compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
             reading_s = read_s * (context + n)
@@ -218,6 +224,8 @@ class IterationCost:
                     n = high - 1
             else:
                 n = (low + high) >> 1
+        if 0 < low < max_tokens:
+            self._window_token_s = empty_s / low
         return low
 
     def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
@@ -315,7 +323,12 @@ class IterationCost:
 
     def rectangle_s(self, layers: int, tokens: int, context: int) -> float:
         """Backward of `tokens` through `layers` layers, as a term of the sum."""
-        return layers * (self._backward_s[tokens] + self.curves.backward.seconds(tokens, context))
+        fixed_s, each_s, pair_s, read_s = self._backward
+        compute_s = tokens * each_s + pair_s * (tokens * (context + (tokens + 1) * 0.5))
+        reading_s = read_s * (context + tokens)
+        return layers * (
+            self._backward_s[tokens] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
+        )
 
     def recompute_window_s(self, tokens: int, context: int) -> float:
         """Forward of a window run again, as a term of the sum."""

@@ -57,14 +57,15 @@ def pack_inference(view: View, token_budget: int | None = None, latency: Latency
 
     Decodes are never cut.
     """
+    waiting, free = len(view.waiting), view.free_blocks - view.growth_blocks
+    if not waiting and not view.prefilling and free >= 0:
+        # Most iterations only decode.
+        return Inference(True, (), (), view.decode_work)
     limit = view.limits.max_tokens
     max_tokens = limit if token_budget is None else min(token_budget, limit)
-    free = view.free_blocks - view.growth_blocks
     if free < 0:
         return _with_preemptions(view, max_tokens, latency)
-    room = view.limits.max_sequences - view.running if len(view.waiting) else 0
-    if not view.prefilling and room == 0:
-        return Inference(True, (), (), view.decode_work)
+    room = view.limits.max_sequences - view.running if waiting else 0
     return _with_prefills(view, view.decode_work, view.prefilling, room, max_tokens, free, latency)
 
 

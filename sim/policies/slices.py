@@ -14,20 +14,24 @@ from sim.core.finetune import (
 )
 from sim.core.work import Chunk, Work
 
+_new = tuple.__new__
+
 
 def add_slice(work: Work, job: JobView, piece: Slice) -> Work:
     """`work` with one more slice of `job`."""
     prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
     if type(piece) is Forward:
-        forward = (*forward, Chunk(piece.tokens, job.forward_tokens))
+        forward += (Chunk(piece.tokens, job.forward_tokens),)
     elif type(piece) is Backward:
-        backward = backward + backward_chunks(job, piece.layer_tokens)
+        backward += backward_chunks(job, piece.layer_tokens)
         if job.memory == "recompute":
-            recompute = recompute + recompute_chunks(job, piece.layer_tokens)
+            recompute += recompute_chunks(job, piece.layer_tokens)
     else:
         params += job.optimizer_params
-    # Positional: `_replace` costs three times as much, and this runs once per iteration.
-    return Work(prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap)
+    # `_replace` costs five times as much, and this runs once per iteration.
+    return _new(
+        Work, (prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap)
+    )
 
 
 def advanced(job: JobView, piece: Slice) -> JobView:
@@ -51,37 +55,39 @@ def fill(
     The first job is served until its sample has no more work or the budget is used up; what is left goes to
     the next. Returns the slices, in order, and `work` with them.
     """
-    slices: list[Slice] = []
+    slices: tuple[Slice, ...] = ()
     for job in jobs:
         while True:
             piece, used_up = _next_slice(work, job, predictor, budget_s, max_forward_tokens)
             if piece is None:
                 break
-            slices.append(piece)
+            slices += (piece,)
             work = add_slice(work, job, piece)
             if used_up:
-                return tuple(slices), work
+                return slices, work
             job = advanced(job, piece)
-    return tuple(slices), work
+    return slices, work
 
 
 def _next_slice(
     work: Work, job: JobView, predictor: Predictor, budget_s: float, max_forward_tokens: int
 ) -> tuple[Slice | None, bool]:
     """The largest next slice that fits, if any, and whether it was cut by the budget."""
-    if job.step_due:
-        step = Step(job.id)
+    id, layers, _, _, _, length, forward, backward, step_due = job
+    if step_due:
+        step = Step(id)
         fits = predictor.iteration_s(add_slice(work, job, step)) <= budget_s
         return (step, False) if fits else (None, True)
-    left = job.sample_tokens - job.forward_tokens
+    left = length - forward
     if left:
-        most = min(left, max_forward_tokens - work.forward_tokens)
-        tokens = predictor.largest_forward(work, job.forward_tokens, most, budget_s) if most > 0 else 0
-        return (Forward(job.id, tokens) if tokens else None), tokens < left
-    left = job.sample_tokens * job.layers - job.backward_layer_tokens
+        most = max_forward_tokens - work.forward_tokens if work.forward else max_forward_tokens
+        most = min(left, most)
+        tokens = predictor.largest_forward(work, forward, most, budget_s) if most > 0 else 0
+        return (Forward(id, tokens) if tokens else None), tokens < left
+    left = length * layers - backward
     if left:
         layer_tokens = predictor.largest_backward(work, job, budget_s)
-        return (Backward(job.id, layer_tokens) if layer_tokens else None), layer_tokens < left
+        return (Backward(id, layer_tokens) if layer_tokens else None), layer_tokens < left
     return None, False
 
 
