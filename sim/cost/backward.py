@@ -119,31 +119,24 @@ def _part(
     fixed_s, each_s, pair_s, read_s = cost._backward
     list_s = cost._backward_s
     reading_s = read_s * right
-    low, high, step, side = 0, most + 1, 0, 0
+    low, high, step = 0, most + 1, 0
+    n = int(high * room_s / (room_s + excess_s)) if 0.0 < room_s < inf and excess_s > 0.0 else 1
+    n = max(1, min(n, most))
     while low + 1 < high:
-        span_s = room_s + excess_s
-        if step & 3 != 3 and 0.0 < span_s < inf:
-            n = low + int((high - low) * room_s / span_s)
-            if n <= low:
-                n = low + 1
-            elif n >= high:
-                n = high - 1
-        else:
-            n = (low + high) >> 1
         compute_s = n * each_s + pair_s * (n * (right - n + (n + 1) * 0.5))
         more_s = list_s[n] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
         over_s = over(b + more_s, r)
         if over_s <= 0.0:
-            low, room_s = n, -over_s
-            if side > 0:
-                excess_s *= 0.5
-            side = 1
+            low = n
         else:
-            high, excess_s = n, over_s
-            if side < 0:
-                room_s *= 0.5
-            side = -1
+            high = n
         step += 1
+        slope_s = list_s[n] - list_s[n - 1] + each_s + pair_s * (right - n)
+        if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
+            n -= int(over_s / slope_s)
+            n += (n == low) - (n == high)
+        else:
+            n = (low + high) >> 1
     return low
 
 

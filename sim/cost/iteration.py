@@ -12,13 +12,12 @@ optimizer (finetuning), T and F the inference and window tokens:
     overlap    x = token_s[T] + a, y = token_s[F] + b, gpu = max(x, y) + kappa min(x, y)
     iteration  gpu + host, or max(gpu, host) when the loop plans one iteration ahead
 
-The search is regula falsi with the Illinois rule, since seconds are nearly linear in tokens, and every
-fourth step a bisection, since `token_s` is a staircase in places: 5 evaluations where bisection takes 12.
+The search is Newton's, since seconds are nearly linear in tokens, within a bracket that decides. A step that
+would leave the bracket and every fourth one are bisections, since `token_s` is a staircase in places. With a
+start near the answer that is 3 evaluations where bisection alone takes 12.
 """
 
 from __future__ import annotations
-
-from math import inf
 
 from sim.core.finetune import JobView
 from sim.core.work import Work
@@ -51,9 +50,9 @@ class IterationCost:
         self._decode_fixed_s, self._decode_sequence_s, self._decode_context_s = curves.decode
         self._host_s = curves.host_s
         self._kappa = curves.overlap_contention
-        self._window_token_s = 0.0
-        """Mean seconds of a window's token in the last answer: where the next search starts. Successive
-        windows are alike, so that three evaluations do where starting from the most takes five."""
+        self._last_window_tokens = 1
+        """The last `largest_forward` that the budget decided, where the next search starts: successive
+        windows are alike. Only the number of steps depends on it."""
 
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
@@ -131,8 +130,8 @@ class IterationCost:
                 return 0
             host_s = 0.0
         shared = 0 if overlap else windows
-        room_s, excess_s, step = budget_s - (p + rest + token_s[base + shared] + finetuning_s), 0.0, 0
-        low, high, n, side = 0, max_tokens + 1, max_tokens, 0
+        # Most chunks fit whole.
+        low, high, n, step = 0, max_tokens + 1, max_tokens, 0
         while low + 1 < high:
             compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
             reading_s = read_s * (context + n)
@@ -147,23 +146,14 @@ class IterationCost:
                 gpu_s = finetuning_s + kappa * gpu_s
             over_s = (gpu_s + host_s) - budget_s
             if over_s <= 0.0:
-                low, room_s = n, -over_s
-                if side > 0:
-                    excess_s *= 0.5
-                side = 1
+                low = n
             else:
-                high, excess_s = n, over_s
-                if side < 0:
-                    room_s *= 0.5
-                side = -1
+                high = n
             step += 1
-            span_s = room_s + excess_s
-            if step & 3 and 0.0 < span_s < inf:
-                n = low + int((high - low) * room_s / span_s)
-                if n <= low:
-                    n = low + 1
-                elif n >= high:
-                    n = high - 1
+            slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
+            if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
+                n -= int(over_s / slope_s)
+                n += (n == low) - (n == high)
             else:
                 n = (low + high) >> 1
         return low
@@ -184,11 +174,8 @@ class IterationCost:
             if host_s > budget_s:
                 return 0
             host_s = 0.0
-        room_s = empty_s = budget_s - (inference_s + token_s[tokens + base] + finetuning_s + host_s)
-        low, high, n, side, step, excess_s = 0, max_tokens + 1, max_tokens, 0, 0, 0.0
-        if 0.0 < room_s < high * self._window_token_s:
-            n = int(room_s / self._window_token_s) or 1
-            excess_s = high * self._window_token_s - room_s
+        low, high, step = 0, max_tokens + 1, 0
+        n = self._last_window_tokens if self._last_window_tokens < max_tokens else max_tokens
         while low + 1 < high:
             compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
             reading_s = read_s * (context + n)
@@ -205,27 +192,19 @@ class IterationCost:
                     gpu_s = inference_s + kappa * gpu_s
             over_s = (gpu_s + host_s) - budget_s
             if over_s <= 0.0:
-                low, room_s = n, -over_s
-                if side > 0:
-                    excess_s *= 0.5
-                side = 1
+                low = n
             else:
-                high, excess_s = n, over_s
-                if side < 0:
-                    room_s *= 0.5
-                side = -1
+                high = n
             step += 1
-            span_s = room_s + excess_s
-            if step & 3 and 0.0 < span_s < inf:
-                n = low + int((high - low) * room_s / span_s)
-                if n <= low:
-                    n = low + 1
-                elif n >= high:
-                    n = high - 1
+            slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + each_s + pair_s * (context + n)
+            slope_s += window_s[x] - window_s[x - 1]
+            if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
+                n -= int(over_s / slope_s)
+                n += (n == low) - (n == high)
             else:
                 n = (low + high) >> 1
         if 0 < low < max_tokens:
-            self._window_token_s = empty_s / low
+            self._last_window_tokens = low
         return low
 
     def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
