@@ -6,7 +6,6 @@ The only place that knows all config groups. Everything is checked while it is b
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -315,16 +314,16 @@ def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo])
 
 
 def _policy(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
-    """Build a policy, giving it what it asks for by name: `predictor`, and `budget_s` where that is null."""
+    """Build a policy, giving it what it asks for by name: `predictor`, and where they are null the tightest
+    bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT."""
     parameters = inspect.signature(locate(node.get("_target_"), "policy")).parameters
     given: dict[str, object] = {}
     if "predictor" in parameters:
         given["predictor"] = predictor
-    if "budget_s" in parameters and node.get("budget_s") is None:
-        node = {key: value for key, value in node.items() if key != "budget_s"}
-        given["budget_s"] = min((slo.tpot_s for slo in slos.values()), default=math.inf)
-    policy = build(None, node, "policy", **given)
-    budget_s = given.get("budget_s", node.get("budget_s", 1.0))
-    if not cast(float, budget_s) > 0:
-        raise ValueError(f"policy.budget_s must be above 0 seconds, got {budget_s}")
-    return cast(Policy, policy)
+    for key, bound in (("budget_s", "tpot_s"), ("ttft_s", "ttft_s")):
+        if key in parameters and node.get(key) is None:
+            node = {name: value for name, value in node.items() if name != key}
+            given[key] = min(getattr(slo, bound) for slo in slos.values())
+        elif key in parameters and not node[key] > 0:
+            raise ValueError(f"policy.{key} must be above 0 seconds, got {node[key]}")
+    return cast(Policy, build(None, node, "policy", **given))

@@ -272,7 +272,7 @@ def build_policy(
 ) -> Policy:
     """The policy with what its constructor asks for by name."""
     cls = POLICIES[name]
-    given = {"predictor": predictor or LinearCost(), "budget_s": budget_s}
+    given = {"predictor": predictor or LinearCost(), "budget_s": budget_s, "ttft_s": 10 * budget_s}
     wanted = inspect.signature(cls).parameters
     policy: Policy = cls(**({k: v for k, v in given.items() if k in wanted} | more))
     return policy

@@ -57,6 +57,9 @@ class AdmissionQueue:
     def first(self) -> Sequence:
         return self._items[self._head]
 
+    def last(self) -> Sequence:
+        return self._items[-1]
+
     def take(self) -> Sequence:
         """Remove and return the first."""
         sequence = self._items[self._head]

@@ -36,25 +36,30 @@ class CoServingSlack:
         *,
         predictor: Predictor,
         budget_s: float,
+        ttft_s: float,
         max_burst: float = 4.0,
+        idle_share: float = 0.1,
         first_token_share: float = 0.5,
         smoothing: float = 0.05,
         margin_deviations: float = 2.0,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 16,
     ) -> None:
-        """`budget_s`: the tightest TPOT bound; the budget of an iteration without decodes.
+        """`budget_s`, `ttft_s`: the tightest TPOT and TTFT bounds of the traffic.
 
-        `max_burst`: an iteration is never longer than so many `budget_s`, however much is banked.
-        `first_token_share`: share of the time left to a prompt's TTFT deadline that may be used up
-        until its prefill is done. `smoothing`: weight of the newest iteration in the error averages.
+        `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however
+        much is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is
+        here; one that arrives meanwhile waits for its end. `first_token_share`: share of the time left to
+        the TTFT deadlines that may be used up until the waiting prompts are done. `smoothing`: weight of the newest iteration in the error averages.
         `margin_deviations`: how many mean deviations of measured/predicted are kept as margin.
         """
-        if not 0 < smoothing <= 1 or not 0 < first_token_share <= 1:
-            raise ValueError(
-                "policy.smoothing and policy.first_token_share must be in (0, 1], "
-                f"got {smoothing} and {first_token_share}"
-            )
+        for key, share in (
+            ("smoothing", smoothing),
+            ("first_token_share", first_token_share),
+            ("idle_share", idle_share),
+        ):
+            if not 0 < share <= 1:
+                raise ValueError(f"policy.{key} must be in (0, 1], got {share}")
         if not max_burst >= 1 or not margin_deviations >= 0:
             raise ValueError(
                 "policy.max_burst must be at least 1 and policy.margin_deviations at least 0, "
@@ -63,6 +68,7 @@ class CoServingSlack:
         self._predictor = predictor
         self._budget_s = budget_s
         self._max_burst = max_burst
+        self._idle_s = max(budget_s, idle_share * ttft_s)
         self._first_token_share = first_token_share
         self._smoothing = smoothing
         self._margin_deviations = margin_deviations
@@ -72,9 +78,11 @@ class CoServingSlack:
     def plan(self, view: View) -> Plan:
         error = self._observe(view)
         correction = error.ratio * (1 + self._margin_deviations * error.deviation)
-        budget_s = self._budget(view) / correction
-        latency = Latency(self._predictor, budget_s, self._min_chunk_tokens)
+        tokens_s = self._token_budget(view)
+        latency = Latency(self._predictor, tokens_s / correction, self._min_chunk_tokens)
         inference = pack_inference(view, latency=latency)
+        # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
+        budget_s = min(tokens_s, self._prompt_budget(view)) / correction
         slices, work = fill(inference.work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
         return Plan(
@@ -94,23 +102,29 @@ class CoServingSlack:
             last.iteration,
         )
 
-    def _budget(self, view: View) -> float:
-        """Seconds that the coming iteration may take."""
+    def _token_budget(self, view: View) -> float:
+        """Seconds that the coming iteration may take for the sake of the decoding requests."""
         if view.decode_count:
-            banked_s = view.token_deadline_s - view.start_s
-            budget_s = min(banked_s, self._max_burst * self._budget_s)
-        else:
-            budget_s = self._budget_s
-        if view.prefilling or len(view.waiting):
-            budget_s = min(budget_s, self._first_token_budget(view))
-        return budget_s
+            return min(view.token_deadline_s - view.start_s, self._max_burst * self._budget_s)
+        return self._idle_s
 
-    def _first_token_budget(self, view: View) -> float:
-        """Seconds per iteration that let the first prompt in line be done before its TTFT deadline."""
-        first = view.prefilling[0] if view.prefilling else view.waiting.first()
-        deadline_s = first.first_token_deadline_s
+    def _prompt_budget(self, view: View) -> float:
+        """Seconds per iteration that let the first prompt in line, and the last, be done in time.
+
+        A deadline that is already lost counts as none: it must not cost the other requests theirs.
+        """
+        if view.prefilling:
+            first = view.prefilling[0]
+        elif len(view.waiting):
+            first = view.waiting.first()
+        else:
+            return math.inf
+        last = view.waiting.last() if len(view.waiting) else view.prefilling[-1]
         room = max(1, view.limits.max_tokens - view.decode_count)
-        iterations = math.ceil(first.remaining_tokens / room)
-        left_s = self._first_token_share * (deadline_s - view.start_s) / iterations
-        # A deadline that is already lost must not cost the other requests theirs.
-        return left_s if left_s > 0 else math.inf
+        backlog = view.waiting.tokens + sum([s.remaining_tokens for s in view.prefilling])
+        budget_s = self._budget_s
+        for sequence, tokens in ((first, first.remaining_tokens), (last, backlog)):
+            left_s = self._first_token_share * (sequence.first_token_deadline_s - view.start_s)
+            if left_s > 0:
+                budget_s = min(budget_s, left_s / math.ceil(tokens / room))
+        return budget_s
