@@ -37,7 +37,12 @@ COLUMNS = (
     Column("finetune_share_of_peak", ("of peak", "%"), 100, 1),
 )
 
-_LABEL_HEADS = {"rate_rps": ("rate", "req/s"), "seed": ("", "seed"), "source": ("", "source")}
+_LABEL_HEADS = {
+    "router": ("", "router"),
+    "rate_rps": ("rate", "req/s"),
+    "seed": ("", "seed"),
+    "source": ("", "source"),
+}
 
 
 class Section(NamedTuple):

@@ -141,6 +141,7 @@ def assemble(config: DictConfig) -> Assembly:
         "name": run.name,
         "policy": config.policy.name,
         "model": config.model.name,
+        "router": str(config.cluster.router._target_).rpartition(".")[2],
         "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
         "workload": workload.name,
         "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),

@@ -16,6 +16,7 @@ from sim.errors import BUG, USER_ERROR, message, nearest, report
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
     "compare": ("simulate every policy on the same workload: a table and a figure", "sim.simulate:compare"),
+    "frontier": ("finetuning against goodput for every policy, over rates", "sim.frontier:main"),
     "compile": (
         "plan a sample's memory: what is kept, what is recomputed",
         "sim.compile_program:main",

@@ -163,6 +163,8 @@ def _few_collections() -> Iterator[None]:
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, the figure that compares them, and where both are."""
     from analysis.figures.compare import write_compare
+    from analysis.figures.sweep import write_sweep
+    from analysis.runs import SCENE, varied
     from analysis.table import print_table
     from sim.results import read_run
 
@@ -173,10 +175,15 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     else:
         folder = folder.parent
     print_table(shown)
-    print(f"runs:   {_near(folder)}")
-    print(f"figure: {_near(write_compare(shown, folder / 'compare.png'))}")
+    print(f"runs:   {shown_path(folder)}")
+    scenes = varied(shown, SCENE)
+    if scenes:
+        print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")
+        return
+    write = write_sweep if varied(shown, ["rate_rps"]) else write_compare
+    print(f"figure: {shown_path(write(shown, folder / 'compare.png'))}")
 
 
-def _near(path: Path) -> Path:
+def shown_path(path: Path) -> Path:
     """Relative to the working directory where it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

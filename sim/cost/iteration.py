@@ -150,7 +150,9 @@ class IterationCost:
             else:
                 high = n
             step += 1
-            slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
+            slope_s = (
+                token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
+            )
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)

@@ -1,0 +1,53 @@
+"""`coserve frontier`: finetuning against goodput for every policy, over arrival rates and routers.
+
+    coserve frontier                                        built-in workload, 4 x A100
+    coserve frontier device=h100 slo=mlperf_server workload=azure_conv workload.duration_s=600 \
+        workload.rate_rps=8,16,24,32,40
+
+Each policy is shown with its better router; `seed=0,1,2,3,4` asks that the SLO is kept at every seed.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sim.assemble import CONFIGS
+from sim.hydra_app import hydra_main
+from sim.simulate import shown_path, simulate
+
+DEFAULTS = {
+    "workload.rate_rps": "4,8,12,16,20,24",
+    "cluster/router": "least_tokens,consolidate",
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve frontier`."""
+    given = {arg.partition("=")[0] for arg in argv}
+    policies = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml") if path.stem != "separate")
+    defaults = {"policy": ",".join(policies), **DEFAULTS}
+    argv = [*argv, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
+    return hydra_main(simulate, ["-m", *argv], prog="coserve frontier", at_end=_show)
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of the best finetuning at each rate, as text and CSV, and the figure."""
+    from analysis.figures.frontier import Point, frontier, peak_tok_s, write_frontier
+
+    folder = Path(rows[0]["folder"]).parent
+    lines = frontier(rows)
+    with (folder / "frontier.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["policy", *Point._fields])
+        writer.writerows([policy, *point] for policy, points in lines.items() for point in points)
+    rates = sorted({point.rate_rps for points in lines.values() for point in points})
+    print(f"trained tok/s where the SLO is kept; finetuning alone {peak_tok_s(rows) or 0:,.0f}")
+    print(f"{'policy':18}" + "".join(f"{rate:>10g}" for rate in rates) + "   req/s")
+    for policy in sorted(lines):
+        at = {point.rate_rps: point.finetune_tok_s for point in lines[policy]}
+        print(f"{policy:18}" + "".join(f"{at[r]:>10,.0f}" if r in at else f"{'-':>10}" for r in rates))
+    print(f"runs:   {shown_path(folder)}")
+    print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")
