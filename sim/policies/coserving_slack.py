@@ -50,8 +50,8 @@ class CoServingSlack:
         `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however
         much is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is
         here; one that arrives meanwhile waits for its end. `first_token_share`: share of the time left to
-        the TTFT deadlines that may be used up until the waiting prompts are done. `smoothing`: weight of the newest iteration in the error averages.
-        `margin_deviations`: how many mean deviations of measured/predicted are kept as margin.
+        the TTFT deadlines that may be used up until the waiting prompts are done. `smoothing`: weight of
+        the newest iteration in the error averages. `margin_deviations`: how many mean deviations of measured/predicted are kept as margin.
         """
         for key, share in (
             ("smoothing", smoothing),
