@@ -83,5 +83,5 @@ class Jobs:
         jobs: Iterable[Job] = self.active.values()
         if len(self.active) > 1:
             jobs = sorted(jobs, key=lambda job: job.virtual_s)
-        self.views = tuple([job.view() for job in jobs])
-        self.view_of = {view[0]: view for view in self.views}
+        self.views = views = tuple([job.view() for job in jobs])
+        self.view_of = {view.id: view for view in views}

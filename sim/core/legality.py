@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from sim.core.finetune import IllegalSlice, Slice, check_slices
@@ -93,9 +94,10 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
 
 
 def _check_finetune(state: PipelineState, pieces: tuple[Slice, ...]) -> None:
-    jobs = dict.fromkeys([piece.job for piece in pieces])
-    for id in jobs:
-        slices = pieces if len(jobs) == 1 else [piece for piece in pieces if piece.job == id]
+    own: dict[str, Seq[Slice]] = {pieces[0].job: pieces}
+    if len(pieces) > 1:
+        own = {p.job: [q for q in pieces if q.job == p.job] for p in pieces}
+    for id, slices in own.items():
         view = state.jobs.view_of.get(id)
         if view is None:
             raise IllegalPlan(f"finetuning job {id!r} is not active")

@@ -149,8 +149,10 @@ class IterationCost:
                 low = n
             else:
                 high = n
+            if step == 0:
+                slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s
+                slope_s += pair_s * (context + n)
             step += 1
-            slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)
@@ -195,9 +197,10 @@ class IterationCost:
                 low = n
             else:
                 high = n
+            if step == 0:
+                slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + window_s[x] - window_s[x - 1]
+                slope_s += each_s + pair_s * (context + n)
             step += 1
-            slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + each_s + pair_s * (context + n)
-            slope_s += window_s[x] - window_s[x - 1]
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)

@@ -74,12 +74,10 @@ class CoServingSlack:
         correction = error.ratio * (1 + self._margin_deviations * error.deviation)
         budget_s = self._budget(view) / correction
         latency = Latency(self._predictor, budget_s, self._min_chunk_tokens)
-        inference = pack_inference(view, latency=latency)
-        slices, work = fill(inference.work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
+        decode, prefills, preempted, work = pack_inference(view, latency=latency)
+        slices, work = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(
-            inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s, error
-        )
+        return Plan(decode, prefills, preempted, slices, False, predicted_s, error)
 
     def _observe(self, view: View) -> _Error:
         error: _Error = view.memory or _Error()
