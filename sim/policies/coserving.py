@@ -40,4 +40,4 @@ class CoServing:
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency)
         slices, work = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(decode, prefills, preempted, slices, False, predicted_s)
+        return tuple.__new__(Plan, (decode, prefills, preempted, slices, False, predicted_s, None))
