@@ -12,6 +12,7 @@ from collections.abc import Generator
 from typing import Any
 
 import simpy
+from simpy.events import Timeout
 
 from sim.core.cost import CostModel
 from sim.core.loop import Command, Done, Execute, Sleep
@@ -35,14 +36,10 @@ class SimulatedPipeline:
             self._wake.succeed()
 
     def _run(self) -> Generator[simpy.Event, Any, None]:
-        env, send, iteration_s, timeout = (
-            self._env,
-            self._loop.send,
-            self._world.iteration_s,
-            self._env.timeout,
-        )
+        env, send, iteration_s = self._env, self._loop.send, self._world.iteration_s
         ends: deque[float] = deque()
         device_free_s = -math.inf
+        now_s = env.now
         reply: Done | None = None
         while True:
             try:
@@ -50,17 +47,17 @@ class SimulatedPipeline:
             except StopIteration:
                 return
             if type(command) is Execute:
-                start_s = device_free_s if device_free_s > env.now else env.now
+                start_s = device_free_s if device_free_s > now_s else now_s
                 device_free_s = start_s + iteration_s(command.work)
                 ends.append(device_free_s)
-                reply = Done(env.now)
                 continue
             if type(command) is Sleep:
                 yield self._sleep(command.until_s)
-                reply = Done(env.now)
             else:
-                yield timeout(max(0.0, ends.popleft() - env.now))
-                reply = Done(env.now)
+                left_s = ends.popleft() - now_s
+                yield Timeout(env, left_s if left_s > 0.0 else 0.0)
+            now_s = env.now
+            reply = tuple.__new__(Done, (now_s, (), ()))
 
     def _sleep(self, until_s: float) -> simpy.Event:
         """An event at `until_s` or at the next `wake`, whichever is first."""

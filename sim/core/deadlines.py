@@ -38,8 +38,12 @@ class TokenDeadlines:
         """Deadline of the token that decode tick `tick` gives; `inf` when there is none."""
         earliest = math.inf
         for tpot_s, heap in self._heaps.items():
-            while heap and self._base_s.get(heap[0][1]) != heap[0][0]:
+            while heap:
+                base_s, id = heap[0]
+                if self._base_s.get(id) == base_s:
+                    deadline_s = base_s + tick * tpot_s
+                    if deadline_s < earliest:
+                        earliest = deadline_s
+                    break
                 heappop(heap)
-            if heap:
-                earliest = min(earliest, heap[0][0] + tick * tpot_s)
         return earliest

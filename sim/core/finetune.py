@@ -173,8 +173,9 @@ class Job:
         )
 
     def view(self) -> JobView:
-        return JobView(
-            *self._fixed, self.sample_tokens, self.forward_tokens, self.backward_layer_tokens, self.step_due
+        due = self.accumulated_samples > 0 and self.step_due
+        return tuple.__new__(
+            JobView, (*self._fixed, self.sample_tokens, self.forward_tokens, self.backward_layer_tokens, due)
         )
 
     def advance(self, piece: Slice) -> None:

@@ -65,7 +65,8 @@ class Jobs:
             if type(piece) is Backward:
                 view = job.view() if len(pieces) > 1 else self.view_of[piece.job]
                 backward += backward_chunks(view, piece.layer_tokens)
-                recompute += recompute_chunks(view, piece.layer_tokens)
+                if view.memory == "recompute":
+                    recompute += recompute_chunks(view, piece.layer_tokens)
             elif type(piece) is Forward:
                 forward += (Chunk(piece.tokens, job.forward_tokens),)
             else:
@@ -77,11 +78,14 @@ class Jobs:
             if job.finished:
                 del self.active[piece.job]
         self._refresh()
-        return FinetuneWork(forward, backward, recompute, params, steps)
+        return tuple.__new__(FinetuneWork, (forward, backward, recompute, params, steps))
 
     def _refresh(self) -> None:
-        jobs: Iterable[Job] = self.active.values()
-        if len(self.active) > 1:
-            jobs = sorted(jobs, key=lambda job: job.virtual_s)
-        self.views = tuple([job.view() for job in jobs])
-        self.view_of = {view[0]: view for view in self.views}
+        active = self.active
+        if len(active) == 1:
+            for id, job in active.items():
+                view = job.view()
+                self.views, self.view_of = (view,), {id: view}
+            return
+        views = [job.view() for job in sorted(active.values(), key=lambda job: job.virtual_s)]
+        self.views, self.view_of = tuple(views), {view.id: view for view in views}

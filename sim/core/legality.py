@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
 from sim.core.finetune import IllegalSlice, Slice, check_slices
@@ -93,13 +94,18 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
 
 
 def _check_finetune(state: PipelineState, pieces: tuple[Slice, ...]) -> None:
-    jobs = dict.fromkeys([piece.job for piece in pieces])
-    for id in jobs:
-        slices = pieces if len(jobs) == 1 else [piece for piece in pieces if piece.job == id]
-        view = state.jobs.view_of.get(id)
-        if view is None:
-            raise IllegalPlan(f"finetuning job {id!r} is not active")
-        try:
-            check_slices(view, slices)
-        except IllegalSlice as error:
-            raise IllegalPlan(str(error)) from None
+    if len(pieces) == 1:
+        _check_job(state, pieces[0].job, pieces)
+        return
+    for id in dict.fromkeys([piece.job for piece in pieces]):
+        _check_job(state, id, [piece for piece in pieces if piece.job == id])
+
+
+def _check_job(state: PipelineState, id: str, pieces: Seq[Slice]) -> None:
+    view = state.jobs.view_of.get(id)
+    if view is None:
+        raise IllegalPlan(f"finetuning job {id!r} is not active")
+    try:
+        check_slices(view, pieces)
+    except IllegalSlice as error:
+        raise IllegalPlan(str(error)) from None

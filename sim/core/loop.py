@@ -89,35 +89,39 @@ def run_loop(
     """Run one pipeline until its horizon. Modifies `state`, which it closes at the end."""
     now_s = start_s
     in_flight = 0
-    wait = Wait()
+    wait, lookahead, duration_s = Wait(), state.limits.lookahead, horizon.duration_s
+    due, view, apply, commit, decide = arrivals.due, state.view, state.apply, state.commit, policy.plan
+    running = state.running
     while True:
-        for request in arrivals.due(min(now_s, horizon.duration_s)):
+        for request in due(now_s if now_s < duration_s else duration_s):
             if not state.arrive(request):
                 arrivals.ended(request.id, now_s)
-        over = _over(state, arrivals, horizon, now_s)
-        plan = None if over else policy.plan(state.view(now_s))
+        # With something running before the horizon, the answer needs no call.
+        over = False if running and now_s < duration_s else _over(state, arrivals, horizon, now_s)
+        plan = None if over else decide(view(now_s))
         if plan is not None and _has_work(plan, state):
-            yield Execute(plan, state.apply(plan, now_s))
+            yield tuple.__new__(Execute, (plan, apply(plan, now_s)))
             in_flight += 1
-            if in_flight <= state.limits.lookahead:
+            if in_flight <= lookahead:
                 continue
         elif over and in_flight == 0:
             break
         if in_flight:
-            done = yield wait
+            now_s, ended, aborted = yield wait
             in_flight -= 1
-            gone = state.commit(done.now_s, done.ended, done.aborted)
+            gone = commit(now_s, ended, aborted)
         else:
             done = yield Sleep(_next_event_s(state, arrivals, horizon, now_s))
+            now_s = done.now_s
             gone = state.abort(done.aborted)
-        now_s = done.now_s
         for id in gone:
             arrivals.ended(id, now_s)
     state.close()
 
 
 def _has_work(plan: Plan, state: PipelineState) -> bool:
-    return bool(plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count))
+    decode, prefills, preempted, slices, _, _, _ = plan
+    return bool(slices or prefills or preempted or (decode and state.decode_count))
 
 
 def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> bool:

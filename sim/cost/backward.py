@@ -27,7 +27,7 @@ def largest_backward(cost: IterationCost, work: Work, job: JobView, budget_s: fl
     left = 0 if step_due else length * layers - done
     if left <= 0 or (cost.lookahead and cost._host_s > budget_s):
         return 0
-    if length > cost.known_tokens:
+    if length >= len(cost._token_s):
         cost._reach(length)
     b, r, over = _question(cost, work, budget_s)
     if not work.backward:
@@ -130,8 +130,9 @@ def _part(
             low = n
         else:
             high = n
+        if step == 0:
+            slope_s = list_s[n] - list_s[n - 1] + each_s + pair_s * (right - n)
         step += 1
-        slope_s = list_s[n] - list_s[n - 1] + each_s + pair_s * (right - n)
         if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
             n -= int(over_s / slope_s)
             n += (n == low) - (n == high)

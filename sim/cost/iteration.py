@@ -56,9 +56,16 @@ class IterationCost:
 
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
-        prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, _ = work
-        if prefill or forward or backward or recompute or params or decodes > self.known_tokens:
-            gpu_s = self._gpu_s(work)
+        prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, overlap = work
+        if forward or backward or prefill or recompute or params or decodes > self.known_tokens:
+            if overlap:
+                gpu_s = self._gpu_s(work)
+            else:
+                # As `_gpu_s` does it; written out because this is the common case.
+                tokens, p, rest, lora_token, windows, f, b, r, optimizer = self._terms(work)
+                gpu_s = (self._token_s[tokens + windows] + (p + rest + lora_token * tokens)) + (
+                    (f + self._window_s[windows]) + ((b + r) + optimizer)
+                )
         elif decodes:
             rest_s = (
                 self._decode_fixed_s + decodes * self._decode_sequence_s + context * self._decode_context_s
@@ -149,10 +156,16 @@ class IterationCost:
                 low = n
             else:
                 high = n
+            if step == 0:
+                slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s
+                slope_s += pair_s * (context + n)
             step += 1
+<<<<<<< HEAD
             slope_s = (
                 token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
             )
+=======
+>>>>>>> speed
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)
@@ -197,9 +210,10 @@ class IterationCost:
                 low = n
             else:
                 high = n
+            if step == 0:
+                slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + window_s[x] - window_s[x - 1]
+                slope_s += each_s + pair_s * (context + n)
             step += 1
-            slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + each_s + pair_s * (context + n)
-            slope_s += window_s[x] - window_s[x - 1]
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)
@@ -261,7 +275,7 @@ class IterationCost:
             for layers, n, c in backward:
                 if n > largest:
                     largest = n
-                    if n > self.known_tokens:
+                    if n >= len(self._token_s):
                         self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
@@ -273,7 +287,7 @@ class IterationCost:
             for n, c in recompute:
                 if n > largest:
                     largest = n
-                    if n > self.known_tokens:
+                    if n >= len(self._token_s):
                         self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
@@ -282,7 +296,8 @@ class IterationCost:
                 )
         if largest > self.known_tokens:
             self.extrapolations += 1
-            self._reach(largest)
+            if largest >= len(self._token_s):
+                self._reach(largest)
         rest_s += self._sampled_s[sampled]
         if adapters:
             rest_s += curves.lora_fixed_s + curves.adapter_s * adapters

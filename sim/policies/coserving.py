@@ -37,9 +37,7 @@ class CoServing:
         self._latency = Latency(predictor, self._budget_s, min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        inference = pack_inference(view, latency=self._latency)
-        slices, work = fill(
-            inference.work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens
-        )
+        decode, prefills, preempted, work = pack_inference(view, latency=self._latency)
+        slices, work = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s)
+        return tuple.__new__(Plan, (decode, prefills, preempted, slices, False, predicted_s, None))

@@ -51,7 +51,8 @@ class CoServingSlack:
         much is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is
         here; one that arrives meanwhile waits for its end. `first_token_share`: share of the time left to
         the TTFT deadlines that may be used up until the waiting prompts are done. `smoothing`: weight of
-        the newest iteration in the error averages. `margin_deviations`: how many mean deviations of measured/predicted are kept as margin.
+        the newest iteration in the error averages. `margin_deviations`: how many mean deviations of
+        measured/predicted are kept as margin.
         """
         for key, share in (
             ("smoothing", smoothing),
@@ -80,14 +81,12 @@ class CoServingSlack:
         correction = error.ratio * (1 + self._margin_deviations * error.deviation)
         tokens_s = self._token_budget(view)
         latency = Latency(self._predictor, tokens_s / correction, self._min_chunk_tokens)
-        inference = pack_inference(view, latency=latency)
+        decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
-        slices, work = fill(inference.work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
+        slices, work = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         predicted_s = self._predictor.iteration_s(work)
-        return Plan(
-            inference.decode, inference.prefills, inference.preempted, slices, False, predicted_s, error
-        )
+        return Plan(decode, prefills, preempted, slices, False, predicted_s, error)
 
     def _observe(self, view: View) -> _Error:
         error: _Error = view.memory or _Error()

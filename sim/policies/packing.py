@@ -60,7 +60,7 @@ def pack_inference(view: View, token_budget: int | None = None, latency: Latency
     waiting, free = len(view.waiting), view.free_blocks - view.growth_blocks
     if not waiting and not view.prefilling and free >= 0:
         # Most iterations only decode.
-        return Inference(True, (), (), view.decode_work)
+        return tuple.__new__(Inference, (True, (), (), view.decode_work))
     limit = view.limits.max_tokens
     max_tokens = limit if token_budget is None else min(token_budget, limit)
     if free < 0:
