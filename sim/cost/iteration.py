@@ -160,12 +160,6 @@ class IterationCost:
                 slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s
                 slope_s += pair_s * (context + n)
             step += 1
-<<<<<<< HEAD
-            slope_s = (
-                token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s + pair_s * (context + n)
-            )
-=======
->>>>>>> speed
             if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
                 n -= int(over_s / slope_s)
                 n += (n == low) - (n == high)
