@@ -1,8 +1,8 @@
 """The frontier: how much finetuning each policy gets done at how much goodput, while the SLO is kept.
 
 A point is one arrival rate; of the routers that were run, each policy is shown with its best. A rate at
-which a policy misses the SLO has no point, so a line ends where the policy does. Drawn in are the bounds: finetuning
-alone, serving alone, and the ideal sum, both at once at full rate.
+which a policy misses the SLO has no point, so a line ends where the policy does. Drawn in are the bounds:
+finetuning alone, serving alone, and the ideal sum, both at once at full rate.
 """
 
 from __future__ import annotations

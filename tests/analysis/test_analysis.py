@@ -60,7 +60,8 @@ def write(folder: Path, policy: str, rate: float = 2.0, tokens: int = 50, seed: 
     code = recorder.slos.code("chat")
     recorder.requests.append((0, 0, code, 0, Outcome.FINISHED, 0.0, 0.5, 1.0, 3.0, 5, 3, 3, 0))
     recorder.segments.append((0, 0, code, 1.0, 0, 2))
-    recorder.ticks.append((0, 2.0, 0, 3.0))
+    recorder.ticks.append((0, 2.0))
+    recorder.ticks.append((0, 3.0))
     for i in range(3):
         values = {**dict.fromkeys(ITERATION_COLUMNS, 0), "start_s": i, "end_s": i + 1.0, "predicted_s": NAN}
         values |= {"iteration": i, "sampled_tokens": 1, "running": 1, "forward_tokens": 10}
