@@ -1,0 +1,72 @@
+"""The frontier shows each policy's best router where the SLO is kept at every seed, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from analysis.figures.frontier import frontier, frontier_figure, peak_tok_s
+from sim.cli import main
+
+
+def row(
+    policy: str, rate: float, router: str, attainment: float, trained: float, seed: int = 0
+) -> dict[str, Any]:
+    return {
+        "policy": policy,
+        "rate_rps": rate,
+        "router": router,
+        "seed": seed,
+        "attainment": attainment,
+        "goodput_rps": rate * attainment,
+        "finetune_tok_s": trained,
+        "peak_finetune_tok_s": 100.0,
+        "workload": "w",
+        "model": "m",
+        "device": "d",
+    }
+
+
+ROWS = [
+    row("a", 1.0, "near", 1.0, 50.0),
+    row("a", 1.0, "far", 1.0, 60.0),
+    row("a", 2.0, "near", 1.0, 40.0),
+    row("a", 2.0, "far", 0.5, 90.0),
+    row("a", 3.0, "near", 0.5, 30.0),
+    row("b", 1.0, "near", 1.0, 10.0, seed=0),
+    row("b", 1.0, "near", 0.9, 30.0, seed=1),
+    row("inference_only", 1.0, "near", 1.0, 0.0),
+]
+
+
+def test_each_policy_has_its_best_router_at_the_rates_where_it_keeps_the_slo() -> None:
+    lines = frontier(ROWS)
+    assert [(p.rate_rps, p.finetune_tok_s, p.router) for p in lines["a"]] == [
+        (1.0, 60.0, "far"),
+        (2.0, 40.0, "near"),
+    ]
+    assert "b" not in lines  # it misses the SLO at one of its seeds
+    assert peak_tok_s(ROWS) == 100.0
+
+
+def test_the_figure_draws_every_point_and_the_bounds() -> None:
+    axes = frontier_figure(ROWS).axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["a"] == [[1.0, 60.0], [2.0, 40.0]]
+    assert drawn["ideal sum"] == [[1.0, 100.0]]
+
+
+def test_the_program_prints_a_table_and_writes_the_points(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["policy=coserving_slack,inference_only", "workload=poisson", "workload.duration_s=20"]
+    argv += ["workload.rate_rps=2,4", "cluster/router=least_tokens", "hydra.sweep.dir=out"]
+    assert main(["frontier", *argv]) == 0
+    assert "coserving_slack" in capfd.readouterr().out
+    lines = Path("out/frontier.csv").read_text().splitlines()
+    assert lines[0] == "policy,rate_rps,goodput_rps,finetune_tok_s,router"
+    assert len(lines) == 5
+    assert Path("out/frontier.png").stat().st_size > 10_000
