@@ -263,7 +263,8 @@ def hand_made() -> Recorder:
     """Three requests: two tokens at the bounds, one single token, one preempted after two tokens."""
     recorder = Recorder()
     code = recorder.slos.code("chat")
-    recorder.ticks.append([0, 2.0, 0, 3.0, 0, 4.5, 0, 6.0])
+    for end_s in (2.0, 3.0, 4.5, 6.0):
+        recorder.ticks.append([0, end_s])
     finished = Outcome.FINISHED
     nan = math.nan
     for row in (
