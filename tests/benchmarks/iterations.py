@@ -17,13 +17,13 @@ cores of an AMD EPYC virtual machine), stage by stage in microseconds, arrivals 
     before  35 = plan 14.9, apply 7.3, commit 4.2, world 2.2, view 1.7, arrivals 0.5, loop and SimPy 4
     after   27 = plan 11, apply 6, commit 3.0, world 2.0, view 1.5, arrivals 0.5, loop and SimPy 3
 
-- The inverse questions of the cost model took half of `plan`: each search began at the largest slice and needed
-  5 evaluations for a window and 6 for a part of a layer. From the previous answer, or from the two ends that
-  are known, and by Newton's method they take 3.1 and 3.5.
+- The inverse questions of the cost model took half of `plan`: each search began at the largest slice and
+  needed 5 evaluations for a window and 6 for a part of a layer. From the previous answer, or from the two
+  ends that are known, and by Newton's method they take 3.1 and 3.5.
 - A NamedTuple's constructor is a Python function: 180 ns for ten fields where `tuple.__new__` takes 100. Six
   are made per iteration.
 - A row of 26 numbers took 1.0 us value by value, packed into bytes it takes 0.35.
-- The rest was calls: one job and one slice, the common case, went through the loops and dictionaries for many.
+- The rest was calls: one job and one slice, the common case, went through loops and dictionaries for many.
 
 Left, in instructions of 3,300 per iteration: 530 in the terms of the cost model (asked three times: by the
 search, for the prediction, by the world), 470 in the two searches, 280 in apply and commit themselves, 280 in
