@@ -30,8 +30,8 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/mypy $(wildcard sim engine profiles analysis hydra_plugins)
 
-bench: $(VENV)/.test  ## the benchmarks of tests/benchmarks, as tables
-	$(BIN)/python -m pytest -q -p no:xdist --benchmark-only tests/benchmarks
+bench: $(VENV)/.test  ## how fast the simulator is, as a table; benchmarks that need a GPU run by hand
+	$(BIN)/python tests/benchmarks/iterations.py
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
