@@ -21,22 +21,24 @@ class Efficiency:
     Bandwidths named so are shares of the memory's or the link's.
     """
 
-    gemm_flops: float = 0.900
+    gemm_flops: float = 0.905
     """Share of peak FLOP/s inside a tile of at least 128 x 128."""
-    gemm_small_tile: float = 0.941
-    """FLOP/s of a tile with a side of 64, relative to that; squared below 64."""
-    gemm_l2_bytes_per_flop: float = 0.0173
-    """Rate at which all tiles together are fed, relative to peak FLOP/s: the L2 runs at the same clock."""
-    gemm_read_bandwidth: float = 0.794
-    gemm_write_bandwidth: float = 0.504
-    gemm_smoothness: float = 2.05
+    gemm_small_tile: float = 0.924
+    """FLOP/s of tiles with a side of 64, relative to that; squared below 64. Above 1 where several
+    tiles on one multiprocessor hide each other's loads."""
+    gemm_l2_bandwidth: float = 2.65
+    """Rate at which all tiles together are fed, as a multiple of the memory's: through the L2, most of
+    whose misses the memory serves."""
+    gemm_read_bandwidth: float = 0.786
+    gemm_write_bandwidth: float = 0.476
+    gemm_smoothness: float = 2.13
     """Exponent of the smooth maximum of arithmetic and memory time."""
-    gemm_tile_s: float = 1.09e-6
+    gemm_tile_s: float = 1.11e-6
     """Per tile of a multiprocessor: filling and draining its pipeline."""
-    gemm_split_k_bytes_per_flop: float = 0.0125
+    gemm_split_k_bandwidth: float = 1.93
     """Rate of the split-k partial sums, which mostly stay in the L2, likewise."""
-    gemm_split_k_s: float = 2.09e-6
-    gemm_fixed_s: float = 2.49e-6
+    gemm_split_k_s: float = 2.14e-6
+    gemm_fixed_s: float = 2.45e-6
 
     attention_generation: float = 2.0
     """Of FlashAttention: 2 has a tile per query head and splits the keys of one token only; 3 packs the
@@ -46,72 +48,72 @@ class Efficiency:
     """FLOP/s of attention with heads below 128, relative to 128."""
     attention_head256: float = 1.0
     """The same for each doubling of the head above 128."""
-    attention_tile_s: float = 0.67e-6
-    attention_critical: float = 0.545
+    attention_tile_s: float = 0.656e-6
+    attention_critical: float = 0.54
     """Time of the longest tile, alone on its multiprocessor, relative to a busy device's."""
-    attention_bandwidth: float = 0.467
+    attention_bandwidth: float = 0.463
     attention_query_weight: float = 0.293
     """Query and output bytes of grouped heads, as counted against `attention_bandwidth`."""
-    attention_kv_weight: float = 3.43
+    attention_kv_weight: float = 3.34
     """Key and value bytes of grouped heads, likewise: they are read by every head or tile."""
-    attention_smoothness: float = 1.17
+    attention_smoothness: float = 1.16
     attention_split_s: float = 1e-6
-    attention_fixed_s: float = 8.53e-6
+    attention_fixed_s: float = 8.55e-6
 
-    decode_bandwidth: float = 0.885
-    decode_sm_bandwidth: float = 1.34
+    decode_bandwidth: float = 0.888
+    decode_sm_bandwidth: float = 1.35
     """Memory rate of one multiprocessor alone, as a multiple of its share of the device's."""
-    decode_tile_s: float = 3.78e-6
+    decode_tile_s: float = 3.77e-6
     decode_head64: float = 0.844
     """`decode_tile_s` of heads below 128, relative to 128; and of each doubling above."""
     decode_head256: float = 1.41
-    decode_smoothness: float = 1.97
-    decode_split_s: float = 3.86e-6
+    decode_smoothness: float = 1.94
+    decode_split_s: float = 3.8e-6
     """Combining the results of split keys, and the same per split."""
-    decode_each_split_s: float = 2.28e-7
-    decode_regroup_s: float = 6.28e-6
+    decode_each_split_s: float = 0.228e-6
+    decode_regroup_s: float = 6.29e-6
     """FlashAttention 2 copies the query when several sequences have several groups."""
     decode_fixed_s: float = 6.33e-6
 
     allreduce_fixed_s: float = 4.88e-6
     """The one-kernel all-reduce; the next is for each further device."""
-    allreduce_hop_s: float = 1.45e-7
-    allreduce_one_shot: float = 0.626
+    allreduce_hop_s: float = 0.147e-6
+    allreduce_one_shot: float = 0.628
     """Share of the link when every device reads all others' data, and when it reduces its part first."""
-    allreduce_two_shot: float = 0.789
-    allreduce_two_shot_s: float = 7.82e-6
-    allreduce_eager_s: float = 44.3e-6
+    allreduce_two_shot: float = 0.718
+    allreduce_two_shot_s: float = 7.18e-6
+    allreduce_eager_s: float = 44.9e-6
     """Outside a captured graph an all-reduce takes at least its launch."""
     nccl_fixed_s: float = 10.1e-6
-    nccl_hop_s: float = 0.764e-6
+    nccl_hop_s: float = 0.766e-6
     nccl_low_latency: float = 0.217
     """Share of the link by NCCL's low-latency protocols; beyond it takes `nccl_simple_s` more and
     reaches `nccl_bandwidth`."""
-    nccl_simple_s: float = 24.7e-6
-    nccl_bandwidth: float = 0.797
-    nccl_few_devices: float = 0.649
+    nccl_simple_s: float = 24.6e-6
+    nccl_bandwidth: float = 0.796
+    nccl_few_devices: float = 0.648
     """Loss of bandwidth with few devices: 1 / (1 + this / devices)."""
     nccl_switch: float = 0.924
     """Bandwidth of an all-reduce of 8 devices, relative: the switch reduces (NVLS), or does not."""
-    nccl_all_gather: float = 0.854
+    nccl_all_gather: float = 0.855
     """Bandwidth relative to an all-reduce; the next two likewise."""
     nccl_reduce_scatter: float = 0.913
-    nccl_alltoall: float = 0.915
+    nccl_alltoall: float = 0.916
 
     elementwise_bandwidth: float = 0.8
     """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
     a100_sxm.yaml and h200_sxm.yaml."""
-    norm_bandwidth: float = 0.33
-    add_bandwidth: float = 0.85
-    rotary_bandwidth: float = 0.39
-    activation_bandwidth: float = 0.48
-    embedding_bandwidth: float = 0.145
+    norm_bandwidth: float = 0.346
+    add_bandwidth: float = 0.902
+    rotary_bandwidth: float = 0.418
+    activation_bandwidth: float = 0.488
+    embedding_bandwidth: float = 0.146
     elementwise_fixed_s: float = 3e-6
-    norm_fixed_s: float = 3.6e-6
-    add_fixed_s: float = 1.6e-6
-    rotary_fixed_s: float = 2.6e-6
-    activation_fixed_s: float = 2.9e-6
-    embedding_fixed_s: float = 3.3e-6
+    norm_fixed_s: float = 1.83e-6
+    add_fixed_s: float = 0.968e-6
+    rotary_fixed_s: float = 2.1e-6
+    activation_fixed_s: float = 1.98e-6
+    embedding_fixed_s: float = 2.34e-6
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -138,7 +140,6 @@ class Efficiency:
 
 SHARES = (
     "gemm_flops",
-    "gemm_small_tile",
     "gemm_read_bandwidth",
     "gemm_write_bandwidth",
     "attention_flops",

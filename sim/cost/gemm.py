@@ -2,9 +2,9 @@
 
     y[m, n] = x[m, k] W[k, n]
 
-    tile    t(a, b, s) = t_tile + ceil(k / 32 s) 32 max(2 a b / (P/S e(a, b)), 2 (a + b) / (P/S l))
+    tile    t(a, b, s) = t_tile + ceil(k / 32 s) 32 max(2 a b / (P/S e(a, b)), 2 (a + b) / (B l/S))
     waves   t_flops    = min over tiles (a, b) and split-k s of
-                         ceil(ceil(m/a) ceil(n/b) s / S) t(a, b, s) + [s > 1] (t_split + 8 m n s / (q P))
+                         ceil(ceil(m/a) ceil(n/b) s / S) t(a, b, s) + [s > 1] (t_split + 8 m n s / (q B))
     bytes   t_bytes    = 2 (m k + k n) / (r B) + 2 m n / (w B)
     total   t          = t_fixed + (t_flops^p + t_bytes^p)^(1/p)
 
@@ -71,10 +71,10 @@ def wave_s(
     m: Floats, k: Floats | float, n: Floats | float, device: DeviceSpec, efficiency: Efficiency
 ) -> Floats:
     """The arithmetic alone: the fastest staircase over tiles and splits of k."""
-    sms = device.sms
+    sms, bandwidth = device.sms, device.memory_bandwidth_bytes_s
     flop_s = sms / (device.peak_flops * efficiency.gemm_flops)
-    feed_s = sms / (device.peak_flops * efficiency.gemm_l2_bytes_per_flop)
-    partial_s = 8.0 / (device.peak_flops * efficiency.gemm_split_k_bytes_per_flop)
+    feed_s = sms / (bandwidth * efficiency.gemm_l2_bandwidth)
+    partial_s = 8.0 / (bandwidth * efficiency.gemm_split_k_bandwidth)
     loops = [np.ceil(k / (split * STEP)) * STEP for split in SPLITS]
     best = np.full(np.broadcast_shapes(m.shape, np.shape(n)), np.inf)
     for rows, columns in TILES:
