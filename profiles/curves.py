@@ -204,9 +204,13 @@ def _levenberg(residuals: Any, x: Floats, upper: Floats, steps: int = 40) -> Flo
         columns = [(residuals(np.minimum(x + change * unit, upper)) - r) for unit in np.eye(len(x))]
         at_bound = x >= upper
         jacobian = np.column_stack(columns) / change
-        jacobian[:, at_bound] = np.column_stack(
-            [(r - residuals(x - change * unit)) / change for unit in np.eye(len(x))[at_bound]]
-        ) if at_bound.any() else jacobian[:, at_bound]
+        jacobian[:, at_bound] = (
+            np.column_stack(
+                [(r - residuals(x - change * unit)) / change for unit in np.eye(len(x))[at_bound]]
+            )
+            if at_bound.any()
+            else jacobian[:, at_bound]
+        )
         weight = 1.0 / np.sqrt(1.0 + (r / SOFT) ** 2)
         normal = jacobian.T @ (jacobian * weight[:, None])
         slope = jacobian.T @ (r * weight)

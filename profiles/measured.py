@@ -101,7 +101,9 @@ def read_frame(path: Path) -> pd.DataFrame:
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except (ValueError, OSError, pd.errors.ParserError) as error:
-        raise ValueError(f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"
+        ) from None
     if not len(frame):
         raise ValueError(f"{path}: has no rows")
     return frame
@@ -186,7 +188,9 @@ def _gemm(file: str, frame: pd.DataFrame) -> list[Measured]:
     return [_measured(file, frame, "gemm", "gemm", columns, "latency")]
 
 
-def _attention(file: str, frame: pd.DataFrame, operator: str, tokens: Floats, context: Floats) -> list[Measured]:
+def _attention(
+    file: str, frame: pd.DataFrame, operator: str, tokens: Floats, context: Floats
+) -> list[Measured]:
     columns = {
         "batch": _floats(frame, "batch_size"),
         "tokens": tokens,
@@ -362,7 +366,9 @@ LAYOUTS = (
     Layout(
         name="operator profile",
         keys=VIDUR_SHAPE,
-        seconds=tuple(f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "gemm"),
+        seconds=tuple(
+            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "gemm"
+        ),
         read=_vidur,
         mark=frozenset({"n_embd", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"}),
         repeats=_different_times,

@@ -11,17 +11,19 @@ from sim.cost.attention import prefill_s
 from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
 from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import KINDS, elementwise_s
-from sim.cost.gemm import gemm_rows_s
+from sim.cost.gemm_table import product_rows_s
 
 Floats = NDArray[np.float64]
 
 
-def predicted_s(measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None) -> Floats:
+def predicted_s(
+    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str = "curve"
+) -> Floats:
     """Seconds of each row of `measured`; the device's own efficiency unless another is given."""
     e = Efficiency.of(device) if efficiency is None else efficiency
     c, kind = measured.columns, measured.kind
     if kind == "gemm":
-        return gemm_rows_s(c["m"], c["k"], c["n"], device, e)
+        return product_rows_s(c["m"], c["k"], c["n"], device, e, gemm)
     if kind == "attention":
         shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
         return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])

@@ -74,7 +74,9 @@ def prefill_s(
     head = np.where(
         head_dim < 128, e.attention_head64, e.attention_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
     )
-    key_s = FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
+    key_s = (
+        FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
+    )
     grouped = group > 1
     query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
     kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
@@ -167,9 +169,7 @@ def decode_cost(model: ModelShape, tp: int, device: DeviceSpec, efficiency: Effi
     return DecodeCost(*(model.layers * x).tolist())
 
 
-def _keys(
-    tokens: Floats, tiles: Floats, context: Floats | float, reach: Floats
-) -> tuple[Floats, Floats]:
+def _keys(tokens: Floats, tiles: Floats, context: Floats | float, reach: Floats) -> tuple[Floats, Floats]:
     """Keys that a query tile reads, on average and at most, rounded up to key tiles."""
     span = tokens / tiles
     """Tokens of a tile. Its last one sees the most keys: tile j ends at j spans."""
@@ -192,4 +192,3 @@ def _shape(like: Floats, model: ModelShape, tp: int) -> tuple[Floats, Floats, Fl
     values = (model.heads / tp, local_kv_heads(model, tp), model.head_dim, 0.0)
     heads, kv_heads, head_dim, window = (np.full_like(like, value) for value in values)
     return heads, kv_heads, head_dim, window
-

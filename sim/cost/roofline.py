@@ -24,7 +24,7 @@ from sim.cost.context import CostContext
 from sim.cost.curves import Curves
 from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import elementwise_s
-from sim.cost.gemm import gemm_s
+from sim.cost.gemm_table import GEMMS, product_s
 from sim.cost.iteration import IterationCost
 
 Floats = NDArray[np.float64]
@@ -57,6 +57,9 @@ class Roofline:
     assumption: decoding leaves arithmetic idle that a backward can use, while its GEMMs compete for
     multiprocessors and memory. The only measured case found no gain (FlexLLM's published step times,
     70B on 4 A100: 5.2 ms per backward layer from 1 to 64 layers beside a 47 ms decode)."""
+    gemm: str = "table"
+    """table: matrix products by the curve, corrected by measured ones where a table names the device
+    (`sim.cost.gemm_table`); curve: by the curve alone."""
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""
     loss_chunk_tokens: int = 1024
@@ -66,6 +69,8 @@ class Roofline:
         for name in ("host_s", "launch_s", "graph_tokens"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"cost roofline: {name} must be at least 0, got {getattr(self, name)}")
+        if self.gemm not in GEMMS:
+            raise ValueError(f"cost roofline: gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
         if not 0 <= self.overlap_contention <= 1:
             raise ValueError(
                 f"cost roofline: overlap_contention must be in [0, 1], got {self.overlap_contention}"
@@ -201,7 +206,7 @@ class _Terms:
         )
 
     def _gemm_s(self, m: Floats, k: int, n: int) -> Floats:
-        return gemm_s(m, k, n, self.device, self.efficiency)
+        return product_s(m, k, n, self.device, self.efficiency, self.settings.gemm)
 
     def _small_kernels_s(self, values: tuple[int, int, int, int]) -> Floats:
         """Two norms, each fused with its residual, rotary with the cache's write, SiLU-gate."""
