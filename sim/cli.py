@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sim.compile_program:main",
     ),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
+    "profile": ("measured profiles: show, fit, check against what is predicted", "profiles.program:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
 """Name -> (help in one line, module:function)."""

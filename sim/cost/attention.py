@@ -1,27 +1,129 @@
-"""Seconds of attention, by kind, over all layers of one device's share of the heads.
+"""Seconds of attention, by kind: the kernels' formulas, and the straight lines that iterations use.
 
-A chunk of n tokens after c cached ones, per layer, with H query and G key-value heads on the device and
-head size d:
+Prefill of B chunks of n tokens after c cached ones, H query and G key-value heads of size d on the device,
+by query tiles of 128 rows (of one head; generation 3 of FlashAttention packs a group's heads) and key
+tiles of 64:
 
-    forward    t = t_fixed + max(4 H d n (c + (n+1)/2 + w) / (P e),  4 G d (c + n) / B)
-    backward   the same with 10 H d instead of 4 H d, at 63/73 of the forward's share of peak
-    decodes    t = t_fixed + G t_seq N + 4 G d (C + N) / B     N sequences, C cached tokens summed
+    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (B_mem e)
+    longest C = t_tile + x K_last f / s
+    total   t = t_fixed + (W^p + C^p)^(1/p)
 
-4 H d FLOPs per query-key pair are two matrix products, the backward's five (recomputed scores, dV, dP,
-dQ, dK). w are keys computed in vain. The second term of the maximum is the reading of K and V in half
-precision. The backward's share of peak against the forward's: FlashAttention-2 (Dao, 2023,
-arXiv 2307.08691, section 4.1) reports up to 63 % and 73 % on an A100. Constants: `sim.cost.efficiency`.
+N tiles on S multiprocessors, K the keys that a tile reads on average (causal, or within the window), f =
+4 * 128 d S / (P e_flops) seconds per key, s the splits of the keys when there are few tiles. Decodes are
+bound by reading the cache, few of them by how fast one multiprocessor reads:
+
+    mean    W = N s/S t_tile + 4 d (G sum(L) + H B) / (B_mem e)
+    longest C = t_tile + L/s 4 d S / (B_mem e_sm)
+
+`chunk_cost` and `decode_cost` are non-negative least squares (of the relative error) of straight lines to
+these: time per chunk, token and query-key pair; per iteration, sequence and cached token. The backward
+has five products per query-key pair where the forward has two (recomputed scores, dV, dP, dQ, dK) and
+reaches 63/73 of its share of peak: FlashAttention-2 (Dao, 2023, arXiv 2307.08691, section 4.1) reports up
+to 63 % and 73 % on an A100. Nothing measured. Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.curves import ChunkCost, DecodeCost
 from sim.cost.efficiency import Efficiency
+from sim.cost.gemm import smooth_maximum
+from sim.cost.nnls import nnls
+
+Floats = NDArray[np.float64]
 
 FORWARD_FLOPS = 4.0
 BACKWARD_FLOPS = 10.0
 BACKWARD_SHARE = 63.0 / 73.0
+QUERY_TILE = 128
+KEY_TILE = 64
+BUSY = 0.8
+"""FlashAttention splits the keys when tiles fill less than this of the multiprocessors."""
+
+CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+CHUNK_CONTEXTS = (0, 1024, 4096, 16384)
+DECODES = (1, 4, 16, 48, 128, 256)
+DECODE_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
+
+
+def prefill_s(
+    batch: Floats,
+    tokens: Floats,
+    heads: Floats,
+    kv_heads: Floats,
+    head_dim: Floats,
+    window: Floats,
+    device: DeviceSpec,
+    efficiency: Efficiency,
+    context: Floats | float = 0.0,
+) -> Floats:
+    """Seconds of one layer's causal attention over `batch` equal chunks after `context` cached tokens each.
+
+    Arrays of one shape. `window` 0 is none. A chunk of one token is a decode.
+    """
+    e, packs = efficiency, efficiency.attention_generation == 3
+    group = heads / kv_heads
+    reach = np.where(window > 0, window, np.inf)
+    rows = tokens * group if packs else tokens
+    per_head = np.ceil(rows / QUERY_TILE)
+    tiles = batch * (kv_heads if packs else heads) * per_head
+    mean, longest = _keys(tokens, per_head, context, reach)
+    head = np.where(
+        head_dim < 128, e.attention_head64, e.attention_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
+    )
+    key_s = (
+        FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
+    )
+    grouped = group > 1
+    query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
+    kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
+    rate = device.memory_bandwidth_bytes_s * e.attention_bandwidth
+    splits = np.ones_like(tiles)
+    if packs:
+        splits = _splits(tiles, np.ceil(longest / KEY_TILE), device.sms)
+    mean_s = tiles / device.sms * (splits * e.attention_tile_s + mean * key_s)
+    mean_s += 4.0 * head_dim * batch * (query + kv) / rate
+    longest_s = e.attention_tile_s + longest * key_s * e.attention_critical / splits
+    seconds = e.attention_fixed_s + smooth_maximum(mean_s, longest_s, e.attention_smoothness)
+    seconds += np.where(splits > 1, e.attention_split_s, 0.0)
+    alone = decode_s(batch, context + tokens, heads, kv_heads, head_dim, window, device, efficiency)
+    return np.where(tokens == 1, alone, seconds)
+
+
+def decode_s(
+    batch: Floats,
+    context: Floats,
+    heads: Floats,
+    kv_heads: Floats,
+    head_dim: Floats,
+    window: Floats,
+    device: DeviceSpec,
+    efficiency: Efficiency,
+) -> Floats:
+    """Seconds of one layer's attention of `batch` tokens, each to `context` keys (its own included)."""
+    e, sms = efficiency, device.sms
+    group = heads / kv_heads
+    keys = np.minimum(context, np.where(window > 0, window + 1, np.inf))
+    tiles = batch * kv_heads * np.ceil(group / 64)
+    blocks = np.ceil(keys / 128)
+    can_split = (group > 1) | (e.attention_generation == 3)
+    splits = np.where(can_split, _splits(tiles, blocks, sms), 1.0)
+    size = np.where(
+        head_dim < 128, e.decode_head64, e.decode_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
+    )
+    bandwidth = device.memory_bandwidth_bytes_s
+    read_s = 4.0 * head_dim * batch * (kv_heads * keys + heads) / (bandwidth * e.decode_bandwidth)
+    mean_s = tiles * splits / sms * (e.decode_tile_s * size) + read_s
+    block_s = 128 * 4.0 * head_dim * sms / (bandwidth * e.decode_sm_bandwidth)
+    longest_s = e.decode_tile_s * size + np.ceil(blocks / splits) * block_s
+    seconds = e.decode_fixed_s + smooth_maximum(mean_s, longest_s, e.decode_smoothness)
+    seconds += np.where(splits > 1, e.decode_split_s + e.decode_each_split_s * splits, 0.0)
+    if e.attention_generation == 2:
+        seconds += np.where((group > 1) & (kv_heads > 1) & (batch > 1), e.decode_regroup_s, 0.0)
+    return seconds
 
 
 def local_kv_heads(model: ModelShape, tp: int) -> int:
@@ -32,37 +134,61 @@ def local_kv_heads(model: ModelShape, tp: int) -> int:
 def chunk_cost(
     layers: int, model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency
 ) -> ChunkCost:
-    """Forward attention of prefill chunks and finetuning windows through `layers` layers."""
-    flop_s = FORWARD_FLOPS / (device.peak_flops * efficiency.attention_flops)
-    return _chunk(layers, flop_s, model, tp, device, efficiency)
+    """Forward attention of one prefill chunk or finetuning window through `layers` layers."""
+    grid = np.meshgrid(np.array(CHUNK_TOKENS, float), np.array(CHUNK_CONTEXTS, float))
+    tokens, context = (axis.ravel() for axis in grid)
+    shape = _shape(tokens, model, tp)
+    seconds = prefill_s(np.ones_like(tokens), tokens, *shape, device, efficiency, context)
+    pairs = tokens * (context + (tokens + 1) / 2)
+    # A few tokens after a long context: the longest tile, which is what reading the context costs.
+    few = tokens == CHUNK_TOKENS[0]
+    read_s = float(np.polyfit(context[few], seconds[few], 1)[0])
+    fixed_s = float(seconds[0]) - read_s * CHUNK_TOKENS[0]
+    moved_s = seconds - fixed_s
+    # Where reading the context is all there is, the larger of the two is the reading.
+    many = moved_s > 1.3 * read_s * (context + tokens)
+    terms = np.column_stack([tokens, pairs])[many]
+    token_s, pair_s = nnls(terms / seconds[many, None], moved_s[many] / seconds[many]).tolist()
+    return ChunkCost(layers * fixed_s, layers * token_s, layers * pair_s, layers * read_s)
 
 
 def backward_cost(model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency) -> ChunkCost:
     """Backward attention of a rectangle, per layer."""
-    flop_s = BACKWARD_FLOPS / (device.peak_flops * efficiency.attention_flops * BACKWARD_SHARE)
-    return _chunk(1, flop_s, model, tp, device, efficiency)
+    forward = chunk_cost(1, model, tp, device, efficiency)
+    ratio = BACKWARD_FLOPS / FORWARD_FLOPS / BACKWARD_SHARE
+    return forward._replace(token_s=ratio * forward.token_s, pair_s=ratio * forward.pair_s)
 
 
 def decode_cost(model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency) -> DecodeCost:
     """Attention of all decodes of an iteration, all layers."""
-    heads = local_kv_heads(model, tp)
-    rate = device.memory_bandwidth_bytes_s * efficiency.decode_bandwidth
-    token_s = model.layers * 2 * heads * model.head_dim * model.dtype_bytes / rate
-    return DecodeCost(
-        model.layers * efficiency.decode_fixed_s,
-        model.layers * heads * efficiency.decode_sequence_s + token_s,
-        token_s,
-    )
+    grid = np.meshgrid(np.array(DECODES, float), np.array(DECODE_CONTEXTS, float))
+    batch, context = (axis.ravel() for axis in grid)
+    seconds = decode_s(batch, context + 1, *_shape(batch, model, tp), device, efficiency)
+    terms = np.column_stack([np.ones_like(batch), batch, batch * context])
+    x = nnls(terms / seconds[:, None], np.ones(len(batch)))
+    return DecodeCost(*(model.layers * x).tolist())
 
 
-def _chunk(
-    layers: int, flop_s: float, model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency
-) -> ChunkCost:
-    pair_s = layers * flop_s * model.heads / tp * model.head_dim
-    read_bytes = layers * 2 * local_kv_heads(model, tp) * model.head_dim * model.dtype_bytes
-    return ChunkCost(
-        layers * efficiency.attention_fixed_s,
-        pair_s * efficiency.attention_extra_tokens,
-        pair_s,
-        read_bytes / (device.memory_bandwidth_bytes_s * efficiency.decode_bandwidth),
-    )
+def _keys(tokens: Floats, tiles: Floats, context: Floats | float, reach: Floats) -> tuple[Floats, Floats]:
+    """Keys that a query tile reads, on average and at most, rounded up to key tiles."""
+    span = tokens / tiles
+    """Tokens of a tile. Its last one sees the most keys: tile j ends at j spans."""
+    ends = np.minimum(tokens, reach + span)
+    ramp = np.minimum(tiles, np.ceil(ends / span))
+    grown = span * ramp * (ramp + 1) / 2 + (tiles - ramp) * ends
+    before = np.minimum(context, reach)
+    one = np.ceil((ends + before) / KEY_TILE) * KEY_TILE
+    mean = np.where(tiles > 1, np.minimum(grown / tiles, ends) + before + KEY_TILE / 2, one)
+    longest = np.where(tiles > 1, ends + before + KEY_TILE / 2, one)
+    return mean, longest
+
+
+def _splits(tiles: Floats, blocks: Floats, sms: int) -> Floats:
+    return np.where(tiles >= BUSY * sms, 1.0, np.clip(np.floor(sms / tiles), 1.0, blocks))
+
+
+def _shape(like: Floats, model: ModelShape, tp: int) -> tuple[Floats, Floats, Floats, Floats]:
+    """Heads, key-value heads, head size and window (none) of one device, each shaped as `like`."""
+    values = (model.heads / tp, local_kv_heads(model, tp), model.head_dim, 0.0)
+    heads, kv_heads, head_dim, window = (np.full_like(like, value) for value in values)
+    return heads, kv_heads, head_dim, window

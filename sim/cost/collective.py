@@ -1,11 +1,18 @@
-"""Seconds of an all-reduce inside one node.
+"""Seconds of collectives inside one node.
 
-    t(b, g) = t_fixed + [b > 2 MiB] t_large + 2 (g - 1)/g b / (L e)
+One kernel for messages below 8 MiB (vLLM's custom all-reduce, its limits on one and two shots):
 
-b bytes per device, g devices, L the link bandwidth per direction, e its share. 2 (g - 1)/g b is what
-each device must send in any bandwidth-optimal all-reduce (Patarasuk and Yuan, J. Parallel Distrib.
-Comput. 69, 2009); inference engines use a one-kernel all-reduce up to 2 MiB and NCCL above, which the
-measured times show as a step. Constants: `sim.cost.efficiency`.
+    one shot   t = t_fixed + t_hop (g - 1) + (g - 1) b / (L e1)                  g = 2, or b small
+    two shots  t = t_fixed + t_hop (g - 1) + t_2 + 2 (g - 1)/g b / (L e2)
+
+and NCCL above, or for other collectives:
+
+    t = t_nccl + t_hop h (g - 1) + min(x / (L e_ll), t_simple + x / (L e)),  x = h (g - 1)/g b
+
+b bytes of the whole message, g devices, L the link bandwidth per direction; h = 2 for an all-reduce, else
+1. h (g - 1)/g b is what each device must send in any bandwidth-optimal algorithm (Patarasuk and Yuan, J.
+Parallel Distrib. Comput. 69, 2009). The minimum is NCCL's choice of protocol. Constants:
+`sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -16,20 +23,63 @@ from numpy.typing import NDArray
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 
-LARGE_BYTES = 2 * 2**20
+Floats = NDArray[np.float64]
+
+LARGE_BYTES = 8 * 2**20
+"""The one-kernel all-reduce takes smaller messages (vLLM's default limit)."""
+ONE_SHOT_BYTES = {2: LARGE_BYTES, 4: 512 * 2**10, 8: 256 * 2**10}
+"""Up to so many devices -> messages below it go in one shot (vLLM's custom_all_reduce.cuh)."""
+OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall")
 
 
-def allreduce_s(
-    size_bytes: NDArray[np.float64], tp: int, device: DeviceSpec, efficiency: Efficiency
-) -> NDArray[np.float64]:
-    """Seconds for each message size; zeros when there is one device."""
+def allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """Seconds for each message size inside a captured graph; zeros when there is one device."""
     if tp == 1:
         return np.zeros_like(size_bytes)
+    small_s = custom_s(size_bytes, tp, device, efficiency)
+    large_s = nccl_s(size_bytes, tp, "all_reduce", device, efficiency)
+    return np.where(size_bytes < LARGE_BYTES, small_s, large_s)
+
+
+def eager_allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """The same outside a graph: at least a launch, and the data is first copied to a shared buffer."""
+    copy_s = 2.0 * size_bytes / (device.memory_bandwidth_bytes_s * efficiency.add_bandwidth)
+    graph_s = allreduce_s(size_bytes, tp, device, efficiency)
+    return np.maximum(efficiency.allreduce_eager_s, graph_s + copy_s)
+
+
+def custom_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """The one-kernel all-reduce."""
+    link = _link(device, tp)
+    limit = next((b for devices, b in ONE_SHOT_BYTES.items() if tp <= devices), 0)
+    one_s = size_bytes * ((tp - 1) / (link * efficiency.allreduce_one_shot))
+    two_s = size_bytes * (2 * (tp - 1) / tp / (link * efficiency.allreduce_two_shot))
+    moved_s = np.where(size_bytes < limit, one_s, efficiency.allreduce_two_shot_s + two_s)
+    return efficiency.allreduce_fixed_s + efficiency.allreduce_hop_s * (tp - 1) + moved_s
+
+
+def nccl_s(size_bytes: Floats, tp: int, operation: str, device: DeviceSpec, e: Efficiency) -> Floats:
+    """A collective of NCCL; ValueError for an operation that is not in OPERATIONS."""
+    if operation not in OPERATIONS:
+        raise ValueError(f"collective {operation!r} is not known; known: {', '.join(OPERATIONS)}")
+    link = _link(device, tp)
+    rounds = 2 if operation == "all_reduce" else 1
+    relative = {
+        "all_reduce": e.nccl_switch if tp >= 8 else 1.0,
+        "all_gather": e.nccl_all_gather,
+        "reduce_scatter": e.nccl_reduce_scatter,
+        "alltoall": e.nccl_alltoall,
+    }[operation]
+    sent = size_bytes * (rounds * (tp - 1) / tp)
+    simple = link * e.nccl_bandwidth * relative / (1.0 + e.nccl_few_devices / tp)
+    moved_s = np.minimum(sent / (link * e.nccl_low_latency), e.nccl_simple_s + sent / simple)
+    return e.nccl_fixed_s + e.nccl_hop_s * rounds * (tp - 1) + moved_s
+
+
+def _link(device: DeviceSpec, tp: int) -> float:
     if not device.link_bandwidth_bytes_s > 0:
         raise ValueError(
             f"device.link_bandwidth_bytes_s of {device.name} must be above 0 for tp {tp}, "
             f"got {device.link_bandwidth_bytes_s}"
         )
-    rate = device.link_bandwidth_bytes_s * efficiency.allreduce_bandwidth
-    large_s = np.where(size_bytes > LARGE_BYTES, efficiency.allreduce_large_s, 0.0)
-    return efficiency.allreduce_fixed_s + large_s + size_bytes * (2 * (tp - 1) / tp / rate)
+    return device.link_bandwidth_bytes_s

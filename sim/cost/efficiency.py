@@ -1,10 +1,9 @@
 """How much of its datasheet a device reaches, and how long its kernels take at least.
 
-The defaults are an A100-SXM4-80GB's, fitted with least relative error to the public kernel
-measurements of aiconfigurator (ai-dynamo/aiconfigurator 095f58a, Apache-2.0; vLLM 0.14.0):
-gemm_perf.csv (n and k of 512 to 20,000: median error 5 %, p90 17 %), context_attention_perf.csv
-(head size 128: 5 %, 24 %), generation_attention_perf.csv (9 %, 41 %, the worst being contexts of a
-few tokens) and custom_allreduce_perf.csv (7 %, 30 %). A device file overrides them by name in `extras`.
+The defaults are an A100-SXM4's (Ampere), fitted with least relative error to public kernel measurements:
+GEMM, attention and all-reduces of ai-dynamo/aiconfigurator 095f58a (Apache-2.0; vLLM 0.14.0, NCCL
+2.27.3), element-wise kernels of microsoft/vidur 7d47513 (MIT; Llama-3-8B). A device file overrides them
+by name in `extras`; `profiles/README.md` has the errors, `coserve profile curves` fits and scores again.
 """
 
 from __future__ import annotations
@@ -17,47 +16,116 @@ from sim.core.specs import DeviceSpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Efficiency:
-    """Shares of a peak are in (0, 1]; `_s` are seconds per kernel unless said otherwise."""
+    """Shares of a peak are in (0, 1]; `_s` are seconds per kernel unless said otherwise.
 
-    gemm_flops: float = 0.915
-    """Share of peak FLOP/s inside a full wave of 256 x 128 tiles."""
-    gemm_tile_128x128: float = 0.887
-    """FLOP/s of a full wave of these tiles, relative to 256 x 128 ones; likewise below."""
-    gemm_tile_64x128: float = 0.831
-    gemm_tile_64x64: float = 0.741
-    gemm_tile_16x64: float = 0.40
-    gemm_split_k_bandwidth: float = 2.95
-    """Rate at which split-k partial sums are written and reduced, as a multiple of the GEMM's memory
-    rate: they mostly stay in the L2 cache."""
-    gemm_bandwidth: float = 0.718
-    gemm_smoothness: float = 3.54
-    """Exponent of the smooth maximum of FLOP time and byte time."""
-    gemm_fixed_s: float = 5.1e-6
-    attention_flops: float = 0.583
-    attention_extra_tokens: float = 222.0
-    """Keys per query computed in vain: causal tiles that are half masked, and idle multiprocessors."""
-    attention_fixed_s: float = 11.4e-6
-    decode_bandwidth: float = 0.730
-    decode_sequence_s: float = 2.7e-8
-    """Seconds per sequence and key-value head."""
-    decode_fixed_s: float = 17.6e-6
-    allreduce_bandwidth: float = 0.345
-    allreduce_fixed_s: float = 5.3e-6
-    allreduce_large_s: float = 51.9e-6
-    """Added above 2 MiB, where NCCL replaces the one-kernel all-reduce."""
+    Bandwidths named so are shares of the memory's or the link's.
+    """
+
+    gemm_flops: float = 0.905
+    """Share of peak FLOP/s inside a tile of at least 128 x 128."""
+    gemm_small_tile: float = 0.924
+    """FLOP/s of tiles with a side of 64, relative to that; squared below 64. Above 1 where several
+    tiles on one multiprocessor hide each other's loads."""
+    gemm_l2_bandwidth: float = 2.65
+    """Rate at which all tiles together are fed, as a multiple of the memory's: through the L2, most of
+    whose misses the memory serves."""
+    gemm_read_bandwidth: float = 0.786
+    gemm_write_bandwidth: float = 0.476
+    gemm_smoothness: float = 2.13
+    """Exponent of the smooth maximum of arithmetic and memory time."""
+    gemm_tile_s: float = 1.11e-6
+    """Per tile of a multiprocessor: filling and draining its pipeline."""
+    gemm_split_k_bandwidth: float = 1.93
+    """Rate of the split-k partial sums, which mostly stay in the L2, likewise."""
+    gemm_split_k_s: float = 2.14e-6
+    gemm_fixed_s: float = 2.45e-6
+
+    attention_generation: float = 2.0
+    """Of FlashAttention: 2 has a tile per query head and splits the keys of one token only; 3 packs the
+    query heads of a group into one tile and splits any keys."""
+    attention_flops: float = 0.598
+    attention_head64: float = 0.9
+    """FLOP/s of attention with heads below 128, relative to 128."""
+    attention_head256: float = 1.0
+    """The same for each doubling of the head above 128."""
+    attention_tile_s: float = 0.656e-6
+    attention_critical: float = 0.54
+    """Time of the longest tile, alone on its multiprocessor, relative to a busy device's."""
+    attention_bandwidth: float = 0.463
+    attention_query_weight: float = 0.293
+    """Query and output bytes of grouped heads, as counted against `attention_bandwidth`."""
+    attention_kv_weight: float = 3.34
+    """Key and value bytes of grouped heads, likewise: they are read by every head or tile."""
+    attention_smoothness: float = 1.16
+    attention_split_s: float = 1e-6
+    attention_fixed_s: float = 8.55e-6
+
+    decode_bandwidth: float = 0.888
+    decode_sm_bandwidth: float = 1.35
+    """Memory rate of one multiprocessor alone, as a multiple of its share of the device's."""
+    decode_tile_s: float = 3.77e-6
+    decode_head64: float = 0.844
+    """`decode_tile_s` of heads below 128, relative to 128; and of each doubling above."""
+    decode_head256: float = 1.41
+    decode_smoothness: float = 1.94
+    decode_split_s: float = 3.8e-6
+    """Combining the results of split keys, and the same per split."""
+    decode_each_split_s: float = 0.228e-6
+    decode_regroup_s: float = 6.29e-6
+    """FlashAttention 2 copies the query when several sequences have several groups."""
+    decode_fixed_s: float = 6.33e-6
+
+    allreduce_fixed_s: float = 4.88e-6
+    """The one-kernel all-reduce; the next is for each further device."""
+    allreduce_hop_s: float = 0.147e-6
+    allreduce_one_shot: float = 0.628
+    """Share of the link when every device reads all others' data, and when it reduces its part first."""
+    allreduce_two_shot: float = 0.718
+    allreduce_two_shot_s: float = 7.18e-6
+    allreduce_eager_s: float = 44.9e-6
+    """Outside a captured graph an all-reduce takes at least its launch."""
+    nccl_fixed_s: float = 10.1e-6
+    nccl_hop_s: float = 0.766e-6
+    nccl_low_latency: float = 0.217
+    """Share of the link by NCCL's low-latency protocols; beyond it takes `nccl_simple_s` more and
+    reaches `nccl_bandwidth`."""
+    nccl_simple_s: float = 24.6e-6
+    nccl_bandwidth: float = 0.796
+    nccl_few_devices: float = 0.648
+    """Loss of bandwidth with few devices: 1 / (1 + this / devices)."""
+    nccl_switch: float = 0.924
+    """Bandwidth of an all-reduce of 8 devices, relative: the switch reduces (NVLS), or does not."""
+    nccl_all_gather: float = 0.855
+    """Bandwidth relative to an all-reduce; the next two likewise."""
+    nccl_reduce_scatter: float = 0.913
+    nccl_alltoall: float = 0.916
+
     elementwise_bandwidth: float = 0.8
-    """This and the next: mem_bw_empirical_scaling_factor and mem_empirical_constant_latency of
-    aiconfigurator's a100_sxm.yaml and h200_sxm.yaml."""
+    """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
+    a100_sxm.yaml and h200_sxm.yaml."""
+    norm_bandwidth: float = 0.346
+    add_bandwidth: float = 0.902
+    rotary_bandwidth: float = 0.418
+    activation_bandwidth: float = 0.488
+    embedding_bandwidth: float = 0.146
     elementwise_fixed_s: float = 3e-6
+    norm_fixed_s: float = 1.83e-6
+    add_fixed_s: float = 0.968e-6
+    rotary_fixed_s: float = 2.1e-6
+    activation_fixed_s: float = 1.98e-6
+    embedding_fixed_s: float = 2.34e-6
 
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
             if not value > 0:
                 raise ValueError(f"device.extras.{item.name} must be above 0, got {value}")
-            share = item.name in _SHARES or item.name.startswith("gemm_tile")
-            if share and value > 1:
+            if item.name in SHARES and value > 1:
                 raise ValueError(f"device.extras.{item.name} must be at most 1, got {value}")
+        if self.attention_generation not in (2, 3):
+            raise ValueError(
+                f"device.extras.attention_generation must be 2 or 3, got {self.attention_generation}"
+            )
 
     @classmethod
     def of(cls, device: DeviceSpec) -> Efficiency:
@@ -70,11 +138,21 @@ class Efficiency:
         return cls(**device.extras)
 
 
-_SHARES = (
+SHARES = (
     "gemm_flops",
-    "gemm_bandwidth",
+    "gemm_read_bandwidth",
+    "gemm_write_bandwidth",
     "attention_flops",
+    "attention_bandwidth",
     "decode_bandwidth",
-    "allreduce_bandwidth",
+    "allreduce_one_shot",
+    "allreduce_two_shot",
+    "nccl_low_latency",
+    "nccl_bandwidth",
     "elementwise_bandwidth",
+    "norm_bandwidth",
+    "add_bandwidth",
+    "rotary_bandwidth",
+    "activation_bandwidth",
+    "embedding_bandwidth",
 )

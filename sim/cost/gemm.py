@@ -2,17 +2,18 @@
 
     y[m, n] = x[m, k] W[k, n]
 
-    tile    t_tile(a, b) = 2 a b k / (P / S * e(a, b))              one a x b tile on one of S multiprocessors
-    waves   t_flops = min over tiles (a, b) and split-k s in 1, 2, 4, 8 of
-                      ceil(ceil(m/a) ceil(n/b) s / S) t_tile / s + [s > 1] 8 m n s / (q B)
-    bytes   t_bytes = 2 (m k + k n + m n) / B
-    total   t = t_fixed + (t_flops^p + t_bytes^p)^(1/p)
+    tile    t(a, b, s) = t_tile + ceil(k / 32 s) 32 max(2 a b / (P/S e(a, b)), 2 (a + b) / (B l/S))
+    waves   t_flops    = min over tiles (a, b) and split-k s of
+                         ceil(ceil(m/a) ceil(n/b) s / S) t(a, b, s) + [s > 1] (t_split + 8 m n s / (q B))
+    bytes   t_bytes    = 2 (m k + k n) / (r B) + 2 m n / (w B)
+    total   t          = t_fixed + (t_flops^p + t_bytes^p)^(1/p)
 
-P is the peak FLOP/s, e the share of it that a full wave of such tiles reaches, B the share of the
-memory bandwidth, q B the rate of the split-k partial sums (fp32, written and read). The staircase of
-waves is NVIDIA's "Matrix Multiplication Background User's Guide" (tile and wave quantisation); the
-minimum stands for the library's choice of kernel; the smooth maximum for loads that overlap with
-arithmetic imperfectly. Constants: `sim.cost.efficiency`.
+S multiprocessors, P the peak FLOP/s, B the memory bandwidth. A tile's inner loop is bound by its
+arithmetic or by its operands coming through the L2 (l); few tiles cannot use all of the memory's rate.
+The staircase of waves is NVIDIA's "Matrix Multiplication Background User's Guide" (tile and wave
+quantisation); the minimum stands for the library's choice of kernel; the smooth maximum for loads that
+overlap with arithmetic imperfectly; the partial sums of split-k are fp32, written and read.
+Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -23,46 +24,79 @@ from numpy.typing import NDArray
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 
-SPLITS = (1, 2, 4, 8)
+Floats = NDArray[np.float64]
+
+TILES = (
+    (256, 128),
+    (128, 256),
+    (128, 128),
+    (64, 256),
+    (64, 128),
+    (128, 64),
+    (64, 64),
+    (32, 64),
+    (16, 64),
+)
+SPLITS = (1, 2, 3, 4, 6, 8, 16)
+ROWS = 16
+"""Every tile has a multiple of so many rows: the staircase is flat in between."""
+STEP = 32
+"""Columns of x that the inner loop takes at a time."""
 
 
-def gemm_s(
-    m: NDArray[np.float64], k: int, n: int, device: DeviceSpec, efficiency: Efficiency
-) -> NDArray[np.float64]:
+def gemm_s(m: Floats, k: int, n: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
     """Seconds of [m, k] x [k, n] for each m (rows >= 1, float64); same shape as `m`."""
-    bandwidth = device.memory_bandwidth_bytes_s * efficiency.gemm_bandwidth
-    power = efficiency.gemm_smoothness
-    flop_s = wave_s(m, k, n, device, efficiency)
-    byte_s = (2.0 * (k + n) * m + 2.0 * k * n) / bandwidth
-    larger = np.maximum(flop_s, byte_s)
-    smaller = np.minimum(flop_s, byte_s)
-    return efficiency.gemm_fixed_s + larger * (1.0 + (smaller / larger) ** power) ** (1.0 / power)
+    stairs, where = np.unique(np.ceil(m / ROWS), return_inverse=True)
+    flop_s = wave_s(stairs * ROWS, float(k), float(n), device, efficiency)[where]
+    return total_s(flop_s, m, float(k), float(n), device, efficiency)
+
+
+def gemm_rows_s(m: Floats, k: Floats, n: Floats, device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """The same for rows that differ in all three."""
+    flop_s = wave_s(np.ceil(m / ROWS) * ROWS, k, n, device, efficiency)
+    return total_s(flop_s, m, k, n, device, efficiency)
+
+
+def total_s(
+    flop_s: Floats, m: Floats, k: Floats | float, n: Floats | float, device: DeviceSpec, e: Efficiency
+) -> Floats:
+    """Fixed time, and the smooth maximum of arithmetic and memory time."""
+    bandwidth = device.memory_bandwidth_bytes_s
+    read_s = 2.0 * (k * m + k * n) / (bandwidth * e.gemm_read_bandwidth)
+    byte_s = read_s + 2.0 * n * m / (bandwidth * e.gemm_write_bandwidth)
+    return e.gemm_fixed_s + smooth_maximum(flop_s, byte_s, e.gemm_smoothness)
 
 
 def wave_s(
-    m: NDArray[np.float64], k: int, n: int, device: DeviceSpec, efficiency: Efficiency
-) -> NDArray[np.float64]:
+    m: Floats, k: Floats | float, n: Floats | float, device: DeviceSpec, efficiency: Efficiency
+) -> Floats:
     """The arithmetic alone: the fastest staircase over tiles and splits of k."""
-    partial_byte_s = efficiency.gemm_split_k_bandwidth * (
-        device.memory_bandwidth_bytes_s * efficiency.gemm_bandwidth
-    )
-    best = np.full_like(m, np.inf)
-    for rows, columns, share in _tiles(efficiency):
-        tiles = np.ceil(m / rows) * np.ceil(n / columns)
-        tile_s = 2.0 * rows * columns * k * device.sms / (device.peak_flops * efficiency.gemm_flops * share)
-        for split in SPLITS:
-            seconds = np.ceil(tiles * (split / device.sms)) * (tile_s / split)
+    sms, bandwidth = device.sms, device.memory_bandwidth_bytes_s
+    flop_s = sms / (device.peak_flops * efficiency.gemm_flops)
+    feed_s = sms / (bandwidth * efficiency.gemm_l2_bandwidth)
+    partial_s = 8.0 / (bandwidth * efficiency.gemm_split_k_bandwidth)
+    loops = [np.ceil(k / (split * STEP)) * STEP for split in SPLITS]
+    best = np.full(np.broadcast_shapes(m.shape, np.shape(n)), np.inf)
+    for rows, columns in TILES:
+        share = _share(min(rows, columns), efficiency)
+        step_s = max(2.0 * rows * columns * flop_s / share, 2.0 * (rows + columns) * feed_s)
+        tiles = np.ceil(m / rows) * np.ceil(n / columns) / sms
+        for split, loop in zip(SPLITS, loops, strict=True):
+            seconds = np.ceil(tiles * split) * (efficiency.gemm_tile_s + loop * step_s)
             if split > 1:
-                seconds += m * (8.0 * n * split / partial_byte_s)
+                seconds += efficiency.gemm_split_k_s + m * (n * (split * partial_s))
             np.minimum(best, seconds, out=best)
     return best
 
 
-def _tiles(efficiency: Efficiency) -> tuple[tuple[int, int, float], ...]:
-    return (
-        (256, 128, 1.0),
-        (128, 128, efficiency.gemm_tile_128x128),
-        (64, 128, efficiency.gemm_tile_64x128),
-        (64, 64, efficiency.gemm_tile_64x64),
-        (16, 64, efficiency.gemm_tile_16x64),
-    )
+def smooth_maximum(a: Floats, b: Floats, power: float) -> Floats:
+    """(a^p + b^p)^(1/p) for positive values."""
+    larger, smaller = np.maximum(a, b), np.minimum(a, b)
+    result: Floats = larger * (1.0 + (smaller / larger) ** power) ** (1.0 / power)
+    return result
+
+
+def _share(side: int, efficiency: Efficiency) -> float:
+    if side >= 128:
+        return 1.0
+    return efficiency.gemm_small_tile if side >= 64 else efficiency.gemm_small_tile**2

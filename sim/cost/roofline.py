@@ -23,7 +23,8 @@ from sim.cost.collective import allreduce_s
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
 from sim.cost.efficiency import Efficiency
-from sim.cost.gemm import gemm_s
+from sim.cost.elementwise import elementwise_s
+from sim.cost.gemm_table import GEMMS, product_s
 from sim.cost.iteration import IterationCost
 
 Floats = NDArray[np.float64]
@@ -31,6 +32,11 @@ Floats = NDArray[np.float64]
 OPTIMIZER_BYTES = 30
 """AdamW per parameter: read master, gradient and two moments, write master and moments in fp32, write the
 half-precision copy: 4 * (4 + 3) + 2."""
+
+FORWARD_VALUES = (4, 4, 2, 3)
+BACKWARD_VALUES = (6, 6, 3, 5)
+"""Values read and written per layer, in multiples of hidden (norms), hidden (residuals), of query and both
+key and value (rotary, cache), and of the MLP's width (SiLU-gate). The backward reads the saved tensors too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +57,9 @@ class Roofline:
     assumption: decoding leaves arithmetic idle that a backward can use, while its GEMMs compete for
     multiprocessors and memory. The only measured case found no gain (FlexLLM's published step times,
     70B on 4 A100: 5.2 ms per backward layer from 1 to 64 layers beside a 47 ms decode)."""
+    gemm: str = "table"
+    """table: matrix products by the curve, corrected by measured ones where a table names the device
+    (`sim.cost.gemm_table`); curve: by the curve alone."""
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""
     loss_chunk_tokens: int = 1024
@@ -60,6 +69,8 @@ class Roofline:
         for name in ("host_s", "launch_s", "graph_tokens"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"cost roofline: {name} must be at least 0, got {getattr(self, name)}")
+        if self.gemm not in GEMMS:
+            raise ValueError(f"cost roofline: gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
         if not 0 <= self.overlap_contention <= 1:
             raise ValueError(
                 f"cost roofline: overlap_contention must be in [0, 1], got {self.overlap_contention}"
@@ -123,8 +134,7 @@ class _Terms:
         """All layers, the embedding and the last norm."""
         model = self.model
         gemms = sum(self._gemm_s(self.m, k, n) for k, n in self._linears())
-        values = 8 * model.hidden + 2 * (self.q_dim + 2 * self.kv_dim) + 3 * self.ffn
-        layer = gemms + self._elementwise_s(values, kernels=4) + allreduce
+        layer = gemms + self._small_kernels_s(FORWARD_VALUES) + allreduce
         launches = 8 + (2 if self.tp > 1 else 0)
         ends = self._elementwise_s(4 * model.hidden, kernels=2)
         return self._at_least_launches(model.layers * layer + ends, model.layers * launches + 2)
@@ -132,12 +142,11 @@ class _Terms:
     def _backward_layer_s(self, allreduce: Floats) -> Floats:
         """One layer: transposed GEMMs; norms, rotary and SiLU-gate read saved tensors and gradients."""
         gemms = sum(self._gemm_s(self.m, n, k) for k, n in self._linears())
-        values = 12 * self.model.hidden + 3 * (self.q_dim + 2 * self.kv_dim) + 5 * self.ffn
         lora_token_s, lora_fixed_s = self._lora_s()
         layers = self.model.layers
         # dB, dA and two gradients of activations: twice the products and kernels of the forward.
         lora = 2.0 * (lora_fixed_s + lora_token_s * self.m) / layers
-        layer = gemms + self._elementwise_s(values, kernels=4) + lora + allreduce
+        layer = gemms + self._small_kernels_s(BACKWARD_VALUES) + lora + allreduce
         launches = 9 + 4 * len(self.lora.targets) + (2 if self.tp > 1 else 0)
         return self._at_least_launches(layer, launches, captured=False)
 
@@ -197,7 +206,18 @@ class _Terms:
         )
 
     def _gemm_s(self, m: Floats, k: int, n: int) -> Floats:
-        return gemm_s(m, k, n, self.device, self.efficiency)
+        return product_s(m, k, n, self.device, self.efficiency, self.settings.gemm)
+
+    def _small_kernels_s(self, values: tuple[int, int, int, int]) -> Floats:
+        """Two norms, each fused with its residual, rotary with the cache's write, SiLU-gate."""
+        widths = (self.model.hidden, self.model.hidden, self.q_dim + 2 * self.kv_dim, self.ffn)
+        kinds = ("norm", "add", "rotary", "activation")
+        total = sum(
+            elementwise_s(self.m, float(v * width), kind, self.device, self.efficiency)
+            for v, width, kind in zip(values, widths, kinds, strict=True)
+        )
+        assert isinstance(total, np.ndarray)
+        return total
 
     def _elementwise_s(self, values: int, kernels: int, m: Floats | None = None) -> Floats:
         """`values` read or written per token by `kernels` kernels."""

@@ -217,13 +217,30 @@ def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> flo
     return min(1.0, max(0.0, moment / norm)) if norm > 0 else curves.overlap_contention
 
 
+def row_seconds(curves: Curves, columns: dict[str, Floats]) -> Floats:
+    """Seconds of flat rows (every name of WORK_COLUMNS, each of shape (rows,)) by fitted curves."""
+    result = []
+    for i in range(len(columns["overlap"])):
+        row = {name: float(values[i]) for name, values in columns.items()}
+        ours = {name: value if name in FINETUNING else 0.0 for name, value in row.items()}
+        seconds = curves.host_s
+        if row["overlap"]:
+            x = _flat_gpu_s(curves, {name: value - ours[name] for name, value in row.items()})
+            y = _flat_gpu_s(curves, ours)
+            seconds += max(x, y) + curves.overlap_contention * min(x, y)
+        else:
+            seconds += _flat_gpu_s(curves, row)
+        result.append(seconds)
+    return np.array(result)
+
+
 def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     """GPU seconds of a flat row, without overlap, by the terms of fitted curves."""
     layer_tokens, pairs = row["backward_layer_tokens"], row["backward_pairs"]
     tokens = int(row["prefill_tokens"] + row["decode_count"])
     windows = int(row["forward_tokens"])
-    seconds = c.token_s[tokens + windows] + c.sampled_s[int(row["sampled_tokens"])] + c.loss_s[windows]
-    seconds += c.recompute_s[int(row["recompute_tokens"])]
+    seconds = _at(c.token_s, tokens + windows) + _at(c.sampled_s, int(row["sampled_tokens"]))
+    seconds += _at(c.loss_s, windows) + _at(c.recompute_s, int(row["recompute_tokens"]))
     seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
     seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
     seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward_layer_s[1]
@@ -235,3 +252,11 @@ def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     if windows:
         seconds += c.lora_fixed_s + c.lora_token_s * windows
     return seconds + row["optimizer_params"] * c.optimizer_param_s
+
+
+def _at(values: list[float], tokens: int) -> float:
+    """An entry, or beyond the last one the line through the last two."""
+    last = len(values) - 1
+    if tokens <= last:
+        return values[tokens]
+    return values[last] + (tokens - last) * (values[last] - values[last - 1])

@@ -1,0 +1,172 @@
+"""Measured rows against what is predicted for a device: the errors of every operator.
+
+    coserve profile check FILE device=a100_80gb [model=llama_3_1_8b] [tp=1] [gemm=table]
+                          [cost=roofline] [bound_median=8] [bound_p90=20]
+
+FILE has the columns of a public kernel file (`profiles.measured`) or of a profile (`profiles.schema`). With
+a model, the operators of its own shapes have lines of their own. Bounds are per cent, on every line that
+FILE has rows for; above one the exit code is 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.fit import by_regime
+from profiles.measured import Measured, read_frame, read_measured
+from profiles.predict import predicted_s
+from profiles.schema import is_profile, read_profile
+from profiles.table_file import TableFile
+from sim.core.rows import WORK_COLUMNS
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.context import CostBuilder, CostContext
+from sim.cost.iteration import IterationCost
+from sim.cost.roofline import Roofline
+from sim.cost.table import row_seconds
+
+Floats = NDArray[np.float64]
+
+COSTS = ("roofline", "table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckLine:
+    """Errors of one operator or regime: absolute and relative, and the worst row in words."""
+
+    name: str
+    rows: int
+    median: float
+    p90: float
+    worst: float
+    bias: float
+    """Median of predicted over measured, minus 1."""
+    worst_row: str
+
+
+def check_file(
+    path: Path,
+    device: DeviceSpec,
+    model: ModelShape | None,
+    tp: int,
+    cost: str = "roofline",
+    gemm: str = "table",
+) -> list[CheckLine]:
+    """One line per operator or regime; ValueError for a broken file, or a profile without a model."""
+    if model is not None:
+        model.check_tp(tp)
+    if is_profile(list(read_frame(path).columns)):
+        if model is None:
+            raise ValueError(f"{path}: a profile of whole iterations needs model=NAME")
+        return _check_profile(path, device, model, tp, cost)
+    if cost != "roofline":
+        raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
+    operators = read_measured(path)
+    lines = []
+    for measured in operators:
+        seconds = predicted_s(measured, device, gemm=gemm)
+        lines.append(_line(measured, seconds))
+        own = own_shapes(measured, model, tp) if model is not None else None
+        if own is not None and own.any():
+            lines.append(
+                _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
+            )
+    return lines + _whole_layer(operators, device, gemm)
+
+
+def model_name(model: ModelShape | None) -> str:
+    assert model is not None
+    return model.name
+
+
+def above(lines: Sequence[CheckLine], bound_median: float | None, bound_p90: float | None) -> list[str]:
+    """What exceeds its bound (per cent), in words."""
+    found = []
+    for line in lines:
+        for name, value, bound in (("median", line.median, bound_median), ("p90", line.p90, bound_p90)):
+            if bound is not None and 100 * value > bound:
+                found.append(f"{line.name.strip()}: {name} {100 * value:.1f} % is above {bound:g} %")
+    return found
+
+
+def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.bool_] | None:
+    """Rows with a product or heads of this model on one of `tp` devices; None for other operators."""
+    c = measured.columns
+    kv_heads = max(1, model.kv_heads // tp)
+    if measured.kind == "attention":
+        own = (c["heads"] == model.heads // tp) & (c["kv_heads"] == kv_heads)
+        return own & (c["head_dim"] == model.head_dim) & (c["window"] == 0)
+    if measured.operator != "gemm":
+        return None
+    query, ffn = model.q_dim // tp, model.ffn // tp
+    shapes = (
+        (model.hidden, query + 2 * kv_heads * model.head_dim),
+        (query, model.hidden),
+        (model.hidden, 2 * ffn),
+        (ffn, model.hidden),
+    )
+    rows = [(c["k"] == k) & (c["n"] == n) for k, n in shapes]
+    return np.logical_or.reduce(rows)
+
+
+def _whole_layer(operators: list[Measured], device: DeviceSpec, gemm: str) -> list[CheckLine]:
+    """All operators of a layer in an operator profile, added up: the embedding is not in it, additions and
+    norms are there twice."""
+    times = {"add": 2.0, "emb": 0.0}
+    layer = [m for m in operators if "tp" in m.columns and times.get(m.operator, 1.0)]
+    if not layer:
+        return []
+    measured_s = sum(times.get(m.operator, 1.0) * m.seconds for m in layer)
+    seconds = sum(times.get(m.operator, 1.0) * predicted_s(m, device, gemm=gemm) for m in layer)
+    shape = {"tokens": layer[0].columns["m"], "tp": layer[0].columns["tp"]}
+    assert isinstance(measured_s, np.ndarray) and isinstance(seconds, np.ndarray)
+    whole = replace(layer[0], operator="whole layer", columns=shape, seconds=measured_s)
+    return [_line(whole, seconds)]
+
+
+def _line(measured: Measured, seconds: Floats) -> CheckLine:
+    signed = seconds / measured.seconds - 1.0
+    errors = np.abs(signed)
+    worst = int(np.argmax(errors))
+    shape = ", ".join(f"{name} {values[worst]:g}" for name, values in measured.columns.items())
+    return CheckLine(
+        name=measured.operator,
+        rows=len(errors),
+        median=float(np.median(errors)),
+        p90=float(np.quantile(errors, 0.9)),
+        worst=float(errors[worst]),
+        bias=float(np.median(signed)),
+        worst_row=f"row {measured.rows[worst]}: {shape}: measured {1e6 * measured.seconds[worst]:.1f} us, "
+        f"predicted {1e6 * seconds[worst]:.1f} us",
+    )
+
+
+def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, cost: str) -> list[CheckLine]:
+    profile = read_profile(path)
+    of = profile.provenance
+    if of is not None and (of.device, of.model, of.tp) != (device.name, model.name, tp):
+        raise ValueError(f"{path}: measured for {of.model} on {of.tp} x {of.device}; ask for that")
+    context = CostContext(device=device, model=model, tp=tp, lora=LoraSpec(), seed=0)
+    builder: CostBuilder = Roofline() if cost == "roofline" else TableFile()
+    built = builder.build(context)
+    assert isinstance(built, IterationCost)
+    work = {name: profile.columns[name] for name in WORK_COLUMNS}
+    seconds = row_seconds(built.curves, work)
+    bias = float(np.median(seconds / profile.seconds - 1.0))
+    return [
+        CheckLine(
+            name=e.regime,
+            rows=e.rows,
+            median=e.median,
+            p90=e.p90,
+            worst=e.worst,
+            bias=bias,
+            worst_row=f"row {e.worst_row}: measured {1e3 * profile.seconds[e.worst_row - 1]:.3f} ms, "
+            f"predicted {1e3 * seconds[e.worst_row - 1]:.3f} ms",
+        )
+        for e in by_regime(profile, seconds)
+    ]

@@ -1,0 +1,294 @@
+"""Fit the roofline's constants to measured operators, and say what they are worth elsewhere.
+
+    coserve profile curves DATA_FOLDER [--write]
+
+Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, short kernels) has its own
+few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
+and times, robust against outliers. The table has three errors for each: in sample, of shapes that were
+left out (a model's shapes at a time: for GEMM all rows of one n, for attention all of one number of heads)
+and of the other device with its own datasheet and these constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.measured import Measured, read_measured
+from profiles.predict import predicted_s, relative_errors
+from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import SHARES, Efficiency
+
+Floats = NDArray[np.float64]
+
+ROWS = 4000
+"""Rows of a fit; more change no digit that matters."""
+SOFT = 0.08
+"""Relative error from which a row pulls less than its square."""
+FOLDS = 4
+LIMITS = {"gemm_split_k_bandwidth": 25.0, "decode_sm_bandwidth": 10.0, "gemm_small_tile": 1.16}
+"""Beyond these a constant no longer matters."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Family:
+    """Constants that are fitted together, and the rows that they are fitted to."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    """Of kinds or operators in `Measured`."""
+    constants: tuple[str, ...]
+    group: str
+    """Column whose values are left out together."""
+
+
+FAMILIES = (
+    Family(
+        name="gemm",
+        prefixes=("gemm",),
+        constants=(
+            "gemm_flops",
+            "gemm_small_tile",
+            "gemm_l2_bandwidth",
+            "gemm_read_bandwidth",
+            "gemm_write_bandwidth",
+            "gemm_smoothness",
+            "gemm_tile_s",
+            "gemm_split_k_bandwidth",
+            "gemm_split_k_s",
+            "gemm_fixed_s",
+        ),
+        group="n",
+    ),
+    Family(
+        name="context attention",
+        prefixes=("context attention",),
+        constants=(
+            "attention_flops",
+            "attention_head64",
+            "attention_head256",
+            "attention_tile_s",
+            "attention_critical",
+            "attention_bandwidth",
+            "attention_query_weight",
+            "attention_kv_weight",
+            "attention_smoothness",
+            "attention_split_s",
+            "attention_fixed_s",
+        ),
+        group="heads",
+    ),
+    Family(
+        name="generation attention",
+        prefixes=("generation attention",),
+        constants=(
+            "decode_bandwidth",
+            "decode_sm_bandwidth",
+            "decode_tile_s",
+            "decode_head64",
+            "decode_head256",
+            "decode_smoothness",
+            "decode_split_s",
+            "decode_each_split_s",
+            "decode_regroup_s",
+            "decode_fixed_s",
+        ),
+        group="heads",
+    ),
+    Family(
+        name="nccl",
+        prefixes=("nccl",),
+        constants=(
+            "nccl_fixed_s",
+            "nccl_hop_s",
+            "nccl_low_latency",
+            "nccl_simple_s",
+            "nccl_bandwidth",
+            "nccl_few_devices",
+            "nccl_switch",
+            "nccl_all_gather",
+            "nccl_reduce_scatter",
+            "nccl_alltoall",
+        ),
+        group="bytes",
+    ),
+    Family(
+        name="all-reduce",
+        prefixes=("all-reduce vllm",),
+        constants=(
+            "allreduce_fixed_s",
+            "allreduce_hop_s",
+            "allreduce_one_shot",
+            "allreduce_two_shot",
+            "allreduce_two_shot_s",
+            "allreduce_eager_s",
+        ),
+        group="bytes",
+    ),
+    *(
+        Family(name=kind, prefixes=(kind,), constants=(f"{kind}_bandwidth", f"{kind}_fixed_s"), group="tp")
+        for kind in ("norm", "add", "rotary", "activation", "embedding")
+    ),
+)
+
+
+def rows_of(family: Family, measured: Sequence[Measured]) -> list[Measured]:
+    """The parts of `measured` that `family` is fitted to."""
+    names = family.prefixes
+    return [m for m in measured if m.operator.startswith(names) or m.kind in names]
+
+
+def fit_family(
+    family: Family, measured: Sequence[Measured], device: DeviceSpec, start: Efficiency
+) -> Efficiency:
+    """`start` with the family's constants fitted to `measured`."""
+    parts = [_thin(m, ROWS // len(measured)) for m in measured]
+    logs = np.log(np.concatenate([m.seconds for m in parts]))
+
+    def residuals(x: Floats) -> Floats:
+        trial = _with(start, family.constants, x)
+        return np.log(np.concatenate([predicted_s(m, device, trial) for m in parts])) - logs
+
+    first = np.log([getattr(start, name) for name in family.constants])
+    upper = np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in family.constants])
+    return _with(start, family.constants, _levenberg(residuals, np.minimum(first, upper), upper))
+
+
+def cross_validated(
+    family: Family, measured: Sequence[Measured], device: DeviceSpec, start: Efficiency
+) -> Floats:
+    """Errors of every row, predicted by constants fitted without its group."""
+    errors = []
+    for fold in range(FOLDS):
+        inside = [m.where(_fold(m, family) != fold) for m in measured]
+        outside = [m.where(_fold(m, family) == fold) for m in measured]
+        fitted = fit_family(family, [m for m in inside if len(m.seconds)], device, start)
+        errors += [relative_errors(m, predicted_s(m, device, fitted)) for m in outside if len(m.seconds)]
+    return np.concatenate(errors)
+
+
+def _fold(measured: Measured, family: Family) -> NDArray[np.int64]:
+    """Fold of each row: groups in turn, so that each fold has small and large ones."""
+    _, index = np.unique(measured.columns[family.group], return_inverse=True)
+    return index % FOLDS
+
+
+def errors_of(measured: Sequence[Measured], device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    parts = [relative_errors(m, predicted_s(m, device, efficiency)) for m in measured]
+    return np.concatenate(parts)
+
+
+def _thin(measured: Measured, rows: int) -> Measured:
+    count = len(measured.seconds)
+    keep = np.zeros(count, dtype=bool)
+    keep[np.random.default_rng(0).permutation(count)[:rows]] = True
+    return measured.where(keep)
+
+
+def _with(start: Efficiency, names: Sequence[str], logs: Floats) -> Efficiency:
+    changes: dict[str, Any] = dict(zip(names, np.exp(logs).tolist(), strict=True))
+    return replace(start, **changes)
+
+
+def _levenberg(residuals: Any, x: Floats, upper: Floats, steps: int = 40) -> Floats:
+    """Least soft-L1 squares by damped Gauss-Newton steps with numeric derivatives, x <= upper."""
+    damping, change = 1e-2, 1e-3
+    r = residuals(x)
+    loss = _soft(r).sum()
+    for _ in range(steps):
+        columns = [(residuals(np.minimum(x + change * unit, upper)) - r) for unit in np.eye(len(x))]
+        at_bound = x >= upper
+        jacobian = np.column_stack(columns) / change
+        jacobian[:, at_bound] = (
+            np.column_stack(
+                [(r - residuals(x - change * unit)) / change for unit in np.eye(len(x))[at_bound]]
+            )
+            if at_bound.any()
+            else jacobian[:, at_bound]
+        )
+        weight = 1.0 / np.sqrt(1.0 + (r / SOFT) ** 2)
+        normal = jacobian.T @ (jacobian * weight[:, None])
+        slope = jacobian.T @ (r * weight)
+        for _ in range(8):
+            lift = damping * (np.diag(normal) + 1e-9 * np.trace(normal))
+            step = np.clip(np.linalg.solve(normal + np.diag(lift), -slope), -0.7, 0.7)
+            trial = np.minimum(x + step, upper)
+            r_trial = residuals(trial)
+            trial_loss = _soft(r_trial).sum()
+            if trial_loss < loss:
+                break
+            damping *= 4
+        else:
+            break
+        gain = (loss - trial_loss) / loss
+        x, r, loss, damping = trial, r_trial, trial_loss, max(damping / 5, 1e-9)
+        if gain < 1e-6:
+            break
+    return x
+
+
+def _soft(r: Floats) -> Floats:
+    result: Floats = 2 * SOFT**2 * (np.sqrt(1 + (r / SOFT) ** 2) - 1)
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One line of the error table; errors are absolute and relative, NaN where nothing could be held out."""
+
+    device: str
+    operator: str
+    rows: int
+    errors: dict[str, tuple[float, float]]
+    """How -> median and 90th percentile."""
+
+
+def quantiles(errors: Floats) -> tuple[float, float]:
+    size = np.abs(errors)
+    return float(np.median(size)), float(np.quantile(size, 0.9))
+
+
+def operators_in(folder: Path, prefix: str) -> list[Measured]:
+    """All operators of the public files in `folder` whose names begin with `prefix`."""
+    return [m for path in sorted(folder.glob(f"{prefix}*.csv")) for m in read_measured(path)]
+
+
+def fitted(
+    measured: Sequence[Measured], device: DeviceSpec, start: Efficiency, families: Sequence[Family] = FAMILIES
+) -> Efficiency:
+    """`start` with the constants of every family that has rows."""
+    for family in families:
+        own = rows_of(family, measured)
+        if own:
+            start = fit_family(family, own, device, start)
+    return start
+
+
+def table(
+    device: DeviceSpec,
+    measured: Sequence[Measured],
+    start: Efficiency,
+    other: Efficiency,
+    families: Sequence[Family] = FAMILIES,
+) -> Iterator[Line]:
+    """Errors on one device's rows: in sample, held out by shape, and with `other`, another device's constants."""
+    for family in families:
+        own = rows_of(family, measured)
+        if not own:
+            continue
+        inside = fit_family(family, own, device, start)
+        yield Line(
+            device=device.name,
+            operator=family.name,
+            rows=sum(len(m.seconds) for m in own),
+            errors={
+                "in sample": quantiles(errors_of(own, device, inside)),
+                "shapes held out": quantiles(cross_validated(family, own, device, start)),
+                "device held out": quantiles(errors_of(own, device, other)),
+            },
+        )

@@ -1,0 +1,376 @@
+"""Measured operators: the public files' columns, recognised and checked.
+
+A file is recognised by its columns alone. Times are milliseconds in every public file; `Measured` has
+seconds. Sizes of collectives are elements in aiconfigurator's files (a half-precision all-reduce of n takes
+as long as an int8 one of 2 n) and bytes in vidur's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+VIDUR_OPERATORS = {
+    "attn_pre_proj": "gemm",
+    "attn_post_proj": "gemm",
+    "mlp_up_proj": "gemm",
+    "mlp_down_proj": "gemm",
+    "input_layernorm": "norm",
+    "post_attention_layernorm": "norm",
+    "add": "add",
+    "mlp_act": "activation",
+    "attn_rope": "rotary",
+    "emb": "embedding",
+}
+"""Column of vidur's operator profiles -> kind of operator."""
+VIDUR_SHAPE = (
+    "n_head",
+    "n_kv_head",
+    "n_embd",
+    "n_expanded_embd",
+    "vocab_size",
+    "num_tokens",
+    "num_tensor_parallel_workers",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Rows of one operator."""
+
+    file: str
+    operator: str
+    """Shown in tables; `kind` is the formula that predicts it."""
+    kind: str
+    columns: dict[str, Floats]
+    """Shape by name, each of shape (rows,)."""
+    seconds: Floats
+    rows: NDArray[np.int64]
+    """Row of each in the file, from 1, without the header."""
+
+    def where(self, keep: NDArray[np.bool_]) -> Measured:
+        return Measured(
+            file=self.file,
+            operator=self.operator,
+            kind=self.kind,
+            columns={name: values[keep] for name, values in self.columns.items()},
+            seconds=self.seconds[keep],
+            rows=self.rows[keep],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """One kind of public file."""
+
+    name: str
+    keys: tuple[str, ...]
+    """Columns that tell one row from another; numbers unless in `texts`."""
+    seconds: tuple[str, ...]
+    """Columns of times, milliseconds."""
+    read: Callable[[str, pd.DataFrame], list[Measured]]
+    texts: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    mark: frozenset[str] = frozenset()
+    """Columns that no other layout has: a file with them and without others misses a column."""
+    repeats: Callable[[pd.DataFrame], pd.Series[bool]] | None = None
+    """Rows that may be there more than once; None: none may."""
+
+
+def read_measured(path: Path) -> list[Measured]:
+    """The operators of a public file; ValueError in one line for a file that is not one or is broken."""
+    frame = read_frame(path)
+    layout = recognise(str(path), list(frame.columns))
+    _check(str(path), frame, layout)
+    return layout.read(str(path), frame)
+
+
+def read_frame(path: Path) -> pd.DataFrame:
+    """A CSV or Parquet file; ValueError naming it when it cannot be read or is empty."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    try:
+        frame = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except (ValueError, OSError, pd.errors.ParserError) as error:
+        raise ValueError(
+            f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"
+        ) from None
+    if not len(frame):
+        raise ValueError(f"{path}: has no rows")
+    return frame
+
+
+def recognise(file: str, columns: Sequence[str]) -> Layout:
+    """The layout whose columns are all there; else ValueError with the column missing from the nearest."""
+    for layout in LAYOUTS:
+        if set(layout.keys) | set(layout.texts) | set(layout.seconds) <= set(columns):
+            return layout
+    needed = {lay.name: (*lay.texts, *lay.keys, *lay.seconds) for lay in LAYOUTS}
+    marked = [lay for lay in LAYOUTS if lay.mark & set(columns)] or list(LAYOUTS)
+    nearest = min(marked, key=lambda lay: len(set(needed[lay.name]) - set(columns)))
+    missing = [name for name in needed[nearest.name] if name not in columns]
+    raise ValueError(
+        f"{file}: row 0 (header): column {missing[0]} is missing; "
+        f"a {nearest.name} file needs {', '.join(needed[nearest.name])}"
+    )
+
+
+def _check(file: str, frame: pd.DataFrame, layout: Layout) -> None:
+    for name in (*layout.keys, *layout.seconds, *(n for n in layout.optional if n in frame)):
+        values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64)
+        # A time is above 0, a size at least 0 (a window of 0 is none), and both are numbers.
+        least = math.ulp(0.0) if name in layout.seconds else 0.0
+        if name in POSITIVE:
+            least = 1.0
+        bad = ~np.isfinite(values) | (values < least)
+        if bad.any():
+            row = int(np.argmax(bad))
+            allowed = "above 0" if name in layout.seconds else f"at least {least:.0f}"
+            raise ValueError(
+                f"{file}: row {row + 1}: {name} is {frame[name].iloc[row]}; allowed: a number {allowed}"
+            )
+    _check_repeats(file, frame, layout)
+    if {"num_heads", "num_key_value_heads"} <= set(frame):
+        heads = frame["num_heads"].to_numpy() % frame["num_key_value_heads"].to_numpy()
+        # Key-value heads are whole groups of query heads, or the last group is short after a tp split.
+        wrong = frame["num_heads"].to_numpy() < frame["num_key_value_heads"].to_numpy()
+        if wrong.any():
+            row = int(np.argmax(wrong))
+            raise ValueError(
+                f"{file}: row {row + 1}: num_key_value_heads is {frame['num_key_value_heads'].iloc[row]}; "
+                f"allowed: at most num_heads, {frame['num_heads'].iloc[row]} (remainder {heads[row]})"
+            )
+
+
+def _check_repeats(file: str, frame: pd.DataFrame, layout: Layout) -> None:
+    names = [n for n in (*layout.texts, *layout.keys, *layout.optional) if n in frame]
+    if layout.repeats is None:
+        again = frame.duplicated(names)
+    else:
+        free = layout.repeats(frame)
+        again = (frame.duplicated(names) & ~free) | (frame.duplicated() & ~free)
+    if again.any():
+        row = int(np.argmax(again.to_numpy()))
+        same = (frame[names] == frame[names].iloc[row]).all(axis=1).to_numpy()
+        first = int(np.argmax(same))
+        what = ", ".join(f"{n} {frame[n].iloc[row]}" for n in names[:6])
+        raise ValueError(
+            f"{file}: row {row + 1}: the same as row {first + 1} ({what}); allowed: one row per shape"
+        )
+
+
+def _floats(frame: pd.DataFrame, name: str, default: float | None = None) -> Floats:
+    if name not in frame:
+        assert default is not None
+        return np.full(len(frame), default)
+    return frame[name].to_numpy(dtype=np.float64)
+
+
+def _measured(
+    file: str, frame: pd.DataFrame, operator: str, kind: str, columns: dict[str, Any], time: str
+) -> Measured:
+    rows = frame.index.to_numpy(dtype=np.int64) + 1
+    seconds = _floats(frame, time) / 1e3
+    return Measured(file=file, operator=operator, kind=kind, columns=columns, seconds=seconds, rows=rows)
+
+
+def _gemm(file: str, frame: pd.DataFrame) -> list[Measured]:
+    columns = {name: _floats(frame, name) for name in ("m", "n", "k")}
+    return [_measured(file, frame, "gemm", "gemm", columns, "latency")]
+
+
+def _attention(
+    file: str, frame: pd.DataFrame, operator: str, tokens: Floats, context: Floats
+) -> list[Measured]:
+    columns = {
+        "batch": _floats(frame, "batch_size"),
+        "tokens": tokens,
+        "context": context,
+        "heads": _floats(frame, "num_heads"),
+        "kv_heads": _floats(frame, "num_key_value_heads"),
+        "head_dim": _floats(frame, "head_dim", 128.0),
+        "window": _floats(frame, "window_size", 0.0),
+    }
+    return [_measured(file, frame, operator, "attention", columns, "latency")]
+
+
+def _context(file: str, frame: pd.DataFrame) -> list[Measured]:
+    tokens = _floats(frame, "isl")
+    return _attention(file, frame, "context attention", tokens, np.zeros_like(tokens))
+
+
+def _generation(file: str, frame: pd.DataFrame) -> list[Measured]:
+    # A step is the tokens in the cache before this one; with its own key it sees step + 1.
+    step = _floats(frame, "step")
+    return _attention(file, frame, "generation attention", np.ones_like(step), step)
+
+
+def _nccl(file: str, frame: pd.DataFrame) -> list[Measured]:
+    element_bytes = {"half": 2.0, "bfloat16": 2.0, "float": 4.0, "int8": 1.0, "fp8": 1.0}
+    unknown = ~frame["nccl_dtype"].isin(element_bytes)
+    if unknown.any():
+        row = int(np.argmax(unknown.to_numpy()))
+        raise ValueError(
+            f"{file}: row {row + 1}: nccl_dtype is {frame['nccl_dtype'].iloc[row]}; "
+            f"allowed: {', '.join(element_bytes)}"
+        )
+    result = []
+    for name, part in frame.groupby("op_name", sort=True):
+        size = _floats(part, "message_size") * part["nccl_dtype"].map(element_bytes).to_numpy(np.float64)
+        columns = {"bytes": size, "devices": _floats(part, "num_gpus")}
+        result.append(_measured(file, part, f"nccl {name}", f"nccl {name}", columns, "latency"))
+    return result
+
+
+def _custom(file: str, frame: pd.DataFrame) -> list[Measured]:
+    result = []
+    for name, part in frame.groupby("backend", sort=True):
+        columns = {"bytes": 2.0 * _floats(part, "message_size"), "devices": _floats(part, "num_gpus")}
+        kind = "all-reduce eager" if "eager" in str(name) else "all-reduce graph"
+        result.append(_measured(file, part, f"all-reduce {name}", kind, columns, "latency"))
+    return result
+
+
+def _vidur_network(file: str, frame: pd.DataFrame) -> list[Measured]:
+    """Workers in one node; across nodes is another link."""
+    part = frame[(frame["num_workers"] <= frame["devices_per_node"]) & (frame["collective"] == "all_reduce")]
+    columns = {"bytes": _floats(part, "size"), "devices": _floats(part, "num_workers")}
+    return [_measured(file, part, "all-reduce", "all-reduce eager", columns, "time_stats.all_reduce.median")]
+
+
+def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
+    shape = {name: _floats(frame, name) for name in VIDUR_SHAPE}
+    tp, hidden, tokens = shape["num_tensor_parallel_workers"], shape["n_embd"], shape["num_tokens"]
+    _check_tp(file, shape)
+    head_dim = hidden / shape["n_head"]
+    query = shape["n_head"] * head_dim / tp
+    kv = np.maximum(1.0, shape["n_kv_head"] / tp) * head_dim
+    ffn = shape["n_expanded_embd"] / tp
+    gated = 2.0 if bool(frame.get("use_gated_mlp", pd.Series([True])).iloc[0]) else 1.0
+    products = {
+        "attn_pre_proj": (hidden, query + 2 * kv),
+        "attn_post_proj": (query, hidden),
+        "mlp_up_proj": (hidden, gated * ffn),
+        "mlp_down_proj": (ffn, hidden),
+    }
+    values = {
+        "input_layernorm": 2 * hidden,
+        "post_attention_layernorm": 2 * hidden,
+        "add": 3 * hidden,
+        "mlp_act": (gated + 1) * ffn,
+        "attn_rope": 2 * (query + kv),
+        "emb": 2 * hidden,
+    }
+    result = []
+    for name, kind in VIDUR_OPERATORS.items():
+        time = f"time_stats.{name}.median"
+        if time not in frame:
+            continue
+        if kind == "gemm":
+            k, n = products[name]
+            columns = {"m": tokens, "n": n, "k": k, "tp": tp}
+        else:
+            columns = {"m": tokens, "values": values[name], "tp": tp}
+        result.append(_measured(file, frame, name, kind, columns, time))
+    return result
+
+
+def _check_tp(file: str, shape: dict[str, Floats]) -> None:
+    tp, heads, kv = (shape[n] for n in ("num_tensor_parallel_workers", "n_head", "n_kv_head"))
+    wrong = (heads % tp != 0) | ((kv % tp != 0) & (tp % kv != 0)) | (shape["n_expanded_embd"] % tp != 0)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{file}: row {row + 1}: num_tensor_parallel_workers is {tp[row]:.0f}; allowed: a divisor of "
+            f"n_head {heads[row]:.0f}, n_kv_head {kv[row]:.0f} and n_expanded_embd "
+            f"{shape['n_expanded_embd'][row]:.0f}"
+        )
+
+
+def _written_twice(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Both of aiconfigurator's loops, over grouped and over plain heads, write these."""
+    return frame["num_heads"] == frame["num_key_value_heads"]
+
+
+def _different_times(frame: pd.DataFrame) -> pd.Series[bool]:
+    """Vidur measures a shape several times; only a whole row twice is a mistake."""
+    return ~frame.drop(columns=[c for c in frame if str(c).startswith("Unnamed")]).duplicated()
+
+
+POSITIVE = frozenset(
+    {
+        "m", "n", "k", "batch_size", "isl", "num_heads", "num_key_value_heads", "head_dim", "num_gpus",
+        "message_size", "num_workers", "devices_per_node", "size", *VIDUR_SHAPE,
+    }
+)  # fmt: skip
+
+LAYOUTS = (
+    Layout(
+        name="gemm",
+        keys=("m", "n", "k"),
+        seconds=("latency",),
+        read=_gemm,
+        mark=frozenset({"m", "n", "k"}),
+    ),
+    Layout(
+        name="context attention",
+        keys=("batch_size", "isl", "num_heads", "num_key_value_heads"),
+        seconds=("latency",),
+        optional=("head_dim", "window_size"),
+        read=_context,
+        mark=frozenset({"isl"}),
+        repeats=_written_twice,
+    ),
+    Layout(
+        name="generation attention",
+        keys=("batch_size", "step", "num_heads", "num_key_value_heads"),
+        seconds=("latency",),
+        optional=("head_dim", "window_size"),
+        read=_generation,
+        mark=frozenset({"step"}),
+    ),
+    Layout(
+        name="NCCL",
+        keys=("num_gpus", "message_size"),
+        texts=("op_name", "nccl_dtype"),
+        seconds=("latency",),
+        read=_nccl,
+        mark=frozenset({"nccl_dtype", "op_name"}),
+    ),
+    Layout(
+        name="custom all-reduce",
+        keys=("num_gpus", "message_size"),
+        texts=("backend",),
+        seconds=("latency",),
+        read=_custom,
+        mark=frozenset({"backend"}),
+    ),
+    Layout(
+        name="all-reduce profile",
+        keys=("num_workers", "devices_per_node", "size"),
+        texts=("collective",),
+        seconds=("time_stats.all_reduce.median",),
+        read=_vidur_network,
+        mark=frozenset({"collective", "time_stats.all_reduce.median"}),
+        repeats=_different_times,
+    ),
+    Layout(
+        name="operator profile",
+        keys=VIDUR_SHAPE,
+        seconds=tuple(
+            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "gemm"
+        ),
+        read=_vidur,
+        mark=frozenset({"n_embd", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"}),
+        repeats=_different_times,
+    ),
+)

@@ -1,0 +1,52 @@
+"""What the roofline says of measured operators: one formula of `sim.cost` per kind."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.measured import Measured
+from sim.core.specs import DeviceSpec
+from sim.cost.attention import prefill_s
+from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
+from sim.cost.efficiency import Efficiency
+from sim.cost.elementwise import KINDS, elementwise_s
+from sim.cost.gemm_table import product_rows_s
+
+Floats = NDArray[np.float64]
+
+
+def predicted_s(
+    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str = "curve"
+) -> Floats:
+    """Seconds of each row of `measured`; the device's own efficiency unless another is given."""
+    e = Efficiency.of(device) if efficiency is None else efficiency
+    c, kind = measured.columns, measured.kind
+    if kind == "gemm":
+        return product_rows_s(c["m"], c["k"], c["n"], device, e, gemm)
+    if kind == "attention":
+        shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
+        return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
+    if kind in KINDS:
+        return elementwise_s(c["m"], c["values"], kind, device, e)
+    return _collective_s(measured, device, e)
+
+
+def _collective_s(measured: Measured, device: DeviceSpec, e: Efficiency) -> Floats:
+    size, devices = measured.columns["bytes"], measured.columns["devices"]
+    seconds = np.zeros_like(size)
+    for count in np.unique(devices).astype(int).tolist():
+        rows = devices == count
+        if measured.kind.startswith("nccl "):
+            operation = measured.kind.removeprefix("nccl ")
+            seconds[rows] = nccl_s(size[rows], count, operation, device, e)
+        else:
+            formula = eager_allreduce_s if measured.kind.endswith("eager") else allreduce_s
+            seconds[rows] = formula(size[rows], count, device, e)
+    return seconds
+
+
+def relative_errors(measured: Measured, seconds: Floats) -> Floats:
+    """Predicted over measured, minus 1."""
+    errors: Floats = seconds / measured.seconds - 1.0
+    return errors

@@ -1,0 +1,240 @@
+"""Measured profiles: what is shipped, how they are fitted, and how far predictions are from them.
+
+    coserve profile show [NAME|FILE]
+    coserve profile fit FILE [device=NAME model=NAME tp=N]
+    coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=table|curve] [cost=roofline|table]
+                          [bound_median=8] [bound_p90=20]
+    coserve profile curves DATA_FOLDER
+
+Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
+when a bound is exceeded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from profiles import fit as fitting
+from profiles.check import COSTS, CheckLine, above, check_file
+from profiles.curves import fitted, operators_in, table
+from profiles.measured import Measured, read_frame, read_measured
+from profiles.named import device_named, model_named
+from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
+from sim.core.specs import LoraSpec
+from sim.cost.context import CostContext
+from sim.cost.efficiency import Efficiency
+from sim.cost.gemm_table import GEMMS, gemm_tables
+from sim.errors import USER_ERROR, message, nearest, one_line, report
+
+ABOVE_BOUND = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("--help", "-h"):
+        print(one_usage())
+        return 0 if arguments else USER_ERROR
+    programs = {"show": _show, "fit": _fit, "check": _check, "curves": _curves}
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name not in programs:
+            raise ValueError(
+                f"no program named {name!r}{nearest(name, programs)}; known: {', '.join(programs)}"
+            )
+        if {"--help", "-h"} & set(rest):
+            print(one_usage())
+            return 0
+        return programs[name](rest)
+    except (ValueError, OSError, ArithmeticError) as error:
+        return report("coserve profile", error, message(error) or one_line(str(error)))
+
+
+def one_usage() -> str:
+    assert __doc__ is not None
+    return __doc__.strip()
+
+
+def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Positional arguments and key=value settings; a key may be written with leading dashes."""
+    names, settings = [], {}
+    for argument in arguments:
+        key, equals, value = argument.lstrip("-").partition("=")
+        if not equals or Path(argument).exists():
+            names.append(argument)
+            continue
+        key = key.replace("-", "_")
+        if key not in known:
+            raise ValueError(f"no setting named {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        settings[key] = value
+    return names, settings
+
+
+def _number(settings: dict[str, str], key: str) -> float | None:
+    if key not in settings:
+        return None
+    try:
+        value = float(settings[key])
+    except ValueError:
+        raise ValueError(f"{key} must be a number of at least 0, got {settings[key]!r}") from None
+    if not value >= 0:
+        raise ValueError(f"{key} must be a number of at least 0, got {settings[key]!r}")
+    return value
+
+
+def _tp(settings: dict[str, str], default: int) -> int:
+    value = settings.get("tp", str(default))
+    if not value.isdecimal() or int(value) < 1:
+        raise ValueError(f"tp must be a whole number of at least 1, got {value!r}")
+    return int(value)
+
+
+def _choice(settings: dict[str, str], key: str, known: Sequence[str]) -> str:
+    value = settings.get(key, known[0])
+    if value not in known:
+        raise ValueError(f"{key} must be one of {', '.join(known)}, got {value!r}")
+    return value
+
+
+def _one_file(names: Sequence[str], program: str) -> Path:
+    if len(names) != 1:
+        raise ValueError(f"{program} takes one FILE, got {len(names)}")
+    return Path(names[0])
+
+
+def _check(arguments: Sequence[str]) -> int:
+    known = ("device", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
+    names, settings = _settings(arguments, known)
+    path = _one_file(names, "check")
+    if "device" not in settings:
+        raise ValueError("check needs device=NAME; see configs/device")
+    device = device_named(settings["device"])
+    model = model_named(settings["model"]) if "model" in settings else None
+    tp = _tp(settings, model.tp if model is not None else 1)
+    bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
+    cost, gemm = _choice(settings, "cost", COSTS), _choice(settings, "gemm", GEMMS)
+    lines = check_file(path, device, model, tp, cost, gemm)
+    print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if cost == "roofline" else ""))
+    _print_lines(lines)
+    found = above(lines, *bounds)
+    for text in found:
+        print(f"above the bound: {text}", file=sys.stderr)
+    return ABOVE_BOUND if found else 0
+
+
+def _print_lines(lines: Sequence[CheckLine]) -> None:
+    width = max(len(line.name) for line in lines)
+    print(f"{'operator':<{width}} {'rows':>7} {'median':>8} {'p90':>8} {'worst':>8} {'bias':>8}  worst row")
+    for e in lines:
+        numbers = " ".join(f"{100 * value:6.1f} %" for value in (e.median, e.p90, e.worst))
+        print(f"{e.name:<{width}} {e.rows:>7} {numbers} {100 * e.bias:+6.1f} %  {e.worst_row}")
+
+
+def _fit(arguments: Sequence[str]) -> int:
+    names, settings = _settings(arguments, ("device", "model", "tp"))
+    profile = read_profile(find_profile(str(_one_file(names, "fit"))))
+    context = _context(profile, settings)
+    done = fitting.fit(profile, context)
+    print(f"{profile.file}: {len(profile.seconds)} rows")
+    print(f"{'regime':<32} {'rows':>6} {'median':>8} {'p90':>8} {'worst':>8}  (5-fold cross-validated)")
+    for e in fitting.cross_validated(profile):
+        numbers = " ".join(f"{100 * value:6.1f} %" for value in (e.median, e.p90, e.worst))
+        print(f"{e.regime:<32} {e.rows:>6} {numbers}  row {e.worst_row}")
+    for name, (least, most) in done.table.ranges.items():
+        if most > 0:
+            print(f"measured {name}: {least:g} to {most:g}; beyond it extrapolates")
+    missing = [kind for kind, columns in fitting.GROUPS.items() if not profile.columns[columns[0]].any()]
+    if done.derived:
+        print(f"not measured: {', '.join(done.derived)}; derived from the roofline times {done.factor:.2f}")
+    elif missing:
+        print(
+            f"not measured: {', '.join(missing)}; costs nothing without device= and model= to derive it for"
+        )
+    return 0
+
+
+def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
+    of = profile.provenance
+    device = settings.get("device", of.device if of is not None else None)
+    model = settings.get("model", of.model if of is not None else None)
+    if device is None or model is None:
+        if "tp" in settings or device != model:
+            raise ValueError("fit needs both device=NAME and model=NAME, or neither")
+        return None
+    shape = model_named(model)
+    tp = _tp(settings, of.tp if of is not None else shape.tp)
+    shape.check_tp(tp)
+    return CostContext(device=device_named(device), model=shape, tp=tp, lora=LoraSpec(), seed=0)
+
+
+def _show(arguments: Sequence[str]) -> int:
+    names, _ = _settings(arguments, ())
+    if not names:
+        _show_all()
+        return 0
+    path = _one_file(names, "show")
+    if path.is_file() and not is_profile(list(read_frame(path).columns)):
+        for measured in read_measured(path):
+            _show_measured(measured)
+        return 0
+    profile = read_profile(find_profile(str(path)))
+    print(f"{profile.file}: {len(profile.seconds)} rows of whole iterations")
+    for key, value in asdict(profile.provenance).items() if profile.provenance is not None else ():
+        print(f"{key:<10} {value}")
+    for name, values in profile.columns.items():
+        print(f"{name:<24} {values.min():>14g} .. {values.max():g}")
+    return 0
+
+
+def _show_all() -> None:
+    for name in profile_names():
+        of = read_profile(find_profile(name)).provenance
+        print(
+            f"{name:<32} whole iterations; "
+            + (f"{of.source}, {of.date}, {of.licence}" if of is not None else "")
+        )
+    for item in gemm_tables():
+        print(f"{item.name:<32} {item.shape_text()}; for {', '.join(item.devices)}")
+        print(f"{'':<32} {item.source}, {item.date}, {item.licence}")
+        print(f"{'':<32} {item.error}")
+    if not profile_names():
+        print("no profile of whole iterations is shipped; cost=table needs path=FILE")
+
+
+def _show_measured(measured: Measured) -> None:
+    print(f"{measured.operator}: {len(measured.seconds)} rows")
+    for name, values in measured.columns.items():
+        print(f"  {name:<10} {values.min():>12g} .. {values.max():g}")
+    print(f"  {'seconds':<10} {measured.seconds.min():>12.3g} .. {measured.seconds.max():.3g}")
+
+
+def _curves(arguments: Sequence[str]) -> int:
+    names, _ = _settings(arguments, ())
+    folder = _one_file(names, "curves")
+    kernels = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
+    rows = {}
+    for name, prefix in kernels.items():
+        where = folder / prefix
+        rows[name] = operators_in(where.parent, where.name)
+        if not rows[name]:
+            raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
+    print(
+        f"{'device':<10} {'operator':<22} {'rows':>6} {'in sample':>15} {'shapes held out':>16} {'device held out':>16}"
+    )
+    starts = {name: Efficiency.of(device_named(name)) for name in kernels}
+    own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
+    for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
+        borrowed = replace(own[other], attention_generation=starts[name].attention_generation)
+        for line in table(device_named(name), rows[name], starts[name], borrowed):
+            cells = [f"{100 * a:.1f} / {100 * b:.1f} %" for a, b in line.errors.values()]
+            print(
+                f"{name:<10} {line.operator:<22} {line.rows:>6} {cells[0]:>15} {cells[1]:>16} {cells[2]:>16}"
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

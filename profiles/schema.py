@@ -1,0 +1,177 @@
+"""Profiles of whole iterations: one row is `Work`, flat, and the seconds that it took.
+
+A profile is a Parquet or CSV file with WORK_COLUMNS and the 20th, 50th and 80th percentile of repeated
+measurements. Its provenance travels in the Parquet metadata, or beside a CSV as NAME.json. A group of
+columns that is zero in every row was not measured: `profiles.fit` derives it and says so. Rows with
+backward layers are the slot for measured backward passes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from profiles.measured import read_frame
+from profiles.named import device_named, model_named
+from sim.core.rows import WORK_COLUMNS
+from sim.errors import nearest
+
+Floats = NDArray[np.float64]
+
+SECONDS_COLUMNS = ("seconds_p20", "seconds_p50", "seconds_p80")
+COLUMNS = (*WORK_COLUMNS, *SECONDS_COLUMNS)
+TABLES = Path(__file__).resolve().parent / "tables"
+METADATA = b"coserve.profile"
+SLACK = 0.25
+"""How much longer less work may take than more work before the two rows contradict each other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a profile comes from."""
+
+    device: str
+    model: str
+    tp: int
+    source: str
+    date: str
+    how: str
+    """How it was measured: repeats, what was synchronised, which kernels."""
+    licence: str
+    versions: str
+    """Of the engine, torch, driver."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if not getattr(self, item.name):
+                raise ValueError(f"provenance.{item.name} must not be empty")
+        device_named(self.device)
+        model_named(self.model).check_tp(self.tp)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Rows and where they come from."""
+
+    file: str
+    columns: dict[str, Floats]
+    """COLUMNS, each of shape (rows,)."""
+    provenance: Provenance | None
+
+    @property
+    def seconds(self) -> Floats:
+        return self.columns["seconds_p50"]
+
+
+def is_profile(columns: list[str]) -> bool:
+    """Whether a file with these columns means to be a profile, complete or not."""
+    return len(set(WORK_COLUMNS) & set(columns)) > len(WORK_COLUMNS) // 2
+
+
+def write_profile(path: Path, columns: dict[str, Floats], provenance: Provenance) -> None:
+    """A Parquet file with its provenance."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({name: np.asarray(columns[name], dtype=np.float64) for name in COLUMNS})
+    pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(asdict(provenance)).encode()}), path)
+
+
+def read_profile(path: Path) -> Profile:
+    """Read and check; ValueError in one line that names the file, the row and what is allowed."""
+    frame = read_frame(path)
+    missing = [name for name in COLUMNS if name not in frame]
+    if missing:
+        raise ValueError(
+            f"{path}: row 0 (header): column {missing[0]} is missing; a profile needs {', '.join(COLUMNS)}"
+        )
+    numbers = {name: pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64) for name in COLUMNS}
+    for name, values in numbers.items():
+        positive = name in SECONDS_COLUMNS
+        bad = ~np.isfinite(values) | ((values <= 0) if positive else (values < 0))
+        if bad.any():
+            row = int(np.argmax(bad))
+            allowed = "above 0" if positive else "at least 0"
+            raise ValueError(
+                f"{path}: row {row + 1}: {name} is {frame[name].iloc[row]}; allowed: a number {allowed}"
+            )
+    _check_order(str(path), numbers)
+    _check_repeats(str(path), frame)
+    _check_monotone(str(path), numbers)
+    return Profile(file=str(path), columns=numbers, provenance=_provenance(path))
+
+
+def find_profile(name: str) -> Path:
+    """`name` as a path, or as <device>-<model> among the shipped tables."""
+    for path in (Path(name), TABLES / f"{name}.parquet", TABLES / f"{name}.csv"):
+        if path.is_file():
+            return path
+    known = profile_names()
+    there = f"there are {', '.join(known)}" if known else "none is shipped"
+    raise ValueError(
+        f"no profile named {name!r}{nearest(name, known)}; {there}; `coserve profile collect` measures one "
+        "on the device itself (needs a GPU), cost=roofline needs none"
+    )
+
+
+def profile_names() -> list[str]:
+    return sorted(path.stem for path in TABLES.glob("*.parquet"))
+
+
+def _provenance(path: Path) -> Provenance | None:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        text = (pq.read_schema(path).metadata or {}).get(METADATA)
+    else:
+        beside = path.with_suffix(".json")
+        text = beside.read_bytes() if beside.is_file() else None
+    if text is None:
+        return None
+    try:
+        return Provenance(**json.loads(text))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: provenance: {error}") from None
+
+
+def _check_order(file: str, c: dict[str, Floats]) -> None:
+    low, mid, high = (c[name] for name in SECONDS_COLUMNS)
+    wrong = (low > mid) | (mid > high)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise ValueError(
+            f"{file}: row {row + 1}: seconds_p20, p50, p80 are {low[row]:g}, {mid[row]:g}, {high[row]:g}; "
+            "allowed: never decreasing"
+        )
+
+
+def _check_repeats(file: str, frame: pd.DataFrame) -> None:
+    again = frame.duplicated(list(WORK_COLUMNS)).to_numpy()
+    if again.any():
+        row = int(np.argmax(again))
+        same = (frame[list(WORK_COLUMNS)] == frame[list(WORK_COLUMNS)].iloc[row]).all(axis=1)
+        first = int(np.argmax(same.to_numpy()))
+        raise ValueError(
+            f"{file}: row {row + 1}: the same work as row {first + 1}; allowed: one row per work, "
+            "repeats go into the percentiles"
+        )
+
+
+def _check_monotone(file: str, c: dict[str, Floats]) -> None:
+    """No row may do less in every column and yet take longer by more than SLACK and its own spread: what is
+    fitted never decreases, so one of the two is wrong."""
+    work = np.column_stack([c[name] for name in WORK_COLUMNS])
+    low, high = c["seconds_p20"], c["seconds_p80"]
+    for row in range(len(work)):
+        less = (work <= work[row]).all(axis=1) & (low > high[row] * (1 + SLACK))
+        if less.any():
+            other = int(np.argmax(np.where(less, low, 0.0)))
+            raise ValueError(
+                f"{file}: row {row + 1}: not monotone: takes {c['seconds_p50'][row]:g} s, row {other + 1} does "
+                f"no more in any column and takes {c['seconds_p50'][other]:g} s; allowed: {SLACK:.0%} longer"
+            )

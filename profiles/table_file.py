@@ -1,0 +1,50 @@
+"""`TableFile`: the cost model fitted to a measured profile, for `cost=table`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from profiles.fit import fit
+from profiles.schema import Profile, find_profile, read_profile
+from sim.cost.context import CostContext
+from sim.cost.table import FittedCost
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFile:
+    """Builder: `path` is a file or the name of a shipped table; null is <device>-<model>."""
+
+    path: str | None = None
+    share: float = 1.0
+    """Share of the rows that is fitted: a predictor that saw less than the world is not the world."""
+    seed: int = 0
+    """Which rows those are."""
+
+    def __post_init__(self) -> None:
+        if not 0.2 <= self.share <= 1:
+            raise ValueError(f"cost table: share must be in [0.2, 1], got {self.share}")
+
+    def build(self, context: CostContext) -> FittedCost:
+        name = self.path if self.path is not None else f"{context.device.name}-{context.model.name}"
+        profile = read_profile(find_profile(name))
+        _check_match(profile, context)
+        return fit(self._part(profile), context).table.model(context.lookahead)
+
+    def _part(self, profile: Profile) -> Profile:
+        count = len(profile.seconds)
+        keep = np.random.default_rng(self.seed).permutation(count)[: max(1, round(self.share * count))]
+        return replace(profile, columns={name: values[keep] for name, values in profile.columns.items()})
+
+
+def _check_match(profile: Profile, context: CostContext) -> None:
+    of = profile.provenance
+    if of is None:
+        return
+    ours = (context.device.name, context.model.name, context.tp)
+    if (of.device, of.model, of.tp) != ours:
+        raise ValueError(
+            f"{profile.file}: measured for {of.model} on {of.tp} x {of.device}; "
+            f"asked for {ours[1]} on {ours[2]} x {ours[0]}"
+        )
