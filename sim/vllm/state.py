@@ -1,0 +1,133 @@
+"""A pipeline whose released K/V blocks keep what they hold until they are taken again.
+
+vLLM frees the blocks of a preempted request into the free list and keeps their hashes, so the request finds
+them on its return as far as nobody has taken them meanwhile. The free list is first in, first out; a request's
+blocks enter it last block first, so its beginning survives longest. Here the list is kept in runs of blocks of
+one owner, which costs what changes and not what is free.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+from sim.core.kv import KvBlocks
+from sim.core.plan import View
+from sim.core.sequence import Sequence
+from sim.core.state import PipelineState
+
+
+class ReusableBlocks(KvBlocks):
+    """`KvBlocks` whose free ones remember a preempted owner. `free` stays the only count."""
+
+    def __init__(self, kv_tokens: int, block_tokens: int) -> None:
+        self._free = 0
+        self._runs: deque[list[int | None]] = deque()
+        """[owner or None, blocks], the next to be taken first."""
+        self._kept: dict[int, int] = {}
+        """Owner -> its blocks in the list."""
+        self.owner: int | None = None
+        """Whose blocks are being released."""
+        super().__init__(kv_tokens, block_tokens)
+
+    @property
+    def free(self) -> int:  # type: ignore[override]
+        return self._free
+
+    @free.setter
+    def free(self, value: int) -> None:
+        if value > self._free:
+            self._release(value - self._free)
+        else:
+            self._take(self._free - value)
+        self._free = value
+
+    def kept_after(self, id: int, taken: int) -> int:
+        """Blocks of `id` still there once `taken` more blocks were taken; changes nothing."""
+        kept = self._kept.get(id, 0)
+        for owner, blocks in self._runs:
+            assert blocks is not None
+            if taken <= 0:
+                break
+            if owner == id:
+                kept -= min(blocks, taken)
+            taken -= blocks
+        return kept
+
+    def claim(self, id: int) -> int:
+        """Take what is left of `id`'s blocks out of the free list; their number."""
+        kept = self._kept.pop(id, 0)
+        if kept:
+            for index, (owner, _) in enumerate(self._runs):
+                if owner == id:
+                    del self._runs[index]
+                    break
+            self._free -= kept
+        return kept
+
+    def _release(self, blocks: int) -> None:
+        if self.owner is not None:
+            self._kept[self.owner] = blocks
+        self._runs.append([self.owner, blocks])
+
+    def _take(self, blocks: int) -> None:
+        while blocks > 0:
+            run = self._runs[0]
+            owner, held = run
+            assert held is not None
+            taken = min(held, blocks)
+            if owner is not None:
+                self._kept[owner] -= taken
+                if self._kept[owner] == 0:
+                    del self._kept[owner]
+            if taken == held:
+                self._runs.popleft()
+            else:
+                run[1] = held - taken
+            blocks -= taken
+
+
+class CachedState(PipelineState):
+    """`PipelineState` with blocks that a preempted request finds again."""
+
+    kv: ReusableBlocks
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        limits = given["limits"]
+        self.kv = ReusableBlocks(limits.kv_tokens, limits.block_tokens)
+        self._cached_at_preemption: dict[int, int] = {}
+
+    def view(self, now_s: float) -> View:
+        """Waiting sequences show as computed what will be left of theirs after the coming decode."""
+        view = super().view(now_s)
+        block = self.kv.block_tokens
+        for sequence in self.waiting:
+            if sequence.preemptions == 0:
+                break  # those that were put back stand in front
+            sequence.computed_tokens = block * self._reusable(sequence, view.growth_blocks)
+        return view
+
+    def _reusable(self, sequence: Sequence, taken: int) -> int:
+        """Whole blocks of `sequence` that need no computing: its last token is always computed."""
+        whole = min(self._cached_at_preemption[sequence.id], sequence.known_tokens - 1) // self.kv.block_tokens
+        return min(self.kv.kept_after(sequence.id, taken), whole)
+
+    def _admit(self) -> Sequence:
+        sequence = super()._admit()
+        if sequence.preemptions:
+            reused = self._reusable(sequence, 0)
+            kept = self.kv.claim(sequence.id)
+            if kept > reused:
+                self.kv.free += kept - reused
+            sequence.computed_tokens = reused * self.kv.block_tokens
+        return sequence
+
+    def _preempt(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int, int]]:
+        segments = []
+        for id in ids:
+            self._cached_at_preemption[id] = self._cached_tokens(self.running[id])
+            self.kv.owner = id
+            segments += super()._preempt((id,))
+            self.kv.owner = None
+        return segments
