@@ -16,13 +16,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
-
-import numpy as np
 
 from sim.core.work import Chunk, Work
 from sim.cost.grid import AttentionGrid
+from sim.cost.skew import Skew
 
 ONCE = ("embedding", "final_layernorm")
 """Operators by tokens that run once in a pass."""
@@ -53,6 +51,13 @@ class Curve(NamedTuple):
         return _linear(self.counts, self.seconds, count)
 
 
+class Spread(NamedTuple):
+    """Contexts of the decodes of one iteration, in tokens."""
+
+    shortest: int
+    longest: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OperatorProfile:
     """One card's and one model's operators, as measured."""
@@ -62,6 +67,9 @@ class OperatorProfile:
     per_sequence: Mapping[str, Curve]
     """Operator -> seconds by sequences of the batch."""
     attention: AttentionGrid
+    """One layer's attention, with equally long decodes."""
+    skew: Skew
+    """What unequally long decodes add."""
 
     def __post_init__(self) -> None:
         known = (*ONCE, *PER_LAYER)
@@ -78,21 +86,29 @@ class OperatorCost:
     """A `CostModel` of inference passes. Finetuning has no profile here and is refused."""
 
     def __init__(
-        self, profile: OperatorProfile, *, layers: int, graph_sizes: Sequence[int] = (), max_tokens: int = 2048
+        self,
+        profile: OperatorProfile,
+        *,
+        layers: int,
+        max_tokens: int,
+        decode_sizes: Sequence[int] = (),
+        mixed_sizes: Sequence[int] = (),
     ) -> None:
-        """`graph_sizes`: batch sizes with a CUDA graph; smaller batches are padded to the next of them."""
+        """`decode_sizes`, `mixed_sizes`: batch sizes that have a CUDA graph, for batches of decodes alone and for
+        others; a smaller batch is padded to the next of them, a larger one is not."""
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         self._profile = profile
         self._layers = layers
-        self._padded = padded_sizes(graph_sizes, max_tokens)
-        self._pass_s = [self._dense_s(n) for n in range(max_tokens + 1)]
+        pass_s = [self._dense_s(n) for n in range(max_tokens + 1)]
+        self._decode_s = [pass_s[n] for n in padded_sizes(decode_sizes, max_tokens)]
+        self._mixed_s = [pass_s[n] for n in padded_sizes(mixed_sizes, max_tokens)]
 
-    def iteration_s(self, work: Work) -> float:
-        """Seconds of the GPU; host time is the driver's."""
-        return sum(self.parts(work).values())
+    def iteration_s(self, work: Work, spread: Spread | None = None) -> float:
+        """Seconds of the GPU; host time is the driver's. Without `spread` all decodes are equally long."""
+        return sum(self.parts(work, spread).values())
 
-    def parts(self, work: Work) -> dict[str, float]:
+    def parts(self, work: Work, spread: Spread | None = None) -> dict[str, float]:
         """GEMMs and element-wise ("dense"), attention, and the head."""
         if work.forward or work.backward or work.recompute or work.optimizer_params:
             raise ValueError("an operator profile knows inference only, got finetuning work")
@@ -102,8 +118,8 @@ class OperatorCost:
         # Every scheduled sequence gets logits, also one whose prompt is not done: its token is dropped.
         rows = work.decode_count + len(work.prefill)
         return {
-            "dense": self._pass_s[self._padded[tokens]],
-            "attention": self._layers * self._attention_s(work),
+            "dense": (self._mixed_s if work.prefill else self._decode_s)[tokens],
+            "attention": self._layers * self._attention_s(work, spread),
             "head": sum(self._profile.per_sequence[name].at(rows) for name in HEAD),
         }
 
@@ -113,14 +129,33 @@ class OperatorCost:
         layer = sum(times * dense[name].at(tokens) for name, times in PER_LAYER.items() if name in dense)
         return once + self._layers * layer
 
-    def _attention_s(self, work: Work) -> float:
-        grid = self._profile.attention
+    def _attention_s(self, work: Work, spread: Spread | None) -> float:
         decodes = work.decode_count
-        context = work.decode_context_tokens / decodes if decodes else 0.0
-        if not work.prefill:
+        if not decodes:
+            return self._kernel_s(work.prefill, 0, 0.0)
+        mean = work.decode_context_tokens / decodes
+        mean_s = self._kernel_s(work.prefill, decodes, mean)
+        if spread is None or spread.longest == spread.shortest:
+            return mean_s
+        share = (mean - spread.shortest) / (spread.longest - spread.shortest)
+        tokens, before = as_one_chunk(work.prefill) if work.prefill else (0, 0.0)
+        alpha = self._profile.skew.at(tokens, decodes, share, spread.longest, before)
+        longest_s = self._kernel_s(work.prefill, decodes, spread.longest)
+        return mean_s + alpha * (longest_s - mean_s)
+
+    def _kernel_s(self, chunks: Sequence[Chunk], decodes: int, context: float) -> float:
+        """One layer's attention over `chunks` and `decodes` sequences of `context` tokens each."""
+        grid = self._profile.attention
+        if not chunks:
             return grid.at(0, 0, decodes, context)
-        tokens, before = as_one_chunk(work.prefill)
-        return grid.at(tokens, before, decodes, context)
+        tokens, before = as_one_chunk(chunks)
+        if before >= 0:
+            return grid.at(tokens, before, decodes, context)
+        # As many pairs fewer than a fresh chunk has as a chunk with context -before has more.
+        fresh_s = grid.at(tokens, 0, decodes, context)
+        fewer_s = fresh_s - (grid.at(tokens, -before, decodes, context) - fresh_s)
+        longest = max(chunks, key=lambda c: c.attention_pairs)
+        return max(fewer_s, grid.at(longest.tokens, longest.context, decodes, context))
 
 
 def as_one_chunk(chunks: Sequence[Chunk]) -> tuple[int, float]:

@@ -9,12 +9,15 @@ one owner, which costs what changes and not what is free.
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
-
+from collections.abc import Mapping
 from sim.core.kv import KvBlocks
-from sim.core.plan import View
+from sim.core.plan import Limits, Plan, View
+from sim.core.request import Slo
+from sim.core.rows import Recorder
 from sim.core.sequence import Sequence
 from sim.core.state import PipelineState
+from sim.core.work import Work
+from sim.cost.operators import Spread
 
 
 class ReusableBlocks(KvBlocks):
@@ -92,11 +95,16 @@ class CachedState(PipelineState):
 
     kv: ReusableBlocks
 
-    def __init__(self, **given: Any) -> None:
-        super().__init__(**given)
-        limits = given["limits"]
+    def __init__(
+        self, *, limits: Limits, slos: Mapping[str, Slo], recorder: Recorder, reuse: bool = True
+    ) -> None:
+        """`reuse`: False forgets released blocks at once, as vLLM does without prefix caching."""
+        super().__init__(limits=limits, slos=slos, recorder=recorder)
+        self._reuse = reuse
         self.kv = ReusableBlocks(limits.kv_tokens, limits.block_tokens)
         self._cached_at_preemption: dict[int, int] = {}
+        self.spread: Spread | None = None
+        """Contexts of the decodes of the iteration launched last."""
 
     def view(self, now_s: float) -> View:
         """Waiting sequences show as computed what will be left of theirs after the coming decode."""
@@ -108,8 +116,20 @@ class CachedState(PipelineState):
             sequence.computed_tokens = block * self._reusable(sequence, view.growth_blocks)
         return view
 
+    def apply(self, plan: Plan, now_s: float) -> Work:
+        """Launch `plan`, and note in `spread` how unequal its decodes are."""
+        contexts = [
+            self._cached_tokens(sequence)
+            for sequence in self.running.values()
+            if sequence.decoding and sequence.id not in plan.preempted
+        ]
+        self.spread = Spread(min(contexts), max(contexts)) if contexts and plan.decode else None
+        return super().apply(plan, now_s)
+
     def _reusable(self, sequence: Sequence, taken: int) -> int:
         """Whole blocks of `sequence` that need no computing: its last token is always computed."""
+        if not self._reuse:
+            return 0
         whole = min(self._cached_at_preemption[sequence.id], sequence.known_tokens - 1) // self.kv.block_tokens
         return min(self.kv.kept_after(sequence.id, taken), whole)
 

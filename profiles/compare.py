@@ -1,0 +1,135 @@
+"""Measured against predicted: the numbers of `coserve validate`.
+
+A statistic is compared with its own counterpart (the measured p95 with the predicted p95), not request by
+request: which of two requests is preempted hangs on a block more or less, and then their times change places.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.vllm.replay import Replay
+from sim.vllm.run import MeasuredRequests, RunFolder
+
+Floats = NDArray[np.float64]
+
+PERCENTILES = {"median": 50, "p90": 90, "p95": 95, "p99": 99}
+SERIES = ("prompt_tok_s", "gen_tok_s", "running", "waiting")
+
+
+class Figure(NamedTuple):
+    """One statistic of one latency, or the throughput."""
+
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Relative to the measured one."""
+        return self.predicted / self.measured - 1
+
+
+class Latencies(NamedTuple):
+    """Seconds, each of shape (requests,); TPOT only of requests with two tokens or more."""
+
+    ttft_s: Floats
+    tpot_s: Floats
+    latency_s: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """What happened in each tick, shape (ticks,) each: tokens per second, and requests at its end."""
+
+    end_s: Floats
+    measured: dict[str, Floats]
+    predicted: dict[str, Floats]
+
+
+def latencies(
+    queued_s: Floats, first_token_s: Floats, last_token_s: Floats, output_tokens: NDArray[np.int64]
+) -> Latencies:
+    """From when the engine took the request in, which is what its own stamps count from."""
+    several = output_tokens > 1
+    tpot_s = (last_token_s - first_token_s)[several] / (output_tokens[several] - 1)
+    return Latencies(first_token_s - queued_s, tpot_s, last_token_s - queued_s)
+
+
+def measured_latencies(requests: MeasuredRequests) -> Latencies:
+    return latencies(
+        requests.queued_s, requests.first_token_s, requests.last_token_s, requests.output_tokens
+    )
+
+
+def predicted_latencies(requests: MeasuredRequests, replay: Replay) -> Latencies:
+    return latencies(replay.queued_s, replay.first_token_s, replay.last_token_s, requests.output_tokens)
+
+
+def figures(requests: MeasuredRequests, replay: Replay) -> list[Figure]:
+    """Mean and percentiles of TTFT, TPOT and latency, in seconds; last the output tokens per second."""
+    pairs = zip(measured_latencies(requests), predicted_latencies(requests, replay), strict=True)
+    found = []
+    for name, (measured, predicted) in zip(("TTFT", "TPOT", "latency"), pairs, strict=True):
+        if not measured.size:
+            continue
+        found.append(Figure(f"{name} mean", float(measured.mean()), float(predicted.mean())))
+        for label, percent in PERCENTILES.items():
+            both = (float(np.percentile(values, percent)) for values in (measured, predicted))
+            found.append(Figure(f"{name} {label}", *both))
+    tokens = float(requests.output_tokens.sum())
+    ends = (float(requests.last_token_s.max()), float(replay.last_token_s.max()))
+    found.append(Figure("output tok/s", tokens / ends[0], tokens / ends[1]))
+    return found
+
+
+def timeline(run: RunFolder, replay: Replay) -> Timeline:
+    """The engine's logger against the same counts of the replay.
+
+    The logger's clock starts a fraction of a tick before the first request and is not recorded, so the two may
+    be apart by up to a tick. Prompt tokens count when the prompt's first token comes, as vLLM counts them.
+    """
+    ticks = run.ticks
+    edges = np.concatenate((ticks["t"] - run.tick_s, ticks["t"][-1:]))
+    rows = replay.iterations
+    prompts, _ = np.histogram(replay.first_token_s, edges, weights=run.requests.prompt_tokens)
+    done = rows["decode_count"] * 1.0
+    tokens, _ = np.histogram(rows["end_s"], edges, weights=done)
+    firsts, _ = np.histogram(replay.first_token_s, edges)
+    last = np.searchsorted(rows["end_s"], ticks["t"], side="right") - 1
+    running, waiting = (np.where(last < 0, 0.0, rows[key][last]) for key in ("running", "waiting"))
+    over = ticks["t"] >= rows["end_s"][-1]
+    return Timeline(
+        end_s=ticks["t"],
+        measured={
+            "prompt_tok_s": ticks["prompt_throughput"],
+            "gen_tok_s": ticks["gen_throughput"],
+            "running": ticks["running"],
+            "waiting": ticks["waiting"],
+        },
+        predicted={
+            "prompt_tok_s": prompts / run.tick_s,
+            "gen_tok_s": (tokens + firsts) / run.tick_s,
+            "running": np.where(over, 0.0, running),
+            "waiting": np.where(over, 0.0, waiting),
+        },
+    )
+
+
+def windows(line: Timeline, most: int = 20) -> list[tuple[float, dict[str, tuple[float, float]]]]:
+    """Means over at most `most` equal windows: (end of the window in s, series -> (measured, predicted))."""
+    ticks = len(line.end_s)
+    per_window = -(-ticks // most)
+    found = []
+    for start in range(0, ticks, per_window):
+        span = slice(start, min(start + per_window, ticks))
+        means = {
+            name: (float(line.measured[name][span].mean()), float(line.predicted[name][span].mean()))
+            for name in SERIES
+        }
+        found.append((float(line.end_s[span][-1]), means))
+    return found
