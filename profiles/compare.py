@@ -61,9 +61,7 @@ def latencies(
 
 
 def measured_latencies(requests: MeasuredRequests) -> Latencies:
-    return latencies(
-        requests.queued_s, requests.first_token_s, requests.last_token_s, requests.output_tokens
-    )
+    return latencies(requests.queued_s, requests.first_token_s, requests.last_token_s, requests.output_tokens)
 
 
 def predicted_latencies(requests: MeasuredRequests, replay: Replay) -> Latencies:
@@ -90,15 +88,15 @@ def figures(requests: MeasuredRequests, replay: Replay) -> list[Figure]:
 def timeline(run: RunFolder, replay: Replay) -> Timeline:
     """The engine's logger against the same counts of the replay.
 
-    The logger's clock starts a fraction of a tick before the first request and is not recorded, so the two may
-    be apart by up to a tick. Prompt tokens count when the prompt's first token comes, as vLLM counts them.
+    The logger's clock starts a fraction of a tick before the first request and is not recorded, so the two
+    may be apart by up to a tick. Prompt tokens count when the prompt's first token comes, as vLLM counts
+    them.
     """
     ticks = run.ticks
     edges = np.concatenate((ticks["t"] - run.tick_s, ticks["t"][-1:]))
     rows = replay.iterations
     prompts, _ = np.histogram(replay.first_token_s, edges, weights=run.requests.prompt_tokens)
-    done = rows["decode_count"] * 1.0
-    tokens, _ = np.histogram(rows["end_s"], edges, weights=done)
+    tokens, _ = np.histogram(rows["end_s"], edges, weights=rows["decode_count"])
     firsts, _ = np.histogram(replay.first_token_s, edges)
     last = np.searchsorted(rows["end_s"], ticks["t"], side="right") - 1
     running, waiting = (np.where(last < 0, 0.0, rows[key][last]) for key in ("running", "waiting"))

@@ -2,10 +2,10 @@
 
     coserve validate RUN_FOLDER PROFILE_FOLDER --max-error 10 --max-tpot-error 1
 
-The run folder gives the engine's settings, its K/V blocks, and when which prompt came and how long its answer
-was; the profile folder gives the card's kernel times. The simulator serves those arrivals with the shared loop,
-vLLM's scheduling and these times, and what it predicts is put beside what the engine's own stamps say. Nothing
-is fitted on the run. Exits with 1 when an error is above a bound that was given.
+The run folder gives the engine's settings, its K/V blocks, and when which prompt came and how long its
+answer was; the profile folder gives the card's kernel times. The simulator serves those arrivals with the
+shared loop, vLLM's scheduling and these times, and what it predicts is put beside what the engine's own
+stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a bound that was given.
 """
 
 from __future__ import annotations
@@ -123,7 +123,9 @@ def _judge(found: Sequence[Figure], max_error: float | None, max_tpot_error: flo
         above += [(figure, max_error) for figure in found if not abs(figure.error) * 100 <= max_error]
     if max_tpot_error is not None:
         tpot = [figure for figure in found if figure.name == "TPOT mean"]
-        above += [(figure, max_tpot_error) for figure in tpot if not abs(figure.error) * 100 <= max_tpot_error]
+        above += [
+            (figure, max_tpot_error) for figure in tpot if not abs(figure.error) * 100 <= max_tpot_error
+        ]
     for figure, bound in above:
         print(f"above the bound: {figure.name} is off by {figure.error:+.1%}, allowed are {bound:g} %")
     return ABOVE_BOUND if above else 0
@@ -131,7 +133,9 @@ def _judge(found: Sequence[Figure], max_error: float | None, max_tpot_error: flo
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="coserve validate", description=__doc__.split("\n\n")[0])
-    parser.add_argument("run", type=Path, metavar="RUN_FOLDER", help="meta.json, requests.jsonl, timeseries.csv")
+    parser.add_argument(
+        "run", type=Path, metavar="RUN_FOLDER", help="meta.json, requests.jsonl, timeseries.csv"
+    )
     parser.add_argument("profile", type=Path, metavar="PROFILE_FOLDER", help="meta.yaml, dense.csv, ...")
     parser.add_argument("--max-error", type=_percent, metavar="PERCENT", help="bound on every figure's error")
     parser.add_argument(

@@ -2,9 +2,10 @@
 
 A pass costs the sum of its operators: embedding and last norm once, what a layer holds once (its two norms
 twice) per layer, attention per layer, and the head for every sequence in the batch. The non-obvious idea is
-attention with several prompts in one kernel, which the profile knows for one prompt only: its time follows the
-query-key pairs, so the prompts count as one chunk of all their tokens whose context gives the same number of
-pairs (below context 0 when they are many short ones, along the profile's slope there).
+attention with several prompts in one kernel, which the profile knows for one prompt only: its time follows
+the query-key pairs, so the prompts count as one chunk of all their tokens whose context gives the same
+number of pairs. That context is negative for many short prompts; then the pairs that they lack are taken
+off what a fresh chunk costs.
 
 Columns and meaning of the files are those of LLMServingSim's profiler (MIT): `dense.csv` by tokens of the
 batch, `per_sequence.csv` by sequences, `attention.csv` by one prefill chunk and its context beside equal
@@ -94,8 +95,8 @@ class OperatorCost:
         decode_sizes: Sequence[int] = (),
         mixed_sizes: Sequence[int] = (),
     ) -> None:
-        """`decode_sizes`, `mixed_sizes`: batch sizes that have a CUDA graph, for batches of decodes alone and for
-        others; a smaller batch is padded to the next of them, a larger one is not."""
+        """`decode_sizes`, `mixed_sizes`: batch sizes that have a CUDA graph, for batches of decodes alone and
+        for others; a smaller batch is padded to the next of them, a larger one is not."""
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         self._profile = profile

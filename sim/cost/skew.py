@@ -1,18 +1,17 @@
 """How much longer decode attention takes when its sequences are not equally long.
 
-The profile measured, for the same sequences, the time with all at the mean context, with all at the longest, and
-as they were: t = t_mean + alpha (t_longest - t_mean). It gives alpha in boxes of the batch's shape. A kernel that
-does not split long sequences ends with its longest one, so alpha is large for few sequences per multiprocessor
-and goes to zero for many.
+The profile measured, for the same sequences, the time with all at the mean context, with all at the
+longest, and as they were: t = t_mean + alpha (t_longest - t_mean). It gives alpha in boxes of the batch's
+shape. A kernel that does not split long sequences ends with its longest one, so alpha is large for few
+sequences per multiprocessor and goes to zero for many.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from typing import NamedTuple
-
-import math
 
 
 class Box(NamedTuple):
@@ -33,7 +32,8 @@ class Skew:
         self._chunks = list(self._alphas)
         self._found: dict[tuple[int, Box], float] = {}
         self._bounds = [
-            sorted({box[axis] for boxes in alphas.values() for box in boxes}) for axis in range(len(Box._fields))
+            sorted({box[axis] for boxes in alphas.values() for box in boxes})
+            for axis in range(len(Box._fields))
         ]
 
     def at(self, chunk: int, decodes: int, share: float, longest: float, before: float) -> float:

@@ -1,8 +1,8 @@
 """Reads a card's operator profile: the folder that LLMServingSim's profiler leaves per card, model and dtype.
 
-`meta.yaml` says what was measured; `dense.csv`, `per_sequence.csv`, `attention.csv` and, where `meta.yaml` says
-`skew_fit.enabled`, `skew_fit.csv` hold the times, in microseconds. An alpha table that the profile's own meta
-does not vouch for is not used.
+`meta.yaml` says what was measured; `dense.csv`, `per_sequence.csv`, `attention.csv` and, where `meta.yaml`
+says `skew_fit.enabled`, `skew_fit.csv` hold the times, in microseconds. An alpha table that the profile's
+own meta does not vouch for is not used.
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ def _result(recorder: Recorder, arrivals: _Stamped) -> Replay:
     rows = recorder.requests.arrays()
     unserved = rows["request"][rows["outcome"] != Outcome.FINISHED]
     if unserved.size:
-        raise ValueError(f"request {int(unserved[0])} cannot be served by this engine: its prompt is too long")
+        raise ValueError(
+            f"request {int(unserved[0])} cannot be served by this engine: its prompt is too long"
+        )
     order = np.argsort(rows["request"])
     return Replay(
         queued_s=np.array(arrivals.queued_s),

