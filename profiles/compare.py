@@ -6,6 +6,7 @@ request: which of two requests is preempted hangs on a block more or less, and t
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,6 +32,8 @@ class Figure(NamedTuple):
     @property
     def error(self) -> float:
         """Relative to the measured one."""
+        if self.measured == 0:
+            return 0.0 if self.predicted == 0 else math.inf
         return self.predicted / self.measured - 1
 
 
@@ -88,21 +91,20 @@ def figures(requests: MeasuredRequests, replay: Replay) -> list[Figure]:
 def timeline(run: RunFolder, replay: Replay) -> Timeline:
     """The engine's logger against the same counts of the replay.
 
-    The logger's clock starts a fraction of a tick before the first request and is not recorded, so the two
-    may be apart by up to a tick. Prompt tokens count when the prompt's first token comes, as vLLM counts
-    them.
+    The logger's clock is not recorded: its first busy tick is taken as the one with the first measured token,
+    so the two may be apart by up to a tick. A tick in which nothing happened has no row. Prompt tokens count
+    when the prompt's first token comes, as vLLM counts them.
     """
-    ticks = run.ticks
-    edges = np.concatenate((ticks["t"] - run.tick_s, ticks["t"][-1:]))
-    rows = replay.iterations
-    prompts, _ = np.histogram(replay.first_token_s, edges, weights=run.requests.prompt_tokens)
-    tokens, _ = np.histogram(rows["end_s"], edges, weights=rows["decode_count"])
-    firsts, _ = np.histogram(replay.first_token_s, edges)
-    last = np.searchsorted(rows["end_s"], ticks["t"], side="right") - 1
-    running, waiting = (np.where(last < 0, 0.0, rows[key][last]) for key in ("running", "waiting"))
-    over = ticks["t"] >= rows["end_s"][-1]
+    ticks, rows, tick_s = run.ticks, replay.iterations, run.tick_s
+    end_s = _on_engine_clock(run)
+    prompts = _sums(replay.first_token_s, run.requests.prompt_tokens * 1.0, end_s, tick_s)
+    firsts = _sums(replay.first_token_s, np.ones(len(replay.first_token_s)), end_s, tick_s)
+    decodes = _sums(rows["end_s"], rows["decode_count"], end_s, tick_s)
+    last = np.searchsorted(rows["end_s"], end_s, side="right") - 1
+    idle = (last < 0) | (last == len(rows["end_s"]) - 1)
+    running, waiting = (np.where(idle, 0.0, rows[key][last]) for key in ("running", "waiting"))
     return Timeline(
-        end_s=ticks["t"],
+        end_s=end_s,
         measured={
             "prompt_tok_s": ticks["prompt_throughput"],
             "gen_tok_s": ticks["gen_throughput"],
@@ -110,12 +112,32 @@ def timeline(run: RunFolder, replay: Replay) -> Timeline:
             "waiting": ticks["waiting"],
         },
         predicted={
-            "prompt_tok_s": prompts / run.tick_s,
-            "gen_tok_s": (tokens + firsts) / run.tick_s,
-            "running": np.where(over, 0.0, running),
-            "waiting": np.where(over, 0.0, waiting),
+            "prompt_tok_s": prompts / tick_s,
+            "gen_tok_s": (decodes + firsts) / tick_s,
+            "running": running,
+            "waiting": waiting,
         },
     )
+
+
+def _on_engine_clock(run: RunFolder) -> Floats:
+    """Ends of the ticks, counted from the engine's first request."""
+    ticks = run.ticks
+    busy = (ticks["gen_throughput"] > 0) | (ticks["prompt_throughput"] > 0)
+    first_busy_s = float(ticks["t"][int(np.argmax(busy))])
+    first_token_tick = math.floor(float(run.requests.first_token_s.min()) / run.tick_s)
+    end_s: Floats = ticks["t"] - first_busy_s + (first_token_tick + 1) * run.tick_s
+    return end_s
+
+
+def _sums(at_s: Floats, amounts: Floats, end_s: Floats, tick_s: float) -> Floats:
+    """What fell into each tick [end - tick, end)."""
+    order = np.argsort(at_s, kind="stable")
+    total = np.concatenate(([0.0], np.cumsum(amounts[order])))
+    edges = (np.searchsorted(at_s[order], edge, side="left") for edge in (end_s, end_s - tick_s))
+    upper, lower = (total[edge] for edge in edges)
+    sums: Floats = upper - lower
+    return sums
 
 
 def windows(line: Timeline, most: int = 20) -> list[tuple[float, dict[str, tuple[float, float]]]]:

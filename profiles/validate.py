@@ -6,6 +6,10 @@ The run folder gives the engine's settings, its K/V blocks, and when which promp
 answer was; the profile folder gives the card's kernel times. The simulator serves those arrivals with the
 shared loop, vLLM's scheduling and these times, and what it predicts is put beside what the engine's own
 stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a bound that was given.
+
+What a run folder does not tell is not simulated: the prompts' tokens, so what two prompts have in common is
+computed twice here and once by an engine with prefix caching; and the engine's warm-up, which can hold its
+first batch back by some tenths of a second.
 """
 
 from __future__ import annotations

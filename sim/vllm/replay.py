@@ -20,7 +20,7 @@ from sim.core.plan import Limits
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.cost.operators import OperatorCost
-from sim.policies.vllm import Vllm
+from sim.vllm.policy import Vllm
 from sim.vllm.run import EngineSettings, MeasuredRequests
 from sim.vllm.state import CachedState
 

@@ -216,6 +216,8 @@ def _ticks(path: Path) -> dict[str, Floats]:
             columns[name].append(_number(f"{path} line {reader.line_num}: {name}", row[name]))
     if not columns["t"]:
         raise ValueError(f"{path} has no rows")
+    if (np.diff(columns["t"]) <= 0).any():
+        raise ValueError(f"{path}: t must rise from row to row")
     return {name: np.array(values) for name, values in columns.items()}
 
 

@@ -72,7 +72,7 @@ def test_no_block_is_lost_over_a_run_with_preemptions() -> None:
 
     from sim.core.loop import Done, Execute, Sleep
     from sim.core.request import Request
-    from sim.policies.vllm import Vllm
+    from sim.vllm.policy import Vllm
     from sim.vllm.state import CachedState
 
     class Listed:
