@@ -1,0 +1,157 @@
+"""`coserve validate`: a real engine's recorded run against the simulation of exactly that engine.
+
+    coserve validate RUN_FOLDER PROFILE_FOLDER --max-error 10 --max-tpot-error 1
+
+The run folder gives the engine's settings, its K/V blocks, and when which prompt came and how long its
+answer was; the profile folder gives the card's kernel times. The simulator serves those arrivals with the
+shared loop, vLLM's scheduling and these times, and what it predicts is put beside what the engine's own
+stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a bound that was given.
+
+What a run folder does not tell is not simulated: the prompts' tokens, so what two prompts have in common is
+computed twice here and once by an engine with prefix caching; and the engine's warm-up, which can hold its
+first batch back by some tenths of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from profiles.compare import Figure, Timeline, figures, timeline, windows
+from sim.cost.operators import OperatorCost
+from sim.vllm.profile import ProfileFolder, read_profile
+from sim.vllm.replay import Replay, replay
+from sim.vllm.run import EngineSettings, RunFolder, read_run
+
+ABOVE_BOUND = 1
+"""Exit code when the prediction is further off than allowed."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compare, print, draw; returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    run, profile = read_run(arguments.run), read_profile(arguments.profile)
+    replayed = replay(run.engine, run.requests, cost_of(run.engine, profile, arguments.layers))
+    found, line = figures(run.requests, replayed), timeline(run, replayed)
+    print(_heading(run, profile, replayed))
+    print(_table(found))
+    print(_windows_table(line))
+    if arguments.figure is not None:
+        from profiles.validation_figure import draw
+
+        draw(arguments.figure, run, replayed, line)
+        print(f"\nfigure: {arguments.figure}")
+    return _judge(found, arguments.max_error, arguments.max_tpot_error)
+
+
+def cost_of(engine: EngineSettings, profile: ProfileFolder, layers: int | None = None) -> OperatorCost:
+    """The card's times for the engine's model. Raises ValueError when the two do not belong together."""
+    if _bare(profile.model) != _bare(engine.model):
+        raise ValueError(f"the profile is of {profile.model}, the run of {engine.model}")
+    if engine.tp != 1 or 1 not in profile.tp_degrees:
+        raise ValueError(
+            f"tensor parallel degree must be 1, since a profile has no collectives; the run has {engine.tp}, "
+            f"the profile {', '.join(map(str, profile.tp_degrees))}"
+        )
+    sizes = engine.graph_sizes
+    return OperatorCost(
+        profile.operators,
+        layers=_layers(engine.model) if layers is None else layers,
+        max_tokens=engine.max_tokens,
+        decode_sizes=sizes if engine.graphs_for_decodes else (),
+        mixed_sizes=sizes if engine.graphs_for_mixed else (),
+    )
+
+
+def _layers(model: str) -> int:
+    """Layers of a model that `configs/model` describes."""
+    import yaml
+
+    folder = Path(__file__).resolve().parent.parent / "configs" / "model"
+    known = {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    path = known.get(_bare(model).replace("-", "_").replace(".", "_"))
+    if path is None:
+        raise ValueError(
+            f"the layers of {model} are not known; give them with --layers, or describe it in configs/model "
+            f"(there are {', '.join(known)})"
+        )
+    return int(yaml.safe_load(path.read_text(encoding="utf-8"))["layers"])
+
+
+def _bare(model: str) -> str:
+    """'meta-llama/Llama-3.1-8B-Instruct' -> 'llama-3.1-8b': what decides the shapes."""
+    name = model.rstrip("/").rpartition("/")[2].lower()
+    return name.removesuffix("-instruct")
+
+
+def _heading(run: RunFolder, profile: ProfileFolder, replayed: Replay) -> str:
+    engine, requests = run.engine, run.requests
+    return (
+        f"{engine.model} on {profile.card}, vLLM {engine.version}: {len(requests.arrival_s)} requests, "
+        f"{engine.kv_blocks} blocks of {engine.block_tokens} tokens; replayed in "
+        f"{len(replayed.iterations['end_s'])} iterations with {replayed.preemptions} preemptions\n"
+    )
+
+
+def _table(found: Sequence[Figure]) -> str:
+    lines = [f"{'':<16}{'measured':>12}{'predicted':>12}{'error':>9}"]
+    previous = ""
+    for figure in found:
+        kind = figure.name.partition(" ")[0]
+        if previous and kind != previous:
+            lines.append("")
+        previous = kind
+        unit, scale = ("", 1.0) if kind == "output" else (" ms", 1e3)
+        numbers = f"{figure.measured * scale:>12.1f}{figure.predicted * scale:>12.1f}"
+        lines.append(f"{figure.name + unit:<16}{numbers}{figure.error:>+9.1%}")
+    return "\n".join(lines)
+
+
+def _windows_table(line: Timeline) -> str:
+    head = ("until s", "output tok/s", "prompt tok/s", "running", "waiting")
+    lines = ["", "mean over time, measured / predicted", "".join(f"{name:>18}" for name in head)]
+    for end_s, means in windows(line):
+        cells = [
+            f"{means[name][0]:.0f} / {means[name][1]:.0f}"
+            for name in ("gen_tok_s", "prompt_tok_s", "running", "waiting")
+        ]
+        lines.append("".join(f"{cell:>18}" for cell in (f"{end_s:g}", *cells)))
+    return "\n".join(lines)
+
+
+def _judge(found: Sequence[Figure], max_error: float | None, max_tpot_error: float | None) -> int:
+    """Print what is above its bound, in percent; returns the exit code."""
+    above = []
+    if max_error is not None:
+        above += [(figure, max_error) for figure in found if not abs(figure.error) * 100 <= max_error]
+    if max_tpot_error is not None:
+        tpot = [figure for figure in found if figure.name == "TPOT mean"]
+        above += [
+            (figure, max_tpot_error) for figure in tpot if not abs(figure.error) * 100 <= max_tpot_error
+        ]
+    for figure, bound in above:
+        print(f"above the bound: {figure.name} is off by {figure.error:+.1%}, allowed are {bound:g} %")
+    return ABOVE_BOUND if above else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="coserve validate", description=__doc__.split("\n\n")[0])
+    parser.add_argument(
+        "run", type=Path, metavar="RUN_FOLDER", help="meta.json, requests.jsonl, timeseries.csv"
+    )
+    parser.add_argument("profile", type=Path, metavar="PROFILE_FOLDER", help="meta.yaml, dense.csv, ...")
+    parser.add_argument("--max-error", type=_percent, metavar="PERCENT", help="bound on every figure's error")
+    parser.add_argument(
+        "--max-tpot-error", type=_percent, metavar="PERCENT", help="bound on the error of the mean TPOT"
+    )
+    parser.add_argument("--layers", type=int, help="of the model, where configs/model does not describe it")
+    parser.add_argument("--figure", type=Path, metavar="FILE", default=Path("validation.png"))
+    return parser
+
+
+def _percent(text: str) -> float:
+    bound = float(text)
+    if not bound >= 0:
+        raise argparse.ArgumentTypeError(f"must be a percentage from 0, got {text}")
+    return bound

@@ -1,0 +1,100 @@
+"""Chunked prefill as vLLM's v1 scheduler does it: running sequences first, then the waiting, no finetuning.
+
+It differs from `inference_only` in what admission promises. A waiting request enters when its whole known
+length fits into the blocks that are free right now; what other prompts in the middle of their prefill will
+still need is not set aside. So a prefill may find no block later; then the last admitted are preempted,
+itself included. An iteration that preempts admits nobody.
+
+Source: vllm/v1/core/sched/scheduler.py of vLLM 0.19 (`schedule`), with `scheduler_reserve_full_isl`.
+"""
+
+from __future__ import annotations
+
+from itertools import islice
+
+from sim.core.plan import Plan, Victim, View
+
+
+class Vllm:
+    """Continuous batching with the admission and preemption of vLLM v1."""
+
+    serves = True
+
+    def __init__(self, *, reserve_full_prompt: bool = True) -> None:
+        """`reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19."""
+        self._reserve_full_prompt = reserve_full_prompt
+
+    def plan(self, view: View) -> Plan:
+        batch = _Batch(view)
+        if batch.free_blocks < 0:
+            batch.preempt_until(0)
+        batch.continue_prefills()
+        if not batch.preempted:
+            batch.admit(self._reserve_full_prompt)
+        if not (batch.decodes or batch.prefills):
+            # Only with a lookahead: sequences that finish in the running iteration still hold their blocks.
+            return Plan()
+        return Plan(True, tuple(batch.prefills), tuple(batch.preempted))
+
+
+class _Batch:
+    """The plan while it is made."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.prefills: list[tuple[int, int]] = []
+        self.preempted: list[int] = []
+        self.decodes = view.decode_count
+        self.free_blocks = view.free_blocks - view.growth_blocks
+        self._victims = view.victims()
+
+    @property
+    def tokens_left(self) -> int:
+        return self.view.limits.max_tokens - self.decodes - sum(tokens for _, tokens in self.prefills)
+
+    def preempt_until(self, needed_blocks: int) -> None:
+        """Preempt the last admitted until so many blocks are free, or nobody is left."""
+        while self.free_blocks < needed_blocks:
+            victim = next(self._victims, None)
+            if victim is None:
+                break
+            self._preempt(victim)
+
+    def _preempt(self, victim: Victim) -> None:
+        self.preempted.append(victim.id)
+        self.free_blocks += victim.blocks + (1 if victim.grows else 0)
+        self.decodes -= victim.decoding
+
+    def continue_prefills(self) -> None:
+        """The next chunk of every admitted prompt, in order of admission."""
+        for sequence in self.view.prefilling:
+            tokens = min(sequence.remaining_tokens, self.tokens_left)
+            if tokens <= 0 or sequence.id in self.preempted:
+                continue
+            needed = self._new_blocks(sequence.computed_tokens, tokens)
+            if needed > self.free_blocks:
+                self.preempt_until(needed)
+                if sequence.id in self.preempted or needed > self.free_blocks:
+                    continue
+            self.prefills.append((sequence.id, tokens))
+            self.free_blocks -= needed
+
+    def admit(self, reserve_full_prompt: bool) -> None:
+        """First chunks of the waiting, in their order, until the first that does not fit."""
+        view = self.view
+        block = view.limits.block_tokens
+        for sequence in islice(view.waiting, view.limits.max_sequences - view.running):
+            left = self.tokens_left
+            if left <= 0:
+                break
+            done = sequence.computed_tokens
+            tokens = min(sequence.known_tokens - done, left)
+            taken = -(-(done + tokens) // block)
+            if (-(-sequence.known_tokens // block) if reserve_full_prompt else taken) > self.free_blocks:
+                break
+            self.prefills.append((sequence.id, tokens))
+            self.free_blocks -= taken
+
+    def _new_blocks(self, done: int, tokens: int) -> int:
+        block = self.view.limits.block_tokens
+        return -(-(done + tokens) // block) - -(-done // block)

@@ -1,0 +1,243 @@
+"""Reads the folder of a recorded vLLM run: how the engine was set up, what arrived, and what was measured.
+
+`meta.json` holds the engine's resolved settings, `requests.jsonl` one line per request with vLLM's own
+stamps, `timeseries.csv` what its logger counted per tick. Stamps are of two clocks: `arrival_time` is the
+wall clock of the front end, all others are the engine's. They are brought together at the request that
+passed from one to the other fastest, which takes about a millisecond, and time 0 is when the engine took in
+its first request.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+TICK_COLUMNS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What decides how the engine schedules."""
+
+    model: str
+    version: str
+    kv_blocks: int
+    """As vLLM reports them; one of them is its null block and holds nothing."""
+    block_tokens: int
+    max_sequences: int
+    max_tokens: int
+    max_sequence_tokens: int
+    prefix_caching: bool
+    async_scheduling: bool
+    reserve_full_prompt: bool
+    graph_sizes: tuple[int, ...]
+    graphs_for_decodes: bool
+    graphs_for_mixed: bool
+    tp: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRequests:
+    """Columns of shape (requests,), in the order in which the engine took them in; seconds on its clock."""
+
+    arrival_s: Floats
+    queued_s: Floats
+    first_token_s: Floats
+    last_token_s: Floats
+    prompt_tokens: NDArray[np.int64]
+    output_tokens: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunFolder:
+    """One recorded run."""
+
+    engine: EngineSettings
+    requests: MeasuredRequests
+    ticks: dict[str, Floats]
+    """Column of `timeseries.csv` -> shape (ticks,); `t` is the end of the tick."""
+    tick_s: float
+
+
+def read_run(folder: Path) -> RunFolder:
+    """Raises ValueError naming the file, the key or line, and what is allowed."""
+    meta = _Node(folder / "meta.json")
+    return RunFolder(
+        engine=_engine(meta),
+        requests=_requests(folder / "requests.jsonl"),
+        ticks=_ticks(folder / "timeseries.csv"),
+        tick_s=meta.number("tick_seconds"),
+    )
+
+
+class _Node:
+    """Values of a JSON file by dotted key, checked as they are asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._root = json.loads(_text(path))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from None
+
+    def get(self, key: str) -> Any:
+        node = self._root
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                raise ValueError(f"{self.path} has no key {key!r}")
+            node = node[part]
+        return node
+
+    def whole(self, key: str) -> int:
+        return _whole(f"{self.path}: {key}", self.get(key))
+
+    def flag(self, key: str) -> bool:
+        value = self.get(key)
+        if not isinstance(value, bool):
+            raise ValueError(f"{self.path}: {key} must be true or false, got {value!r}")
+        return value
+
+    def number(self, key: str) -> float:
+        number = _number(f"{self.path}: {key}", self.get(key))
+        if not number > 0:
+            raise ValueError(f"{self.path}: {key} must be above 0, got {number}")
+        return number
+
+    def expect(self, key: str, *allowed: object) -> None:
+        """Refuse a setting that is not simulated."""
+        value = self.get(key)
+        if value not in allowed:
+            known = " or ".join(map(repr, allowed))
+            raise ValueError(f"{self.path}: {key} must be {known} to be simulated, got {value!r}")
+
+
+def _engine(meta: _Node) -> EngineSettings:
+    scheduler, parallel = "resolved_config.scheduler_config.", "resolved_config.parallel_config."
+    meta.expect(scheduler + "policy", "fcfs")
+    meta.expect(scheduler + "enable_chunked_prefill", True)
+    meta.expect(scheduler + "long_prefill_token_threshold", 0)
+    meta.expect(parallel + "data_parallel_size", 1)
+    meta.expect(parallel + "pipeline_parallel_size", 1)
+    meta.expect("resolved_config.speculative_config", None)
+    meta.expect("resolved_config.lora_config", None)
+    decodes, mixed = _graph_modes(meta)
+    sizes = meta.get("resolved_config.compilation_config.cudagraph_capture_sizes") or []
+    where = f"{meta.path}: cudagraph_capture_sizes"
+    return EngineSettings(
+        model=str(meta.get("model")),
+        version=str(meta.get("vllm_version")),
+        kv_blocks=meta.whole("kv_cache.num_gpu_blocks"),
+        block_tokens=meta.whole("kv_cache.block_size"),
+        max_sequences=meta.whole(scheduler + "max_num_seqs"),
+        max_tokens=meta.whole(scheduler + "max_num_batched_tokens"),
+        max_sequence_tokens=meta.whole("resolved_config.model_config.max_model_len"),
+        prefix_caching=meta.flag("resolved_config.cache_config.enable_prefix_caching"),
+        async_scheduling=meta.flag(scheduler + "async_scheduling"),
+        reserve_full_prompt=meta.flag(scheduler + "scheduler_reserve_full_isl"),
+        graph_sizes=tuple(_whole(where, size) for size in sizes),
+        graphs_for_decodes=decodes,
+        graphs_for_mixed=mixed,
+        tp=meta.whole(parallel + "tensor_parallel_size"),
+    )
+
+
+def _graph_modes(meta: _Node) -> tuple[bool, bool]:
+    """Whether batches of decodes alone, and others, run as CUDA graphs and are padded to their sizes.
+
+    The mode is 0 (none), 1 (piecewise), 2 (full), or a pair of these: decodes alone, others.
+    """
+    if meta.flag("resolved_config.model_config.enforce_eager"):
+        return False, False
+    key = "resolved_config.compilation_config.cudagraph_mode"
+    mode = meta.get(key)
+    pair = mode if isinstance(mode, list) else [mode, mode]
+    if len(pair) != 2 or any(isinstance(m, bool) or m not in (0, 1, 2) for m in pair):
+        raise ValueError(f"{meta.path}: {key} must be 0, 1 or 2, or a pair of these, got {mode!r}")
+    return pair[0] != 0, pair[1] != 0
+
+
+def _requests(path: Path) -> MeasuredRequests:
+    rows = [_request(path, at, line) for at, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    if not rows:
+        raise ValueError(f"{path} has no requests")
+    table = np.array(rows, dtype=np.float64)
+    # The engine's own order where stamps are equal: that in which the front end saw them.
+    table = table[np.lexsort((table[:, 0], table[:, 1]))]
+    arrival, queued, first, last, prompt, output = table.T
+    origin = queued[0]
+    on_engine_clock = arrival + (queued - arrival).min()
+    return MeasuredRequests(
+        arrival_s=on_engine_clock - origin,
+        queued_s=queued - origin,
+        first_token_s=first - origin,
+        last_token_s=last - origin,
+        prompt_tokens=prompt.astype(np.int64),
+        output_tokens=output.astype(np.int64),
+    )
+
+
+def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
+    where = f"{path} line {at}"
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    keys = ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts", "input_toks", "output_toks")
+    for key in keys:
+        if not isinstance(row, dict) or key not in row:
+            raise ValueError(f"{where} has no key {key!r}; it must have {', '.join(keys)}")
+    arrival, queued, first, last = (_number(f"{where}: {key}", row[key]) for key in keys[:4])
+    if not queued <= first <= last:
+        raise ValueError(
+            f"{where}: queued_ts, first_token_ts and last_token_ts must not decrease, "
+            f"got {queued}, {first}, {last}"
+        )
+    prompt, output = (_whole(f"{where}: {key}", row[key]) for key in keys[4:])
+    return arrival, queued, first, last, prompt, output
+
+
+def _ticks(path: Path) -> dict[str, Floats]:
+    reader = csv.DictReader(_text(path).splitlines())
+    missing = [name for name in TICK_COLUMNS if name not in (reader.fieldnames or ())]
+    if missing:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(TICK_COLUMNS)}")
+    columns: dict[str, list[float]] = {name: [] for name in TICK_COLUMNS}
+    for row in reader:
+        for name in TICK_COLUMNS:
+            columns[name].append(_number(f"{path} line {reader.line_num}: {name}", row[name]))
+    if not columns["t"]:
+        raise ValueError(f"{path} has no rows")
+    if (np.diff(columns["t"]) <= 0).any():
+        raise ValueError(f"{path}: t must rise from row to row")
+    return {name: np.array(values) for name, values in columns.items()}
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    return path.read_text(encoding="utf-8")
+
+
+def _whole(where: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where} must be a whole number from 1, got {value!r}")
+    return value
+
+
+def _number(where: str, value: object) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{where} must be a finite number, got {value!r}")
+    return number

@@ -1,0 +1,211 @@
+"""`coserve validate`: exact on a run that the simulator recorded, close on a real one, clear on bad ones."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from profiles.compare import figures, timeline
+from profiles.validate import cost_of, main
+from sim.cli import main as coserve
+from sim.vllm.profile import read_profile
+from sim.vllm.replay import replay
+from sim.vllm.run import read_run
+
+_spec = importlib.util.spec_from_file_location("vllm_folders", Path(__file__).with_name("vllm_folders.py"))
+assert _spec is not None and _spec.loader is not None
+folders = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(folders)
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = Path(os.environ.get("COSERVE_DATA", ROOT.parent / "shared" / "data")) / "vllm-runs"
+REAL_RUNS = sorted(path.parent for path in DATA.glob("*/*/meta.json"))
+
+ALL_PERCENT, CENTRE_PERCENT, TPOT_MEAN_PERCENT = 10.0, 2.0, 0.5
+"""Bounds on a real run: on every figure; on means, p99 and the medians of TTFT and TPOT; on mean TPOT."""
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize(("blocks", "caching"), [(2000, True), (60, True), (60, False)])
+def test_a_run_of_our_own_is_predicted_exactly(
+    tmp_path: Path, blocks: int, caching: bool, async_scheduling: bool
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    settings = folders.meta(blocks=blocks, async_scheduling=async_scheduling, caching=caching)
+    recorded = folders.record(tmp_path / "run", profile, settings)
+    assert (recorded.preemptions > 0) == (blocks == 60)
+    run = read_run(tmp_path / "run")
+    played = replay(run.engine, run.requests, cost_of(run.engine, read_profile(profile)))
+    assert max(abs(figure.error) for figure in figures(run.requests, played)) < 1e-6
+    line = timeline(run, played)
+    for name, values in line.measured.items():
+        np.testing.assert_allclose(line.predicted[name], values, atol=1e-6)
+
+
+def test_a_slower_card_is_noticed_and_the_bound_decides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    folders.record(tmp_path / "run", profile, folders.meta())
+    dense = profile / "dense.csv"
+    dense.write_text(dense.read_text().replace("gate_up_proj,8,24.0", "gate_up_proj,8,40.0"))
+    figure = tmp_path / "out" / "validation.png"
+    arguments = [str(tmp_path / "run"), str(profile), "--figure", str(figure)]
+    assert main(arguments) == 0
+    assert figure.stat().st_size > 10_000
+    assert main([*arguments, "--max-error", "50"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--max-tpot-error", "0.01"]) == 1
+    assert "above the bound: TPOT mean" in capsys.readouterr().out
+
+
+def test_blocks_found_again_save_time(tmp_path: Path) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    kept = folders.record(tmp_path / "kept", profile, folders.meta(blocks=60))
+    lost = folders.record(tmp_path / "lost", profile, folders.meta(blocks=60, caching=False))
+    assert kept.preemptions > 0
+    assert kept.iterations["prefill_tokens"].sum() < lost.iterations["prefill_tokens"].sum()
+    assert kept.last_token_s.max() < lost.last_token_s.max()
+
+
+def test_planning_ahead_hides_host_time(tmp_path: Path) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    hidden, paid = (
+        folders.record(tmp_path / name, profile, folders.meta(blocks=2000, async_scheduling=ahead))
+        for name, ahead in (("hidden", True), ("paid", False))
+    )
+    assert hidden.last_token_s.mean() < paid.last_token_s.mean()
+
+
+@pytest.mark.skipif(not REAL_RUNS, reason="no recorded runs in the data folder")
+@pytest.mark.parametrize("folder", REAL_RUNS, ids=lambda path: f"{path.parent.name}-{path.name}")
+def test_a_real_run_is_predicted_within_the_bounds(folder: Path) -> None:
+    run = read_run(folder)
+    profile = read_profile(DATA / f"kernel-profile-{folder.parent.name}")
+    played = replay(run.engine, run.requests, cost_of(run.engine, profile))
+    errors = {figure.name: 100 * figure.error for figure in figures(run.requests, played)}
+    assert abs(errors["TPOT mean"]) <= TPOT_MEAN_PERCENT
+    centre = [name for name in errors if name.endswith(("mean", "p99", "tok/s"))] + [
+        "TTFT median",
+        "TPOT median",
+    ]
+    assert max(abs(errors[name]) for name in centre) <= CENTRE_PERCENT, errors
+    assert max(abs(error) for error in errors.values()) <= ALL_PERCENT, errors
+
+
+def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
+    def change(settings: dict[str, Any]) -> None:
+        *path, last = key.split(".")
+        node = settings
+        for part in path:
+            node = node[part]
+        if value is None:
+            del node[last]
+        else:
+            node[last] = value
+
+    return change
+
+
+SCHEDULER = "resolved_config.scheduler_config."
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (_set("kv_cache.num_gpu_blocks", None), "meta.json has no key 'kv_cache.num_gpu_blocks'"),
+        (_set("kv_cache.block_size", 0), "kv_cache.block_size must be a whole number from 1, got 0"),
+        (_set(SCHEDULER + "policy", "priority"), "policy must be 'fcfs' to be simulated, got 'priority'"),
+        (_set(SCHEDULER + "async_scheduling", "yes"), "async_scheduling must be true or false, got 'yes'"),
+        (_set("resolved_config.speculative_config", {"k": 2}), "speculative_config must be None"),
+        (_set("resolved_config.parallel_config.tensor_parallel_size", 2), "degree must be 1"),
+        (_set("resolved_config.compilation_config.cudagraph_mode", 7), "must be 0, 1 or 2, or a pair"),
+        (_set("model", "meta-llama/Llama-3.1-70B"), "the profile is of meta-llama/Llama-3.1-8B"),
+        (_set("kv_cache.num_gpu_blocks", 10), "request 0 cannot be served by this engine"),
+    ],
+)
+def test_settings_that_cannot_be_simulated_get_one_line(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], None],
+    says: str,
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    settings = folders.meta()
+    change(settings)
+    folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    assert says in _error_line(capsys, tmp_path / "run", profile)
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "says"),
+    [
+        ("run/requests.jsonl", '"input_toks": 300', '"input_toks": -3', "line 1: input_toks must be a whole"),
+        ("run/requests.jsonl", '"queued_ts"', '"queue"', "line 1 has no key 'queued_ts'"),
+        ("run/requests.jsonl", "4097.0", "1.0", "must not decrease"),
+        ("run/requests.jsonl", "{", "[", "line 1 is not JSON"),
+        ("run/meta.json", "{", "", "meta.json is not JSON"),
+        ("run/timeseries.csv", "waiting", "queued", "timeseries.csv has no column 'waiting'"),
+        ("profile/dense.csv", "o_proj,8,24.0", "o_proj,8,-1", "time_us must be above 0, got '-1'"),
+        ("profile/dense.csv", "o_proj,8,", "o_proj,1,", "o_proj at tokens 1 is there twice"),
+        ("profile/dense.csv", "o_proj", "moe", "dense operator 'moe' is unknown"),
+        ("profile/per_sequence.csv", "sampler", "softmax", "the profile has no operator 'sampler'"),
+        ("profile/attention.csv", "n_decode", "decodes", "attention.csv has no column 'n_decode'"),
+        ("profile/meta.yaml", "model:", "modell:", "meta.yaml has no key 'model'"),
+    ],
+)
+def test_a_malformed_file_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str, says: str
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    folders.write_run(tmp_path / "run", folders.meta(), [0.0], [0.0], [1.0], [2.0], [300], [10])
+    path = tmp_path / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+    assert says in _error_line(capsys, tmp_path / "run", profile)
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["run/meta.json", "run/requests.jsonl", "run/timeseries.csv", "profile/meta.yaml", "profile/dense.csv"],
+)
+def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    folders.write_run(tmp_path / "run", folders.meta(), [0.0], [0.0], [1.0], [2.0], [300], [10])
+    (tmp_path / file).unlink()
+    assert f"there is no file {tmp_path / file}" in _error_line(capsys, tmp_path / "run", profile)
+
+
+def test_a_model_without_a_description_needs_its_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile", model="someone/Tiny-1B")
+    settings = folders.meta() | {"model": "someone/Tiny-1B"}
+    folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    assert "give them with --layers" in _error_line(capsys, tmp_path / "run", profile)
+    figure = str(tmp_path / "v.png")
+    assert main([str(tmp_path / "run"), str(profile), "--layers", "16", "--figure", figure]) == 0
+
+
+def test_other_loops_settings_are_read_as_vllm_writes_them(tmp_path: Path) -> None:
+    settings = json.loads(json.dumps(folders.meta()))
+    settings["resolved_config"]["model_config"]["enforce_eager"] = True
+    folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    engine = read_run(tmp_path / "run").engine
+    assert not engine.graphs_for_decodes and not engine.graphs_for_mixed
+    assert engine.max_tokens == 256 and engine.async_scheduling
+
+
+def _error_line(capsys: pytest.CaptureFixture[str], run: Path, profile: Path) -> str:
+    assert coserve(["validate", str(run), str(profile)]) == 2
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1, printed
+    return printed
