@@ -4,12 +4,13 @@ A roofline knows neither a runtime that spends milliseconds between iterations n
 one by one. Here an iteration has a floor, and the GPU's own work is only seen above it. Seconds per layer
 of a pass over n tokens, with P the layer's linear parameters on one of tp devices, h the width of the model:
 
-    pass        max(launch, 2 P / B + n 2 P / F) + [tp > 1] (collective + 2 all-reduces of n h values)
+    pass        max(launch, 2 P / B + n 2 P / F) + [tp > 1] 2 all-reduces of (n + padding) h values
     all-reduce  (2 (tp - 1) / tp) bytes / (link share (tp - 1) / 3)
     window      + window_launch in every layer, once per iteration that holds finetuning windows; attention
                 takes at least (context + n) window_context
     backward    backward_start in every layer of the model, whatever the depth of the slice; then for each
-                layer of the slice  backward_layer + n 2 P / F' + [tp > 1] 2 all-reduces + attention
+                layer of the slice  backward_layer + n 2 P / F' + [tp > 1] 2 all-reduces of n h values
+                + attention
     iteration   + host
 
 The links of an A100 are shared out among the four of a board, a third to each peer (NVIDIA HGX A100 4-GPU),
@@ -43,21 +44,21 @@ Floats = NDArray[np.float64]
 class LaunchBound:
     """Builder. `_s` are seconds; `_flops` and `_bandwidth` are shares of the device's peak."""
 
-    host_s: float = 1.99e-3
+    host_s: float = 2.26e-3
     """Per iteration: scheduling, batch preparation and the runtime's own work."""
-    launch_s: float = 0.361e-3
+    launch_s: float = 0.321e-3
     """Per layer: the least time in which its kernels are launched."""
-    collective_s: float = 0.203e-3
-    """Per layer when tp > 1: what two all-reduces cost beyond their kernels."""
-    window_launch_s: float = 0.0677e-3
-    backward_start_s: float = 0.1138e-3
-    backward_layer_s: float = 1.385e-3
+    collective_tokens: float = 160.0
+    """Tokens that each all-reduce of a pass carries beyond the pass's own."""
+    window_launch_s: float = 0.053e-3
+    backward_start_s: float = 0.1013e-3
+    backward_layer_s: float = 1.66e-3
     pass_flops: float = 0.8
     """F: includes element-wise kernels, LoRA and whatever else grows with the tokens."""
-    backward_flops: float = 0.687
-    window_context_s: float = 0.0553e-6
+    backward_flops: float = 0.714
+    window_context_s: float = 0.09e-6
     """Per layer and context token: the least time of a window's attention, however narrow the window."""
-    link_bandwidth: float = 0.1257
+    link_bandwidth: float = 0.1263
     weight_bandwidth: float = 0.718
     """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0
@@ -87,17 +88,17 @@ class LaunchBound:
         efficiency = Efficiency.of(device)
         m = np.arange(1, self.max_tokens + 1, dtype=np.float64)
         weights = sum(i * o for i, o in model.linears.values()) / tp
-        collective = np.zeros_like(m)
+        token_collective_s = 0.0
         if tp > 1:
             rate = device.link_bandwidth_bytes_s * self.link_bandwidth * min(1.0, (tp - 1) / 3)
-            collective = 2.0 * m * (model.hidden * model.dtype_bytes * 2 * (tp - 1) / tp / rate)
+            token_collective_s = 2 * model.hidden * model.dtype_bytes * 2 * (tp - 1) / tp / rate
+        collective = token_collective_s * (m + self.collective_tokens)
         peak = device.peak_flops
         products = 2 * weights / (peak * self.pass_flops) * m
         read_s = weights * model.dtype_bytes / (device.memory_bandwidth_bytes_s * self.weight_bandwidth)
         layer = np.maximum(self.launch_s, read_s + products) + collective
-        if tp > 1:
-            layer += self.collective_s
-        backward = self.backward_layer_s + 2 * weights / (peak * self.backward_flops) * m + collective
+        backward_collective = token_collective_s * m
+        backward = 2 * weights / (peak * self.backward_flops) * m + backward_collective
         chunk = attention.chunk_cost(model.layers, model, tp, device, efficiency)
         window = chunk._replace(read_s=max(chunk.read_s, model.layers * self.window_context_s))
         return Curves(
@@ -106,8 +107,8 @@ class LaunchBound:
             sampled_s=_curve(self._logits_s(context, efficiency, m)),
             loss_s=_curve(2.0 * self._logits_s(context, efficiency, m)),
             recompute_s=_curve(model.layers * (layer + self.window_launch_s)),
-            backward_layer_s=_curve(backward),
-            backward_collective_s=_curve(collective),
+            backward_layer_s=_curve(self.backward_layer_s + backward),
+            backward_collective_s=_curve(backward_collective),
             backward_start_s=model.layers * self.backward_start_s,
             prefill=chunk,
             forward=window,
