@@ -1,0 +1,87 @@
+"""FlexLLM's figures: SLO attainment, finetuning and inference throughput against the rate, a column per model.
+
+Lines are simulated, hollow markers are published; a published point without a line would be a hole in the
+predictions and is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from analysis.figures import style
+from analysis.paper import MODELS, RATES_RPS, Key
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+PANELS = (
+    ("slo_attainment", "requests within the SLO (%)"),
+    ("finetune_tok_s", "finetuning (tok/s)"),
+    ("inference_tok_s", "inference (tok/s)"),
+)
+POLICIES = {
+    "flexllm": "coserving",
+    "separate-25vllm": "separate_25",
+    "separate-50vllm": "separate_50",
+    "separate-75vllm": "separate_75",
+    "temporal-64": "temporal_64",
+    "temporal-128": "temporal_128",
+    "temporal-512": "temporal_512",
+    "temporal-dynamic": "temporal_dynamic",
+    "spatial": "spatial",
+}
+"""System -> the policy whose look it has."""
+
+
+def grid_figure(
+    figure_name: str,
+    systems: Sequence[str],
+    predicted: Mapping[Key, float],
+    published: Mapping[Key, float],
+) -> Figure:
+    """Nine panels: three metrics by three models."""
+    own = [key for key in published if key.figure == figure_name]
+    missing = [key for key in own if key not in predicted]
+    if missing:
+        raise ValueError(f"published point without a prediction: {missing[0]}")
+    figure, axes = style.new_figure(10.5, nrows=3, ncols=3, sharex=True)
+    for row, (metric, label) in enumerate(PANELS):
+        for column, model in enumerate(MODELS):
+            panel = axes[row][column]
+            for system in systems:
+                _draw(panel, figure_name, system, model, metric, predicted, published)
+            panel.set_xticks(RATES_RPS)
+            panel.set_ylim(0, 105 if metric == "slo_attainment" else None)
+            style.tidy(panel, "both")
+            if column == 0:
+                panel.set_ylabel(label)
+            if row == 0:
+                panel.set_title(model)
+            if row == 2:
+                panel.set_xlabel("requests per second of the cluster")
+    handles = [axes[0][0].plot([], [], color=style.BLACK, marker="o", ls="", mfc="none", ms=8, label="published")[0]]
+    handles = [*axes[0][0].get_legend_handles_labels()[0][: len(systems)], *handles]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.suptitle(f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)", fontsize=13)
+    return figure
+
+
+def _draw(
+    panel: Any,
+    figure_name: str,
+    system: str,
+    model: str,
+    metric: str,
+    predicted: Mapping[Key, float],
+    published: Mapping[Key, float],
+) -> None:
+    look = style.look(POLICIES[system])
+    keys = [Key(figure_name, system, model, rate, metric) for rate in RATES_RPS]
+    values = [predicted[key] for key in keys]
+    panel.plot(RATES_RPS, values, color=look.color, ls=look.dash, marker=look.marker, ms=4, label=system)
+    known = [key for key in keys if key in published]
+    panel.plot(
+        [key.rate_rps for key in known], [published[key] for key in known], color=look.color, ls="",
+        marker=look.marker, ms=10, mfc="none", mew=1.5, label="_published",
+    )  # fmt: skip

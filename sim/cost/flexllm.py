@@ -1,0 +1,138 @@
+"""`LaunchBound`: an engine whose time goes into fixed costs, as published measurements show some to be.
+
+A roofline knows neither a runtime that spends milliseconds between iterations nor kernels that are launched
+one by one. Here an iteration has a floor, and the GPU's own work is only seen above it. Seconds per layer
+of a pass over n tokens, with P the layer's linear parameters on one of tp devices, h the width of the model:
+
+    pass        max(launch, 2 P / B + n 2 P / F) + [tp > 1] 2 all-reduces of (n + padding) h values
+    all-reduce  (2 (tp - 1) / tp) bytes / (link share (tp - 1) / 3)
+    window      + window_launch in every layer, once per iteration that holds finetuning windows; attention
+                takes at least (context + n) window_context
+    backward    backward_start in every layer of the model, whatever the depth of the slice; then for each
+                layer of the slice  backward_layer + n 2 P / F' + [tp > 1] 2 all-reduces of n h values
+                + attention
+    iteration   + host
+
+The links of an A100 are shared out among the four of a board, a third to each peer (NVIDIA HGX A100 4-GPU),
+so a pair has a third of a device's links. Attention and logits are otherwise the roofline's (`sim.cost.attention`, `sim.cost.gemm`). The backward runs on a second stream; the published
+step times show no gain from it (each layer adds the same 5.2 ms beside a decode of 47 ms from 1 to 64
+layers), so `overlap_contention` is 1.
+
+The defaults are FlexLLM's, found by `profiles/flexllm_fit.py`, which also says how well they fit.
+`configs/cost/vllm_eager_a100.yaml` has those of vLLM 0.8.3 without CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sim.cost import attention
+from sim.cost.context import CostContext
+from sim.cost.curves import Curves
+from sim.cost.efficiency import Efficiency
+from sim.cost.gemm import gemm_s
+from sim.cost.iteration import IterationCost
+from sim.cost.roofline import OPTIMIZER_BYTES
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchBound:
+    """Builder. `_s` are seconds; `_flops` and `_bandwidth` are shares of the device's peak."""
+
+    host_s: float = 2.85e-3
+    """Per iteration: scheduling, batch preparation and the runtime's own work."""
+    launch_s: float = 0.327e-3
+    """Per layer: the least time in which its kernels are launched."""
+    collective_tokens: float = 164.0
+    """Tokens that each all-reduce of a pass carries beyond the pass's own."""
+    window_launch_s: float = 0.0785e-3
+    backward_start_s: float = 0.1036e-3
+    backward_layer_s: float = 1.972e-3
+    pass_flops: float = 0.8
+    """F: includes element-wise kernels, LoRA and whatever else grows with the tokens."""
+    backward_flops: float = 0.783
+    window_context_s: float = 0.0649e-6
+    """Per layer and context token: the least time of a window's attention, however narrow the window."""
+    link_bandwidth: float = 0.1371
+    weight_bandwidth: float = 0.718
+    """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
+    overlap_contention: float = 1.0
+    max_tokens: int = 8192
+    """Passes up to this length are looked up, longer ones extended by the slope."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith(("_flops", "_bandwidth")):
+                if not 0 < value <= 1:
+                    raise ValueError(f"cost launch_bound: {item.name} must be in (0, 1], got {value}")
+            elif not value >= 0:
+                raise ValueError(f"cost launch_bound: {item.name} must be at least 0, got {value}")
+        if self.max_tokens < 1024:
+            raise ValueError(f"cost launch_bound: max_tokens must be at least 1024, got {self.max_tokens}")
+        if self.overlap_contention > 1:
+            raise ValueError(
+                f"cost launch_bound: overlap_contention must be in [0, 1], got {self.overlap_contention}"
+            )
+
+    def build(self, context: CostContext) -> IterationCost:
+        return IterationCost(self.curves(context), context.lookahead)
+
+    def curves(self, context: CostContext) -> Curves:
+        model, device, tp = context.model, context.device, context.tp
+        efficiency = Efficiency.of(device)
+        m = np.arange(1, self.max_tokens + 1, dtype=np.float64)
+        weights = sum(i * o for i, o in model.linears.values()) / tp
+        token_collective_s = 0.0
+        if tp > 1:
+            rate = device.link_bandwidth_bytes_s * self.link_bandwidth * min(1.0, (tp - 1) / 3)
+            token_collective_s = 2 * model.hidden * model.dtype_bytes * 2 * (tp - 1) / tp / rate
+        collective = token_collective_s * (m + self.collective_tokens)
+        peak = device.peak_flops
+        products = 2 * weights / (peak * self.pass_flops) * m
+        read_s = weights * model.dtype_bytes / (device.memory_bandwidth_bytes_s * self.weight_bandwidth)
+        layer = np.maximum(self.launch_s, read_s + products) + collective
+        backward_collective = token_collective_s * m
+        backward = 2 * weights / (peak * self.backward_flops) * m + backward_collective
+        chunk = attention.chunk_cost(model.layers, model, tp, device, efficiency)
+        window = chunk._replace(read_s=max(chunk.read_s, model.layers * self.window_context_s))
+        return Curves(
+            token_s=_curve(model.layers * layer),
+            collective_s=_curve(model.layers * collective),
+            sampled_s=_curve(self._logits_s(context, efficiency, m)),
+            loss_s=_curve(2.0 * self._logits_s(context, efficiency, m)),
+            recompute_s=_curve(model.layers * (layer + self.window_launch_s)),
+            backward_layer_s=_curve(self.backward_layer_s + backward),
+            backward_collective_s=_curve(backward_collective),
+            backward_start_s=model.layers * self.backward_start_s,
+            prefill=chunk,
+            forward=window,
+            recompute=window,
+            backward=attention.backward_cost(model, tp, device, efficiency),
+            decode=attention.decode_cost(model, tp, device, efficiency),
+            lora_fixed_s=model.layers * self.window_launch_s,
+            lora_token_s=0.0,
+            adapter_s=0.0,
+            optimizer_param_s=OPTIMIZER_BYTES / (tp * device.memory_bandwidth_bytes_s),
+            host_s=self.host_s,
+            overlap_contention=self.overlap_contention,
+        )
+
+    def _logits_s(self, context: CostContext, efficiency: Efficiency, m: Floats) -> Floats:
+        """lm_head and two readings of its logits, by rows."""
+        model, device = context.model, context.device
+        vocab = -(-model.vocab // context.tp)
+        rate = device.memory_bandwidth_bytes_s * efficiency.elementwise_bandwidth
+        head = gemm_s(m, model.hidden, vocab, device, efficiency)
+        seconds: Floats = head + 2 * vocab * model.dtype_bytes / rate * m
+        return seconds
+
+
+def _curve(seconds: Floats) -> list[float]:
+    """A list from 0 tokens on, never decreasing."""
+    return [0.0, *np.maximum.accumulate(seconds).tolist()]
