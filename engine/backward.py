@@ -4,8 +4,8 @@ Written by hand because autograd would hold what it saved until the whole sequen
 pass one at a time, in either order, and free what they used. Windows must go right to left within a layer:
 the gradient of a window's keys and values is final only when every query to its right has passed.
 
-Shapes as in `engine.model`, with N the tokens of the window. Elementwise steps compute in float32 (float64 for
-float64) and round once.
+Shapes as in `engine.model`, with N the tokens of the window. Elementwise steps compute in float32 (float64
+for float64) and round once.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def backward_layer(
     x = kept.x[index, at]
     if bypass.has("q_proj", "k_proj", "v_proj"):
         h = F.rms_norm(x, (shape.hidden,), w.input_norm, eps)
-        d_parts = d_qkv.split((shape.q_dim, shape.kv_dim, shape.kv_dim), dim=1)
+        d_parts = torch.split(d_qkv, [shape.q_dim, shape.kv_dim, shape.kv_dim], dim=1)
         for target, dy in zip(("q_proj", "k_proj", "v_proj"), d_parts, strict=True):
             bypass.run(target, dh, dy, h)
     dx += rms_norm_backward(dh, x, w.input_norm, eps)

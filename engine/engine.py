@@ -114,7 +114,8 @@ class Engine:
         """A request with its prompt."""
         if len(tokens) != request.prompt_tokens:
             raise ValueError(
-                f"request {request.id}: the prompt must have {request.prompt_tokens} tokens, got {len(tokens)}"
+                f"request {request.id}: the prompt must have {request.prompt_tokens} tokens, "
+                f"got {len(tokens)}"
             )
         if request.adapter is not None and request.adapter not in self._versions:
             known = ", ".join(self._versions) or "none"
@@ -258,9 +259,7 @@ class Engine:
 
     # Ends
 
-    def _in_flight(
-        self, ids: list[int], tokens: torch.Tensor | None, steps: list[StepResult]
-    ) -> _InFlight:
+    def _in_flight(self, ids: list[int], tokens: torch.Tensor | None, steps: list[StepResult]) -> _InFlight:
         numbers = None
         if steps:
             numbers = torch.stack([torch.stack((s.loss, s.grad_norm.to(s.loss.dtype))) for s in steps])
@@ -268,7 +267,7 @@ class Engine:
             return _InFlight(ids, tokens, steps, numbers, None)
         host = None if tokens is None else tokens.to("cpu", non_blocking=True)
         host_numbers = None if numbers is None else numbers.to("cpu", non_blocking=True)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         return _InFlight(ids, host, steps, host_numbers, event)
 

@@ -110,11 +110,11 @@ def _places(config: ModelConfig, weights: Weights) -> Iterator[tuple[str, torch.
         yield "lm_head.weight", weights.head
     for index, layer in enumerate(weights.layers):
         prefix = f"model.layers.{index}."
-        parts = (s.q_dim, s.kv_dim, s.kv_dim)
+        parts = [s.q_dim, s.kv_dim, s.kv_dim]
         names = [f"{prefix}self_attn.{n}_proj" for n in "qkv"]
-        yield from zip([f"{n}.weight" for n in names], layer.qkv.split(parts), strict=True)
+        yield from zip([f"{n}.weight" for n in names], torch.split(layer.qkv, parts), strict=True)
         if layer.qkv_bias is not None:
-            yield from zip([f"{n}.bias" for n in names], layer.qkv_bias.split(parts), strict=True)
+            yield from zip([f"{n}.bias" for n in names], torch.split(layer.qkv_bias, parts), strict=True)
         yield f"{prefix}self_attn.o_proj.weight", layer.o
         yield from zip(
             [f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"],

@@ -91,9 +91,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         b[target] = _stack(tensors, shape.layers, target, "B", (wide_out, rank), folder)
     if tensors:
         raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
-    return Adapter(
-        rank=rank, alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), a=a, b=b
-    )
+    return Adapter(rank=rank, alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), a=a, b=b)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:
@@ -147,9 +145,9 @@ class AdapterBank:
         """target -> [layers, N, out, R]"""
         for target in targets:
             wide_in, wide_out = shape.linears[target]
-            at = {"dtype": dtype, "device": device}
-            self.a[target] = torch.zeros((shape.layers, slots, max_rank, wide_in), **at)
-            self.b[target] = torch.zeros((shape.layers, slots, wide_out, max_rank), **at)
+            a_size, b_size = (slots, max_rank, wide_in), (slots, wide_out, max_rank)
+            self.a[target] = torch.zeros((shape.layers, *a_size), dtype=dtype, device=device)
+            self.b[target] = torch.zeros((shape.layers, *b_size), dtype=dtype, device=device)
         self.ranks = torch.zeros(slots, dtype=torch.int32, device=device)
         self.scales = torch.zeros(slots, dtype=torch.float32, device=device)
 
@@ -200,7 +198,12 @@ def _name(layer: int, target: str, kind: str) -> str:
 
 
 def _stack(
-    tensors: dict[str, torch.Tensor], layers: int, target: str, kind: str, shape: tuple[int, int], folder: Path
+    tensors: dict[str, torch.Tensor],
+    layers: int,
+    target: str,
+    kind: str,
+    shape: tuple[int, int],
+    folder: Path,
 ) -> torch.Tensor:
     """One target's tensors of all layers, taken out of `tensors`; absent layers are zero."""
     found = []

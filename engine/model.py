@@ -162,7 +162,7 @@ class Model:
 
         h = F.rms_norm(x, (shape.hidden,), w.input_norm, eps)
         qkv = F.linear(h, w.qkv, w.qkv_bias)
-        q_flat, k_flat, v_flat = qkv.split((q_dim, kv_dim, kv_dim), dim=1)
+        q_flat, k_flat, v_flat = torch.split(qkv, [q_dim, kv_dim, kv_dim], dim=1)
         for target, y in (("q_proj", q_flat), ("k_proj", k_flat), ("v_proj", v_flat)):
             _add_lora(y, h, target, index, batch.lora)
         q = rotate(q_flat.view(tokens, shape.heads, shape.head_dim), cos, sin)

@@ -34,7 +34,9 @@ class OptimizerSettings:
         if self.kind not in KINDS:
             raise ValueError(f"optimizer.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+            raise ValueError(
+                f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
         if not self.learning_rate > 0:
             raise ValueError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -91,7 +93,7 @@ class MasterOptimizer:
         """
         share = 1.0 / count.clamp(min=1).to(self._grads[0].dtype)
         torch._foreach_mul_(self._grads, share)
-        norm = torch.stack(torch._foreach_norm(self._grads)).norm()
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads)))
         if self.settings.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ has it.
             torch._foreach_mul_(self._grads, (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

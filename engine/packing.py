@@ -103,7 +103,7 @@ class Staging:
             host[at : at + array.size] = array.reshape(-1)
             at += array.size
         copied = buffer[:total].to(self._device, non_blocking=True)
-        event = self._events[self._turn] = torch.cuda.Event()
+        event = self._events[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        parts = copied.split([array.size for array in arrays])
+        parts = torch.split(copied, [array.size for array in arrays])
         return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

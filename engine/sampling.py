@@ -43,18 +43,14 @@ def uniform(seed: int, index: int) -> float:
     return (_mix(z) >> 11) * 2.0**-53
 
 
-def sample(
-    logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]
-) -> torch.Tensor:
+def sample(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
     """One token [N] int32 for each row of logits [N, V]; `indices` count the outputs before each."""
     chosen = logits.argmax(1)
     drawn = [n for n, setting in enumerate(settings) if setting.temperature > 0]
     if drawn:
         every = len(drawn) == len(settings)
         rows = slice(None) if every else torch.tensor(drawn).to(logits.device, non_blocking=True)
-        chosen[rows] = _draw(
-            logits[rows].float(), [settings[n] for n in drawn], [indices[n] for n in drawn]
-        )
+        chosen[rows] = _draw(logits[rows].float(), [settings[n] for n in drawn], [indices[n] for n in drawn])
     return chosen.to(torch.int32)
 
 
