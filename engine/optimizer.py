@@ -93,7 +93,7 @@ class MasterOptimizer:
         """
         share = 1.0 / count.clamp(min=1).to(self._grads[0].dtype)
         torch._foreach_mul_(self._grads, share)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads)))
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads)))
         if self.settings.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ has it.
             torch._foreach_mul_(self._grads, (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
