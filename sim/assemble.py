@@ -111,9 +111,9 @@ class Assembly:
 
 def assemble(config: DictConfig) -> Assembly:
     """Build a run from the config. Raises ValueError naming the key, the value and what is allowed."""
-    seed = _seed(config)
+    seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    slos = _slos(config)
+    slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     groups, router = _groups(config, seed)
@@ -176,14 +176,16 @@ class _Group:
         return self.world_builder.build(replace(self.context, seed=self.context.seed * 4096 + index))
 
 
-def _seed(config: DictConfig) -> int:
+def seed_of(config: DictConfig) -> int:
+    """The seed of a run. Raises ValueError for what is none."""
     seed = config.seed
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed must be a whole number from 0, got {seed!r}")
     return seed
 
 
-def _slos(config: DictConfig) -> dict[str, Slo]:
+def slos_of(config: DictConfig) -> dict[str, Slo]:
+    """The SLO classes by name."""
     classes = OmegaConf.to_container(config.slo.classes, resolve=True)
     if not isinstance(classes, Mapping) or not classes:
         raise ValueError("slo.classes must name at least one class")
@@ -307,16 +309,21 @@ def _named_device(name: str) -> DeviceSpec:
 def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo]) -> list[Policy]:
     """The policy of each pipeline, in order of their indices."""
     node = {key: value for key, value in config.policy.items() if key != "name"}
-    built = [_policy(node, group.predictor, slos) for group in groups]
+    built = [policy_of(node, group.predictor, slos) for group in groups]
     count = sum(len(group.members) for group in groups)
     if hasattr(built[0], "assign"):
         return cast(ClusterPolicy, built[0]).assign(count)
     return [policy for policy, group in zip(built, groups, strict=True) for _ in group.members]
 
 
+<<<<<<< HEAD
 def _policy(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
     """Build a policy, giving it what it asks for by name: `predictor`, and where they are null the tightest
     bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT."""
+=======
+def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
+    """Build a policy, giving it what it asks for by name: `predictor`, and `budget_s` where that is null."""
+>>>>>>> engine
     parameters = inspect.signature(locate(node.get("_target_"), "policy")).parameters
     given: dict[str, object] = {}
     if "predictor" in parameters:

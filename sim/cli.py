@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "plan a sample's memory: what is kept, what is recomputed",
         "sim.compile_program:main",
     ),
+    "bench": ("serve and finetune for real, on the wall clock, and measure it", "engine.bench:main"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
     "profile": ("measured profiles: show, fit, check against what is predicted", "profiles.program:main"),
     "validate": ("a recorded engine run against the simulation of that engine", "profiles.validate:main"),

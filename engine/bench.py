@@ -1,0 +1,240 @@
+"""`coserve bench`: serve a workload and finetune beside it, for real, and leave a simulator's run folder.
+
+    coserve bench model=tiny device=cpu
+    coserve bench -m policy=coserving,temporal,inference_only
+
+The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from hydra.core.hydra_config import HydraConfig
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from engine.assemble import TrainingJob, assemble_engine
+from engine.config import ModelConfig
+from engine.driver import Driver, EngineArrivals, WallClock
+from engine.engine import Engine
+from engine.load import load_model, random_model
+from engine.lora import new_adapter, write_adapter
+from engine.measure import measure
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
+from engine.sampling import Sampling
+from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
+from sim.assemble import policy_of, seed_of, slos_of
+from sim.checked import build, check
+from sim.core.arrivals import Arrivals
+from sim.core.finetune import Job
+from sim.core.loop import Horizon, run_loop
+from sim.core.plan import Limits, Policy
+from sim.core.request import Request, Slo
+from sim.core.rows import Outcome, Recorder
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.core.state import PipelineState
+from sim.hydra_app import hydra_main
+from sim.metrics import PipelineFacts, summarize
+from sim.results import make_manifest, write_run
+from sim.workload.workload import Workload
+
+CONFIGS = Path(__file__).parent / "configs"
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSettings:
+    """The `run` node."""
+
+    name: str | None
+    drain_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """The `job` node."""
+
+    data: str | None
+    sample_tokens: int
+    accumulation: int
+    order: str
+    memory: str
+    lora: LoraSpec
+    optimizer: OptimizerSettings
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 2:
+            raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve bench`."""
+    return hydra_main(
+        bench, argv, prog="coserve bench", config_name="bench", config_dir=CONFIGS, at_end=_show
+    )
+
+
+def bench(config: DictConfig) -> dict[str, Any]:
+    """Serve and finetune for real on this machine, and write the run's folder."""
+    started_s = time.perf_counter()
+    seed = seed_of(config)
+    run = build(RunSettings, config.run, "run")
+    limits = build(Limits, config.limits, "limits")
+    settings = build(JobSettings, config.job, "job")
+    device = build(DeviceSpec, config.device, "device")
+    slos = slos_of(config)
+    workload = build(None, config.workload, "workload").build(seed, tuple(slos))
+    model = _model(config, device, seed)
+    samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
+
+    def job() -> TrainingJob:
+        return TrainingJob(
+            id="job",
+            samples=passes(samples, seed),
+            max_sample_tokens=settings.sample_tokens,
+            adapter=new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed),
+            optimizer=settings.optimizer,
+            accumulation=settings.accumulation,
+            order=settings.order,
+            memory=settings.memory,
+        )
+
+    predictor = measure(model, limits, job(), check(config.measure_s, float, "measure_s"), seed)
+    policy = _policy(config, predictor, slos)
+    names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
+    adapters = {
+        name: new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed + n)
+        for n, name in enumerate(names, 1)
+    }
+    engine, jobs = assemble_engine(model, limits, [job()], adapters)
+    horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
+    recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
+
+    summary = summarize(
+        recorder,
+        slos=slos,
+        duration_s=horizon.duration_s,
+        pipelines=(PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device),),
+        labels={
+            "name": run.name,
+            "policy": config.policy.name,
+            "model": model.config.shape.name,
+            "device": device.name,
+            "workload": workload.name,
+            "rate_rps": workload.rate_rps,
+            "seed": seed,
+            "source": "engine",
+        },
+    )
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    wall_s = time.perf_counter() - started_s
+    manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
+    write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
+    write_adapter(engine.trainers["job"].masters, folder / "adapter", config.weights)
+    losses = [record.loss for record in engine.steps]
+    return {**summary, "folder": str(folder), "losses": losses}
+
+
+def _run(
+    engine: Engine,
+    jobs: list[Job],
+    policy: Policy,
+    limits: Limits,
+    workload: Workload,
+    slos: Mapping[str, Slo],
+    horizon: Horizon,
+    seed: int,
+) -> Recorder:
+    """One pipeline on the wall clock."""
+    recorder = Recorder()
+    state = PipelineState(limits=limits, slos=slos, recorder=recorder, jobs=jobs)
+    vocab = engine.model.config.shape.vocab
+
+    def prompt(request: Request) -> tuple[list[int], Sampling]:
+        drawn = np.random.default_rng((seed, request.id)).integers(0, vocab, request.prompt_tokens)
+        return drawn.tolist(), Sampling()
+
+    arrivals: Arrivals = workload.arrivals() if policy.serves else _NoArrivals()
+    source = EngineArrivals(arrivals, engine, prompt)
+    Driver(engine, WallClock()).run(run_loop(state, policy, source, horizon))
+    if not policy.serves:
+        for request in workload.arrivals().due(horizon.duration_s):
+            recorder.add_request(request, -1, Outcome.REJECTED)
+    return recorder
+
+
+class _NoArrivals:
+    """For a policy that does not serve."""
+
+    def next_s(self) -> float | None:
+        return None
+
+    def due(self, now_s: float) -> Sequence[Request]:
+        return ()
+
+    def ended(self, request_id: int, now_s: float) -> None:
+        raise AssertionError("a policy that does not serve has no requests")
+
+
+def _model(config: DictConfig, device: DeviceSpec, seed: int) -> Model:
+    shape = build(ModelShape, config.model, "model")
+    if shape.dtype_bytes not in DTYPES:
+        raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
+    place, dtype = "cpu" if device.name == "cpu" else "cuda", DTYPES[shape.dtype_bytes]
+    if place == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
+    if config.weights is None:
+        family = "qwen2" if shape.qkv_bias else "llama"
+        return random_model(ModelConfig(family=family, shape=shape), dtype, place, seed)
+    model = load_model(config.weights, dtype, place)
+    found = replace(model.config.shape, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
+    if found != shape:
+        raise ValueError(f"weights: {config.weights} holds {found}, model is {shape}")
+    return Model(replace(model.config, shape=shape), model.weights)
+
+
+def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
+    """The job's text in tokens: the model's own, or bytes for random weights."""
+    text = read_text(BUNDLED if settings.data is None else settings.data)
+    if config.weights is None:
+        if config.model.vocab < BYTES:
+            raise ValueError(
+                f"model.vocab must be at least {BYTES} for tokens of bytes, got {config.model.vocab}"
+            )
+        return byte_tokens(text)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.weights)
+    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+
+
+def _policy(config: DictConfig, predictor: Any, slos: Mapping[str, Slo]) -> Policy:
+    policy = policy_of({k: v for k, v in config.policy.items() if k != "name"}, predictor, slos)
+    if not hasattr(policy, "plan"):
+        raise ValueError(f"policy {config.policy.name} is for several pipelines; coserve bench runs one")
+    return policy
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The table of all rows, what was learned, and where the folders are."""
+    from analysis.table import print_table
+
+    print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
+    for row in rows:
+        losses = row["losses"]
+        if losses:
+            name = row["name"] or row["policy"]
+            print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
+    folder = Path(rows[0]["folder"])
+    print(f"runs:   {folder if len(rows) == 1 else folder.parent}")

@@ -1,0 +1,165 @@
+"""The engine's driver of the shared loop: turns its commands into device work and a clock.
+
+On the wall clock an iteration ends when the device has done it. On a virtual clock the same work is done, but
+time passes as a cost model says; with that of a simulated run the decisions are the same, one by one, which
+is how simulator and engine are held together.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+from engine.engine import Engine
+from engine.sampling import Sampling
+from sim.core.arrivals import Arrivals
+from sim.core.cost import CostModel
+from sim.core.loop import Command, Done, Execute, Sleep
+from sim.core.request import Request
+from sim.core.work import Work
+
+Prompt = Callable[[Request], tuple[Seq[int], Sampling]]
+"""A request's prompt tokens and how to sample."""
+
+
+class Clock(Protocol):
+    """Time as the driver sees it."""
+
+    def now_s(self) -> float: ...
+
+    def launched(self, work: Work) -> None:
+        """An iteration has been started."""
+        ...
+
+    def done(self) -> None:
+        """The oldest iteration has ended on the device."""
+        ...
+
+    def sleep(self, until_s: float) -> None:
+        """Return at `until_s` or, after a `wake`, earlier."""
+        ...
+
+    def wake(self) -> None:
+        """From any thread: end a `sleep`, or the next one."""
+        ...
+
+
+class WallClock:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start_s = time.perf_counter()
+        self._woken = threading.Event()
+
+    def now_s(self) -> float:
+        return time.perf_counter() - self._start_s
+
+    def launched(self, work: Work) -> None:
+        """The device is under way."""
+
+    def done(self) -> None:
+        """Time has passed by itself."""
+
+    def sleep(self, until_s: float) -> None:
+        left_s = until_s - self.now_s()
+        self._woken.wait(None if left_s == math.inf else max(0.0, left_s))
+        self._woken.clear()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+
+class VirtualClock:
+    """Iterations take what `world` says; the device runs one at a time, as in the simulator."""
+
+    def __init__(self, world: CostModel) -> None:
+        self._world = world
+        self._now_s = 0.0
+        self._free_s = -math.inf
+        self._ends_s: deque[float] = deque()
+
+    def now_s(self) -> float:
+        return self._now_s
+
+    def launched(self, work: Work) -> None:
+        self._free_s = max(self._free_s, self._now_s) + self._world.iteration_s(work)
+        self._ends_s.append(self._free_s)
+
+    def done(self) -> None:
+        self._now_s += max(0.0, self._ends_s.popleft() - self._now_s)
+
+    def sleep(self, until_s: float) -> None:
+        if until_s == math.inf:
+            raise RuntimeError("nothing will happen by itself any more on a virtual clock")
+        self._now_s += max(0.0, until_s - self._now_s)
+
+    def wake(self) -> None:
+        """Nobody sleeps in real time."""
+
+
+class EngineArrivals:
+    """A source of requests whose prompts the engine gets as they arrive, and whose ends it is told."""
+
+    def __init__(self, arrivals: Arrivals, engine: Engine, prompt: Prompt) -> None:
+        self._arrivals = arrivals
+        self._engine = engine
+        self._prompt = prompt
+
+    def next_s(self) -> float | None:
+        return self._arrivals.next_s()
+
+    def due(self, now_s: float) -> Seq[Request]:
+        requests = self._arrivals.due(now_s)
+        for request in requests:
+            self._engine.arrive(request, *self._prompt(request))
+        return requests
+
+    def ended(self, request_id: int, now_s: float) -> None:
+        self._engine.ended(request_id)
+        self._arrivals.ended(request_id, now_s)
+
+
+class Driver:
+    """Runs one loop on one engine. `abort` may be called from any thread."""
+
+    def __init__(self, engine: Engine, clock: Clock) -> None:
+        self._engine = engine
+        self._clock = clock
+        self._aborted: deque[int] = deque()
+
+    def abort(self, id: int) -> None:
+        """A client has gone."""
+        self._aborted.append(id)
+        self._clock.wake()
+
+    def run(self, loop: Generator[Command, Done, None]) -> None:
+        """Drive the loop to its end."""
+        engine, clock = self._engine, self._clock
+        try:
+            command = next(loop)
+            while True:
+                if type(command) is Execute:
+                    engine.launch(command.plan)
+                    clock.launched(command.work)
+                    reply = Done(clock.now_s())
+                elif type(command) is Sleep:
+                    clock.sleep(command.until_s)
+                    reply = Done(clock.now_s(), (), self._gone())
+                else:
+                    ended = engine.collect()
+                    clock.done()
+                    reply = Done(clock.now_s(), ended, self._gone())
+                command = loop.send(reply)
+        except StopIteration:
+            return
+
+    def _gone(self) -> tuple[int, ...]:
+        gone = []
+        while self._aborted:
+            gone.append(self._aborted.popleft())
+        return tuple(gone)

@@ -1,0 +1,285 @@
+"""The device side of a pipeline: carries out plans, and gives the tokens that come out.
+
+The engine decides nothing. It follows the loop through the same things that everybody sees: requests as they
+arrive, plans as they are launched, and the ids of requests that have ended. Tokens stay on the device between
+iterations: a decode reads its input from where the last iteration wrote it, so the next plan can be launched
+before the host has seen a token.
+
+An iteration is: the optimizer steps of the plan, one fused forward of inference and finetuning windows, the
+loss of the windows, the sampled tokens, the backward slices.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from engine.finetune import ForwardWindow, StepResult, Trainer
+from engine.lora import Adapter, AdapterBank
+from engine.model import Batch, LoraBatch, Model, Pages, Window
+from engine.packing import Piece, Staging, pack
+from engine.sampling import Sampling, sample
+from sim.core.block_tables import BlockTables, Placement, Span
+from sim.core.finetune import Backward, Forward, Slice
+from sim.core.plan import Limits, Plan
+from sim.core.request import Request
+
+
+class StepRecord(NamedTuple):
+    """An optimizer step in numbers."""
+
+    job: str
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+
+
+class NotFiniteLoss(RuntimeError):
+    """A finetuning step whose loss is not a number: its adapter is spoilt."""
+
+
+class _Live:
+    """A request that has arrived and not ended."""
+
+    __slots__ = ("adapter", "prompt_tokens", "sampled", "sampling", "slot", "tokens")
+
+    def __init__(self, tokens: list[int], sampling: Sampling, adapter: str | None) -> None:
+        self.tokens = tokens
+        self.prompt_tokens = len(tokens)
+        self.sampling = sampling
+        self.adapter = adapter
+        self.slot: int | None = None
+        """The adapter's version that it runs on; None until it is admitted, and for the base model."""
+        self.sampled = 0
+        """Output tokens launched, known to the host or not."""
+
+
+class _InFlight(NamedTuple):
+    """An iteration between `launch` and `collect`."""
+
+    ids: list[int]
+    tokens: torch.Tensor | None
+    steps: list[StepResult]
+    numbers: torch.Tensor | None
+    """Loss and gradient norm of each step."""
+    event: torch.cuda.Event | None
+
+
+class Engine:
+    """One model replica with its pages, adapters and finetuning jobs."""
+
+    def __init__(
+        self,
+        *,
+        model: Model,
+        pages: Pages,
+        limits: Limits,
+        bank: AdapterBank | None = None,
+        adapters: Mapping[str, Adapter] | None = None,
+        trainers: Iterable[Trainer] = (),
+        on_token: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
+        of `adapters` or a trainer's job. `on_token(id, token)` is called for each token in order."""
+        self.model = model
+        self.tables = BlockTables(limits)
+        self.trainers = {trainer.spec.id: trainer for trainer in trainers}
+        self.steps: list[StepRecord] = []
+        """Optimizer steps so far."""
+        self.on_token = on_token
+        self._pages = pages
+        self._bank = bank
+        self._versions: dict[str, int] = {}
+        """Adapter -> the bank's slot that newly admitted requests take."""
+        if bank is not None:
+            self._versions = {name: bank.put(adapter) for name, adapter in (adapters or {}).items()}
+            self._versions |= {name: bank.hold(t.slot) for name, t in self.trainers.items()}
+        self._live: dict[int, _Live] = {}
+        self._last_token = torch.zeros(limits.max_sequences, dtype=torch.int32, device=model.device)
+        self._staging = Staging(model.device)
+        self._launched: deque[_InFlight] = deque()
+
+    def live_tokens(self, id: int) -> list[int]:
+        """Prompt and output so far of a request that has not ended."""
+        return list(self._live[id].tokens)
+
+    # What the loop shows
+
+    def arrive(self, request: Request, tokens: Sequence[int], sampling: Sampling) -> None:
+        """A request with its prompt."""
+        if len(tokens) != request.prompt_tokens:
+            raise ValueError(
+                f"request {request.id}: the prompt must have {request.prompt_tokens} tokens, "
+                f"got {len(tokens)}"
+            )
+        if request.adapter is not None and request.adapter not in self._versions:
+            known = ", ".join(self._versions) or "none"
+            raise ValueError(f"request {request.id}: no adapter named {request.adapter!r}; known: {known}")
+        self._live[request.id] = _Live(list(tokens), sampling, request.adapter)
+        self.tables.arrive(request)
+
+    def ended(self, id: int) -> None:
+        """The loop says that a request has ended, however."""
+        live = self._live.pop(id)
+        self.tables.ended(id)
+        if live.slot is not None:
+            assert self._bank is not None
+            self._bank.drop(live.slot)
+
+    @torch.no_grad()
+    def launch(self, plan: Plan) -> None:
+        """Start one iteration."""
+        placement = self.tables.apply(plan)
+        steps = [self.trainers[piece.job].step() for piece in plan.finetune if _is_step(piece)]
+        windows = [
+            (self.trainers[piece.job], self.trainers[piece.job].next_window(piece.tokens))
+            for piece in plan.finetune
+            if type(piece) is Forward
+        ]
+        ids, tokens = self._forward(placement, windows)
+        for piece in plan.finetune:
+            if type(piece) is Backward:
+                self.trainers[piece.job].backward(piece.layer_tokens)
+        self._launched.append(self._in_flight(ids, tokens, steps))
+
+    def collect(self) -> tuple[int, ...]:
+        """Wait for the oldest iteration, hand out its tokens and publish its steps.
+
+        Returns the requests whose token is one of their stop tokens. Raises NotFiniteLoss.
+        """
+        done = self._launched.popleft()
+        if done.event is not None:
+            done.event.synchronize()
+        if done.numbers is not None:
+            self._publish(done.steps, done.numbers.tolist())
+        if done.tokens is None:
+            return ()
+        ended = []
+        for id, token in zip(done.ids, done.tokens.tolist(), strict=True):
+            live = self._live.get(id)
+            if live is None:
+                continue  # it ended while this iteration was already launched
+            live.tokens.append(token)
+            if self.on_token is not None:
+                self.on_token(id, token)
+            if token in live.sampling.stop_tokens:
+                ended.append(id)
+        return tuple(ended)
+
+    # Forward
+
+    def _forward(
+        self, placement: Placement, windows: Sequence[tuple[Trainer, ForwardWindow]]
+    ) -> tuple[list[int], torch.Tensor | None]:
+        """The fused forward; the ids that got a token, and their tokens on the device."""
+        spans = [*self._by_adapter(placement.decodes), *placement.chunks]
+        pieces = [self._piece(span, n < len(placement.decodes)) for n, span in enumerate(spans)]
+        pieces += [Piece(w.tokens, w.start, trainer.table, trainer.slot) for trainer, w in windows]
+        if not pieces:
+            return [], None
+        batch, keeping, slots, rows = self._batch(pieces, spans, len(placement.decodes), windows)
+        x = self.model.forward(batch, self._pages, keeping)
+        at = sum(span.tokens for span in spans)
+        for trainer, window in windows:
+            end = at + len(window.tokens)
+            trainer.loss(window, x[at:end])
+            at = end
+        sampled = [span for span in spans if span.sampled]
+        if not sampled:
+            return [], None
+        live = [self._live[span.id] for span in sampled]
+        tokens = sample(self.model.logits(x[rows]), [n.sampling for n in live], [n.sampled for n in live])
+        for n in live:
+            n.sampled += 1
+        self._last_token[slots] = tokens
+        return [span.id for span in sampled], tokens
+
+    def _batch(
+        self,
+        pieces: Sequence[Piece],
+        spans: Sequence[Span],
+        decodes: int,
+        windows: Sequence[tuple[Trainer, ForwardWindow]],
+    ) -> tuple[Batch, list[Window], torch.Tensor, torch.Tensor]:
+        """The batch, what it keeps, and for each sampled token its sequence's slot and its row."""
+        packed = pack(pieces, self.tables.block_tokens)
+        ends = packed.query_start[1:]
+        sampled = [n for n, span in enumerate(spans) if span.sampled]
+        slots = np.array([spans[n].slot for n in sampled], np.int32)
+        decoding = np.array([span.slot for span in spans[:decodes]], np.int32)
+        arrays = [*packed[:-1], slots, ends[sampled] - 1, decoding]
+        up = self._staging.upload(arrays)
+        tokens, positions, kv_slots, tables, start, context, segment_start, segment_adapter = up[:8]
+        if decodes:
+            tokens[:decodes] = self._last_token[up[10]]
+        keeping: list[Window] = []
+        for trainer, window in windows:
+            first = int(packed.query_start[len(spans) + len(keeping)])
+            keeping += trainer.keep(window, slice(first, first + len(window.tokens)))
+        lora = None
+        if self._bank is not None and (packed.segment_adapter >= 0).any():
+            lora = LoraBatch(self._bank, segment_start, segment_adapter)
+        batch = Batch(
+            tokens=tokens,
+            positions=positions,
+            slots=kv_slots,
+            block_tables=tables,
+            query_start=start,
+            context_lens=context,
+            decodes=decodes,
+            max_keys=packed.max_keys,
+            lora=lora,
+        )
+        return batch, keeping, up[8], up[9]
+
+    def _piece(self, span: Span, decode: bool) -> Piece:
+        live = self._live[span.id]
+        if live.slot is None and live.adapter is not None:
+            assert self._bank is not None
+            live.slot = self._bank.hold(self._versions[live.adapter])
+        tokens = (
+            np.zeros(1, np.int32)  # replaced on the device by the last sampled token
+            if decode
+            else np.array(live.tokens[span.context : span.context + span.tokens], np.int32)
+        )
+        row = self.tables.table[span.slot]
+        return Piece(tokens, span.context, row, -1 if live.slot is None else live.slot)
+
+    def _by_adapter(self, decodes: tuple[Span, ...]) -> list[Span]:
+        """Decodes of one adapter beside each other, so that they are one segment."""
+        if self._bank is None:
+            return list(decodes)
+        slot_of = {span.id: self._live[span.id].slot for span in decodes}
+        return sorted(decodes, key=lambda span: -1 if slot_of[span.id] is None else slot_of[span.id] or 0)
+
+    # Ends
+
+    def _in_flight(self, ids: list[int], tokens: torch.Tensor | None, steps: list[StepResult]) -> _InFlight:
+        numbers = None
+        if steps:
+            numbers = torch.stack([torch.stack((s.loss, s.grad_norm.to(s.loss.dtype))) for s in steps])
+        if self.model.device.type == "cpu":
+            return _InFlight(ids, tokens, steps, numbers, None)
+        host = None if tokens is None else tokens.to("cpu", non_blocking=True)
+        host_numbers = None if numbers is None else numbers.to("cpu", non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return _InFlight(ids, host, steps, host_numbers, event)
+
+    def _publish(self, steps: Sequence[StepResult], numbers: Sequence[Sequence[float]]) -> None:
+        assert self._bank is not None
+        for result, (loss, norm) in zip(steps, numbers, strict=True):
+            if not np.isfinite(loss):
+                raise NotFiniteLoss(f"job {result.job}: the loss of step {result.step} is {loss}")
+            self.steps.append(StepRecord(result.job, result.step, loss, norm, result.learning_rate))
+            self._bank.drop(self._versions[result.job])
+            self._versions[result.job] = self._bank.hold(self.trainers[result.job].slot)
+
+
+def _is_step(piece: Slice) -> bool:
+    return type(piece) is not Forward and type(piece) is not Backward

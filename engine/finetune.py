@@ -1,0 +1,273 @@
+"""Token-level finetuning of one adapter: forward windows, backward slices, optimizer steps.
+
+`sim.core.finetune.Job` decides what is legal and counts; a `Trainer` does it. It learns what to do from the
+slices of the plan alone, takes its samples in the order in which the job drew their lengths, and keeps its
+own page range, which inference never touches.
+
+Gradients are those of the *sum* of the losses; the optimizer divides them by the labels of all samples of a
+step, so that a step is the mean over its tokens however they are spread over samples.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.backward import TrainedLora, backward_layer, rms_norm_backward
+from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
+from engine.lora import Adapter, AdapterBank
+from engine.model import Batch, Kept, LoraBatch, Model, Pages, Window
+from engine.optimizer import MasterOptimizer, OptimizerSettings
+from sim.core.finetune import JobSpec, JobView, backward_chunks
+
+
+class Sample(NamedTuple):
+    """One training sample; `labels[i]` is the token at i, or IGNORE_LABEL, not shifted."""
+
+    tokens: NDArray[np.int32]
+    labels: NDArray[np.int64]
+
+
+class SampleFeed:
+    """Samples for a job and its trainer: the job draws lengths, the trainer gets the samples they are of."""
+
+    def __init__(self, samples: Iterable[Sample]) -> None:
+        self._samples = iter(samples)
+        self._drawn: deque[Sample] = deque()
+
+    def lengths(self) -> Iterator[int]:
+        """Tokens of each sample, for `sim.core.finetune.Job`."""
+        for sample in self._samples:
+            self._drawn.append(sample)
+            yield len(sample.tokens)
+
+    def take(self) -> Sample:
+        """The oldest sample that the job has drawn and the trainer has not taken."""
+        return self._drawn.popleft()
+
+
+class ForwardWindow(NamedTuple):
+    """A window as the packed batch needs it."""
+
+    tokens: NDArray[np.int32]
+    start: int
+    at: slice
+
+
+class StepResult(NamedTuple):
+    """An optimizer step; numbers are tensors until somebody reads them."""
+
+    job: str
+    step: int
+    loss: torch.Tensor
+    """Mean over the step's labels."""
+    grad_norm: torch.Tensor
+    learning_rate: float
+
+
+class Trainer:
+    """One job's adapter, activations and optimizer on the device."""
+
+    def __init__(
+        self,
+        *,
+        spec: JobSpec,
+        model: Model,
+        pages: Pages,
+        blocks: range,
+        bank: AdapterBank,
+        adapter: Adapter,
+        feed: SampleFeed,
+        optimizer: OptimizerSettings,
+    ) -> None:
+        """`adapter` is copied as the masters; `blocks` are the job's own pages and bound its samples."""
+        self.spec = spec
+        self._model = model
+        self._pages = pages
+        self._bank = bank
+        self._feed = feed
+        self.table: NDArray[np.int32] = np.arange(blocks.start, blocks.stop, dtype=np.int32)
+        """Blocks of the sample, as in `BlockTables.table`."""
+        device = model.device
+        self._table = torch.from_numpy(self.table).to(device)
+        self.max_tokens = len(blocks) * pages.k.shape[2]
+
+        self.masters = _map(adapter, lambda t: t.to(device, model.compute, copy=True))
+        grads = _map(self.masters, torch.zeros_like)
+        self.optimizer = MasterOptimizer(optimizer, [*self.masters.tensors()], [*grads.tensors()])
+        self.slot = bank.put(self.masters)
+        """The bank's slot of the newest weights; training uses it, requests after it is published."""
+        self._grads = grads
+
+        shape = model.config.shape
+        whole = spec.memory == "stash"
+        self._kept = Kept(model.config, self.max_tokens, model.dtype, device) if whole else None
+        layers = shape.layers if spec.order == "window_major" else 1
+        size = (layers, self.max_tokens, shape.kv_heads, shape.head_dim)
+        self._dk, self._dv = (torch.zeros(size, dtype=model.compute, device=device) for _ in "kv")
+        self._dx = torch.empty((self.max_tokens, shape.hidden), dtype=model.dtype, device=device)
+        self._loss = torch.zeros((), dtype=model.compute, device=device)
+        self._count = torch.zeros((), dtype=torch.int64, device=device)
+
+        self._sample: Sample | None = None
+        self._labels = np.zeros(0, np.int64)
+        self._forward_tokens = 0
+        self._backward_layer_tokens = 0
+
+    # Forward
+
+    def next_window(self, tokens: int) -> ForwardWindow:
+        """The next `tokens` of the sample, which the coming forward computes."""
+        if self._sample is None:
+            self._start_sample()
+        assert self._sample is not None
+        start = self._forward_tokens
+        self._forward_tokens = start + tokens
+        at = slice(start, start + tokens)
+        return ForwardWindow(self._sample.tokens[at], start, at)
+
+    def keep(self, window: ForwardWindow, rows: slice) -> list[Window]:
+        """What the model is to keep of a window that lies at `rows` of the batch."""
+        return [] if self._kept is None else [Window(self._kept, rows, window.at)]
+
+    def loss(self, window: ForwardWindow, x: torch.Tensor) -> None:
+        """Add the loss of a window whose last residual stream is x [N, E], and start its gradient."""
+        labels = torch.from_numpy(self._labels[window.at]).to(x.device, non_blocking=True)
+        model = self._model
+        loss, count, d_hidden = linear_cross_entropy(model.final_norm(x), model.weights.head, labels)
+        self._loss += loss
+        self._count += count
+        dx = rms_norm_backward(d_hidden, x, model.weights.norm, model.config.norm_eps)
+        self._dx[window.at] = dx
+
+    # Backward
+
+    def backward(self, layer_tokens: int) -> None:
+        """The next `layer_tokens` of the sample's backward, from where it stands."""
+        assert self._sample is not None
+        spec, length = self.spec, len(self._sample.tokens)
+        view = JobView(
+            spec.id,
+            spec.layers,
+            spec.order,
+            spec.memory,
+            spec.optimizer_params,
+            length,
+            length,
+            self._backward_layer_tokens,
+            False,
+        )
+        for chunk in backward_chunks(view, layer_tokens):
+            if spec.order == "window_major":
+                self._window(chunk.context, chunk.tokens)
+            else:
+                self._rectangle(chunk.layers, chunk.context, chunk.tokens, length)
+            self._backward_layer_tokens += chunk.layer_tokens
+        if self._backward_layer_tokens == length * spec.layers:
+            self._sample = None
+
+    def _window(self, start: int, tokens: int) -> None:
+        """One window through all layers, its forward first if it was not kept."""
+        kept, at = self._kept, slice(start, start + tokens)
+        if kept is None:
+            kept, at = self._recompute(start, tokens), slice(0, tokens)
+        lora = self._lora()
+        for layer in reversed(range(self.spec.layers)):
+            self._layer(layer, kept, at, start, tokens, layer, lora)
+
+    def _rectangle(self, layers: int, start: int, tokens: int, length: int) -> None:
+        """The same tokens in each of the next `layers` layers."""
+        assert self._kept is not None
+        top = self.spec.layers - 1 - self._backward_layer_tokens // length
+        lora = self._lora()
+        for layer in range(top, top - layers, -1):
+            if start + tokens == length:
+                self._dk.zero_()
+                self._dv.zero_()
+            self._layer(layer, self._kept, slice(start, start + tokens), start, tokens, 0, lora)
+
+    def _layer(
+        self, layer: int, kept: Kept, at: slice, start: int, tokens: int, sums: int, lora: TrainedLora
+    ) -> None:
+        backward_layer(
+            self._model,
+            layer,
+            kept,
+            at,
+            self._dx[start : start + tokens],
+            self._pages,
+            self._table,
+            self._dk[sums],
+            self._dv[sums],
+            lora,
+            start=start,
+        )
+
+    def _recompute(self, start: int, tokens: int) -> Kept:
+        """Run a window's forward again, alone; its keys and values are still in the pages."""
+        assert self._sample is not None
+        model = self._model
+        kept = Kept(model.config, tokens, model.dtype, model.device)
+        ids = torch.from_numpy(self._sample.tokens[start : start + tokens])
+        ends = torch.zeros(2, dtype=torch.int32, device=model.device)
+        ends[1:].fill_(tokens)
+        lora = self._lora()
+        batch = Batch(
+            tokens=ids.to(model.device, non_blocking=True),
+            positions=torch.arange(start, start + tokens, dtype=torch.int32, device=model.device),
+            slots=None,
+            block_tables=self._table[None],
+            query_start=ends,
+            context_lens=torch.full((1,), start, dtype=torch.int32, device=model.device),
+            decodes=0,
+            max_keys=start + tokens,
+            lora=LoraBatch(self._bank, ends, lora.segment_adapter),
+        )
+        every = slice(0, tokens)
+        model.forward(batch, self._pages, [Window(kept, every, every)])
+        return kept
+
+    def _lora(self) -> TrainedLora:
+        slot = torch.full((1,), self.slot, dtype=torch.int32, device=self._model.device)
+        return TrainedLora(bank=self._bank, slot=self.slot, segment_adapter=slot, grads=self._grads)
+
+    # Steps
+
+    def step(self) -> StepResult:
+        """Update the masters and put them into a slot of their own; `slot` is that one from now on."""
+        rate = self.optimizer.settings.rate(self.optimizer.steps)
+        norm = self.optimizer.step(self._count)
+        loss = self._loss / self._count
+        self._loss.zero_()
+        self._count.zero_()
+        before, self.slot = self.slot, self._bank.put(self.masters)
+        self._bank.drop(before)
+        return StepResult(self.spec.id, self.optimizer.steps, loss, norm, rate)
+
+    def _start_sample(self) -> None:
+        sample = self._sample = self._feed.take()
+        length = len(sample.tokens)
+        if length > self.max_tokens:
+            raise ValueError(
+                f"job {self.spec.id}: samples may have {self.max_tokens} tokens, got one of {length}"
+            )
+        self._labels = np.append(sample.labels[1:], IGNORE_LABEL)
+        self._forward_tokens = self._backward_layer_tokens = 0
+        self._dk.zero_()
+        self._dv.zero_()
+
+
+def _map(adapter: Adapter, change: object) -> Adapter:
+    assert callable(change)
+    return Adapter(
+        rank=adapter.rank,
+        alpha=adapter.alpha,
+        rslora=adapter.rslora,
+        a={target: change(tensor) for target, tensor in adapter.a.items()},
+        b={target: change(tensor) for target, tensor in adapter.b.items()},
+    )

@@ -1,0 +1,220 @@
+"""LoRA adapters: PEFT's folders, and the bank that holds those in use on the device.
+
+An adapter is A [r, in] and B [out, r] for each of its linear layers; y += scale * (x A^T) B^T. The bank
+keeps all adapters in use in buffers of one padded rank, so that a batch may mix them. A slot of it is one
+*version* of an adapter: training publishes into a new one while requests still run on the old.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sim.core.specs import LoraSpec, ModelShape
+
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """One LoRA adapter: a[target] is [layers, r, in], b[target] [layers, out, r]."""
+
+    rank: int
+    alpha: float
+    rslora: bool = False
+    a: dict[str, torch.Tensor]
+    b: dict[str, torch.Tensor]
+
+    def __post_init__(self) -> None:
+        if not self.a or self.a.keys() != self.b.keys():
+            raise ValueError(f"an adapter needs A and B of the same layers, got {[*self.a]} and {[*self.b]}")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        return tuple(self.a)
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """All A and B, in a fixed order."""
+        for target in self.a:
+            yield self.a[target]
+            yield self.b[target]
+
+
+def new_adapter(
+    spec: LoraSpec, shape: ModelShape, dtype: torch.dtype, device: torch.device | str, seed: int
+) -> Adapter:
+    """An adapter that changes nothing yet: A as PEFT draws it (uniform, Kaiming with a = sqrt 5), B zero."""
+    spec.layer_params(shape)
+    generator = torch.Generator().manual_seed(seed)
+    a, b = {}, {}
+    for target in spec.targets:
+        wide_in, wide_out = shape.linears[target]
+        bound = 1.0 / math.sqrt(wide_in)
+        drawn = torch.rand((shape.layers, spec.rank, wide_in), generator=generator) * 2 * bound - bound
+        a[target] = drawn.to(device, dtype)
+        b[target] = torch.zeros((shape.layers, wide_out, spec.rank), dtype=dtype, device=device)
+    return Adapter(rank=spec.rank, alpha=spec.alpha, a=a, b=b)
+
+
+def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
+    """A PEFT folder as float32 on the CPU (float64 stays). ValueError names what is not supported."""
+    folder = Path(folder)
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: not a PEFT adapter")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
+    for key in UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"{path}: {key} is not supported, got {config[key]!r}")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"{path}: bias must be none, got {config['bias']!r}")
+    rank = config["r"]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    a, b = {}, {}
+    for target, (wide_in, wide_out) in shape.linears.items():
+        if not any(f".{target}.lora_A" in name for name in tensors):
+            continue
+        a[target] = _stack(tensors, shape.layers, target, "A", (rank, wide_in), folder)
+        b[target] = _stack(tensors, shape.layers, target, "B", (wide_out, rank), folder)
+    if tensors:
+        raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
+    return Adapter(rank=rank, alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), a=a, b=b)
+
+
+def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:
+    """Write a folder that `peft` loads unchanged."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {}
+    for target in adapter.targets:
+        for kind, stacked in (("A", adapter.a[target]), ("B", adapter.b[target])):
+            for layer, tensor in enumerate(stacked):
+                tensors[_name(layer, target, kind)] = tensor.detach().cpu().contiguous().clone()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "lora_dropout": 0.0,
+        "target_modules": list(adapter.targets),
+        "bias": "none",
+        "use_rslora": adapter.rslora,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    text = json.dumps(config, indent=2)
+    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+class AdapterBank:
+    """Adapters on the device in slots; requests and jobs hold a slot as long as they need it.
+
+    It doubles when it is full. What is held is bounded (the loaded adapters, one slot for each job and at
+    most one old version for each running request), so it stops growing.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        targets: tuple[str, ...],
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        slots: int = 4,
+    ) -> None:
+        self._max_rank = max_rank
+        self._users = [0] * slots
+        self.a: dict[str, torch.Tensor] = {}
+        """target -> [layers, N, R, in]"""
+        self.b: dict[str, torch.Tensor] = {}
+        """target -> [layers, N, out, R]"""
+        for target in targets:
+            wide_in, wide_out = shape.linears[target]
+            a_size, b_size = (slots, max_rank, wide_in), (slots, wide_out, max_rank)
+            self.a[target] = torch.zeros((shape.layers, *a_size), dtype=dtype, device=device)
+            self.b[target] = torch.zeros((shape.layers, *b_size), dtype=dtype, device=device)
+        self.ranks = torch.zeros(slots, dtype=torch.int32, device=device)
+        self.scales = torch.zeros(slots, dtype=torch.float32, device=device)
+
+    def put(self, adapter: Adapter) -> int:
+        """Copy an adapter into a free slot, held once, and return the slot."""
+        if adapter.rank > self._max_rank:
+            raise ValueError(f"the bank holds ranks up to {self._max_rank}, got {adapter.rank}")
+        unknown = [t for t in adapter.targets if t not in self.a]
+        if unknown:
+            raise ValueError(f"the bank holds {', '.join(self.a)}, got an adapter of {unknown[0]}")
+        if 0 not in self._users:
+            self._double()
+        slot = self._users.index(0)
+        self._users[slot] = 1
+        r = adapter.rank
+        for target in self.a:
+            self.b[target][:, slot].zero_()
+            if target in adapter.a:
+                self.a[target][:, slot, :r] = adapter.a[target]
+                self.b[target][:, slot, :, :r] = adapter.b[target]
+        self.ranks[slot] = r
+        self.scales[slot] = adapter.scale
+        return slot
+
+    def hold(self, slot: int) -> int:
+        """Another user of the slot; returns it."""
+        assert self._users[slot] > 0
+        self._users[slot] += 1
+        return slot
+
+    def drop(self, slot: int) -> None:
+        """A user of the slot is gone; without users it is free."""
+        assert self._users[slot] > 0
+        self._users[slot] -= 1
+
+    def _double(self) -> None:
+        self._users += [0] * len(self._users)
+        for tensors in (self.a, self.b):
+            for target, old in tensors.items():
+                tensors[target] = torch.cat((old, torch.zeros_like(old)), dim=1)
+        self.ranks = torch.cat((self.ranks, torch.zeros_like(self.ranks)))
+        self.scales = torch.cat((self.scales, torch.zeros_like(self.scales)))
+
+
+def _name(layer: int, target: str, kind: str) -> str:
+    part = "self_attn" if target in ATTENTION else "mlp"
+    return f"base_model.model.model.layers.{layer}.{part}.{target}.lora_{kind}.weight"
+
+
+def _stack(
+    tensors: dict[str, torch.Tensor],
+    layers: int,
+    target: str,
+    kind: str,
+    shape: tuple[int, int],
+    folder: Path,
+) -> torch.Tensor:
+    """One target's tensors of all layers, taken out of `tensors`; absent layers are zero."""
+    found = []
+    for layer in range(layers):
+        tensor = tensors.pop(_name(layer, target, kind), None)
+        if tensor is None:
+            tensor = torch.zeros(shape)
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{folder}: {_name(layer, target, kind)} must have shape {list(shape)}, "
+                f"got {list(tensor.shape)}"
+            )
+        found.append(tensor if tensor.dtype == torch.float64 else tensor.float())
+    return torch.stack(found)

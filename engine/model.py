@@ -1,0 +1,229 @@
+"""The model, forward: one packed batch of tokens through all layers, whatever each of them is for.
+
+Decodes, prefill chunks and finetuning windows lie one after the other in one batch. They share every matrix
+product; attention finds its sequence through block tables, LoRA its adapter through segments. A finetuning
+window differs in one thing: what its backward will need is kept, row by row, as it passes.
+
+Shapes: T packed tokens, S sequences, E hidden, H query heads, K key/value heads, D head size, Q = H * D,
+F MLP, V vocabulary, P pages of B tokens, M pages of a table row, L tokens of a finetuning sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from engine.config import ModelConfig
+from engine.kernels.grouped_lora import grouped_lora
+from engine.kernels.paged_attention import paged_attention
+from engine.kernels.write_kv import write_kv
+from engine.lora import AdapterBank
+
+
+class LayerWeights(NamedTuple):
+    """One block. Projections that read the same input lie in one matrix."""
+
+    input_norm: torch.Tensor  # [E]
+    qkv: torch.Tensor  # [Q + 2 K D, E]
+    qkv_bias: torch.Tensor | None  # [Q + 2 K D]
+    o: torch.Tensor  # [E, Q]
+    mlp_norm: torch.Tensor  # [E]
+    gate_up: torch.Tensor  # [2 F, E]
+    down: torch.Tensor  # [E, F]
+
+
+class Weights(NamedTuple):
+    """All frozen parameters."""
+
+    embed: torch.Tensor  # [V, E]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor  # [E]
+    head: torch.Tensor  # [V, E], `embed` itself where they are tied
+
+
+class Pages(NamedTuple):
+    """Cached keys and values of all layers."""
+
+    k: torch.Tensor  # [layers, P, B, K, D]
+    v: torch.Tensor  # [layers, P, B, K, D]
+
+
+class LoraBatch(NamedTuple):
+    """Which adapter each token of a batch takes."""
+
+    bank: AdapterBank
+    segment_start: torch.Tensor  # [G + 1] int32
+    segment_adapter: torch.Tensor  # [G] int32, -1 is the base model
+
+
+class Batch(NamedTuple):
+    """One packed batch; everything but the numbers is on the device."""
+
+    tokens: torch.Tensor  # [T] int32
+    positions: torch.Tensor  # [T] int32
+    slots: torch.Tensor | None  # [T] int32, page * B + offset; None: keys and values are there already
+    block_tables: torch.Tensor  # [S, M] int32
+    query_start: torch.Tensor  # [S + 1] int32
+    context_lens: torch.Tensor  # [S] int32
+    decodes: int
+    max_keys: int
+    lora: LoraBatch | None
+
+
+class Kept:
+    """What the backward of a sample needs of its forward, for up to L tokens.
+
+    The least that spares every matrix product and the attention: norms, activations and LoRA's inputs
+    follow element by element from these. Keys and values are in the pages.
+    """
+
+    def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
+        s = config.shape
+        compute = torch.float64 if dtype == torch.float64 else torch.float32
+
+        def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
+            return torch.empty((s.layers, tokens, *shape), dtype=kind, device=device)
+
+        self.x = buffer(s.hidden)
+        """Input of the block."""
+        self.q = buffer(s.heads, s.head_dim)
+        self.attention = buffer(s.heads, s.head_dim)
+        self.lse = buffer(s.heads, kind=compute)
+        self.middle = buffer(s.hidden)
+        """After attention, before the MLP."""
+        self.gate_up = buffer(2 * s.ffn)
+
+
+class Window(NamedTuple):
+    """Rows of a batch whose activations are kept, at these tokens of a sample."""
+
+    kept: Kept
+    rows: slice
+    at: slice
+
+
+class Model:
+    """Weights and their forward. Modifies nothing but the pages and what windows keep."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.weights = weights
+        self.dtype = weights.embed.dtype
+        self.device = weights.embed.device
+        self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.scale = config.shape.head_dim**-0.5
+        self._inverse = config.inverse_frequencies(self.device)
+
+    def new_pages(self, blocks: int, block_tokens: int) -> Pages:
+        """Empty pages for `blocks` blocks."""
+        s = self.config.shape
+        size = (s.layers, blocks, block_tokens, s.kv_heads, s.head_dim)
+        k, v = (torch.zeros(size, dtype=self.dtype, device=self.device) for _ in "kv")
+        return Pages(k, v)
+
+    def forward(self, batch: Batch, pages: Pages, windows: Sequence[Window] = ()) -> torch.Tensor:
+        """The residual stream after the last block, before the final norm: [T, E].
+
+        Writes the batch's keys and values into the pages.
+        """
+        x = F.embedding(batch.tokens, self.weights.embed)
+        cos, sin = self.rotation(batch.positions)
+        for index in range(len(self.weights.layers)):
+            x = self._layer(index, x, cos, sin, batch, pages, windows)
+        return x
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, (x.shape[1],), self.weights.norm, self.config.norm_eps)
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits [N, V] of rows [N, E] of `forward`'s result."""
+        return self.final_norm(x) @ self.weights.head.T
+
+    def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of every token's angles, [T, 1, D / 2] in the type of computation."""
+        angles = positions.to(torch.float32)[:, None, None] * self._inverse
+        return angles.cos().to(self.compute), angles.sin().to(self.compute)
+
+    def _layer(
+        self,
+        index: int,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        batch: Batch,
+        pages: Pages,
+        windows: Sequence[Window],
+    ) -> torch.Tensor:
+        shape, w, eps = self.config.shape, self.weights.layers[index], self.config.norm_eps
+        tokens, q_dim, kv_dim = x.shape[0], shape.q_dim, shape.kv_dim
+
+        h = F.rms_norm(x, (shape.hidden,), w.input_norm, eps)
+        qkv = F.linear(h, w.qkv, w.qkv_bias)
+        q_flat, k_flat, v_flat = torch.split(qkv, [q_dim, kv_dim, kv_dim], dim=1)
+        for target, y in (("q_proj", q_flat), ("k_proj", k_flat), ("v_proj", v_flat)):
+            _add_lora(y, h, target, index, batch.lora)
+        q = rotate(q_flat.view(tokens, shape.heads, shape.head_dim), cos, sin)
+        k = rotate(k_flat.view(tokens, shape.kv_heads, shape.head_dim), cos, sin)
+        v = v_flat.view(tokens, shape.kv_heads, shape.head_dim)
+        if batch.slots is not None:
+            write_kv(k, v, pages.k[index], pages.v[index], batch.slots)
+        attention, lse = paged_attention(
+            q,
+            pages.k[index],
+            pages.v[index],
+            batch.block_tables,
+            batch.query_start,
+            batch.context_lens,
+            scale=self.scale,
+            max_keys=batch.max_keys,
+            decodes=batch.decodes,
+        )
+        flat = attention.view(tokens, q_dim)
+        out = flat @ w.o.T
+        _add_lora(out, flat, "o_proj", index, batch.lora)
+        middle = x + out
+
+        h = F.rms_norm(middle, (shape.hidden,), w.mlp_norm, eps)
+        gate_up = h @ w.gate_up.T
+        gate, up = gate_up.chunk(2, dim=1)
+        _add_lora(gate, h, "gate_proj", index, batch.lora)
+        _add_lora(up, h, "up_proj", index, batch.lora)
+        active = F.silu(gate) * up
+        down = active @ w.down.T
+        _add_lora(down, active, "down_proj", index, batch.lora)
+
+        for window in windows:
+            kept, rows, at = window
+            kept.x[index, at] = x[rows]
+            kept.q[index, at] = q[rows]
+            kept.attention[index, at] = attention[rows]
+            kept.lse[index, at] = lse[rows]
+            kept.middle[index, at] = middle[rows]
+            kept.gate_up[index, at] = gate_up[rows]
+        return middle + down
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, D]: its first half against its second. With -sin, its backward."""
+    first, second = x.to(cos.dtype).chunk(2, dim=2)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(x.dtype)
+
+
+def _add_lora(y: torch.Tensor, x: torch.Tensor, target: str, layer: int, lora: LoraBatch | None) -> None:
+    """Add the adapters' share of linear layer `target` to y, in place."""
+    if lora is None or target not in lora.bank.a:
+        return
+    bank = lora.bank
+    grouped_lora(
+        y,
+        x,
+        bank.a[target][layer],
+        bank.b[target][layer],
+        bank.ranks,
+        bank.scales,
+        lora.segment_start,
+        lora.segment_adapter,
+    )

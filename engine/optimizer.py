@@ -1,0 +1,105 @@
+"""The optimizer of an adapter: fp32 masters, clipping, and the learning rate as users know it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+SCHEDULES = ("constant", "linear", "cosine")
+KINDS = ("adamw", "sgd")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerSettings:
+    """How an adapter is updated. Names are those of LLaMA-Factory and transformers."""
+
+    kind: str = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0
+    """Of sgd."""
+    max_grad_norm: float | None = 1.0
+    """Longer gradients are scaled to this length; None does not clip."""
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    total_steps: int | None = None
+    """Steps after which the rate has fallen to 0; needed by linear and cosine."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"optimizer.kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"optimizer.max_grad_norm must be above 0, got {self.max_grad_norm}")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(f"optimizer.total_steps must be given for schedule {self.schedule}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step 0, 1, ...: linear warmup, then the schedule (transformers' get_scheduler)."""
+        if step < self.warmup_steps:
+            return self.learning_rate * step / max(1, self.warmup_steps)
+        if self.schedule == "constant":
+            return self.learning_rate
+        assert self.total_steps is not None
+        left = self.total_steps - self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, left)
+        if self.schedule == "linear":
+            return self.learning_rate * max(0.0, 1.0 - progress)
+        return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
+
+    def build(self, masters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        if self.kind == "adamw":
+            return torch.optim.AdamW(
+                masters,
+                lr=self.learning_rate,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=self.weight_decay,
+            )
+        return torch.optim.SGD(
+            masters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+        )
+
+
+class MasterOptimizer:
+    """Updates masters from summed gradients; nothing is read back to the host."""
+
+    def __init__(
+        self, settings: OptimizerSettings, masters: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+    ) -> None:
+        self.settings = settings
+        self._grads = list(grads)
+        for master, grad in zip(masters, grads, strict=True):
+            master.grad = grad
+        self._optimizer = settings.build(masters)
+        self.steps = 0
+
+    def step(self, count: torch.Tensor) -> torch.Tensor:
+        """One update by the mean over `count` labels, after which the gradients are 0.
+
+        `count` [] is on the device. Returns the norm [] of the gradient before clipping.
+        """
+        share = 1.0 / count.clamp(min=1).to(self._grads[0].dtype)
+        torch._foreach_mul_(self._grads, share)
+        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads)))
+        if self.settings.max_grad_norm is not None:
+            # As torch.nn.utils.clip_grad_norm_ has it.
+            torch._foreach_mul_(self._grads, (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.settings.rate(self.steps)
+        self._optimizer.step()
+        torch._foreach_zero_(self._grads)
+        self.steps += 1
+        return norm

@@ -1,0 +1,82 @@
+"""The next token from logits: greedy, or drawn after temperature, top-k and top-p.
+
+Every draw uses one uniform number that depends on the request's seed and the token's index alone, so a
+request gives the same text in whatever batch it runs, and again after a preemption.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How one request's tokens are chosen, and which end it."""
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Only the so many most likely tokens; None is all."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability, at least one."""
+    seed: int = 0
+    stop_tokens: frozenset[int] = frozenset()
+    """Tokens that end the output; empty ignores the end of text."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ValueError(f"temperature must be at least 0, got {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k must be at least 1 or None, got {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) of token `index` under `seed` (SplitMix64, Steele et al. 2014)."""
+    z = (_mix(seed & _MASK) + 0x9E3779B97F4A7C15 * (index + 1)) & _MASK
+    return (_mix(z) >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
+    """One token [N] int32 for each row of logits [N, V]; `indices` count the outputs before each."""
+    chosen = logits.argmax(1)
+    drawn = [n for n, setting in enumerate(settings) if setting.temperature > 0]
+    if drawn:
+        every = len(drawn) == len(settings)
+        rows = slice(None) if every else torch.tensor(drawn).to(logits.device, non_blocking=True)
+        chosen[rows] = _draw(logits[rows].float(), [settings[n] for n in drawn], [indices[n] for n in drawn])
+    return chosen.to(torch.int32)
+
+
+def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
+    """By inversion over the tokens in order of probability."""
+    vocab = logits.shape[1]
+    numbers = [
+        (s.temperature, s.top_k or vocab, s.top_p, uniform(s.seed, i))
+        for s, i in zip(settings, indices, strict=True)
+    ]
+    host = torch.tensor(numbers, dtype=torch.float64)
+    temperature, top_k, top_p, u = host.to(logits.device, non_blocking=True)[:, :, None].unbind(1)
+    ordered, token = logits.sort(dim=1, descending=True, stable=True)
+    p = (ordered.double() / temperature).softmax(1)
+    rank = torch.arange(vocab, device=logits.device)
+    p = p.where(rank < top_k, 0.0)
+    p = p / p.sum(1, keepdim=True)
+    before = p.cumsum(1) - p
+    p = p.where(before < top_p, 0.0)
+    total = p.cumsum(1)
+    last = (p > 0).sum(1, keepdim=True) - 1
+    place = torch.minimum((total <= u * total[:, -1:]).sum(1, keepdim=True), last)
+    return token.gather(1, place)[:, 0]
+
+
+def _mix(z: int) -> int:
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
+    return z ^ (z >> 31)

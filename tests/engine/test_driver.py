@@ -1,0 +1,170 @@
+"""Simulator and engine are one system: with the same durations they decide the same, plan by plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.driver import Driver, EngineArrivals, WallClock
+from engine.engine import Engine, NotFiniteLoss
+from engine.sampling import Sampling
+from sim.cluster import PipelineSpec, simulate_cluster
+from sim.core.finetune import Job, JobSpec
+from sim.core.loop import Done, Execute, Horizon, Sleep, Wait, run_loop
+from sim.core.plan import Plan
+from sim.core.request import Request
+from sim.core.rows import Outcome, Recorder
+from sim.core.state import PipelineState
+from sim.routing import LeastTokens
+from tests.engine.tiny import EngineRun, JobSetup, Watched, adapter_of, sample_of, tiny_model, tokens_of
+from tests.support import FINETUNING, POLICIES, SLOS, LinearCost, ListArrivals, build_policy, limits_of
+
+WORLD = LinearCost(forward_s=2.0**-11, backward_s=2.0**-12, context_s=2.0**-16, optimizer_s=2.0**-24)
+LENGTHS = (31, 12, 44, 20)
+
+
+def prompts_of(count: int) -> dict[int, Any]:
+    found = {}
+    for id in range(count):
+        prompt = tokens_of(4 + (id * 13) % 40, seed=id)
+        request = Request(id, 0.01 * id, len(prompt), 1 + (id * 5) % 14, "chat")
+        found[id] = (request, prompt, Sampling())
+    return found
+
+
+def setup_of(order: str) -> JobSetup:
+    samples = [sample_of(length, seed=n) for n, length in enumerate(LENGTHS)]
+    return JobSetup(samples=samples, adapter=adapter_of("llama", 2, ["down_proj"]), order=order)
+
+
+def equal(a: Recorder, b: Recorder) -> None:
+    for name in ("iterations", "requests", "steps", "ticks", "segments"):
+        own, other = (np.array(getattr(r, name).data) for r in (a, b))
+        assert np.array_equal(own, other, equal_nan=True), name
+
+
+@pytest.mark.parametrize("order", ["layer_major", "window_major"])
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_engine_and_simulator_decide_the_same(name: str, lookahead: int, order: str) -> None:
+    limits = limits_of(kv_tokens=128, block_tokens=4, max_sequences=6, max_tokens=24, lookahead=lookahead)
+    horizon = Horizon(duration_s=0.7, drain_s=0.5)
+    prompts = prompts_of(16) if POLICIES[name].serves else {}
+    jobs = [setup_of(order)] if name in FINETUNING else []
+    run = EngineRun(
+        tiny_model("llama"),
+        build_policy(name, predictor=WORLD),
+        limits,
+        prompts,
+        jobs=jobs,
+        horizon=horizon,
+        world=WORLD,
+    )
+    recorder = Recorder()
+    policy = Watched(build_policy(name, predictor=WORLD))
+    spec = run.trainers[0].spec if jobs else JobSpec(layers=1, optimizer_params=1)
+    simulate_cluster(
+        pipelines=[
+            PipelineSpec(
+                policy=policy,
+                world=WORLD,
+                predictor=WORLD,
+                limits=limits,
+                jobs=(Job(spec, iter(LENGTHS)),) if jobs else (),
+            )
+        ],
+        arrivals=ListArrivals(request for request, _, _ in prompts.values()),
+        router=LeastTokens(),
+        slos=SLOS,
+        horizon=horizon,
+        recorder=recorder,
+    )
+    assert len(run.policy.plans) >= 5
+    assert run.policy.plans == policy.plans
+    equal(run.recorder, recorder)
+    rows = run.recorder.requests.arrays()
+    for id, generated in zip(rows["request"], rows["generated_tokens"], strict=True):
+        assert len(run.tokens[int(id)]) == generated, "every counted token is a real one"
+
+
+class WallRun:
+    """A run of the tiny model on the wall clock."""
+
+    def __init__(self, prompts: dict[int, Any], horizon: Horizon, on_token: Any = None) -> None:
+        limits = limits_of()
+        model = tiny_model("llama")
+        engine = Engine(model=model, pages=model.new_pages(256, 16), limits=limits, on_token=on_token)
+        self.recorder = Recorder()
+        self.policy = Watched(build_policy("inference_only"))
+        state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder)
+        arrivals = ListArrivals(request for request, _, _ in prompts.values())
+        source = EngineArrivals(arrivals, engine, lambda r: prompts[r.id][1:])
+        self.loop = run_loop(state, self.policy, source, horizon)
+        self.engine = engine
+        self.driver = Driver(engine, WallClock())
+
+    def start(self) -> None:
+        self.driver.run(self.loop)
+
+
+def test_on_the_wall_clock_requests_are_served_at_their_times_and_replay_gives_the_same_plans() -> None:
+    prompts = prompts_of(8)
+    run = WallRun(prompts, Horizon(duration_s=10.0))
+    run.start()
+    rows = run.recorder.requests.arrays()
+    assert (rows["outcome"] == Outcome.FINISHED).all() and len(rows["outcome"]) == 8
+    assert (rows["first_token_s"] > rows["arrival_s"]).all()
+    ends = run.recorder.iterations.arrays()["end_s"].tolist()
+    assert ends == sorted(ends)
+
+    again = Watched(build_policy("inference_only"))
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    arrivals = ListArrivals(request for request, _, _ in prompts.values())
+    assert replay(run_loop(state, again, arrivals, Horizon(duration_s=10.0)), ends) == len(ends)
+    assert [p for p in again.plans if p != Plan()] == [p for p in run.policy.plans if p != Plan()]
+
+
+def replay(loop: Any, ends: list[float]) -> int:
+    """Answer every Wait with the next recorded time; iterations executed."""
+    left, executed, reply = iter(ends), 0, None
+    while True:
+        try:
+            command = loop.send(reply)
+        except StopIteration:
+            return executed
+        if isinstance(command, Execute):
+            executed += 1
+            reply = Done(0.0)
+        elif isinstance(command, Sleep):
+            reply = Done(command.until_s)
+        else:
+            assert isinstance(command, Wait)
+            reply = Done(next(left))
+
+
+def test_an_aborted_request_stops_and_frees_its_blocks() -> None:
+    seen: dict[int, int] = {}
+
+    def on_token(id: int, token: int) -> None:
+        seen[id] = seen.get(id, 0) + 1
+        if id == 0 and seen[0] == 3:
+            run.driver.abort(0)
+
+    prompt = tokens_of(9, seed=1)
+    prompts = {id: (Request(id, 0.0, 9, 40), prompt, Sampling()) for id in range(2)}
+    run = WallRun(prompts, Horizon(duration_s=20.0), on_token)
+    run.start()
+    assert seen == {0: 3, 1: 40}
+    rows = run.recorder.requests.arrays()
+    assert sorted(rows["outcome"].tolist()) == [Outcome.FINISHED, Outcome.ABORTED]
+    assert run.engine.tables.free == 256
+
+
+def test_a_loss_that_is_not_a_number_names_its_job_and_step() -> None:
+    adapter = adapter_of("llama", 2, ["down_proj"])
+    adapter.a["down_proj"][0, 0, 0] = float("nan")
+    job = JobSetup(samples=[sample_of(10, seed=0)] * 4, adapter=adapter)
+    with pytest.raises(NotFiniteLoss, match="job job: the loss of step 1 is nan"):
+        EngineRun(tiny_model("llama"), build_policy("finetune_only"), limits_of(), {}, jobs=[job])

@@ -1,0 +1,134 @@
+"""Served tokens are those of transformers, however they were batched, cut, preempted and adapted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.sampling import Sampling
+from sim.core.plan import Limits
+from sim.core.request import Request
+from tests.engine.tiny import CONFIGS, EngineRun, adapter_of, tiny_model, tokens_of, twin
+from tests.support import build_policy, limits_of
+
+GREEDY = Sampling()
+
+
+def prompts_of(count: int, **changes: Any) -> dict[int, tuple[Request, list[int], Sampling]]:
+    """Requests 5 ms apart with prompts of 3..60 tokens and outputs of 1..18."""
+    adapters = changes.pop("adapters", (None,))
+    sampling = changes.pop("sampling", GREEDY)
+    found = {}
+    for id in range(count):
+        length, outputs = 3 + (id * 23) % 58, 1 + (id * 7) % 18
+        request = Request(id, id * 0.005, length, outputs, "default", adapters[id % len(adapters)])
+        found[id] = (request, tokens_of(length, seed=100 + id), sampling)
+    return found
+
+
+def serve(family: str, limits: Limits, prompts: Any, **more: Any) -> EngineRun:
+    return EngineRun(tiny_model(family), build_policy("inference_only"), limits, prompts, **more)
+
+
+def assert_same(run: EngineRun, prompts: Any, reference: Any) -> None:
+    """Logits at every output of every request equal those of one pass over its final text."""
+    for id, (request, prompt, _) in prompts.items():
+        own = run.tokens[id]
+        assert len(own) == request.output_tokens
+        with torch.no_grad():
+            logits = reference(request)(torch.tensor([prompt + own])).logits[0, len(prompt) - 1 : -1]
+        torch.testing.assert_close(torch.stack(run.logits[id]), logits, atol=1e-4, rtol=1e-4)
+        assert own == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("max_tokens", [8, 17, 256])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_logits_equal_transformers_for_any_chunking(family: str, max_tokens: int, lookahead: int) -> None:
+    prompts, model = prompts_of(9), twin(family)
+    limits = limits_of(block_tokens=4, max_sequences=8, max_tokens=max_tokens, lookahead=lookahead)
+    run = serve(family, limits, prompts)
+    chunks = [chunk for plan in run.policy.plans for chunk in plan.prefills]
+    assert max_tokens == 256 or len(chunks) > len(prompts)
+    assert_same(run, prompts, lambda _: model)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_preempted_request_goes_on_as_if_nothing_had_happened(family: str, lookahead: int) -> None:
+    prompts, model = prompts_of(9), twin(family)
+    run = serve(family, limits_of(kv_tokens=96, block_tokens=4, lookahead=lookahead), prompts)
+    assert any(plan.preempted for plan in run.policy.plans)
+    assert_same(run, prompts, lambda _: model)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_greedy_text_equals_generate(family: str) -> None:
+    model, prompts = twin(family), prompts_of(5)
+    run = serve(family, limits_of(max_tokens=24), prompts)
+    for id, (request, prompt, _) in prompts.items():
+        text = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=request.output_tokens,
+            min_new_tokens=request.output_tokens,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert run.tokens[id] == text[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_adapters_of_different_ranks_and_the_base_model_share_a_batch(family: str, tmp_path: Any) -> None:
+    """Read back by peft from what was written; preempted among them."""
+    from peft import PeftModel
+
+    from engine.lora import write_adapter
+
+    adapters = {
+        "wide": adapter_of(family, 8, ["q_proj", "v_proj", "down_proj"], seed=1),
+        "narrow": adapter_of(family, 3, ["k_proj", "o_proj", "gate_proj", "up_proj"], seed=2),
+    }
+    prompts = prompts_of(9, adapters=(None, "wide", "narrow"))
+    limits = limits_of(kv_tokens=96, block_tokens=4, max_tokens=24, max_sequences=8)
+    run = serve(family, limits, prompts, adapters=adapters)
+    assert any(plan.preempted for plan in run.policy.plans)
+    models = {None: twin(family)}
+    for name, adapter in adapters.items():
+        write_adapter(adapter, tmp_path / name)
+        models[name] = PeftModel.from_pretrained(twin(family), tmp_path / name).eval()
+    assert_same(run, prompts, lambda request: models[request.adapter])
+
+
+def test_a_stop_token_ends_a_request_and_is_its_last() -> None:
+    prompts = prompts_of(6)
+    free = serve("llama", limits_of(), prompts)
+    stop = free.tokens[5][2]
+    stopping = {id: (r, p, Sampling(stop_tokens=frozenset([stop]))) for id, (r, p, _) in prompts.items()}
+    for lookahead in (0, 1):
+        run = serve("llama", limits_of(lookahead=lookahead), stopping)
+        for id, tokens in free.tokens.items():
+            expected = tokens[: tokens.index(stop) + 1] if stop in tokens else tokens
+            assert run.tokens[id] == expected
+        assert run.state.kv.free == run.state.kv.total == run.engine.tables.free
+
+
+def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch() -> None:
+    prompts = prompts_of(8, sampling=Sampling(temperature=1.0, top_k=20, top_p=0.9, seed=3))
+    together = serve("llama", limits_of(), prompts)
+    cramped = serve("llama", limits_of(kv_tokens=96, block_tokens=4, max_tokens=17), prompts)
+    assert any(plan.preempted for plan in cramped.policy.plans)
+    assert together.tokens == cramped.tokens
+    other = serve("llama", limits_of(), prompts_of(8, sampling=Sampling(temperature=1.0, seed=4)))
+    assert other.tokens != together.tokens
+
+
+def test_an_unknown_adapter_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="no adapter named 'nobody'; known: wide"):
+        serve(
+            "llama",
+            limits_of(),
+            prompts_of(1, adapters=("nobody",)),
+            adapters={"wide": adapter_of("llama", 2, ["q_proj"])},
+        )

@@ -1,0 +1,127 @@
+"""Folders of Hugging Face and peft are read as they are, and what does not fit is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import ModelConfig, config_of, hf_config, read_config
+from engine.load import load_model, save_model
+from engine.lora import read_adapter, write_adapter
+from engine.packing import Piece, pack
+from tests.engine.tiny import CONFIGS, adapter_of, tiny_model, tokens_of, twin
+
+
+def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:
+    """All logits of one sequence, in one batch."""
+    import numpy as np
+
+    from engine.model import Batch
+
+    pages = model.new_pages(-(-len(tokens) // 4), 4)
+    blocks = np.arange(pages.k.shape[1], dtype=np.int32)
+    packed = pack([Piece(np.array(tokens, np.int32), 0, blocks, -1)], 4)
+    ids, positions, slots, tables, start, context, _, _ = (torch.from_numpy(a) for a in packed[:-1])
+    batch = Batch(ids, positions, slots, tables, start, context, 0, packed.max_keys, None)
+    with torch.no_grad():
+        return model.logits(model.forward(batch, pages))
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_sharded_folder_of_transformers_gives_its_logits(family: str, tmp_path: Path) -> None:
+    model = twin(family)
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    loaded = load_model(tmp_path, torch.float32, "cpu")
+    tokens = tokens_of(150, seed=4)  # past the 64 positions from which frequencies are stretched
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens])).logits[0]
+    torch.testing.assert_close(logits_of(loaded, tokens), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_what_is_written_is_read_back_bit_for_bit(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    save_model(model, tmp_path)
+    again = load_model(tmp_path, torch.float32, "cpu")
+    tokens = tokens_of(20, seed=1)
+    assert torch.equal(logits_of(again, tokens), logits_of(model, tokens))
+    assert again.config.rope_scaling == model.config.rope_scaling
+
+
+def test_configs_of_transformers_4_and_5_read_alike() -> None:
+    values = hf_config(CONFIGS["llama"])
+    rope = values.pop("rope_parameters")
+    theta = rope.pop("rope_theta")
+    old = config_of(values | {"rope_theta": theta, "rope_scaling": rope}, name="llama")
+    assert old == config_of(hf_config(CONFIGS["llama"]), name="llama")
+    assert isinstance(old, ModelConfig) and old.rope_scaling == CONFIGS["llama"].rope_scaling
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt2"}, "model_type must be one of llama, qwen2, got 'gpt2'"),
+        ({"attention_bias": True}, "attention_bias must be false"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default or llama3, got 'yarn'"),
+        ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+    ],
+)
+def test_a_config_that_would_change_the_result_is_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(CONFIGS["llama"]) | change))
+    with pytest.raises(ValueError, match=words):
+        read_config(tmp_path)
+
+
+def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_model(tiny_model("llama"), tmp_path)
+    path = tmp_path / "model.safetensors"
+    whole = load_file(path)
+    name = "model.layers.1.mlp.down_proj.weight"
+    save_file({k: v for k, v in whole.items() if k != name}, path)
+    with pytest.raises(ValueError, match=f"{name} is missing"):
+        load_model(tmp_path, torch.float32, "cpu")
+    save_file(whole | {name: whole[name][:5]}, path)
+    with pytest.raises(ValueError, match=r"must have shape \[32, 48\], got \[5, 48\]"):
+        load_model(tmp_path, torch.float32, "cpu")
+    save_file(whole | {"model.layers.9.extra": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="extra belongs to no layer of llama"):
+        load_model(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_an_adapter_of_peft_is_read_and_written_back(rslora: bool, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    config = LoraConfig(
+        r=3, lora_alpha=6, target_modules=["v_proj", "up_proj"], use_rslora=rslora, init_lora_weights=False
+    )
+    model = get_peft_model(twin("llama"), config)
+    model.save_pretrained(tmp_path / "theirs")
+    adapter = read_adapter(tmp_path / "theirs", CONFIGS["llama"].shape)
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    assert adapter.scale == pytest.approx(layer.scaling["default"])
+    assert torch.equal(adapter.b["up_proj"][1], layer.lora_B["default"].weight)
+    write_adapter(adapter, tmp_path / "ours")
+    again = PeftModel.from_pretrained(twin("llama"), tmp_path / "ours").eval()
+    ids = torch.tensor([tokens_of(20, seed=2)])
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, model.eval()(ids).logits)
+
+
+def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path) -> None:
+    write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    for change, words in (({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias must be none")):
+        path.write_text(json.dumps(plain | change))
+        with pytest.raises(ValueError, match=words):
+            read_adapter(tmp_path, CONFIGS["llama"].shape)

@@ -1,0 +1,266 @@
+"""Tiny random models of both families, their twins in transformers, and whole engine runs on the CPU."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine.config import ModelConfig, RopeScaling
+from engine.driver import Driver, EngineArrivals, VirtualClock
+from engine.engine import Engine
+from engine.finetune import Sample, SampleFeed, Trainer
+from engine.load import random_model, save_model
+from engine.lora import Adapter, AdapterBank, new_adapter
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
+from engine.sampling import Sampling
+from sim.core.finetune import Job, JobSpec
+from sim.core.loop import Horizon, run_loop
+from sim.core.plan import Limits, Plan, Policy, View
+from sim.core.request import Request
+from sim.core.rows import Recorder
+from sim.core.specs import LoraSpec, ModelShape
+from sim.core.state import PipelineState
+from tests.support import SLOS, LinearCost, ListArrivals
+
+VOCAB = 96
+
+CONFIGS = {
+    "llama": ModelConfig(
+        family="llama",
+        shape=ModelShape(
+            name="llama",
+            layers=3,
+            hidden=32,
+            heads=4,
+            kv_heads=2,
+            head_dim=8,
+            ffn=48,
+            vocab=VOCAB,
+            max_context_tokens=512,
+        ),
+        norm_eps=1e-5,
+        rope_theta=500.0,
+        rope_scaling=RopeScaling(
+            factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
+        ),
+    ),
+    "qwen2": ModelConfig(
+        family="qwen2",
+        shape=ModelShape(
+            name="qwen2",
+            layers=2,
+            hidden=32,
+            heads=4,
+            kv_heads=4,
+            head_dim=8,
+            ffn=40,
+            vocab=VOCAB,
+            qkv_bias=True,
+            tied_embeddings=True,
+            max_context_tokens=512,
+        ),
+        rope_theta=1000.0,
+    ),
+}
+"""One with grouped queries, stretched frequencies and a head of its own; one with a bias, one key head for
+each query head and tied embeddings."""
+
+
+def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Model:
+    """Weights large enough that no layer is close to the identity, and norms that are not 1."""
+    model = random_model(CONFIGS[family], dtype, "cpu", seed=7, spread=0.2)
+    generator = torch.Generator().manual_seed(8)
+    for layer in model.weights.layers:
+        layer.input_norm.uniform_(0.5, 1.5, generator=generator)
+        layer.mlp_norm.uniform_(0.5, 1.5, generator=generator)
+    model.weights.norm.uniform_(0.5, 1.5, generator=generator)
+    return model
+
+
+@functools.cache
+def _saved(family: str, dtype: torch.dtype) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="coserve-tiny-"))
+    save_model(tiny_model(family, dtype), folder)
+    return folder
+
+
+def twin(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The same model in transformers; in float64 its norms compute in float64 as well."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(_saved(family, dtype), dtype=dtype)
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = functools.partial(_exact_norm, module)
+    return model.eval()
+
+
+def _exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
+    scaled = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
+    return module.weight * scaled
+
+
+def adapter_of(family: str, rank: int, targets: Sequence[str], seed: int = 0, alpha: float = 8.0) -> Adapter:
+    """An adapter that changes the output: B is not zero."""
+    shape = CONFIGS[family].shape
+    spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(targets))
+    adapter = new_adapter(spec, shape, torch.float32, "cpu", seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for b in adapter.b.values():
+        b.normal_(0.0, 0.2, generator=generator)
+    return adapter
+
+
+def tokens_of(count: int, seed: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+def sample_of(count: int, seed: int, ignored: int = 0) -> Sample:
+    """A random sample whose first `ignored` labels do not count."""
+    tokens = np.array(tokens_of(count, seed), np.int32)
+    labels = tokens.astype(np.int64)
+    labels[:ignored] = -100
+    return Sample(tokens, labels)
+
+
+class RecordingModel(Model):
+    """Remembers all logits that it gave."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(model.config, model.weights)
+        self.recorded: list[torch.Tensor] = []
+
+    def logits(self, x: torch.Tensor) -> torch.Tensor:
+        logits = super().logits(x)
+        self.recorded.append(logits)
+        return logits
+
+
+class Watched:
+    """A policy whose plans are remembered."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self.serves = policy.serves
+        self.plans: list[Plan] = []
+
+    def plan(self, view: View) -> Plan:
+        plan = self._policy.plan(view)
+        self.plans.append(plan)
+        return plan
+
+
+@dataclass(kw_only=True)
+class JobSetup:
+    """A finetuning job of a test run."""
+
+    samples: Iterable[Sample]
+    adapter: Adapter
+    optimizer: OptimizerSettings = field(
+        default_factory=lambda: OptimizerSettings(learning_rate=1e-2, schedule="constant")
+    )
+    accumulation: int = 2
+    order: str = "layer_major"
+    memory: str = "stash"
+    max_tokens: int = 64
+    id: str = "job"
+
+
+class EngineRun:
+    """A whole run: tokens and logits of every request, plans, steps."""
+
+    def __init__(
+        self,
+        model: Model,
+        policy: Policy,
+        limits: Limits,
+        prompts: Mapping[int, tuple[Request, Sequence[int], Sampling]],
+        *,
+        adapters: Mapping[str, Adapter] | None = None,
+        jobs: Sequence[JobSetup] = (),
+        horizon: Horizon | None = None,
+        world: Any = None,
+    ) -> None:
+        self.model = RecordingModel(model)
+        self.tokens: dict[int, list[int]] = {id: [] for id in prompts}
+        self.logits: dict[int, list[torch.Tensor]] = {id: [] for id in prompts}
+        self.policy = Watched(policy)
+        self.recorder = Recorder()
+        self._build(limits, adapters or {}, jobs)
+        arrivals = ListArrivals(request for request, _, _ in prompts.values())
+        source = EngineArrivals(arrivals, self.engine, lambda r: prompts[r.id][1:])
+        self.state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder, jobs=self.jobs)
+        loop = run_loop(self.state, self.policy, source, horizon or Horizon())
+        launch = self.engine.launch
+        self.engine.launch = self._launch(launch)  # type: ignore[method-assign]
+        Driver(self.engine, VirtualClock(world or LinearCost())).run(loop)
+
+    def _build(self, limits: Limits, adapters: Mapping[str, Adapter], jobs: Sequence[JobSetup]) -> None:
+        model, block = self.model, limits.block_tokens
+        first = limits.kv_tokens // block
+        blocks = []
+        for job in jobs:
+            count = -(-job.max_tokens // block)
+            blocks.append(range(first, first + count))
+            first += count
+        pages = model.new_pages(first, block)
+        used = [*adapters.values(), *(job.adapter for job in jobs)]
+        bank = None
+        if used:
+            targets = tuple(dict.fromkeys(t for adapter in used for t in adapter.targets))
+            bank = AdapterBank(
+                model.config.shape, targets, max(a.rank for a in used), model.dtype, model.device
+            )
+        self.jobs, self.trainers = [], []
+        for job, own in zip(jobs, blocks, strict=True):
+            spec = JobSpec(
+                id=job.id,
+                layers=model.config.shape.layers,
+                optimizer_params=sum(t.numel() for t in job.adapter.tensors()),
+                accumulation=job.accumulation,
+                order=job.order,
+                memory=job.memory,
+            )
+            feed = SampleFeed(job.samples)
+            self.jobs.append(Job(spec, feed.lengths()))
+            assert bank is not None
+            self.trainers.append(
+                Trainer(
+                    spec=spec,
+                    model=model,
+                    pages=pages,
+                    blocks=own,
+                    bank=bank,
+                    adapter=job.adapter,
+                    feed=feed,
+                    optimizer=job.optimizer,
+                )
+            )
+        self.engine = Engine(
+            model=model,
+            pages=pages,
+            limits=limits,
+            bank=bank,
+            adapters=adapters,
+            trainers=self.trainers,
+            on_token=lambda id, token: self.tokens[id].append(token),
+        )
+
+    def _launch(self, launch: Any) -> Any:
+        def wrapped(plan: Plan) -> None:
+            before = len(self.model.recorded)
+            launch(plan)
+            if len(self.model.recorded) > before:
+                for id, row in zip(self.engine._launched[-1].ids, self.model.recorded[-1], strict=True):
+                    self.logits[id].append(row)
+
+        return wrapped
