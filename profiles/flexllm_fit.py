@@ -141,7 +141,9 @@ def read_steps(path: Path) -> list[Measured]:
         )
         parts = [f"{prompt} prompt"] * bool(prompt) + [f"{decodes} decodes"]
         parts += [f"window {window} after {done}"] * bool(window) + [f"{layers} layers back"] * bool(layers)
-        rows.append(Measured(model="70B", kind="step", label=", ".join(parts), seconds=median(times), work=work))
+        rows.append(
+            Measured(model="70B", kind="step", label=", ".join(parts), seconds=median(times), work=work)
+        )
     return rows
 
 
@@ -166,7 +168,9 @@ def whole_sample() -> Measured:
     """FlexLLM, temporal sharing with N = 1: a finetuning iteration of a 3.65k-token sample on 8B."""
     tokens = 3650
     work = Work(forward=(Chunk(tokens, 0),), backward=(LayerChunk(32, tokens, 0),))
-    return Measured(model="8B", kind="step", label="a whole sample of 3650", seconds=0.61, work=work, sigma=0.02)
+    return Measured(
+        model="8B", kind="step", label="a whole sample of 3650", seconds=0.61, work=work, sigma=0.02
+    )
 
 
 def read_all(folder: Path) -> list[Measured]:
@@ -189,9 +193,7 @@ def _length_node() -> dict[str, object]:
     return length
 
 
-def load_s(
-    cost: IterationCost, layers: int, rate_rps: float, lengths: Sequence[int]
-) -> tuple[float, float]:
+def load_s(cost: IterationCost, layers: int, rate_rps: float, lengths: Sequence[int]) -> tuple[float, float]:
     """Mean seconds of an iteration of the static policy under load, the fixed point of the docstring, and of
     those with a window, which are the longest: short answers that fall into them make the tail of TPOT."""
     mean_s = 0.05
@@ -208,7 +210,9 @@ def load_s(
         windows, iterations, window_s, seconds = 0, 0, 0.0, 0.0
         for length in lengths:
             count = math.ceil(length / window)
-            middle = serving._replace(forward=(Chunk(min(window, length), (length - min(window, length)) // 2),))
+            middle = serving._replace(
+                forward=(Chunk(min(window, length), (length - min(window, length)) // 2),)
+            )
             back = serving._replace(backward=(LayerChunk(1, length, 0),), overlap=True)
             window_s += count * cost.iteration_s(middle)
             seconds += layers * cost.iteration_s(back)
@@ -243,7 +247,10 @@ def fit(rows: Sequence[Measured], start: LaunchBound = START, free: Sequence[str
 
     def profile(x: Floats) -> LaunchBound:
         values = {name: getattr(start, name) * math.exp(shift) for name, shift in zip(free, x, strict=True)}
-        return replace(start, **{n: min(v, 1.0) if n.endswith(("_flops", "_bandwidth")) else v for n, v in values.items()})
+        return replace(
+            start,
+            **{n: min(v, 1.0) if n.endswith(("_flops", "_bandwidth")) else v for n, v in values.items()},
+        )
 
     def residuals(x: Floats) -> Floats:
         seconds = modelled_s(profile(x), rows)
@@ -313,7 +320,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("rows")
     for row, seconds in zip(rows, modelled_s(fitted, rows), strict=True):
         error = seconds / row.seconds - 1
-        print(f"  {row.model:4} {row.label:34} {row.seconds * 1e3:8.2f} {seconds * 1e3:8.2f} ms {error:+7.1%}")
+        print(
+            f"  {row.model:4} {row.label:34} {row.seconds * 1e3:8.2f} {seconds * 1e3:8.2f} ms {error:+7.1%}"
+        )
     print("left out: mean absolute error of its rows")
     for model in ("8B", "14B", "70B"):
         kept = fit([row for row in rows if row.model != model])

@@ -316,14 +316,9 @@ def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo])
     return [policy for policy, group in zip(built, groups, strict=True) for _ in group.members]
 
 
-<<<<<<< HEAD
-def _policy(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
+def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
     """Build a policy, giving it what it asks for by name: `predictor`, and where they are null the tightest
     bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT."""
-=======
-def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
-    """Build a policy, giving it what it asks for by name: `predictor`, and `budget_s` where that is null."""
->>>>>>> engine
     parameters = inspect.signature(locate(node.get("_target_"), "policy")).parameters
     given: dict[str, object] = {}
     if "predictor" in parameters:
