@@ -97,7 +97,8 @@ def timeline(run: RunFolder, replay: Replay) -> Timeline:
     """
     ticks, rows, tick_s = run.ticks, replay.iterations, run.tick_s
     end_s = _on_engine_clock(run)
-    prompts = _sums(replay.first_token_s, run.requests.prompt_tokens * 1.0, end_s, tick_s)
+    prompt_tokens = run.requests.prompt_tokens.astype(np.float64)
+    prompts = _sums(replay.first_token_s, prompt_tokens, end_s, tick_s)
     firsts = _sums(replay.first_token_s, np.ones(len(replay.first_token_s)), end_s, tick_s)
     decodes = _sums(rows["end_s"], rows["decode_count"], end_s, tick_s)
     last = np.searchsorted(rows["end_s"], end_s, side="right") - 1

@@ -7,9 +7,10 @@ answer was; the profile folder gives the card's kernel times. The simulator serv
 shared loop, vLLM's scheduling and these times, and what it predicts is put beside what the engine's own
 stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a bound that was given.
 
-What a run folder does not tell is not simulated: the prompts' tokens, so what two prompts have in common is
-computed twice here and once by an engine with prefix caching; and the engine's warm-up, which can hold its
-first batch back by some tenths of a second.
+What a run folder does not tell is not simulated. It has no tokens, so what two prompts have in common is
+computed twice here and once by an engine with prefix caching; workloads made by LLMServingSim's ShareGPT
+generator have such pairs, since each turn of a conversation carries the turns before it. Nor does it tell of
+the warm-up that can hold the first batch back by some tenths of a second.
 """
 
 from __future__ import annotations

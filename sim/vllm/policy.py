@@ -1,9 +1,9 @@
 """Chunked prefill as vLLM's v1 scheduler does it: running sequences first, then the waiting, no finetuning.
 
-It differs from `inference_only` in what admission promises. A waiting request enters when its whole known
-length fits into the blocks that are free right now; what other prompts in the middle of their prefill will
-still need is not set aside. So a prefill may find no block later; then the last admitted are preempted,
-itself included. An iteration that preempts admits nobody.
+It differs from `inference_only` in what happens when blocks run short. A waiting request enters when its
+whole known length fits into the blocks that are free right now, but only those of its first chunk are
+taken, so decodes may use up the others. Its next chunk is then not cut to what is free: the last admitted
+are preempted, itself included. An iteration that preempts admits nobody.
 
 Source: vllm/v1/core/sched/scheduler.py of vLLM 0.19 (`schedule`), with `scheduler_reserve_full_isl`.
 """

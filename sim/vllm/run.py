@@ -97,6 +97,10 @@ class _Node:
             node = node[part]
         return node
 
+    def has(self, key: str) -> bool:
+        path, _, last = key.rpartition(".")
+        return last in self.get(path)
+
     def whole(self, key: str) -> int:
         return _whole(f"{self.path}: {key}", self.get(key))
 
@@ -129,6 +133,7 @@ def _engine(meta: _Node) -> EngineSettings:
     meta.expect(parallel + "pipeline_parallel_size", 1)
     meta.expect("resolved_config.speculative_config", None)
     meta.expect("resolved_config.lora_config", None)
+    full_prompt = scheduler + "scheduler_reserve_full_isl"
     decodes, mixed = _graph_modes(meta)
     sizes = meta.get("resolved_config.compilation_config.cudagraph_capture_sizes") or []
     where = f"{meta.path}: cudagraph_capture_sizes"
@@ -142,7 +147,8 @@ def _engine(meta: _Node) -> EngineSettings:
         max_sequence_tokens=meta.whole("resolved_config.model_config.max_model_len"),
         prefix_caching=meta.flag("resolved_config.cache_config.enable_prefix_caching"),
         async_scheduling=meta.flag(scheduler + "async_scheduling"),
-        reserve_full_prompt=meta.flag(scheduler + "scheduler_reserve_full_isl"),
+        # Engines from before the option admit on the first chunk alone.
+        reserve_full_prompt=meta.has(full_prompt) and meta.flag(full_prompt),
         graph_sizes=tuple(_whole(where, size) for size in sizes),
         graphs_for_decodes=decodes,
         graphs_for_mixed=mixed,

@@ -32,8 +32,8 @@ def grid() -> AttentionGrid:
 
 
 def profile(skew: Skew | None = None) -> OperatorProfile:
-    names = ("embedding", "final_layernorm", "layernorm", "qkv_proj", "rotary_emb", "o_proj")
-    names += ("gate_up_proj", "act_fn", "down_proj")
+    names = ["embedding", "final_layernorm", "layernorm", "qkv_proj", "rotary_emb", "o_proj"]
+    names += ["gate_up_proj", "act_fn", "down_proj"]
     dense = {name: Curve((1, 512), (1e-6 * i, 5e-5 * i)) for i, name in enumerate(names, 1)}
     heads = {"lm_head": Curve((1, 64), (1e-3, 2e-3)), "sampler": Curve((1, 64), (1e-5, 2e-5))}
     return OperatorProfile(dense=dense, per_sequence=heads, attention=grid(), skew=skew or Skew({}))
