@@ -99,7 +99,7 @@ def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.boo
     kv_heads = max(1, model.kv_heads // tp)
     if measured.kind == "attention":
         own = (c["heads"] == model.heads // tp) & (c["kv_heads"] == kv_heads)
-        return own & (c["head_dim"] == model.head_dim) & (c["window"] == 0)
+        return np.asarray(own & (c["head_dim"] == model.head_dim) & (c["window"] == 0))
     if measured.operator != "gemm":
         return None
     query, ffn = model.q_dim // tp, model.ffn // tp
@@ -110,7 +110,7 @@ def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.boo
         (ffn, model.hidden),
     )
     rows = [(c["k"] == k) & (c["n"] == n) for k, n in shapes]
-    return np.logical_or.reduce(rows)
+    return np.asarray(np.logical_or.reduce(rows))
 
 
 def _whole_layer(operators: list[Measured], device: DeviceSpec, gemm: str) -> list[CheckLine]:

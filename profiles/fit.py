@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from profiles.schema import Profile
 from sim.core.rows import WORK_COLUMNS
 from sim.cost.context import CostContext
-from sim.cost.curves import ChunkCost, Curves
+from sim.cost.curves import ChunkCost
 from sim.cost.roofline import Roofline
 from sim.cost.table import Table, row_seconds
 
@@ -77,7 +77,8 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
     missing = tuple(kind for kind, names in GROUPS.items() if not work[names[0]].any())
     if len(profile.seconds) < LEAST_ROWS:
         raise ValueError(
-            f"{profile.file}: row {len(profile.seconds)} is the last; allowed: at least {LEAST_ROWS} rows to fit"
+            f"{profile.file}: row {len(profile.seconds)} is the last; "
+            f"allowed: at least {LEAST_ROWS} rows to fit"
         )
     if {"prefill", "decode"} <= set(missing):
         raise ValueError(
@@ -181,7 +182,3 @@ def _extended(values: list[float], length: int) -> list[float]:
 
 def _scaled(chunk: ChunkCost, factor: float) -> ChunkCost:
     return ChunkCost(*(factor * value for value in chunk))
-
-
-def curves_of(fitted: Fitted) -> Curves:
-    return fitted.table.curves
