@@ -99,7 +99,7 @@ def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.boo
     kv_heads = max(1, model.kv_heads // tp)
     if measured.kind == "attention":
         own = (c["heads"] == model.heads // tp) & (c["kv_heads"] == kv_heads)
-        return own & (c["head_dim"] == model.head_dim) & (c["window"] == 0)
+        return np.asarray(own & (c["head_dim"] == model.head_dim) & (c["window"] == 0))
     if measured.operator != "gemm":
         return None
     query, ffn = model.q_dim // tp, model.ffn // tp
@@ -110,7 +110,7 @@ def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.boo
         (ffn, model.hidden),
     )
     rows = [(c["k"] == k) & (c["n"] == n) for k, n in shapes]
-    return np.logical_or.reduce(rows)
+    return np.asarray(np.logical_or.reduce(rows))
 
 
 def _whole_layer(operators: list[Measured], device: DeviceSpec, gemm: str) -> list[CheckLine]:
@@ -156,7 +156,6 @@ def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, c
     assert isinstance(built, IterationCost)
     work = {name: profile.columns[name] for name in WORK_COLUMNS}
     seconds = row_seconds(built.curves, work)
-    bias = float(np.median(seconds / profile.seconds - 1.0))
     return [
         CheckLine(
             name=e.regime,
@@ -164,7 +163,7 @@ def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, c
             median=e.median,
             p90=e.p90,
             worst=e.worst,
-            bias=bias,
+            bias=e.bias,
             worst_row=f"row {e.worst_row}: measured {1e3 * profile.seconds[e.worst_row - 1]:.3f} ms, "
             f"predicted {1e3 * seconds[e.worst_row - 1]:.3f} ms",
         )

@@ -1,6 +1,6 @@
 """Fit the roofline's constants to measured operators, and say what they are worth elsewhere.
 
-    coserve profile curves DATA_FOLDER [--write]
+    coserve profile curves DATA_FOLDER
 
 Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, short kernels) has its own
 few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
@@ -152,7 +152,8 @@ def fit_family(
 
     def residuals(x: Floats) -> Floats:
         trial = _with(start, family.constants, x)
-        return np.log(np.concatenate([predicted_s(m, device, trial) for m in parts])) - logs
+        times = np.concatenate([predicted_s(m, device, trial) for m in parts])
+        return np.asarray(np.log(times) - logs, dtype=np.float64)
 
     first = np.log([getattr(start, name) for name in family.constants])
     upper = np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in family.constants])
@@ -276,7 +277,7 @@ def table(
     other: Efficiency,
     families: Sequence[Family] = FAMILIES,
 ) -> Iterator[Line]:
-    """Errors on one device's rows: in sample, held out by shape, and with `other`, another device's constants."""
+    """Errors on one device's rows: in sample, held out by shape, and with another device's constants."""
     for family in families:
         own = rows_of(family, measured)
         if not own:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from profiles.schema import Profile
 from sim.core.rows import WORK_COLUMNS
 from sim.cost.context import CostContext
-from sim.cost.curves import ChunkCost, Curves
+from sim.cost.curves import ChunkCost
 from sim.cost.roofline import Roofline
 from sim.cost.table import Table, row_seconds
 
@@ -45,13 +45,15 @@ class Fitted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RegimeError:
-    """Absolute relative errors of rows that the fit did not see."""
+    """Relative errors, absolute but for the bias, of rows that the fit did not see."""
 
     regime: str
     rows: int
     median: float
     p90: float
     worst: float
+    bias: float
+    """Median of predicted over measured, minus 1."""
     worst_row: int
     """From 1."""
 
@@ -77,7 +79,8 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
     missing = tuple(kind for kind, names in GROUPS.items() if not work[names[0]].any())
     if len(profile.seconds) < LEAST_ROWS:
         raise ValueError(
-            f"{profile.file}: row {len(profile.seconds)} is the last; allowed: at least {LEAST_ROWS} rows to fit"
+            f"{profile.file}: row {len(profile.seconds)} is the last; "
+            f"allowed: at least {LEAST_ROWS} rows to fit"
         )
     if {"prefill", "decode"} <= set(missing):
         raise ValueError(
@@ -104,7 +107,7 @@ def cross_validated(profile: Profile) -> list[RegimeError]:
 
 def by_regime(profile: Profile, predicted: Floats) -> list[RegimeError]:
     """Errors of `predicted` seconds against the median ones."""
-    errors = np.abs(predicted / profile.seconds - 1.0)
+    errors = predicted / profile.seconds - 1.0
     names = regimes(profile.columns)
     result = [_error("all", errors, np.ones(len(errors), dtype=bool))]
     result += [_error(name, errors, names == name) for name in sorted(set(names.tolist()))]
@@ -122,14 +125,15 @@ def regimes(columns: dict[str, Floats]) -> NDArray[np.str_]:
 
 
 def _error(regime: str, errors: Floats, keep: NDArray[np.bool_]) -> RegimeError:
-    own = errors[keep]
-    worst = int(np.argmax(np.where(keep, errors, -1.0)))
+    own = np.abs(errors[keep])
+    worst = int(np.argmax(np.where(keep, np.abs(errors), -1.0)))
     return RegimeError(
         regime=regime,
         rows=len(own),
         median=float(np.median(own)),
         p90=float(np.quantile(own, 0.9)),
-        worst=float(errors[worst]),
+        worst=float(abs(errors[worst])),
+        bias=float(np.median(errors[keep])),
         worst_row=worst + 1,
     )
 
@@ -181,7 +185,3 @@ def _extended(values: list[float], length: int) -> list[float]:
 
 def _scaled(chunk: ChunkCost, factor: float) -> ChunkCost:
     return ChunkCost(*(factor * value for value in chunk))
-
-
-def curves_of(fitted: Fitted) -> Curves:
-    return fitted.table.curves

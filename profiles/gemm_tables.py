@@ -2,8 +2,8 @@
 
     python -m profiles.gemm_tables DATA_FOLDER
 
-A node is the median ratio of measured to curve over the rows of its n and k and nearest m. The curve is
-the device file's at the time of writing: write the tables again after changing a constant of it.
+A node is the ratio of measured to curve at its m, n and k. The curve is the device file's at the time of
+writing: write the tables again after changing a constant of it.
 """
 
 from __future__ import annotations
@@ -37,18 +37,14 @@ def grid(measured: Measured, device: DeviceSpec) -> GemmTable:
     """Corrections at every measured n and k and at M_NODES; 1 where nothing was measured."""
     c = measured.columns
     ratio = measured.seconds / gemm_rows_s(c["m"], c["k"], c["n"], device, Efficiency.of(device))
-    axes = [np.array(M_NODES, dtype=np.float64), np.unique(c["n"]), np.unique(c["k"])]
-    values = np.ones([len(axis) for axis in axes])
-    at = {
-        key: value for *key, value in zip(c["m"], c["n"], c["k"], ratio, strict=True) for key in [tuple(key)]
-    }
-    for i, m in enumerate(axes[0]):
-        for j, n in enumerate(axes[1]):
-            for l, k in enumerate(axes[2]):
-                values[i, j, l] = at.get((m, n, k), 1.0)
+    nodes = np.array(M_NODES, dtype=np.float64), np.unique(c["n"]), np.unique(c["k"])
+    values = np.ones([len(axis) for axis in nodes])
+    there = np.isin(c["m"], nodes[0])
+    places = [np.searchsorted(axis, c[name][there]) for axis, name in zip(nodes, "mnk", strict=True)]
+    values[tuple(places)] = ratio[there]
     return GemmTable(
         name=device.name, devices=(device.name,), source="", date="", licence="", error="",
-        m=axes[0], n=axes[1], k=axes[2], ratio=values,
+        m=nodes[0], n=nodes[1], k=nodes[2], ratio=values,
     )  # fmt: skip
 
 

@@ -110,18 +110,18 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def recognise(file: str, columns: Sequence[str]) -> Layout:
-    """The layout whose columns are all there; else ValueError with the column missing from the nearest."""
+    """The layout whose columns are all there; else ValueError with what is missing from the nearest."""
     for layout in LAYOUTS:
         if set(layout.keys) | set(layout.texts) | set(layout.seconds) <= set(columns):
             return layout
     needed = {lay.name: (*lay.texts, *lay.keys, *lay.seconds) for lay in LAYOUTS}
     marked = [lay for lay in LAYOUTS if lay.mark & set(columns)] or list(LAYOUTS)
-    nearest = min(marked, key=lambda lay: len(set(needed[lay.name]) - set(columns)))
-    missing = [name for name in needed[nearest.name] if name not in columns]
-    raise ValueError(
-        f"{file}: row 0 (header): column {missing[0]} is missing; "
-        f"a {nearest.name} file needs {', '.join(needed[nearest.name])}"
-    )
+    missing = {lay.name: [n for n in needed[lay.name] if n not in columns] for lay in marked}
+    fewest = min(map(len, missing.values()))
+    near = [name for name, absent in missing.items() if len(absent) == fewest]
+    absent = " or ".join(dict.fromkeys(missing[name][0] for name in near))
+    wanted = "; ".join(f"a {name} file needs {', '.join(needed[name])}" for name in near)
+    raise ValueError(f"{file}: row 0 (header): column {absent} is missing; {wanted}")
 
 
 def _check(file: str, frame: pd.DataFrame, layout: Layout) -> None:

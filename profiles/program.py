@@ -221,9 +221,8 @@ def _curves(arguments: Sequence[str]) -> int:
         rows[name] = operators_in(where.parent, where.name)
         if not rows[name]:
             raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
-    print(
-        f"{'device':<10} {'operator':<22} {'rows':>6} {'in sample':>15} {'shapes held out':>16} {'device held out':>16}"
-    )
+    heads = " ".join(f"{name:>16}" for name in ("in sample", "shapes held out", "device held out"))
+    print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
     for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
@@ -231,7 +230,7 @@ def _curves(arguments: Sequence[str]) -> int:
         for line in table(device_named(name), rows[name], starts[name], borrowed):
             cells = [f"{100 * a:.1f} / {100 * b:.1f} %" for a, b in line.errors.values()]
             print(
-                f"{name:<10} {line.operator:<22} {line.rows:>6} {cells[0]:>15} {cells[1]:>16} {cells[2]:>16}"
+                f"{name:<10} {line.operator:<22} {line.rows:>6} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16}"
             )
     return 0
 

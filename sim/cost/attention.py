@@ -44,7 +44,9 @@ BUSY = 0.8
 """FlashAttention splits the keys when tiles fill less than this of the multiprocessors."""
 
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CHUNK_CONTEXTS = (0, 1024, 4096, 16384)
+CHUNK_CONTEXTS = (0, 1024, 4096)
+"""The kernels were measured without context alone, so half of the weight is there."""
+CONTEXT_WEIGHTS = (1.0, 0.5, 0.25)
 DECODES = (1, 4, 16, 48, 128, 256)
 DECODE_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -147,8 +149,9 @@ def chunk_cost(
     moved_s = seconds - fixed_s
     # Where reading the context is all there is, the larger of the two is the reading.
     many = moved_s > 1.3 * read_s * (context + tokens)
+    weight = np.repeat(CONTEXT_WEIGHTS, len(CHUNK_TOKENS))[many] / seconds[many]
     terms = np.column_stack([tokens, pairs])[many]
-    token_s, pair_s = nnls(terms / seconds[many, None], moved_s[many] / seconds[many]).tolist()
+    token_s, pair_s = nnls(terms * weight[:, None], moved_s[many] * weight).tolist()
     return ChunkCost(layers * fixed_s, layers * token_s, layers * pair_s, layers * read_s)
 
 

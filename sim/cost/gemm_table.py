@@ -61,7 +61,7 @@ class GemmTable:
 
     def row_ratios(self, m: Floats, k: Floats, n: Floats) -> Floats:
         """The same for rows that differ in all three."""
-        result = np.empty_like(m)
+        result: Floats = np.empty_like(m)
         shapes, which = np.unique(np.column_stack([k, n]), axis=0, return_inverse=True)
         for i, (inputs, outputs) in enumerate(shapes):
             rows = which.ravel() == i
@@ -74,8 +74,8 @@ def _blend(values: Floats, nodes: Floats, at: float, axis: int) -> Floats:
     place = float(np.interp(np.log(at), np.log(nodes), np.arange(len(nodes))))
     low = min(int(place), len(nodes) - 2)
     share = place - low
-    result: Floats = (1 - share) * values.take(low, axis) + share * values.take(low + 1, axis)
-    return result
+    result = (1 - share) * values.take(low, axis) + share * values.take(low + 1, axis)
+    return np.asarray(result, dtype=np.float64)
 
 
 def product_s(
@@ -109,7 +109,7 @@ def gemm_tables() -> tuple[GemmTable, ...]:
 
 def _read(path: Path) -> GemmTable:
     data = json.loads(path.read_text(encoding="ascii"))
-    axes = {name: np.array(data[name], dtype=np.float64) for name in ("m", "n", "k")}
+    m, n, k = (np.array(data[name], dtype=np.float64) for name in ("m", "n", "k"))
     ratio = np.array(data["ratio_permille"], dtype=np.float64) / 1000
     texts = {name: data[name] for name in ("source", "date", "licence", "error")}
-    return GemmTable(name=path.stem, devices=tuple(data["devices"]), ratio=ratio, **axes, **texts)
+    return GemmTable(name=path.stem, devices=tuple(data["devices"]), ratio=ratio, m=m, n=n, k=k, **texts)

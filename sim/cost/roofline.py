@@ -36,7 +36,8 @@ half-precision copy: 4 * (4 + 3) + 2."""
 FORWARD_VALUES = (4, 4, 2, 3)
 BACKWARD_VALUES = (6, 6, 3, 5)
 """Values read and written per layer, in multiples of hidden (norms), hidden (residuals), of query and both
-key and value (rotary, cache), and of the MLP's width (SiLU-gate). The backward reads the saved tensors too."""
+key and value (rotary, cache), and of the MLP's width (SiLU-gate). The backward reads the saved tensors
+too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

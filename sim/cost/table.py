@@ -243,8 +243,14 @@ def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     seconds += _at(c.loss_s, windows) + _at(c.recompute_s, int(row["recompute_tokens"]))
     seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
     seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
-    seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward_layer_s[1]
+    seconds += row["prefill_tokens"] * c.prefill.token_s + windows * c.forward.token_s
+    seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward.token_s
+    if layer_tokens > 0:
+        # A flat row has the sums of its rectangles: take them all to be as long as their mean.
+        layers = row["backward_layers"]
+        seconds += layers * _at(c.backward_layer_s, layer_tokens / layers)
     seconds += pairs * c.backward.pair_s + row["recompute_pairs"] * c.recompute.pair_s
+    seconds += row["recompute_tokens"] * c.recompute.token_s
     seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
     seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (layer_tokens > 0)
     if row["adapters"] > 0:
@@ -254,9 +260,7 @@ def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     return seconds + row["optimizer_params"] * c.optimizer_param_s
 
 
-def _at(values: list[float], tokens: int) -> float:
-    """An entry, or beyond the last one the line through the last two."""
-    last = len(values) - 1
-    if tokens <= last:
-        return values[tokens]
-    return values[last] + (tokens - last) * (values[last] - values[last - 1])
+def _at(values: list[float], tokens: float) -> float:
+    """An entry, between two the line through them, and so beyond the last."""
+    low = min(int(tokens), len(values) - 2)
+    return values[low] + (tokens - low) * (values[low + 1] - values[low])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hydra.utils import instantiate
 from hypothesis import given, settings
@@ -39,12 +40,28 @@ def load(device: str, model: str, seed: int = 0, lookahead: int = 0) -> CostCont
 HERE = load(DEVICES[0], MODELS[0])
 
 
+def profile(folder: Path, context: CostContext) -> Path:
+    """A measured profile, as the roofline would have measured it."""
+    works = designed_works(context.model, context.lora.params(context.model), 400, 3)
+    model = Roofline().build(context)
+    columns = {name: values.tolist() for name, values in flat(works).items()}
+    seconds = [model.iteration_s(work) for work in works]
+    rows = pd.DataFrame({**columns, **dict.fromkeys(("seconds_p20", "seconds_p50", "seconds_p80"), seconds)})
+    path = folder / "profile.csv"
+    rows.drop_duplicates(WORK_COLUMNS).to_csv(path, index=False)
+    return path
+
+
 @pytest.mark.parametrize("cost", COSTS)
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_cost_config_builds_a_world_and_a_predictor(cost: str, device: str, model: str) -> None:
+def test_every_cost_config_builds_a_world_and_a_predictor(
+    cost: str, device: str, model: str, tmp_path: Path
+) -> None:
     config = OmegaConf.load(CONFIGS / "cost" / f"{cost}.yaml")
     assert set(config) == {"world", "predictor"}
+    if cost == "table":
+        config.world.of.path = config.predictor.of.path = str(profile(tmp_path, load(device, model)))
     world, predictor = (instantiate(config[slot]).build(load(device, model)) for slot in config)
     assert world is not predictor
     mean_s = np.mean([world.iteration_s(DECODE) for _ in range(200)])
