@@ -33,6 +33,7 @@ from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.sampling import Sampling
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
+from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import policy_of, seed_of, slos_of
 from sim.checked import build, check
 from sim.core.arrivals import Arrivals
@@ -79,6 +80,7 @@ class JobSettings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve bench`."""
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         bench, argv, prog="coserve bench", config_name="bench", config_dir=CONFIGS, at_end=_show
     )

@@ -118,4 +118,4 @@ class _Drawn:
 
     def _size(self, most: int) -> int:
         """1..most; large ones often, since they are what has to be right."""
-        return max(1, math.ceil(most * float(self._random.random()) ** 1.5))
+        return max(1, math.ceil(most * math.pow(self._random.random(), 1.5)))

@@ -12,16 +12,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig, RopeScaling
 from engine.driver import Driver, EngineArrivals, VirtualClock
-from engine.engine import Engine
-from engine.finetune import Sample, SampleFeed, Trainer
+from engine.finetune import Sample
 from engine.load import random_model, save_model
-from engine.lora import Adapter, AdapterBank, new_adapter
-from engine.model import Model
+from engine.lora import Adapter, new_adapter
+from engine.model import LayerWeights, Model, Weights
 from engine.optimizer import OptimizerSettings
 from engine.sampling import Sampling
-from sim.core.finetune import Job, JobSpec
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, Policy, View
 from sim.core.request import Request
@@ -41,7 +40,7 @@ CONFIGS = {
             hidden=32,
             heads=4,
             kv_heads=2,
-            head_dim=8,
+            head_dim=16,
             ffn=48,
             vocab=VOCAB,
             max_context_tokens=512,
@@ -60,7 +59,7 @@ CONFIGS = {
             hidden=32,
             heads=4,
             kv_heads=4,
-            head_dim=8,
+            head_dim=16,
             ffn=40,
             vocab=VOCAB,
             qkv_bias=True,
@@ -102,6 +101,15 @@ def twin(family: str, dtype: torch.dtype = torch.float32) -> Any:
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = functools.partial(_exact_norm, module)
     return model.eval()
+
+
+def on_cuda(model: Model) -> Model:
+    """The same weights on the GPU."""
+    w = model.weights
+    layers = tuple(LayerWeights(*(None if t is None else t.cuda() for t in layer)) for layer in w.layers)
+    embed = w.embed.cuda()
+    head = embed if w.head is w.embed else w.head.cuda()
+    return Model(model.config, Weights(embed=embed, layers=layers, norm=w.norm.cuda(), head=head))
 
 
 def _exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -174,6 +182,18 @@ class JobSetup:
     max_tokens: int = 64
     id: str = "job"
 
+    def of(self) -> TrainingJob:
+        return TrainingJob(
+            id=self.id,
+            samples=self.samples,
+            max_sample_tokens=self.max_tokens,
+            adapter=self.adapter,
+            optimizer=self.optimizer,
+            accumulation=self.accumulation,
+            order=self.order,
+            memory=self.memory,
+        )
+
 
 class EngineRun:
     """A whole run: tokens and logits of every request, plans, steps."""
@@ -205,55 +225,14 @@ class EngineRun:
         Driver(self.engine, VirtualClock(world or LinearCost())).run(loop)
 
     def _build(self, limits: Limits, adapters: Mapping[str, Adapter], jobs: Sequence[JobSetup]) -> None:
-        model, block = self.model, limits.block_tokens
-        first = limits.kv_tokens // block
-        blocks = []
-        for job in jobs:
-            count = -(-job.max_tokens // block)
-            blocks.append(range(first, first + count))
-            first += count
-        pages = model.new_pages(first, block)
-        used = [*adapters.values(), *(job.adapter for job in jobs)]
-        bank = None
-        if used:
-            targets = tuple(dict.fromkeys(t for adapter in used for t in adapter.targets))
-            bank = AdapterBank(
-                model.config.shape, targets, max(a.rank for a in used), model.dtype, model.device
-            )
-        self.jobs, self.trainers = [], []
-        for job, own in zip(jobs, blocks, strict=True):
-            spec = JobSpec(
-                id=job.id,
-                layers=model.config.shape.layers,
-                optimizer_params=sum(t.numel() for t in job.adapter.tensors()),
-                accumulation=job.accumulation,
-                order=job.order,
-                memory=job.memory,
-            )
-            feed = SampleFeed(job.samples)
-            self.jobs.append(Job(spec, feed.lengths()))
-            assert bank is not None
-            self.trainers.append(
-                Trainer(
-                    spec=spec,
-                    model=model,
-                    pages=pages,
-                    blocks=own,
-                    bank=bank,
-                    adapter=job.adapter,
-                    feed=feed,
-                    optimizer=job.optimizer,
-                )
-            )
-        self.engine = Engine(
-            model=model,
-            pages=pages,
-            limits=limits,
-            bank=bank,
-            adapters=adapters,
-            trainers=self.trainers,
+        self.engine, self.jobs = assemble_engine(
+            self.model,
+            limits,
+            [job.of() for job in jobs],
+            adapters,
             on_token=lambda id, token: self.tokens[id].append(token),
         )
+        self.trainers = list(self.engine.trainers.values())
 
     def _launch(self, launch: Any) -> Any:
         def wrapped(plan: Plan) -> None:
@@ -261,6 +240,6 @@ class EngineRun:
             launch(plan)
             if len(self.model.recorded) > before:
                 for id, row in zip(self.engine._launched[-1].ids, self.model.recorded[-1], strict=True):
-                    self.logits[id].append(row)
+                    self.logits[id].append(row.cpu())
 
         return wrapped
