@@ -74,6 +74,8 @@ class ClusterSettings:
         ]:
             if count < 1:
                 raise ValueError(f"{where} must be at least 1, got {count}")
+        if self.groups is not None and not self.groups:
+            raise ValueError("cluster.groups must be null or name at least one group, got []")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"cluster.memory_utilization must be in (0, 1], got {self.memory_utilization}")
 
@@ -126,16 +128,23 @@ def assemble(config: DictConfig) -> Assembly:
     for group in groups:
         for index in group.members:
             jobs = finetune.build(group.model, index, seed, count)
+            limits = group.limits(policies[index], finetune)
             pipelines.append(
                 PipelineSpec(
                     policy=policies[index],
                     world=group.world(index),
                     predictor=group.predictor,
-                    limits=group.limits,
+                    limits=limits,
                     jobs=tuple(Job(spec, samples) for spec, samples in jobs),
                 )
             )
-            facts.append(group.facts)
+            facts.append(
+                PipelineFacts(
+                    kv_blocks=limits.kv_tokens // limits.block_tokens,
+                    device=group.device,
+                    devices=group.context.tp,
+                )
+            )
     asked_rps = config.workload.get("rate_rps")
     labels: dict[str, object] = {
         "name": run.name,
@@ -168,9 +177,36 @@ class _Group:
     model: ModelShape
     context: CostContext
     predictor: Predictor
-    limits: Limits
-    facts: PipelineFacts
+    cluster: ClusterSettings
+    kv_tokens: int | None
     world_builder: CostBuilder
+
+    def limits(self, policy: Policy, finetune: Finetune) -> Limits:
+        """What a pipeline of this group can hold under `policy`; only one that finetunes keeps room for it."""
+        limits, kv_tokens = self.cluster.limits, self.kv_tokens
+        if kv_tokens is None and not policy.serves:
+            kv_tokens = limits.block_tokens
+        if kv_tokens is None:
+            kv_tokens = kv_room_tokens(
+                device=self.device,
+                model=self.model,
+                tp=self.context.tp,
+                lora=self.context.lora,
+                utilization=self.cluster.memory_utilization,
+                batch_tokens=limits.max_tokens,
+                batch_sequences=limits.max_sequences,
+                finetune=_reservation(finetune) if policy.finetunes else None,
+            )
+        longest = limits.max_sequence_tokens
+        return Limits(
+            kv_tokens=kv_tokens,
+            block_tokens=limits.block_tokens,
+            max_sequences=limits.max_sequences,
+            max_tokens=limits.max_tokens,
+            max_sequence_tokens=self.model.max_context_tokens if longest is None else longest,
+            admission=limits.admission,
+            lookahead=limits.lookahead,
+        )
 
     def world(self, index: int) -> CostModel:
         return self.world_builder.build(replace(self.context, seed=self.context.seed * 4096 + index))
@@ -201,7 +237,7 @@ def _check_possible(slos: Mapping[str, Slo], groups: list[_Group]) -> None:
     """Refuse a bound that a request alone on the cluster would miss."""
     decode = Work(decode_count=1, decode_context_tokens=1, sampled_tokens=1)
     prefill = Work(prefill=(Chunk(1, 0),), sampled_tokens=1)
-    for key, work in (("tpot_s", decode), ("ttft_s", prefill)):
+    for key, work in (("tpot_s", decode), ("ttft_s", prefill), ("e2e_s", prefill)):
         fastest_s = min(group.predictor.iteration_s(work) for group in groups)
         for slo in slos.values():
             if getattr(slo, key) < fastest_s:
@@ -223,8 +259,8 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
             (
                 g.pipelines,
                 _named_device(g.device),
-                g.tp or cluster.tp,
-                g.kv_tokens or cluster.limits.kv_tokens,
+                cluster.tp if g.tp is None else g.tp,
+                cluster.limits.kv_tokens if g.kv_tokens is None else g.kv_tokens,
             )
             for g in cluster.groups
         ]
@@ -238,12 +274,8 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
             seed=seed,
             lookahead=cluster.limits.lookahead,
         )
-        limits = _limits(finetune, cluster, context, kv_tokens)
         world = build(None, config.cost.world, "cost.world")
         predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
-        facts = PipelineFacts(
-            kv_blocks=limits.kv_tokens // limits.block_tokens, device=device, devices=context.tp
-        )
         groups.append(
             _Group(
                 members=range(first, first + count),
@@ -251,40 +283,13 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
                 model=model,
                 context=context,
                 predictor=predictor,
-                limits=limits,
-                facts=facts,
+                cluster=cluster,
+                kv_tokens=kv_tokens,
                 world_builder=world,
             )
         )
         first += count
     return groups, cluster.router
-
-
-def _limits(
-    finetune: Finetune, cluster: ClusterSettings, context: CostContext, kv_tokens: int | None
-) -> Limits:
-    limits = cluster.limits
-    if kv_tokens is None:
-        kv_tokens = kv_room_tokens(
-            device=context.device,
-            model=context.model,
-            tp=context.tp,
-            lora=context.lora,
-            utilization=cluster.memory_utilization,
-            batch_tokens=limits.max_tokens,
-            batch_sequences=limits.max_sequences,
-            finetune=_reservation(finetune),
-        )
-    longest = limits.max_sequence_tokens
-    return Limits(
-        kv_tokens=kv_tokens,
-        block_tokens=limits.block_tokens,
-        max_sequences=limits.max_sequences,
-        max_tokens=limits.max_tokens,
-        max_sequence_tokens=context.model.max_context_tokens if longest is None else longest,
-        admission=limits.admission,
-        lookahead=limits.lookahead,
-    )
 
 
 def _reservation(finetune: Finetune) -> FinetuneReservation | None:

@@ -70,7 +70,7 @@ class Horizon:
 
     def __post_init__(self) -> None:
         if not self.duration_s > 0:
-            raise ValueError(f"run.duration_s must be above 0 seconds, got {self.duration_s}")
+            raise ValueError(f"workload.duration_s must be above 0 seconds, got {self.duration_s}")
         if not self.drain_s >= 0:
             raise ValueError(f"run.drain_s must be at least 0 seconds, got {self.drain_s}")
 

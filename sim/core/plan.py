@@ -137,9 +137,11 @@ class Plan(NamedTuple):
 
 
 class Policy(Protocol):
-    """A pure rule from view to plan. `serves` tells the router whether requests may come here."""
+    """A pure rule from view to plan. `serves` tells the router whether requests may come here, `finetunes`
+    whether memory must be kept for samples in flight."""
 
     serves: bool
+    finetunes: bool
 
     def plan(self, view: View) -> Plan:
         """Decide the next iteration; a plan without work means: nothing to do until something arrives."""

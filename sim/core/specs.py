@@ -25,7 +25,18 @@ class ModelShape:
     """Tensor-parallel degree used when the cluster does not say."""
 
     def __post_init__(self) -> None:
-        for key in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "tp"):
+        for key in (
+            "layers",
+            "hidden",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "ffn",
+            "vocab",
+            "tp",
+            "dtype_bytes",
+            "max_context_tokens",
+        ):
             if getattr(self, key) < 1:
                 raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
         if self.heads % self.kv_heads:

@@ -120,6 +120,8 @@ def kv_room_tokens(
         needed = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items())
         raise ValueError(
             f"{model.name} on tp {tp} leaves no room for a KV cache on {device.name}: {usable / GIB:.1f} GiB "
-            f"({utilization:g} of {device.memory_bytes / GIB:.1f}) usable per device, needed: {needed}"
+            f"({utilization:g} of {device.memory_bytes / GIB:.1f}) usable per device, needed: {needed}; "
+            "a larger tp, a shorter cutoff_len of the finetuning jobs, or order=window_major with memory=recompute "
+            "need less"
         )
     return room

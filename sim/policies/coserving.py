@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, pack_inference
+from sim.policies.packing import Latency, checked_tokens, pack_inference
 from sim.policies.slices import fill
 
 
@@ -17,6 +17,7 @@ class CoServing:
     """Pure; its decisions depend on the predictor that it is given."""
 
     serves = True
+    finetunes = True
 
     def __init__(
         self,
@@ -33,8 +34,10 @@ class CoServing:
             raise ValueError(f"policy.margin must be in [0, 1), got {margin}")
         self._predictor = predictor
         self._budget_s = (1 - margin) * budget_s
-        self._max_forward_tokens = max_forward_tokens
-        self._latency = Latency(predictor, self._budget_s, min_chunk_tokens)
+        self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
+        self._latency = Latency(
+            predictor, self._budget_s, checked_tokens("min_chunk_tokens", min_chunk_tokens)
+        )
 
     def plan(self, view: View) -> Plan:
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency)

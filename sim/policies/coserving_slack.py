@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, pack_inference
+from sim.policies.packing import Latency, checked_tokens, pack_inference
 from sim.policies.slices import fill
 
 
@@ -30,6 +30,7 @@ class CoServingSlack:
     """Remembers the predictor's error."""
 
     serves = True
+    finetunes = True
 
     def __init__(
         self,
@@ -73,8 +74,8 @@ class CoServingSlack:
         self._first_token_share = first_token_share
         self._smoothing = smoothing
         self._margin_deviations = margin_deviations
-        self._max_forward_tokens = max_forward_tokens
-        self._min_chunk_tokens = min_chunk_tokens
+        self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
+        self._min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         error = self._observe(view)

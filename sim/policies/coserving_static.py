@@ -17,6 +17,7 @@ class CoServingStatic:
     iteration, a pipeline trains L / ((ceil(L / (B - c)) + layers / K) * t) tokens per second."""
 
     serves = True
+    finetunes = True
 
     def __init__(self, *, token_budget: int = 256, backward_layers: int = 1, overlap: bool = True) -> None:
         if token_budget < 1 or backward_layers < 1:

@@ -11,6 +11,7 @@ class FinetuneOnly:
     """One sample forward and backward per iteration, as a training program does."""
 
     serves = False
+    finetunes = True
 
     def plan(self, view: View) -> Plan:
         if not view.jobs:

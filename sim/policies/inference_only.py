@@ -10,6 +10,7 @@ class InferenceOnly:
     """Chunked prefill and decode, as plain continuous batching does."""
 
     serves = True
+    finetunes = False
 
     def __init__(self, *, token_budget: int | None = None) -> None:
         """`token_budget`: inference tokens of an iteration; None is the pipeline's limit."""

@@ -52,6 +52,13 @@ def checked_budget(token_budget: int | None) -> int | None:
     return token_budget
 
 
+def checked_tokens(key: str, tokens: int) -> int:
+    """`policy.<key>` as given, or ValueError."""
+    if tokens < 1:
+        raise ValueError(f"policy.{key} must be at least 1 token, got {tokens}")
+    return tokens
+
+
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:
     """Fill an iteration with inference tokens, at most `token_budget` and the pipeline's own limit.
 

@@ -13,6 +13,7 @@ class Temporal:
     """Remembers how many inference iterations have passed; finetunes at once when nothing is to be served."""
 
     serves = True
+    finetunes = True
 
     def __init__(self, *, interval: int = 64, token_budget: int | None = None) -> None:
         if interval < 1:

@@ -28,6 +28,7 @@ class TemporalDynamic:
     """
 
     serves = True
+    finetunes = True
 
     def __init__(
         self,
