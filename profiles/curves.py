@@ -114,6 +114,8 @@ FAMILIES = (
             "nccl_all_gather",
             "nccl_reduce_scatter",
             "nccl_alltoall",
+            "nccl_alltoall_low_latency",
+            "nccl_alltoall_simple_s",
         ),
         group="bytes",
     ),

@@ -244,7 +244,7 @@ def _vidur_network(file: str, frame: pd.DataFrame) -> list[Measured]:
     """Workers in one node; across nodes is another link."""
     part = frame[(frame["num_workers"] <= frame["devices_per_node"]) & (frame["collective"] == "all_reduce")]
     columns = {"bytes": _floats(part, "size"), "devices": _floats(part, "num_workers")}
-    return [_measured(file, part, "all-reduce", "all-reduce eager", columns, "time_stats.all_reduce.median")]
+    return [_measured(file, part, "all-reduce", "nccl all_reduce", columns, "time_stats.all_reduce.median")]
 
 
 def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:

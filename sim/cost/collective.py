@@ -72,7 +72,10 @@ def nccl_s(size_bytes: Floats, tp: int, operation: str, device: DeviceSpec, e: E
     }[operation]
     sent = size_bytes * (rounds * (tp - 1) / tp)
     simple = link * e.nccl_bandwidth * relative / (1.0 + e.nccl_few_devices / tp)
-    moved_s = np.minimum(sent / (link * e.nccl_low_latency), e.nccl_simple_s + sent / simple)
+    low, simple_s = e.nccl_low_latency, e.nccl_simple_s
+    if operation == "alltoall":
+        low, simple_s = e.nccl_alltoall_low_latency, e.nccl_alltoall_simple_s
+    moved_s = np.minimum(sent / (link * low), simple_s + sent / simple)
     return e.nccl_fixed_s + e.nccl_hop_s * rounds * (tp - 1) + moved_s
 
 

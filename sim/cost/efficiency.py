@@ -84,21 +84,24 @@ class Efficiency:
     allreduce_two_shot_s: float = 7.18e-6
     allreduce_eager_s: float = 44.9e-6
     """Outside a captured graph an all-reduce takes at least its launch."""
-    nccl_fixed_s: float = 10.1e-6
-    nccl_hop_s: float = 0.766e-6
-    nccl_low_latency: float = 0.217
+    nccl_fixed_s: float = 10e-6
+    nccl_hop_s: float = 0.769e-6
+    nccl_low_latency: float = 0.213
     """Share of the link by NCCL's low-latency protocols; beyond it takes `nccl_simple_s` more and
     reaches `nccl_bandwidth`."""
-    nccl_simple_s: float = 24.6e-6
-    nccl_bandwidth: float = 0.796
-    nccl_few_devices: float = 0.648
+    nccl_simple_s: float = 25.7e-6
+    nccl_bandwidth: float = 0.8
+    nccl_few_devices: float = 0.65
     """Loss of bandwidth with few devices: 1 / (1 + this / devices)."""
-    nccl_switch: float = 0.924
+    nccl_switch: float = 0.922
     """Bandwidth of an all-reduce of 8 devices, relative: the switch reduces (NVLS), or does not."""
     nccl_all_gather: float = 0.855
     """Bandwidth relative to an all-reduce; the next two likewise."""
-    nccl_reduce_scatter: float = 0.913
-    nccl_alltoall: float = 0.916
+    nccl_reduce_scatter: float = 0.914
+    nccl_alltoall: float = 0.879
+    nccl_alltoall_low_latency: float = 0.197
+    """An all-to-all is made of sends and receives, which have other protocols."""
+    nccl_alltoall_simple_s: float = 16.1e-6
 
     elementwise_bandwidth: float = 0.8
     """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
@@ -148,6 +151,7 @@ SHARES = (
     "allreduce_one_shot",
     "allreduce_two_shot",
     "nccl_low_latency",
+    "nccl_alltoall_low_latency",
     "nccl_bandwidth",
     "elementwise_bandwidth",
     "norm_bandwidth",
