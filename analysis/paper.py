@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,9 +95,7 @@ def cases(seeds: Sequence[int]) -> list[Case]:
         if policy != "finetune_only" or rate == FAIR_RATES_RPS[0]
     ]
     study = _case("case_study", "flexllm", "14B", 8, seeds[0], "policy=coserving_static", 2, PIPELINES)
-    out.append(
-        Case(**{name: getattr(study, name) for name in Case.__slots__ if name != "timeline"}, timeline=True)
-    )
+    out.append(replace(study, timeline=True))
     return sorted(out, key=lambda case: (case.figure != "fair", case.model != "8B"))
 
 

@@ -164,6 +164,8 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
         key = _refused_key(text, argv)
         if key is not None:
             keys = _known_keys(argv, config_dir, config_name)
+            if key in keys:
+                return f"{key!r} is not an option of this command"
             return f"no key or group named {key!r}{nearest(key, keys) or '; --cfg job lists them'}"
         if "Ambiguous value" in text or "requires --multirun" in text:
             given = text.split("'")[1]

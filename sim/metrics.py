@@ -68,7 +68,8 @@ DEFINITIONS: dict[str, str] = {
     "ended by duration_s) per second of duration_s",
     "finetune_fwd_tok_s": "finetuning tokens whose forward ended by duration_s, per second of duration_s: "
     "the paper's count",
-    "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else",
+    "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else, counted to the end of "
+    "their last optimizer step",
     "finetune_share_of_peak": "finetune_tok_s / peak_finetune_tok_s",
     "iterations": "iterations that ended by duration_s",
     "iteration_mean_s": "mean time of those iterations in seconds",

@@ -141,11 +141,16 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     for path in map(Path, paths):
         if not path.is_dir():
             raise ValueError(f"run folder {path} does not exist")
-        below = sorted(file.parent for file in path.rglob(SUMMARY))
+        below = sorted((file.parent for file in path.rglob(SUMMARY)), key=_natural)
         if not below:
             raise ValueError(f"no {SUMMARY} in or below {path}: no run there, or it was cut short")
         found.update(dict.fromkeys(below))
     return list(found)
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    """Sort key under which run 2 comes before run 10."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
 
 
 def make_manifest(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -41,7 +42,11 @@ def compare(argv: Sequence[str]) -> int:
     if not any(arg.startswith("policy=") for arg in argv):
         policies = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml"))
         argv = [*argv, "policy=" + ",".join(p for p in policies if p not in ("separate",))]
-    return hydra_main(simulate, ["-m", *argv], prog="coserve compare", at_end=_show)
+    if not {"--cfg", "-c", "--info", "-i"} & set(argv):
+        argv = ["-m", *argv]
+    else:
+        argv = [arg.partition(",")[0] if arg.startswith("policy=") else arg for arg in argv]
+    return hydra_main(simulate, argv, prog="coserve compare", at_end=_show)
 
 
 def simulate(config: DictConfig) -> dict[str, Any]:
@@ -49,8 +54,16 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
-    assembly = assemble(config)
-    peak_tok_s = finetune_peak_tok_s(assemble(config))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assembly, alone = assemble(config), assemble(config)
+    if single:
+        notes = [*(str(warning.message) for warning in caught), *assembly.workload.notes]
+        for note in dict.fromkeys(notes):
+            print(f"note: {note}", file=sys.stderr)
+    if assembly.labels["name"] is None:
+        assembly.labels["name"] = _distinction(hydra.overrides.task)
+    peak_tok_s = finetune_peak_tok_s(alone)
     with _progress(assembly, show=single) as on_progress:
         row = _run(assembly, config, folder, peak_tok_s, on_progress)
     if single and config.run.bounds:
@@ -81,7 +94,7 @@ def finetune_peak_tok_s(assembly: Assembly) -> float | None:
     """Trained tokens per second of the same cluster with every pipeline finetuning; None without jobs.
 
     Counted from the start to the end of the last optimizer step, so that it does not depend on where the
-    run is cut.
+    run is cut; when a job's data ended before the run, over the whole run, as what it is compared with.
     """
     if not any(spec.jobs for spec in assembly.pipelines):
         return None
@@ -89,10 +102,12 @@ def finetune_peak_tok_s(assembly: Assembly) -> float | None:
     recorder = run_assembly(alone)
     steps = recorder.steps.arrays()
     peak = 0.0
-    for pipeline in range(len(alone.pipelines)):
+    for pipeline, spec in enumerate(alone.pipelines):
         own = steps["pipeline"] == pipeline
         if own.any():
-            peak += float(steps["tokens"][own].sum() / steps["end_s"][own].max())
+            ended = any(job.finished for job in spec.jobs)
+            until_s = alone.horizon.duration_s if ended else steps["end_s"][own].max()
+            peak += float(steps["tokens"][own].sum() / until_s)
     return peak or None
 
 
@@ -120,6 +135,12 @@ def _run(
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim", overwrite=True)
     return {**summary, "folder": str(folder)}
+
+
+def _distinction(overrides: Sequence[str]) -> str | None:
+    """What tells this run from others of its policy: its overrides, without what tables show anyway."""
+    shown = ("policy", "seed", "workload", "workload.rate_rps", "model", "device", "cluster/router")
+    return ", ".join(o for o in overrides if o.partition("=")[0] not in shown) or None
 
 
 def _with_policy(config: DictConfig, policy: str) -> DictConfig:

@@ -20,9 +20,8 @@ def case_study_figure(bins: Mapping[str, Sequence[float]]) -> Figure:
     arrivals.step(time_s, bins["arrivals_rps"], where="post", color=style.GREY)
     arrivals.set_ylabel("arrivals (req/s)")
     tokens.step(time_s, bins["inference_tok_s"], where="post", color=style.BLUE, label="inference: generated")
-    tokens.step(
-        time_s, bins["finetune_fwd_tok_s"], where="post", color=style.ORANGE, label="finetuning: forward"
-    )
+    finetune = bins["finetune_fwd_tok_s"]
+    tokens.step(time_s, finetune, where="post", color=style.ORANGE, label="finetuning: forward")
     tokens.set_ylabel("tokens per second (tok/s)")
     tokens.set_xlabel("time (s)")
     tokens.legend(loc="upper right", frameon=False)

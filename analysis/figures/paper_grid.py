@@ -60,10 +60,8 @@ def grid_figure(
                 panel.set_title(model)
             if row == 2:
                 panel.set_xlabel("requests per second of the cluster")
-    handles = [
-        axes[0][0].plot([], [], color=style.BLACK, marker="o", ls="", mfc="none", ms=8, label="published")[0]
-    ]
-    handles = [*axes[0][0].get_legend_handles_labels()[0][: len(systems)], *handles]
+    handles = axes[0][0].get_legend_handles_labels()[0]
+    handles += axes[0][0].plot([], [], color=style.BLACK, marker="o", ls="", mfc="none", ms=8, label="published")
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)", fontsize=13)
     return figure

@@ -33,6 +33,14 @@ def test_every_policy_router_and_command_is_mentioned() -> None:
         assert f"coserve {command}" in README
 
 
+def test_nothing_is_left_to_fill_in_and_the_tree_is_there() -> None:
+    assert "@@" not in README
+    tree = README.split("## The tree")[1].split("```")[1]
+    for line in tree.strip().splitlines():
+        name = line.split()[0]
+        assert (ROOT / name).exists() or (ROOT / "sim" / name).exists(), name
+
+
 def test_there_are_commands_to_check() -> None:
     assert len(LINES) >= 6
 

@@ -129,6 +129,37 @@ def test_a_twice_too_optimistic_predictor_breaks_coserving_and_slack_recovers() 
     assert rows["coserving_slack"] > 0.9
 
 
+def test_room_for_the_kv_cache_follows_memory_and_what_finetuning_keeps() -> None:
+    def room(*argv: str, folder: str) -> float:
+        run = read_run(simulate(*argv, "run.bounds=false", "workload.duration_s=5", folder=folder))
+        return run.table("iterations")["kv_blocks_used"].max() / run.summary["kv_use_max"]
+
+    base = room(folder="a")
+    assert room("finetune=none", folder="b") > 1.2 * base
+    assert room("cluster.memory_utilization=0.8", folder="c") < 0.9 * base
+    assert room("policy=inference_only", folder="d") == pytest.approx(room("finetune=none", folder="e"))
+
+
+def test_finite_data_counts_against_a_peak_over_the_same_time() -> None:
+    own = ("finetune.jobs.sky_t1.epochs=1", "finetune.jobs.sky_t1.data.samples=16")
+    run = read_run(simulate(*own, "policy=finetune_only", "workload.duration_s=60"))
+    assert run.summary["finetune_share_of_peak"] == pytest.approx(1.0)
+
+
+def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", "-m", *SHORT, "policy.margin=0,0.3", "hydra.sweep.dir=sweep"]
+    assert main(argv) == 0
+    out = capfd.readouterr().out
+    assert "policy.margin=0.3" in out
+    assert Path("sweep/compare.png").is_file()
+
+
+def test_a_sweep_over_rates_ends_with_a_figure(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", "-m", "workload=poisson", "workload.duration_s=10", "hydra.sweep.dir=sweep"]
+    assert main([*argv, "policy=coserving,temporal", "workload.rate_rps=2,4", "seed=0,1"]) == 0
+    assert capfd.readouterr().out.rstrip().endswith("compare.png")
+
+
 BAD = {
     "polcy=coserving": "no key or group named 'polcy'; did you mean 'policy'?",
     "policy=temporl": "no policy named 'temporl'; did you mean 'temporal'?",
@@ -180,8 +211,9 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
 
 def test_unsorted_stamps_are_sorted_with_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text("arrival_s,prompt_tokens,output_tokens\n5,10,5\n1,20,5\n3,30,5\n")
-    with pytest.warns(UserWarning, match="sorted"):
-        assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
+    argv = ["simulate", "workload=csv", "workload.file=late.csv", "run.bounds=false", "hydra.run.dir=out"]
+    assert main(argv) == 0
+    assert "note: late.csv: 1 of 3 rows are stamped earlier than a row above" in capfd.readouterr().err
     assert read_run("out").table("requests").sort_values("request")["prompt_tokens"].tolist() == [20, 30, 10]
 
 

@@ -1,0 +1,202 @@
+"""The page of `coserve reproduce`: FlexLLM's claims one by one, simulated as published and on fair terms.
+
+"Same assumptions" is the published engine with its static policy against vLLM without CUDA graphs and
+LLaMA-Factory. "Fair" is a good engine (roofline, captured graphs, up to 2048 tokens an iteration) for all
+policies, on which the baselines are the best static split that keeps the SLO and budgeted time slicing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from analysis.paper import DEVICES, FAIR, FAIR_RATES_RPS, FINETUNE_TOK_S, MODELS, PIPELINES, RATES_RPS, Key, error
+from analysis.runs import SLO_KEPT_SHARE
+
+Fair = Mapping[tuple[str, str, int], Mapping[str, Any]]
+KEPT = 100 * SLO_KEPT_SHARE
+SPLITS = ("separate_25", "separate_50", "separate_75")
+LIGHT, HEAVY = RATES_RPS[0], RATES_RPS[-1]
+
+
+def page(predicted: Mapping[Key, float], published: Mapping[Key, float], fair: Fair) -> str:
+    """The whole page as Markdown."""
+    blocks = [
+        "# FlexLLM's claims, simulated",
+        "Simulated numbers are means over the seeds of one pipeline times 4, as the published ones are one "
+        "measured pipeline times 4. FlexLLM's engine is `cost=flexllm_a100` (fitted on its 70B step times and on "
+        "TPOT of 8B and 14B; 32B and every other sharing policy are predictions), serving in separate clusters is "
+        "`cost=vllm_eager_a100` (fitted on 8B), finetuning there is the published rate per pipeline.",
+        _claim_slo(predicted, fair),
+        _claim_ratio(predicted, fair, HEAVY, "1.9-4.8x"),
+        _claim_ratio(predicted, fair, LIGHT, "2.5-6.8x"),
+        _claim_peak(predicted, fair),
+        memory(),
+        _fair_table(fair),
+        _errors(predicted, published),
+    ]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _flexllm(predicted: Mapping[Key, float], model: str, rate_rps: int, metric: str) -> float:
+    return predicted[Key("end-to-end", "flexllm", model, rate_rps, metric)]
+
+
+def _claim_slo(predicted: Mapping[Key, float], fair: Fair) -> str:
+    rows = []
+    for model in MODELS:
+        own = _flexllm(predicted, model, HEAVY, "slo_attainment")
+        best = max(("coserving", "coserving_slack"), key=lambda p: fair[p, model, HEAVY]["slo_attainment"])
+        attained = fair[best, model, HEAVY]["slo_attainment"]
+        rows.append((model, f"{own:.1f} %", f"{attained:.1f} % ({best})"))
+    return _section(
+        "The SLO is kept up to 20 req/s",
+        "The paper: on all three models.",
+        ("model", "same assumptions: requests within the SLO at 20 req/s", "fair"),
+        rows,
+    )
+
+
+def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, claimed: str) -> str:
+    """Finetuning against separate clusters with 75 % serving, the only split that always keeps the SLO."""
+    rows = []
+    for model in MODELS:
+        own = _flexllm(predicted, model, rate_rps, "finetune_tok_s")
+        base = FINETUNE_TOK_S[model]
+        split, split_tok_s = best_split(fair, model, rate_rps)
+        ours = max(_kept_tok_s(fair, p, model, rate_rps) for p in ("coserving", "coserving_slack"))
+        limited = _kept_tok_s(fair, "temporal_limited", model, rate_rps)
+        rows.append(
+            (
+                model,
+                f"{own / base:.2f}x",
+                f"{own / (base * DEVICES[model]):.2f}x",
+                f"{_ratio(ours, split_tok_s)} ({split or 'none keeps it'})",
+                _ratio(ours, limited),
+            )
+        )
+    name = "heavy" if rate_rps == HEAVY else "light"
+    return _section(
+        f"{claimed} the finetuning of separate clusters under {name} load ({rate_rps} req/s)",
+        f"The paper: {claimed} over 8B to 32B, against 75 % of the pipelines serving. LLaMA-Factory's rate is "
+        "read as published and times the pipeline's devices.",
+        (
+            "model",
+            "same, as published",
+            "same, times devices",
+            "fair: best static split that keeps the SLO",
+            "fair: budgeted time slicing",
+        ),
+        rows,
+    )
+
+
+def _claim_peak(predicted: Mapping[Key, float], fair: Fair) -> str:
+    rows = []
+    for model in MODELS:
+        light, heavy = (_flexllm(predicted, model, rate, "finetune_tok_s") for rate in (LIGHT, HEAVY))
+        alone = fair["finetune_only", model, LIGHT]["finetune_tok_s"]
+        best = max(_kept_tok_s(fair, p, model, HEAVY) for p in ("coserving", "coserving_slack"))
+        at_light = max(_kept_tok_s(fair, p, model, LIGHT) for p in ("coserving", "coserving_slack"))
+        rows.append((model, _share(heavy, light), _share(best, at_light), _share(best, alone)))
+    return _section(
+        "Over 76 % of peak finetuning progress is kept at peak demand",
+        "The paper does not define the peak; 8B's published 7195 tok/s at 20 req/s are 76 % of its 9408 at 4 "
+        "req/s, so it is read as the share of the lightest load.",
+        ("model", "same: 20 over 4 req/s", "fair: 20 over 4 req/s", "fair: 20 req/s over finetuning alone"),
+        rows,
+    )
+
+
+def memory() -> str:
+    """What is known of the memory claim; planning it is the compile step's."""
+    head = "## Up to 80 % less memory\n\nThe paper: activations of a 70B model fall from 84.6 to 12.5 GB. "
+    if find_spec("sim.compile") is None:
+        return head + "Not simulated: it needs the plan of static compilation, which is not in this installation."
+    return head + "Not a matter of time: the plan of static compilation (`sim.compile`) counts it."
+
+
+def best_split(fair: Fair, model: str, rate_rps: int) -> tuple[str | None, float]:
+    """The static split that finetunes most among those that keep the SLO; None and NaN if none does."""
+    kept = [(fair[s, model, rate_rps]["finetune_tok_s"], s) for s in SPLITS if _keeps(fair[s, model, rate_rps])]
+    if not kept:
+        return None, math.nan
+    trained, split = max(kept)
+    return split, trained
+
+
+def _keeps(row: Mapping[str, Any]) -> bool:
+    return bool(row["slo_attainment"] >= KEPT)
+
+
+def _kept_tok_s(fair: Fair, policy: str, model: str, rate_rps: int) -> float:
+    """Finetuning of a policy that keeps the SLO, 0 tok/s worth claiming if it does not."""
+    row = fair[policy, model, rate_rps]
+    return float(row["finetune_tok_s"]) if _keeps(row) else 0.0
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.2f}x" if whole > 0 else "no baseline"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole > 0 else "SLO missed"
+
+
+def _fair_table(fair: Fair) -> str:
+    rows = []
+    for model in MODELS:
+        for rate in FAIR_RATES_RPS:
+            for policy in FAIR:
+                if (policy, model, rate) in fair:
+                    row = fair[policy, model, rate]
+                    rows.append(
+                        (
+                            model,
+                            str(rate),
+                            policy,
+                            f"{row['slo_attainment']:.1f}",
+                            f"{row['finetune_tok_s']:,.0f}",
+                            f"{row['tpot_mean']:.1f}",
+                        )
+                    )
+    return _section(
+        "All policies on a good engine",
+        f"Four pipelines on A100. The SLO counts as kept from {KEPT:g} % of the requests on.",
+        ("model", "req/s", "policy", "within the SLO (%)", "finetuning (tok/s)", "TPOT mean (ms)"),
+        rows,
+    )
+
+
+def _errors(predicted: Mapping[Key, float], published: Mapping[Key, float]) -> str:
+    """Mean and worst error by figure, system, model and metric."""
+    if not published:
+        return "## Errors\n\nNo published numbers were found: put `flexllm/published.csv` into the data folder."
+    groups: dict[tuple[str, str, str, str], list[tuple[float, int]]] = {}
+    for key, value in published.items():
+        place = (key.figure, key.system, key.model, key.metric)
+        groups.setdefault(place, []).append((error(key, predicted[key], value), key.rate_rps))
+    rows = []
+    for place, errors in groups.items():
+        worst, rate = max(errors, key=lambda pair: abs(pair[0]))
+        mean = sum(abs(value) for value, _ in errors) / len(errors)
+        unit = "points" if place[-1] == "slo_attainment" else "%"
+        rows.append((*place, f"{mean:.1f} {unit}", f"{worst:+.1f} at {rate} req/s"))
+    return _section(
+        "Errors against the published points",
+        "LLaMA-Factory's rates are inputs, so their error is 0 by construction. "
+        f"Of the rest only TPOT of FlexLLM and vLLM entered a fit. Cluster of {PIPELINES} pipelines.",
+        ("figure", "system", "model", "metric", "mean absolute", "worst"),
+        rows,
+    )
+
+
+def _section(title: str, text: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [f"## {title}", "", text, "", _line(columns), _line(["---"] * len(columns)), *map(_line, rows)]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
