@@ -12,7 +12,17 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from analysis.paper import DEVICES, FAIR, FAIR_RATES_RPS, FINETUNE_TOK_S, MODELS, PIPELINES, RATES_RPS, Key, error
+from analysis.paper import (
+    DEVICES,
+    FAIR,
+    FAIR_RATES_RPS,
+    FINETUNE_TOK_S,
+    MODELS,
+    PIPELINES,
+    RATES_RPS,
+    Key,
+    error,
+)
 from analysis.runs import SLO_KEPT_SHARE
 
 Fair = Mapping[tuple[str, str, int], Mapping[str, Any]]
@@ -114,13 +124,18 @@ def memory() -> str:
     """What is known of the memory claim; planning it is the compile step's."""
     head = "## Up to 80 % less memory\n\nThe paper: activations of a 70B model fall from 84.6 to 12.5 GB. "
     if find_spec("sim.compile") is None:
-        return head + "Not simulated: it needs the plan of static compilation, which is not in this installation."
+        return (
+            head
+            + "Not simulated: it needs the plan of static compilation, which is not in this installation."
+        )
     return head + "Not a matter of time: the plan of static compilation (`sim.compile`) counts it."
 
 
 def best_split(fair: Fair, model: str, rate_rps: int) -> tuple[str | None, float]:
     """The static split that finetunes most among those that keep the SLO; None and NaN if none does."""
-    kept = [(fair[s, model, rate_rps]["finetune_tok_s"], s) for s in SPLITS if _keeps(fair[s, model, rate_rps])]
+    kept = [
+        (fair[s, model, rate_rps]["finetune_tok_s"], s) for s in SPLITS if _keeps(fair[s, model, rate_rps])
+    ]
     if not kept:
         return None, math.nan
     trained, split = max(kept)
@@ -173,7 +188,9 @@ def _fair_table(fair: Fair) -> str:
 def _errors(predicted: Mapping[Key, float], published: Mapping[Key, float]) -> str:
     """Mean and worst error by figure, system, model and metric."""
     if not published:
-        return "## Errors\n\nNo published numbers were found: put `flexllm/published.csv` into the data folder."
+        return (
+            "## Errors\n\nNo published numbers were found: put `flexllm/published.csv` into the data folder."
+        )
     groups: dict[tuple[str, str, str, str], list[tuple[float, int]]] = {}
     for key, value in published.items():
         place = (key.figure, key.system, key.model, key.metric)

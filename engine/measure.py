@@ -83,6 +83,7 @@ class _Drawn:
     """Plans of every kind and size, one unlike the next."""
 
     serves = True
+    finetunes = True
 
     def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng((seed, 3))

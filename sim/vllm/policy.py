@@ -19,6 +19,7 @@ class Vllm:
     """Continuous batching with the admission and preemption of vLLM v1."""
 
     serves = True
+    finetunes = False
 
     def __init__(self, *, reserve_full_prompt: bool = True) -> None:
         """`reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19."""
