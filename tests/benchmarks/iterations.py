@@ -16,7 +16,7 @@ cores of an AMD EPYC virtual machine, Python built without profile-guided optimi
 41,000 iterations per second where this one does 37,000), stage by stage in microseconds:
 
     before  35 = plan 14.9, apply 7.3, commit 4.2, world 2.2, view 1.7, arrivals 0.5, loop and SimPy 4
-    after   27 = plan 11.5, apply 6, commit 3, world 2, view 1.5, arrivals 0.5, loop and SimPy 2.5
+    after   27 = plan 11.5, apply 5.6, commit 2.9, world 2.0, view 1.3, arrivals 0.4, loop and SimPy 3
 
 - The inverse questions of the cost model took half of `plan`: each search began at the largest slice and
   needed 5 evaluations for a window and 6 for a part of a layer. From the previous answer, or from the two
