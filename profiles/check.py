@@ -58,7 +58,7 @@ def check_file(
 ) -> list[CheckLine]:
     """One line per operator or regime; ValueError for a broken file, or a profile without a model."""
     if model is not None:
-        model.check_tp(tp)
+        _check_tp(path, model, tp)
     if is_profile(list(read_frame(path).columns)):
         if model is None:
             raise ValueError(f"{path}: a profile of whole iterations needs model=NAME")
@@ -76,6 +76,13 @@ def check_file(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
             )
     return lines + _whole_layer(operators, device, gemm)
+
+
+def _check_tp(path: Path, model: ModelShape, tp: int) -> None:
+    try:
+        model.check_tp(tp)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def model_name(model: ModelShape | None) -> str:

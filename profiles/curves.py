@@ -72,6 +72,7 @@ FAMILIES = (
             "attention_flops",
             "attention_head64",
             "attention_head256",
+            "attention_wide_head",
             "attention_tile_s",
             "attention_critical",
             "attention_bandwidth",

@@ -76,6 +76,7 @@ def prefill_s(
     head = np.where(
         head_dim < 128, e.attention_head64, e.attention_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
     )
+    head = np.where(head_dim > 256, e.attention_wide_head, 1.0) * head
     key_s = (
         FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
     )

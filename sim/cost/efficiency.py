@@ -48,6 +48,8 @@ class Efficiency:
     """FLOP/s of attention with heads below 128, relative to 128."""
     attention_head256: float = 1.0
     """The same for each doubling of the head above 128."""
+    attention_wide_head: float = 1.0
+    """FLOP/s of heads above 256, which have a kernel of their own, relative to the line of the others."""
     attention_tile_s: float = 0.656e-6
     attention_critical: float = 0.54
     """Time of the longest tile, alone on its multiprocessor, relative to a busy device's."""

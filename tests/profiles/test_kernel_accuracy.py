@@ -22,7 +22,7 @@ FAMILY = {family.name: family for family in FAMILIES}
 # outside a graph is whatever the host is.
 BOUNDS = {
     "gemm": (0.08, 0.20),
-    "context attention": (0.08, 0.205),
+    "context attention": (0.08, 0.20),
     "generation attention": (0.08, 0.20),
     "nccl": (0.08, 0.21),
     "all-reduce": (0.08, 0.25),
