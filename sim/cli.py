@@ -17,6 +17,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
     "compare": ("simulate every policy on the same workload: a table and a figure", "sim.simulate:compare"),
     "bench": ("serve and finetune for real, on the wall clock, and measure it", "engine.bench:main"),
+    "finetune": ("finetune a LoRA adapter on a dataset: the job alone", "engine.training:main"),
+    "generate": ("answer prompts from a file or from standard input", "engine.generate:main"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
