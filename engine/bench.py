@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig
-from engine.driver import Driver, EngineArrivals, WallClock
+from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
 from engine.load import load_model, random_model
 from engine.lora import new_adapter, write_adapter
@@ -167,26 +167,13 @@ def _run(
         drawn = np.random.default_rng((seed, request.id)).integers(0, vocab, request.prompt_tokens)
         return drawn.tolist(), Sampling()
 
-    arrivals: Arrivals = workload.arrivals() if policy.serves else _NoArrivals()
+    arrivals: Arrivals = workload.arrivals() if policy.serves else GivenArrivals()
     source = EngineArrivals(arrivals, engine, prompt)
     Driver(engine, WallClock()).run(run_loop(state, policy, source, horizon))
     if not policy.serves:
         for request in workload.arrivals().due(horizon.duration_s):
             recorder.add_request(request, -1, Outcome.REJECTED)
     return recorder
-
-
-class _NoArrivals:
-    """For a policy that does not serve."""
-
-    def next_s(self) -> float | None:
-        return None
-
-    def due(self, now_s: float) -> Sequence[Request]:
-        return ()
-
-    def ended(self, request_id: int, now_s: float) -> None:
-        raise AssertionError("a policy that does not serve has no requests")
 
 
 def _model(config: DictConfig, device: DeviceSpec, seed: int) -> Model:

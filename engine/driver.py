@@ -124,6 +124,23 @@ class EngineArrivals:
         self._arrivals.ended(request_id, now_s)
 
 
+class GivenArrivals:
+    """Requests that are all there from the start; by default none. Implements `Arrivals`."""
+
+    def __init__(self, requests: Seq[Request] = ()) -> None:
+        self._requests = list(requests)
+
+    def next_s(self) -> float | None:
+        return 0.0 if self._requests else None
+
+    def due(self, now_s: float) -> Seq[Request]:
+        requests, self._requests = self._requests, []
+        return requests
+
+    def ended(self, request_id: int, now_s: float) -> None:
+        """Nothing follows from it."""
+
+
 class Driver:
     """Runs one loop on one engine. `abort` may be called from any thread."""
 

@@ -83,15 +83,18 @@ class Engine:
         adapters: Mapping[str, Adapter] | None = None,
         trainers: Iterable[Trainer] = (),
         on_token: Callable[[int, int], None] | None = None,
+        on_step: Callable[[StepRecord], None] | None = None,
     ) -> None:
         """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
-        of `adapters` or a trainer's job. `on_token(id, token)` is called for each token in order."""
+        of `adapters` or a trainer's job. `on_token(id, token)` is called for each token in order,
+        `on_step(record)` for each optimizer step."""
         self.model = model
         self.tables = BlockTables(limits)
         self.trainers = {trainer.spec.id: trainer for trainer in trainers}
         self.steps: list[StepRecord] = []
         """Optimizer steps so far."""
         self.on_token = on_token
+        self.on_step = on_step
         self._pages = pages
         self._bank = bank
         self._versions: dict[str, int] = {}
@@ -279,6 +282,8 @@ class Engine:
             self.steps.append(StepRecord(result.job, result.step, loss, norm, result.learning_rate))
             self._bank.drop(self._versions[result.job])
             self._versions[result.job] = self._bank.hold(self.trainers[result.job].slot)
+            if self.on_step is not None:
+                self.on_step(self.steps[-1])
 
 
 def _is_step(piece: Slice) -> bool:

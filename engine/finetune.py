@@ -23,6 +23,7 @@ from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, Kept, LoraBatch, Model, Pages, Window
 from engine.optimizer import MasterOptimizer, OptimizerSettings
+from engine.packing import upload
 from sim.core.finetune import JobSpec, JobView, backward_chunks
 
 
@@ -137,7 +138,7 @@ class Trainer:
 
     def loss(self, window: ForwardWindow, x: torch.Tensor) -> None:
         """Add the loss of a window whose last residual stream is x [N, E], and start its gradient."""
-        labels = torch.from_numpy(self._labels[window.at]).to(x.device, non_blocking=True)
+        labels = upload(torch.from_numpy(self._labels[window.at]), x.device)
         model = self._model
         loss, count, d_hidden = linear_cross_entropy(model.final_norm(x), model.weights.head, labels)
         self._loss += loss
@@ -213,12 +214,12 @@ class Trainer:
         assert self._sample is not None
         model = self._model
         kept = Kept(model.config, tokens, model.dtype, model.device)
-        ids = torch.from_numpy(self._sample.tokens[start : start + tokens])
+        ids = upload(torch.from_numpy(self._sample.tokens[start : start + tokens]), model.device)
         ends = torch.zeros(2, dtype=torch.int32, device=model.device)
         ends[1:].fill_(tokens)
         lora = self._lora()
         batch = Batch(
-            tokens=ids.to(model.device, non_blocking=True),
+            tokens=ids,
             positions=torch.arange(start, start + tokens, dtype=torch.int32, device=model.device),
             slots=None,
             block_tables=self._table[None],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -85,6 +86,15 @@ class MasterOptimizer:
             master.grad = grad
         self._optimizer = settings.build(masters)
         self.steps = 0
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs, besides the masters."""
+        return self._optimizer.state_dict()
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on after `steps` steps."""
+        self._optimizer.load_state_dict(state)
+        self.steps = steps
 
     def step(self, count: torch.Tensor) -> torch.Tensor:
         """One update by the mean over `count` labels, after which the gradients are 0.

@@ -72,6 +72,14 @@ def pack(pieces: Sequence[Piece], block_tokens: int) -> Packed:
     )
 
 
+def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device that nobody waits for; the tensor itself on the CPU.
+
+    From pageable memory a copy would wait for all that the device still has to do.
+    """
+    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
 class Staging:
     """Uploads int32 arrays through persistent buffers.
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.packing import upload
+
 _MASK = (1 << 64) - 1
 
 
@@ -49,7 +51,7 @@ def sample(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence
     drawn = [n for n, setting in enumerate(settings) if setting.temperature > 0]
     if drawn:
         every = len(drawn) == len(settings)
-        rows = slice(None) if every else torch.tensor(drawn).to(logits.device, non_blocking=True)
+        rows = slice(None) if every else upload(torch.tensor(drawn), logits.device)
         chosen[rows] = _draw(logits[rows].float(), [settings[n] for n in drawn], [indices[n] for n in drawn])
     return chosen.to(torch.int32)
 
@@ -61,8 +63,8 @@ def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[
         (s.temperature, s.top_k or vocab, s.top_p, uniform(s.seed, i))
         for s, i in zip(settings, indices, strict=True)
     ]
-    host = torch.tensor(numbers, dtype=torch.float64)
-    temperature, top_k, top_p, u = host.to(logits.device, non_blocking=True)[:, :, None].unbind(1)
+    host = upload(torch.tensor(numbers, dtype=torch.float64), logits.device)
+    temperature, top_k, top_p, u = host[:, :, None].unbind(1)
     ordered, token = logits.sort(dim=1, descending=True, stable=True)
     p = (ordered.double() / temperature).softmax(1)
     rank = torch.arange(vocab, device=logits.device)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from engine.assemble import assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
-from engine.engine import Engine, NotFiniteLoss
+from engine.engine import NotFiniteLoss
 from engine.sampling import Sampling
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.finetune import Job, JobSpec
@@ -92,13 +95,16 @@ def test_engine_and_simulator_decide_the_same(name: str, lookahead: int, order: 
 class WallRun:
     """A run of the tiny model on the wall clock."""
 
-    def __init__(self, prompts: dict[int, Any], horizon: Horizon, on_token: Any = None) -> None:
+    def __init__(
+        self, prompts: dict[int, Any], horizon: Horizon, policy: Any, jobs: Any = (), on_token: Any = None
+    ) -> None:
         limits = limits_of()
-        model = tiny_model("llama")
-        engine = Engine(model=model, pages=model.new_pages(256, 16), limits=limits, on_token=on_token)
+        engine, counted = assemble_engine(
+            tiny_model("llama"), limits, [job.of() for job in jobs], on_token=on_token
+        )
         self.recorder = Recorder()
-        self.policy = Watched(build_policy("inference_only"))
-        state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder)
+        self.policy = Watched(policy)
+        state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder, jobs=counted)
         arrivals = ListArrivals(request for request, _, _ in prompts.values())
         source = EngineArrivals(arrivals, engine, lambda r: prompts[r.id][1:])
         self.loop = run_loop(state, self.policy, source, horizon)
@@ -109,25 +115,35 @@ class WallRun:
         self.driver.run(self.loop)
 
 
-def test_on_the_wall_clock_requests_are_served_at_their_times_and_replay_gives_the_same_plans() -> None:
-    prompts = prompts_of(8)
-    run = WallRun(prompts, Horizon(duration_s=10.0))
+@pytest.mark.parametrize("name", ["inference_only", "coserving", "coserving_slack", "temporal_dynamic"])
+def test_a_replay_of_the_wall_clocks_times_gives_the_same_plans(name: str) -> None:
+    prompts, horizon = prompts_of(8), Horizon(duration_s=60.0)
+    jobs = [setup_of("layer_major")] if name in FINETUNING else []
+    run = WallRun(prompts, horizon, build_policy(name, predictor=WORLD), jobs)
     run.start()
     rows = run.recorder.requests.arrays()
     assert (rows["outcome"] == Outcome.FINISHED).all() and len(rows["outcome"]) == 8
     assert (rows["first_token_s"] > rows["arrival_s"]).all()
+    assert len(run.engine.steps) == 2 * len(jobs)
     ends = run.recorder.iterations.arrays()["end_s"].tolist()
     assert ends == sorted(ends)
 
-    again = Watched(build_policy("inference_only"))
-    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    again = Watched(build_policy(name, predictor=WORLD))
+    spec = [trainer.spec for trainer in run.engine.trainers.values()]
+    counted = [Job(one, iter(LENGTHS)) for one in spec]
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder(), jobs=counted)
     arrivals = ListArrivals(request for request, _, _ in prompts.values())
-    assert replay(run_loop(state, again, arrivals, Horizon(duration_s=10.0)), ends) == len(ends)
-    assert [p for p in again.plans if p != Plan()] == [p for p in run.policy.plans if p != Plan()]
+    starts = run.recorder.iterations.arrays()["start_s"].tolist()
+    assert replay(run_loop(state, again, arrivals, horizon), starts, ends) == len(ends)
+    assert [p for p in again.plans if has_work(p)] == [p for p in run.policy.plans if has_work(p)]
 
 
-def replay(loop: Any, ends: list[float]) -> int:
-    """Answer every Wait with the next recorded time; iterations executed."""
+def has_work(plan: Plan) -> bool:
+    return bool(plan.decode or plan.prefills or plan.finetune)
+
+
+def replay(loop: Any, starts: list[float], ends: list[float]) -> int:
+    """Answer every Wait with the next recorded end, every Sleep with the next start; iterations executed."""
     left, executed, reply = iter(ends), 0, None
     while True:
         try:
@@ -138,7 +154,8 @@ def replay(loop: Any, ends: list[float]) -> int:
             executed += 1
             reply = Done(0.0)
         elif isinstance(command, Sleep):
-            reply = Done(command.until_s)
+            # A sleep on the wall clock ends a little after its time.
+            reply = Done(starts[executed] if executed < len(starts) else command.until_s)
         else:
             assert isinstance(command, Wait)
             reply = Done(next(left))
@@ -154,7 +171,7 @@ def test_an_aborted_request_stops_and_frees_its_blocks() -> None:
 
     prompt = tokens_of(9, seed=1)
     prompts = {id: (Request(id, 0.0, 9, 40), prompt, Sampling()) for id in range(2)}
-    run = WallRun(prompts, Horizon(duration_s=20.0), on_token)
+    run = WallRun(prompts, Horizon(duration_s=20.0), build_policy("inference_only"), on_token=on_token)
     run.start()
     assert seen == {0: 3, 1: 40}
     rows = run.recorder.requests.arrays()
@@ -168,3 +185,35 @@ def test_a_loss_that_is_not_a_number_names_its_job_and_step() -> None:
     job = JobSetup(samples=[sample_of(10, seed=0)] * 4, adapter=adapter)
     with pytest.raises(NotFiniteLoss, match="job job: the loss of step 1 is nan"):
         EngineRun(tiny_model("llama"), build_policy("finetune_only"), limits_of(), {}, jobs=[job])
+
+
+def test_nothing_grows_with_time() -> None:
+    """Live tensors, their bytes, and what the engine remembers, between two moments of one long run."""
+    seen: list[tuple[int, int]] = []
+
+    class Counting(Watched):
+        def plan(self, view: Any) -> Plan:
+            if len(self.plans) in (100, 1000):
+                gc.collect()
+                tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+                seen.append((len(tensors), sum(t.nbytes for t in tensors)))
+            return super().plan(view)
+
+    prompt = tokens_of(9, seed=1)
+    prompts = {id: (Request(id, 0.08 * id, 9, 12, "chat", "job"), prompt, Sampling()) for id in range(400)}
+    samples = (sample_of(24, seed=n % 3) for n in range(10**6))
+    job = JobSetup(samples=samples, adapter=adapter_of("qwen2", 2, ["down_proj"]), accumulation=1)
+    run = EngineRun(
+        tiny_model("qwen2"),
+        Counting(build_policy("coserving", predictor=WORLD)),
+        limits_of(),
+        prompts,
+        jobs=[job],
+        horizon=Horizon(duration_s=32.0, drain_s=5.0),
+        world=WORLD,
+        keep_logits=False,
+    )
+    assert len(run.policy.plans) > 1000 and len(run.engine.steps) > 100
+    early, late = seen
+    assert early == late
+    assert not run.engine._live and not run.engine._launched

@@ -209,8 +209,10 @@ class EngineRun:
         jobs: Sequence[JobSetup] = (),
         horizon: Horizon | None = None,
         world: Any = None,
+        keep_logits: bool = True,
     ) -> None:
         self.model = RecordingModel(model)
+        self._keep_logits = keep_logits
         self.tokens: dict[int, list[int]] = {id: [] for id in prompts}
         self.logits: dict[int, list[torch.Tensor]] = {id: [] for id in prompts}
         self.policy = Watched(policy)
@@ -238,7 +240,9 @@ class EngineRun:
         def wrapped(plan: Plan) -> None:
             before = len(self.model.recorded)
             launch(plan)
-            if len(self.model.recorded) > before:
+            if not self._keep_logits:
+                self.model.recorded.clear()
+            elif len(self.model.recorded) > before:
                 for id, row in zip(self.engine._launched[-1].ids, self.model.recorded[-1], strict=True):
                     self.logits[id].append(row.cpu())
 

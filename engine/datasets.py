@@ -1,0 +1,201 @@
+"""Training data as users have it: a JSON or JSON-lines file whose columns say what it is.
+
+    text                        plain text
+    prompt, completion          a prompt and what follows it
+    instruction, input, output  alpaca; one exchange
+    conversations               sharegpt: a list of {from: human | gpt | system, value}
+    messages                    OpenAI: a list of {role: user | assistant | system, content}
+
+The last three become messages and take the tokenizer's chat template. Loss is on the answers alone unless
+prompts are asked for: the tokens that the template adds when an answer is appended. Errors name file and row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from engine.finetune import Sample
+from engine.kernels.loss import IGNORE_LABEL
+
+FORMATS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Format -> the columns that it is known by; the first that fits."""
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+Message = dict[str, str]
+
+
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers."""
+
+    eos_token_id: int | None
+    chat_template: Any
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+def read_samples(
+    path: str | Path,
+    tokenizer: Tokenizer,
+    *,
+    cutoff_len: int,
+    train_on_prompt: bool = False,
+    packing: bool = False,
+) -> list[Sample]:
+    """Samples of at most `cutoff_len` tokens, in the file's order.
+
+    With `packing` they are laid one after the other and cut into pieces of `cutoff_len`, the last of which
+    may be shorter; without it each longer one is cut. What then has no token to train on is left out. Raises
+    ValueError for a row that does not fit.
+    """
+    path = Path(path)
+    samples: list[Sample] = []
+    kind: str | None = None
+    for row, record in _records(path):
+        where = f"{path}: row {row}"
+        kind = kind or _format(record, where)
+        tokens, trained = _encode(record, kind, tokenizer, where)
+        ids, own = np.array(tokens, np.int32), np.array(trained) | train_on_prompt
+        samples.append(Sample(ids, np.where(own, ids.astype(np.int64), IGNORE_LABEL)))
+    if not samples:
+        raise ValueError(f"{path}: holds no rows")
+    if packing:
+        samples = _packed(samples, cutoff_len)
+    cut = [Sample(s.tokens[:cutoff_len], s.labels[:cutoff_len]) for s in samples]
+    kept = [s for s in cut if (s.labels[1:] != IGNORE_LABEL).any()]
+    if not kept:
+        raise ValueError(f"{path}: no row has a token to train on within cutoff_len {cutoff_len}")
+    return kept
+
+
+def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows from 1 with their records."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"dataset {path} does not exist") from None
+    if path.suffix == ".jsonl":
+        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        rows: list[tuple[int, Any]] = [(n, _json(line, f"{path}: row {n}")) for n, line in lines]
+    else:
+        whole = _json(text, str(path))
+        if not isinstance(whole, list):
+            raise ValueError(f"{path}: must be a list of records, got {type(whole).__name__}")
+        rows = list(enumerate(whole, 1))
+    for row, record in rows:
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: row {row} must be a record, got {record!r}")
+        yield row, record
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error}") from None
+
+
+def _format(record: Mapping[str, Any], where: str) -> str:
+    for kind, columns in FORMATS.items():
+        if all(column in record for column in columns):
+            return kind
+    known = "; ".join(" and ".join(columns) for columns in FORMATS.values())
+    raise ValueError(f"{where}: columns must include {known}; got {', '.join(record)}")
+
+
+def _encode(
+    record: Mapping[str, Any], kind: str, tokenizer: Tokenizer, where: str
+) -> tuple[list[int], list[bool]]:
+    """Tokens, and which of them are trained on."""
+    if kind == "text":
+        tokens = _with_end(tokenizer.encode(_text(record, "text", where), add_special_tokens=True), tokenizer)
+        return tokens, [True] * len(tokens)
+    if kind == "prompt":
+        prompt = tokenizer.encode(_text(record, "prompt", where), add_special_tokens=True)
+        answer = tokenizer.encode(_text(record, "completion", where), add_special_tokens=False)
+        answer = _with_end(answer, tokenizer)
+        return prompt + answer, [False] * len(prompt) + [True] * len(answer)
+    return _chat(_messages(record, kind, where), tokenizer, where)
+
+
+def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]:
+    if kind == "alpaca":
+        user = _text(record, "instruction", where)
+        if record.get("input"):
+            user += "\n" + _text(record, "input", where)
+        found = [{"role": "user", "content": user}]
+        found.append({"role": "assistant", "content": _text(record, "output", where)})
+    else:
+        column, role, content = (
+            ("messages", "role", "content") if kind == "messages" else ("conversations", "from", "value")
+        )
+        turns = record.get(column)
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+            raise ValueError(f"{where}: {column} must be a list of records, got {turns!r}")
+        found = [
+            {"role": _role(turn.get(role), where), "content": _text(turn, content, where)} for turn in turns
+        ]
+    if record.get("system"):
+        found.insert(0, {"role": "system", "content": _text(record, "system", where)})
+    if not any(message["role"] == "assistant" for message in found):
+        raise ValueError(f"{where}: has no answer to train on")
+    return found
+
+
+def _role(value: Any, where: str) -> str:
+    if value not in ROLES:
+        raise ValueError(f"{where}: a turn must be of {', '.join(ROLES)}, got {value!r}")
+    return ROLES[value]
+
+
+def _text(record: Mapping[str, Any], column: str, where: str) -> str:
+    value = record.get(column)
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: {column} must be text, got {value!r}")
+    return value
+
+
+def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
+    """The whole conversation, and which tokens an answer added."""
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where}: holds a conversation, and the tokenizer has no chat template")
+    tokens = template(tokenizer, messages)
+    trained = [False] * len(tokens)
+    for n, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = template(tokenizer, messages[:n], add_generation_prompt=True)
+            after = template(tokenizer, messages[: n + 1])
+            if tokens[: len(after)] != after or after[: len(before)] != before:
+                raise ValueError(
+                    f"{where}: the chat template changes earlier turns, so answers cannot be found"
+                )
+            trained[len(before) : len(after)] = [True] * (len(after) - len(before))
+    return tokens, trained
+
+
+def template(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
+    """Tokens of a conversation under the tokenizer's chat template."""
+    encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+    return list(encoded["input_ids"])
+
+
+def _with_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
+    return tokens if tokenizer.eos_token_id is None else [*tokens, tokenizer.eos_token_id]
+
+
+def _packed(samples: Sequence[Sample], length: int) -> list[Sample]:
+    tokens = np.concatenate([s.tokens for s in samples])
+    labels = np.concatenate([s.labels for s in samples])
+    return [Sample(tokens[a : a + length], labels[a : a + length]) for a in range(0, len(tokens), length)]

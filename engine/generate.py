@@ -1,0 +1,166 @@
+"""`coserve generate`: answer prompts, all of them in one continuous batch.
+
+    coserve generate model_name_or_path=FOLDER prompts=questions.txt
+    echo "Why is the sky blue?" | coserve generate model_name_or_path=FOLDER temperature=0.7
+
+One line of JSON per prompt on standard output, in the order of the prompts: prompt, output, whether the model
+ended it (stop) or max_new_tokens (length), and its tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from engine.assemble import assemble_engine
+from engine.datasets import template
+from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.load import load_model
+from engine.lora import read_adapter
+from engine.sampling import Sampling
+from engine.training import CONFIGS, DTYPES
+from sim.assemble import CONFIGS as SIMULATOR
+from sim.checked import build
+from sim.core.loop import Horizon, run_loop
+from sim.core.plan import Limits, Policy
+from sim.core.request import Request, Slo
+from sim.core.rows import Recorder
+from sim.core.state import PipelineState
+from sim.hydra_app import hydra_main
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The keys of `generate.yaml`."""
+
+    model_name_or_path: str
+    adapter_name_or_path: str | None
+    prompts: str | None
+    chat: bool | None
+    device: str
+    dtype: str
+    max_new_tokens: int
+    ignore_eos: bool
+    temperature: float
+    top_k: int | None
+    top_p: float
+    seed: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device=cuda needs a CUDA device, and torch finds none")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve generate`."""
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    return hydra_main(generate, argv, prog="coserve generate", config_name="generate", config_dir=CONFIGS)
+
+
+def generate(config: DictConfig) -> dict[str, Any]:
+    """Answer prompts from a file or from standard input, a line each."""
+    node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(node, dict)
+    policy: Policy = build(None, {k: v for k, v in node.pop("policy").items() if k != "name"}, "policy")
+    settings: Settings = build(Settings, node, "generate")
+    prompts = _prompts(settings)
+    rows = answer(settings, policy, prompts)
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+    return {"prompts": len(rows)}
+
+
+def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """A record for each prompt: prompt, output, finish (stop or length), tokens."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
+    longest = settings.limits.max_sequence_tokens
+    for n, tokens in enumerate(encoded, 1):
+        if not tokens or len(tokens) >= longest:
+            raise ValueError(f"prompt {n} must have 1..{longest - 1} tokens, got {len(tokens)}")
+    stops = frozenset[int]() if settings.ignore_eos else _stops(settings.model_name_or_path, tokenizer)
+    sampling = Sampling(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
+    )
+
+    model = load_model(settings.model_name_or_path, DTYPES[settings.dtype], settings.device)
+    adapters = {}
+    if settings.adapter_name_or_path is not None:
+        adapters["adapter"] = read_adapter(settings.adapter_name_or_path, model.config.shape)
+    outputs: list[list[int]] = [[] for _ in prompts]
+    engine, _ = assemble_engine(
+        model, settings.limits, (), adapters, on_token=lambda id, token: outputs[id].append(token)
+    )
+    name = "adapter" if adapters else None
+    requests = [
+        Request(n, 0.0, len(tokens), settings.max_new_tokens, "default", name)
+        for n, tokens in enumerate(encoded)
+    ]
+    source = EngineArrivals(
+        GivenArrivals(requests),
+        engine,
+        lambda request: (encoded[request.id], replace(sampling, seed=settings.seed + request.id)),
+    )
+    slos = {"default": Slo()}
+    state = PipelineState(limits=settings.limits, slos=slos, recorder=Recorder())
+    Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
+    return [
+        {
+            "prompt": prompt,
+            "output": tokenizer.decode(output, skip_special_tokens=True),
+            "finish": "stop" if output[-1] in stops else "length",
+            "tokens": len(output),
+        }
+        for prompt, output in zip(prompts, outputs, strict=True)
+    ]
+
+
+def _prompts(settings: Settings) -> list[str]:
+    if settings.prompts is None:
+        text = sys.stdin.read()
+    else:
+        try:
+            text = Path(settings.prompts).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise ValueError(f"prompts: {settings.prompts} does not exist") from None
+    prompts = [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise ValueError("there is no prompt: expected one per line")
+    return prompts
+
+
+def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
+    chat = tokenizer.chat_template is not None if settings.chat is None else settings.chat
+    if not chat:
+        return list(tokenizer.encode(prompt))
+    if tokenizer.chat_template is None:
+        raise ValueError("chat=true needs a tokenizer with a chat template")
+    return template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+
+
+def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
+    """The end tokens of generation_config.json, or the tokenizer's own."""
+    path = Path(folder) / "generation_config.json"
+    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    found = values.get("eos_token_id")
+    if found is None:
+        found = tokenizer.eos_token_id
+    if found is None:
+        return frozenset()
+    return frozenset(found if isinstance(found, list) else [found])
