@@ -30,7 +30,7 @@ SHARING = {
     "temporal-128": "temporal_128",
     "temporal-512": "temporal_512",
     "temporal-dynamic": "temporal_dynamic",
-    "spatial": "spatial",
+    "spatial": "spatial_stream",
 }
 """System -> policy."""
 FAIR = (

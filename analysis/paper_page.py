@@ -164,7 +164,7 @@ def _fair_table(fair: Fair) -> str:
                     )
     return _section(
         "All policies on a good engine",
-        f"Four pipelines on A100. The SLO counts as kept from {KEPT:g} % of the requests on.",
+        f"Four pipelines on A100 behind one router, a predictor that is never wrong. The SLO counts as kept from {KEPT:g} % of the requests on.",
         ("model", "req/s", "policy", "within the SLO (%)", "finetuning (tok/s)", "TPOT mean (ms)"),
         rows,
     )
@@ -187,7 +187,7 @@ def _errors(predicted: Mapping[Key, float], published: Mapping[Key, float]) -> s
     return _section(
         "Errors against the published points",
         "LLaMA-Factory's rates are inputs, so their error is 0 by construction. "
-        f"Of the rest only TPOT of FlexLLM and vLLM entered a fit. Cluster of {PIPELINES} pipelines.",
+        f"Of the rest only TPOT of FlexLLM (mean, p99) and of vLLM entered a fit. Cluster of {PIPELINES} pipelines.",
         ("figure", "system", "model", "metric", "mean absolute", "worst"),
         rows,
     )
