@@ -17,7 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
     "compare": ("simulate every policy on the same workload: a table and a figure", "sim.simulate:compare"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
-    "reproduce": ("simulate FlexLLM's evaluation and set it beside what was published", "analysis.reproduce:main"),
+    "reproduce": ("simulate FlexLLM's evaluation, beside what was published", "analysis.reproduce:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
 """Name -> (help in one line, module:function)."""

@@ -1,4 +1,4 @@
-"""Spatial sharing in the units that an engine launches: one window or some whole layers beside each iteration.
+"""Spatial sharing in the units that an engine launches: a window or whole layers beside each iteration.
 
 `spatial` sizes the second stream's slices by time, which needs an engine whose passes cost next to nothing
 when they are small. One that pays for every pass gets nothing done that way; it launches whole pieces, and

@@ -12,8 +12,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from sim.workload.lengths import Lognormal
-from sim.workload.lengths import Rng
+from sim.workload.lengths import Lognormal, Rng
 from sim.workload.table import Ints
 
 

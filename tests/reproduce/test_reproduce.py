@@ -68,10 +68,11 @@ def test_predictions_have_every_system_model_and_rate_of_both_figures(tmp_path: 
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == PREDICTION_COLUMNS
     assert {row["how_obtained"] for row in rows} == {"simulated"}
-    found = {(row["figure"], row["system"], row["model"], int(row["cluster_rate_rps"]), row["metric"]) for row in rows}
+    names = ("figure", "system", "model", "cluster_rate_rps", "metric")
+    found = {tuple(row[name] for name in names) for row in rows}
     figures = {"end-to-end": ("flexllm", *SERVING), "sharing": ("flexllm", *SHARING)}
     wanted = {
-        (figure, system, model, rate, metric)
+        (figure, system, model, str(rate), metric)
         for figure, systems in figures.items()
         for system in systems
         for model in MODELS
@@ -100,7 +101,8 @@ def test_figures_contain_the_simulated_and_the_published_points() -> None:
     key = Key("sharing", "temporal-64", "14B", 12, "finetune_tok_s")
     axes = grid_figure("sharing", ("flexllm", *SHARING), predicted, {key: 77.0}).axes
     assert len(axes) == 9
-    hollow = [line for panel in axes for line in panel.lines if line.get_label() == "_published" and len(line.get_xdata())]
+    markers = [line for panel in axes for line in panel.lines if line.get_label() == "_published"]
+    hollow = [line for line in markers if len(line.get_xdata())]
     assert [(list(line.get_xdata()), list(line.get_ydata())) for line in hollow] == [([12], [77.0])]
     assert hollow[0] in axes[4].lines
     shown = {line.get_label(): list(line.get_ydata()) for line in axes[4].lines}
