@@ -36,9 +36,10 @@ def page(predicted: Mapping[Key, float], published: Mapping[Key, float], fair: F
     blocks = [
         "# FlexLLM's claims, simulated",
         "Simulated numbers are means over the seeds of one pipeline times 4, as the published ones are one "
-        "measured pipeline times 4. FlexLLM's engine is `cost=flexllm_a100`, fitted on its 70B step times and "
-        "on TPOT of 8B and 14B: 32B and every other sharing policy are predictions. Serving in separate clusters "
-        "is `cost=vllm_eager_a100`, fitted on 8B; finetuning there is the published rate per pipeline.",
+        "measured pipeline times 4. FlexLLM's engine is `cost=flexllm_a100`, fitted on its 70B step times "
+        "and on TPOT of 8B and 14B: 32B and every other sharing policy are predictions. Serving in separate "
+        "clusters is `cost=vllm_eager_a100`, fitted on 8B; finetuning there is the published rate per "
+        "pipeline. How the published spatial sharing and dynamic intervals work is not known; ours are.",
         _claim_slo(predicted, fair),
         _claim_ratio(predicted, fair, HEAVY, "1.9-4.8x"),
         _claim_ratio(predicted, fair, LIGHT, "2.5-6.8x"),

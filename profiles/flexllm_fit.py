@@ -12,9 +12,9 @@ whole finetuning iteration of 3,650 tokens on 8B, 0.61 s (FlexLLM, temporal shar
 
 The fit is least squares of log(model / measured) over `FREE`, in logarithms, with a prior at its start values
 (one standard deviation is a factor of e, for shares of peak FLOP/s 15 %), so that what the data do not
-determine stays where it was. The law of the all-reduces was chosen among four (a constant per layer, one that
-falls with the devices, a padded batch, padding tokens) by the error on models left out, which it predicts best
-in the mean. Temporal sharing with N = 64 and 128, attainment and finetuning rates entered nothing.
+determine stays where it was. The law of the all-reduces was chosen among four (a constant
+per layer, one that falls with the devices, a padded batch, padding tokens) by the error on models left out.
+Temporal sharing with N = 64 and 128, attainment and finetuning rates entered nothing.
 
 The command prints the constants, the error of each row, and how well models left out are predicted.
 """
