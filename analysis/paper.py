@@ -1,4 +1,4 @@
-"""FlexLLM's two figures as cases to simulate: every system, model and rate, and the numbers published of them.
+"""FlexLLM's two figures as cases to simulate: every system, model and rate, and what was published of them.
 
 One pipeline is simulated where one was measured, and its figures are taken times 4, as the published ones
 are. Predicted and published numbers never share a column: a case's row is simulated, `published` is read from
@@ -30,7 +30,7 @@ SHARING = {
     "temporal-128": "temporal_128",
     "temporal-512": "temporal_512",
     "temporal-dynamic": "temporal_dynamic",
-    "spatial": "spatial",
+    "spatial": "spatial_stream",
 }
 """System -> policy."""
 FAIR = (

@@ -1,8 +1,8 @@
-"""`coserve reproduce [--out DIR] [--quick]`: FlexLLM's evaluation, simulated and set beside what was published.
+"""`coserve reproduce [--out DIR] [--quick]`: FlexLLM's evaluation, simulated, beside what was published.
 
 Runs every case of `analysis.paper` in parallel processes and writes into DIR
 
-    predictions.csv                           every number of both figures, simulated, as published.csv has them
+    predictions.csv                           every number of both figures, in the columns of published.csv
     errors.csv                                predicted and published, each in its own column, and the error
     fair.csv, case_study.csv                  the good engine's table; throughput over time
     end_to_end.png, sharing.png, case_study.png

@@ -27,10 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
     "profile": ("measured profiles: show, fit, check against what is predicted", "profiles.program:main"),
     "validate": ("a recorded engine run against the simulation of that engine", "profiles.validate:main"),
-    "reproduce": (
-        "simulate FlexLLM's evaluation and set it beside what was published",
-        "analysis.reproduce:main",
-    ),
+    "reproduce": ("simulate FlexLLM's evaluation, beside what was published", "analysis.reproduce:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
 """Name -> (help in one line, module:function)."""

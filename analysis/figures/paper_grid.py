@@ -1,4 +1,4 @@
-"""FlexLLM's figures: SLO attainment, finetuning and inference throughput against the rate, a column per model.
+"""FlexLLM's figures: SLO attainment, finetuning and inference throughput by rate, a column per model.
 
 Lines are simulated, hollow markers are published; a published point without a line would be a hole in the
 predictions and is an error.
@@ -61,9 +61,8 @@ def grid_figure(
             if row == 2:
                 panel.set_xlabel("requests per second of the cluster")
     handles = axes[0][0].get_legend_handles_labels()[0]
-    handles += axes[0][0].plot(
-        [], [], color=style.BLACK, marker="o", ls="", mfc="none", ms=8, label="published"
-    )
+    hollow = {"ls": "", "mfc": "none", "ms": 8, "label": "published"}
+    handles += axes[0][0].plot([], [], color=style.BLACK, marker="o", **hollow)
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.suptitle(f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)", fontsize=13)
     return figure

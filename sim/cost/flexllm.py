@@ -14,10 +14,10 @@ of a pass over n tokens, with P the layer's linear parameters on one of tp devic
     iteration   + host
 
 The links of an A100 are shared out among the four of a board, a third to each peer (NVIDIA HGX A100 4-GPU),
-so a pair has a third of a device's links. Attention and logits are otherwise the roofline's (`sim.cost.attention`,
-`sim.cost.gemm`). The backward runs on a second stream; the published
-step times show no gain from it (each layer adds the same 5.2 ms beside a decode of 47 ms from 1 to 64
-layers), so `overlap_contention` is 1.
+so a pair has a third of a device's links. Attention and logits are otherwise the roofline's
+(`sim.cost.attention`, `sim.cost.gemm`). The backward runs on a second stream; the published step times show
+no gain from it (each layer adds the same 5.2 ms beside a decode of 47 ms from 1 to 64 layers), so
+`overlap_contention` is 1.
 
 The defaults are FlexLLM's, found by `profiles/flexllm_fit.py`, which also says how well they fit.
 `configs/cost/vllm_eager_a100.yaml` has those of vLLM 0.8.3 without CUDA graphs.
