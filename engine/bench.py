@@ -4,7 +4,8 @@
     coserve bench -m policy=coserving,temporal,inference_only
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`).
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). The engine has
+one stream, so where a policy plans finetuning beside inference (column `overlap`), it runs after it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ iterations: a decode reads its input from where the last iteration wrote it, so 
 before the host has seen a token.
 
 An iteration is: the optimizer steps of the plan, one fused forward of inference and finetuning windows, the
-loss of the windows, the sampled tokens, the backward slices.
+loss of the windows, the sampled tokens, the backward slices. They follow each other on one stream, also where
+a plan asks for two (`overlap`): such a plan then takes the sum of its parts.
 """
 
 from __future__ import annotations
