@@ -85,7 +85,7 @@ def test_compare_runs_every_policy(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *SHORT, "hydra.sweep.dir=sweep"]) == 0
     names = {read_run(folder).config["policy"]["name"] for folder in find_runs(["sweep"])}
     assert len(names) == len(POLICIES) - 1  # `separate` is `separate_50`
-    assert "15/15" in capfd.readouterr().err
+    assert "16/16" in capfd.readouterr().err
 
 
 def test_unequal_pipelines_get_unequal_shares() -> None:
