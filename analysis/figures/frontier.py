@@ -68,7 +68,7 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
         axes.axhline(peak, color=style.BLACK, linestyle=":", linewidth=1.2)
         axes.annotate(
             f"finetuning alone {peak:,.0f} tok/s", (0.01, peak), xycoords=("axes fraction", "data"),
-            xytext=(0, 4), textcoords="offset points", fontsize=9,
+            xytext=(0, 9), textcoords="offset points", fontsize=9,
         )  # fmt: skip
         ideal = lines.get("inference_only", [])
         axes.plot(
