@@ -39,7 +39,7 @@ class CoServingSlack:
         budget_s: float,
         ttft_s: float,
         max_burst: float = 4.0,
-        idle_share: float = 0.1,
+        idle_share: float = 0.3,
         first_token_share: float = 0.5,
         smoothing: float = 0.05,
         margin_deviations: float = 2.0,
