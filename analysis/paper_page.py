@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from analysis.paper import (
@@ -122,11 +121,41 @@ def _claim_peak(predicted: Mapping[Key, float], fair: Fair) -> str:
 
 
 def memory() -> str:
-    """What is known of the memory claim; planning it is the compile step's."""
-    head = "## Up to 80 % less memory\n\nThe paper: activations of a 70B model fall from 84.6 to 12.5 GB. "
-    if find_spec("sim.compile") is None:
-        return head + "Not simulated: it needs the plan of static compilation, which is not installed."
-    return head + "Not a matter of time: the plan of static compilation (`sim.compile`) counts it."
+    """The memory claim against what people run: PEFT's default, and with gradient checkpointing."""
+    from omegaconf import OmegaConf
+
+    from sim.assemble import CONFIGS
+    from sim.checked import build
+    from sim.compile.program import memory_table
+    from sim.core.specs import DeviceSpec, ModelShape
+
+    def config(cls: Any, group: str, name: str) -> Any:
+        return build(cls, OmegaConf.load(CONFIGS / group / f"{name}.yaml"), f"{group} {name}")
+
+    rows = memory_table(
+        [config(ModelShape, "model", name) for name in ("llama_3_1_8b", "llama_3_1_70b")],
+        {"LoRA on all linear layers": config(None, "peft", "lora_all")},
+        seq_tokens=8192,
+        device=config(DeviceSpec, "device", "a100_80gb"),
+        window_tokens=128,
+    )
+    lines = [
+        "## Up to 80 % less memory",
+        "",
+        "The paper: activations of a 70B model with LoRA fall from 84.6 to 12.5 GB against a graph that keeps "
+        "everything (`coserve compile --published` names the terms). Against what people run, one sample of 8,192 "
+        "tokens, GiB per device, less than PEFT's default in brackets:",
+        "",
+        "| model | PEFT default | with gradient checkpointing | kept set within 5 % FLOPs | recompute end |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        cells = [
+            f"{size / 2**30:.1f} ({1 - size / row.peft_bytes:.0%})"
+            for size in (row.checkpoint_bytes, row.stash_bytes, row.recompute_bytes)
+        ]
+        lines.append(f"| {row.model} on {row.tp} | {row.peft_bytes / 2**30:.1f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def best_split(fair: Fair, model: str, rate_rps: int) -> tuple[str | None, float]:
