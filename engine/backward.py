@@ -4,8 +4,7 @@ Written by hand because autograd would hold what it saved until the whole sequen
 pass one at a time, in either order, and free what they used. Windows must go right to left within a layer:
 the gradient of a window's keys and values is final only when every query to its right has passed.
 
-Shapes as in `engine.model`, with N the tokens of the window. Elementwise steps compute in float32 (float64
-for float64) and round once.
+Shapes as in `engine.model`, with N the tokens of the window.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
+from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from engine.kernels.attention_backward import attention_backward
 from engine.kernels.grouped_lora import grouped_lora, lora_weight_grad
 from engine.lora import Adapter, AdapterBank
-from engine.model import Kept, Model, Pages, rotate
+from engine.model import Kept, Model, Pages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,12 +60,12 @@ def backward_layer(
     gate, up = kept.gate_up[index, at].chunk(2, dim=1)
     d_active = dx @ w.down
     if bypass.has("down_proj"):
-        bypass.run("down_proj", d_active, dx, F.silu(gate) * up)
-    d_gate_up = _swiglu_backward(d_active, gate, up, model.compute)
+        bypass.run("down_proj", d_active, dx, swiglu(gate, up))
+    d_gate_up = swiglu_backward(d_active, gate, up)
     d_gate, d_up = d_gate_up.chunk(2, dim=1)
     dh = d_gate_up @ w.gate_up
     if bypass.has("gate_proj", "up_proj"):
-        h = F.rms_norm(middle, (shape.hidden,), w.mlp_norm, eps)
+        h = rms_norm(middle, w.mlp_norm, eps)
         bypass.run("gate_proj", dh, d_gate, h)
         bypass.run("up_proj", dh, d_up, h)
     dx += rms_norm_backward(dh, middle, w.mlp_norm, eps)
@@ -96,33 +95,11 @@ def backward_layer(
     dh = d_qkv @ w.qkv
     x = kept.x[index, at]
     if bypass.has("q_proj", "k_proj", "v_proj"):
-        h = F.rms_norm(x, (shape.hidden,), w.input_norm, eps)
+        h = rms_norm(x, w.input_norm, eps)
         d_parts = torch.split(d_qkv, [shape.q_dim, shape.kv_dim, shape.kv_dim], dim=1)
         for target, dy in zip(("q_proj", "k_proj", "v_proj"), d_parts, strict=True):
             bypass.run(target, dh, dy, h)
     dx += rms_norm_backward(dh, x, w.input_norm, eps)
-
-
-def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """Gradient at x [N, E] of x * r * weight, r = 1 / sqrt(mean x^2 + eps).
-
-    With n = x r and g = dy weight:  dx = r (g - n mean(g n)).
-    """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    wide = x.to(compute)
-    r = (wide.square().mean(1, keepdim=True) + eps).rsqrt()
-    n = wide * r
-    g = dy.to(compute) * weight.to(compute)
-    return (r * (g - n * (g * n).mean(1, keepdim=True))).to(x.dtype)
-
-
-def _swiglu_backward(
-    d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, compute: torch.dtype
-) -> torch.Tensor:
-    """Gradient at [gate, up] [N, 2 F] of silu(gate) * up: silu' = s (1 + gate (1 - s)), s the sigmoid."""
-    d, g, u = d_active.to(compute), gate.to(compute), up.to(compute)
-    s = g.sigmoid()
-    return torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), dim=1).to(gate.dtype)
 
 
 class _Bypass:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.backward import TrainedLora, backward_layer, rms_norm_backward
+from engine.backward import TrainedLora, backward_layer
+from engine.elementwise import rms_norm_backward
 from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, Kept, LoraBatch, Model, Pages, Window

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
+from engine.elementwise import compute_dtype, rms_norm, rotate, swiglu
 from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
@@ -82,7 +83,7 @@ class Kept:
 
     def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
         s = config.shape
-        compute = torch.float64 if dtype == torch.float64 else torch.float32
+        compute = compute_dtype(dtype)
 
         def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
             return torch.empty((s.layers, tokens, *shape), dtype=kind, device=device)
@@ -113,7 +114,7 @@ class Model:
         self.weights = weights
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
-        self.compute = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.compute = compute_dtype(self.dtype)
         self.scale = config.shape.head_dim**-0.5
         self._inverse = config.inverse_frequencies(self.device)
 
@@ -136,7 +137,7 @@ class Model:
         return x
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, (x.shape[1],), self.weights.norm, self.config.norm_eps)
+        return rms_norm(x, self.weights.norm, self.config.norm_eps)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of rows [N, E] of `forward`'s result."""
@@ -160,7 +161,7 @@ class Model:
         shape, w, eps = self.config.shape, self.weights.layers[index], self.config.norm_eps
         tokens, q_dim, kv_dim = x.shape[0], shape.q_dim, shape.kv_dim
 
-        h = F.rms_norm(x, (shape.hidden,), w.input_norm, eps)
+        h = rms_norm(x, w.input_norm, eps)
         qkv = F.linear(h, w.qkv, w.qkv_bias)
         q_flat, k_flat, v_flat = torch.split(qkv, [q_dim, kv_dim, kv_dim], dim=1)
         for target, y in (("q_proj", q_flat), ("k_proj", k_flat), ("v_proj", v_flat)):
@@ -186,12 +187,12 @@ class Model:
         _add_lora(out, flat, "o_proj", index, batch.lora)
         middle = x + out
 
-        h = F.rms_norm(middle, (shape.hidden,), w.mlp_norm, eps)
+        h = rms_norm(middle, w.mlp_norm, eps)
         gate_up = h @ w.gate_up.T
         gate, up = gate_up.chunk(2, dim=1)
         _add_lora(gate, h, "gate_proj", index, batch.lora)
         _add_lora(up, h, "up_proj", index, batch.lora)
-        active = F.silu(gate) * up
+        active = swiglu(gate, up)
         down = active @ w.down.T
         _add_lora(down, active, "down_proj", index, batch.lora)
 
@@ -204,12 +205,6 @@ class Model:
             kept.middle[index, at] = middle[rows]
             kept.gate_up[index, at] = gate_up[rows]
         return middle + down
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [T, heads, D]: its first half against its second. With -sin, its backward."""
-    first, second = x.to(cos.dtype).chunk(2, dim=2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(x.dtype)
 
 
 def _add_lora(y: torch.Tensor, x: torch.Tensor, target: str, layer: int, lora: LoraBatch | None) -> None:
