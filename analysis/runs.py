@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sim.results import Run
 
 if TYPE_CHECKING:
@@ -100,3 +102,33 @@ def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
         if place not in winners or trained > number(rows[winners[place]], "finetune_tok_s"):
             winners[place] = i
     return set(winners.values())
+
+
+def over_seeds(rows: Sequence[Row]) -> list[tuple[Row, Row, int]]:
+    """Rows that differ in nothing but the seed, put together: their means, the sample standard deviations
+    and how many they are. A number that is missing in one of them is missing in the mean; one row alone
+    has no deviation."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(text(row, key) for key in IDENTITY if key != "seed"), []).append(row)
+    return [(_mean(group), _deviation(group), len(group)) for group in groups.values()]
+
+
+def _numbers(rows: Sequence[Row]) -> dict[str, list[float]]:
+    keys = [key for key, value in rows[0].items() if key not in IDENTITY and _is_number(value)]
+    return {key: [number(row, key) for row in rows] for key in keys}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _mean(rows: Sequence[Row]) -> Row:
+    return {**rows[0], **{key: math.fsum(v) / len(v) for key, v in _numbers(rows).items()}}
+
+
+def _deviation(rows: Sequence[Row]) -> Row:
+    if len(rows) < 2:
+        return {}
+    with np.errstate(invalid="ignore"):
+        return {key: float(np.std(v, ddof=1)) for key, v in _numbers(rows).items()}

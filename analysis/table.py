@@ -1,7 +1,8 @@
 """The comparison of runs as text: coloured in a terminal, aligned plain text in logs and the README.
 
-One section per workload, model and device; within it a line per run. The line with most finetuning
-among those that keep the SLO is marked. A line fits in 100 columns and is never wrapped.
+One section per workload, model and device; within it a line per run. Runs that differ only in the seed
+are one line, their mean, with the standard deviation below it. The line with most finetuning among those
+that keep the SLO is marked. A line fits in 110 columns and is never wrapped.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, varied
+from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, over_seeds, text, varied
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 100
+WIDTH = 110
 _NARROWEST_POLICY = 12
+UNLIKE_SHARE = 0.1
+"""A rate this far from the one that was asked for is said: a short piece of a trace has a rate of its own."""
 
 
 class Column(NamedTuple):
@@ -33,6 +36,7 @@ COLUMNS = (
     Column("goodput_rps", ("goodput", "req/s"), 1, 2),
     Column("ttft_p99_s", ("TTFT p99", "s"), 1, 2),
     Column("tpot_p99_s", ("TPOT p99", "ms"), 1000, 1),
+    Column("itl_p99_s", ("ITL p99", "ms"), 1000, 1),
     Column("finetune_tok_s", ("finetune", "tok/s"), 1, 0),
     Column("finetune_share_of_peak", ("of peak", "%"), 100, 1),
 )
@@ -40,7 +44,6 @@ COLUMNS = (
 _LABEL_HEADS = {
     "router": ("", "router"),
     "rate_rps": ("rate", "req/s"),
-    "seed": ("", "seed"),
     "source": ("", "source"),
 }
 
@@ -109,27 +112,45 @@ def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
 
 
 def _section(rows: list[Row], kept_share: float) -> Section:
-    labels = varied(rows, list(_LABEL_HEADS))
-    shared = [text(rows[0], key) for key in SCENE]
-    if text(rows[0], "rate_rps") and "rate_rps" not in labels:
-        shared.append(f"{text(rows[0], 'rate_rps')} req/s")
-    names = display_names(rows)
-    lines = []
-    for row, name in zip(rows, names, strict=True):
-        numbers = [_cell(column, number(row, column.key)) for column in COLUMNS]
-        lines.append([name, *(text(row, key) for key in labels), *numbers])
+    repeated = over_seeds(rows)
+    means = [mean for mean, _, _ in repeated]
+    labels = varied(means, list(_LABEL_HEADS))
+    winners = best(means, kept_share)
+    lines: list[list[str]] = []
+    marked: set[int] = set()
+    kept: list[bool] = []
+    for i, ((mean, deviation, count), name) in enumerate(zip(repeated, display_names(means), strict=True)):
+        if i in winners:
+            marked.add(len(lines))
+        numbers = [_cell(column, number(mean, column.key)) for column in COLUMNS]
+        lines.append([name, *(text(mean, key) for key in labels), *numbers])
+        kept.append(keeps_slo(mean, kept_share))
+        if count > 1:
+            numbers = [_spread(column, number(deviation, column.key)) for column in COLUMNS]
+            lines.append([f"  {count} seeds", *("" for _ in labels), *numbers])
+            kept.append(kept[-1])
     heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in COLUMNS)]
-    section = Section(
-        title=", ".join(part for part in shared if part),
-        heads=heads,
-        lines=lines,
-        winners=best(rows, kept_share),
-        kept=[keeps_slo(row, kept_share) for row in rows],
-    )
+    section = Section(title=_title(means, labels), heads=heads, lines=lines, winners=marked, kept=kept)
     room = max(_NARROWEST_POLICY, WIDTH - 2 - sum(width + 2 for width in _widths(section)[1:]))
     for line in lines:
         line[0] = shorten(line[0], room)
     return section
+
+
+def _title(rows: Sequence[Row], labels: Sequence[str]) -> str:
+    """What all lines share, the rate as it was asked for, and as it came where that is another."""
+    shared = [text(rows[0], key) for key in SCENE]
+    asked = number(rows[0], "rate_rps")
+    if not math.isnan(asked) and "rate_rps" not in labels:
+        duration_s = number(rows[0], "duration_s")
+        came = number(rows[0], "requests") / duration_s if duration_s > 0 else asked
+        short = f", {came:.3g} in its {duration_s:g} s" if abs(came / asked - 1) > UNLIKE_SHARE else ""
+        shared.append(f"{asked:g} req/s{short}")
+    return ", ".join(part for part in shared if part)
+
+
+def _spread(column: Column, value: float) -> str:
+    return "-" if math.isnan(value) else f"±{value * column.scale:,.{column.decimals}f}"
 
 
 def display_names(rows: Sequence[Row]) -> list[str]:

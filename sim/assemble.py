@@ -52,7 +52,8 @@ class GroupSettings:
     """One entry of `cluster.groups`: equal pipelines on one kind of device."""
 
     pipelines: int
-    device: str
+    device: str | None = None
+    """None is the `device` group's."""
     tp: int | None = None
     kv_tokens: int | None = None
 
@@ -61,7 +62,7 @@ class GroupSettings:
 class ClusterSettings:
     """The `cluster` group."""
 
-    pipelines: int
+    pipelines: int | None
     tp: int | None
     groups: tuple[GroupSettings, ...] | None
     router: Router
@@ -69,10 +70,15 @@ class ClusterSettings:
     limits: LimitSettings
 
     def __post_init__(self) -> None:
-        for where, count in [("cluster.pipelines", self.pipelines)] + [
-            (f"cluster.groups[{i}].pipelines", group.pipelines) for i, group in enumerate(self.groups or ())
-        ]:
-            if count < 1:
+        if (self.pipelines is None) == (self.groups is None):
+            raise ValueError(
+                "cluster.pipelines (equal pipelines) or cluster.groups (unequal ones) must be given and the "
+                f"other null, got {self.pipelines} and {'null' if self.groups is None else 'groups'}"
+            )
+        counts = {"cluster.pipelines": self.pipelines} if self.groups is None else {}
+        counts |= {f"cluster.groups[{i}].pipelines": g.pipelines for i, g in enumerate(self.groups or ())}
+        for where, count in counts.items():
+            if count is not None and count < 1:
                 raise ValueError(f"{where} must be at least 1, got {count}")
         if self.groups is not None and not self.groups:
             raise ValueError("cluster.groups must be null or name at least one group, got []")
@@ -252,22 +258,13 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
     cluster = build(ClusterSettings, config.cluster, "cluster")
     device = build(DeviceSpec, config.device, "device")
     finetune = build(None, config.finetune, "finetune")
-    if cluster.groups is None:
-        settings = [(cluster.pipelines, device, cluster.tp, cluster.limits.kv_tokens)]
-    else:
-        settings = [
-            (
-                g.pipelines,
-                _named_device(g.device),
-                cluster.tp if g.tp is None else g.tp,
-                cluster.limits.kv_tokens if g.kv_tokens is None else g.kv_tokens,
-            )
-            for g in cluster.groups
-        ]
+    members = cluster.groups or (GroupSettings(pipelines=cluster.pipelines or 0),)
     groups, first = [], 0
-    for count, device, tp, kv_tokens in settings:
+    for settings in members:
+        own = device if settings.device is None else _named_device(settings.device)
+        tp = cluster.tp if settings.tp is None else settings.tp
         context = CostContext(
-            device=device,
+            device=own,
             model=model,
             tp=model.tp if tp is None else tp,
             lora=finetune.lora,
@@ -278,17 +275,17 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
         predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
         groups.append(
             _Group(
-                members=range(first, first + count),
-                device=device,
+                members=range(first, first + settings.pipelines),
+                device=own,
                 model=model,
                 context=context,
                 predictor=predictor,
                 cluster=cluster,
-                kv_tokens=kv_tokens,
+                kv_tokens=cluster.limits.kv_tokens if settings.kv_tokens is None else settings.kv_tokens,
                 world_builder=world,
             )
         )
-        first += count
+        first += settings.pipelines
     return groups, cluster.router
 
 

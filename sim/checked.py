@@ -62,7 +62,7 @@ def check(value: object, annotation: Any, where: str) -> Any:
     if annotation is Any or annotation is object:
         return value
     if annotation is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
         return float(_require(ok, value, annotation, where))
     if annotation is int:
         return _require(isinstance(value, int) and not isinstance(value, bool), value, annotation, where)

@@ -139,7 +139,7 @@ def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
 
 
 def _check_flags(argv: Sequence[str]) -> None:
-    """Refuse what Hydra's parser would refuse with a page of usage."""
+    """Refuse what Hydra's parser would refuse with a page of usage, and a run without a folder."""
     parser: ArgumentParser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
@@ -149,6 +149,10 @@ def _check_flags(argv: Sequence[str]) -> None:
 
     parser.error = refuse  # type: ignore[method-assign]
     parser.parse_args(list(argv))
+    for arg in argv:
+        key, _, folder = arg.partition("=")
+        if key in ("hydra.run.dir", "hydra.sweep.dir") and not folder.strip("'\""):
+            raise ValueError(f"{key} must be a folder, got nothing")
 
 
 def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: str) -> str | None:

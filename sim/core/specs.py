@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -140,5 +141,5 @@ class DeviceSpec:
 
     def __post_init__(self) -> None:
         for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"device.{key} must be above 0, got {getattr(self, key)}")
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"device.{key} must be above 0 and finite, got {getattr(self, key)}")

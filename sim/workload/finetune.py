@@ -19,8 +19,8 @@ from sim.core.specs import LoraSpec, ModelShape
 from sim.workload.checks import check_choice, check_number, check_whole
 from sim.workload.files import find_file
 from sim.workload.lengths import Length
-from sim.workload.readers.columns import json_number, read_jsonl
-from sim.workload.readers.sharegpt import json_list
+from sim.workload.readers.columns import json_number
+from sim.workload.readers.sharegpt import json_records
 from sim.workload.streams import stream
 from sim.workload.table import Ints
 
@@ -62,10 +62,9 @@ class FileSamples:
         if self.file is None:
             raise ValueError("finetune: data.file must be the path of a data set, got none")
         path = find_file(self.file)
-        records = read_jsonl(path) if path.suffix == ".jsonl" else json_list(path)
         column = self.column
         lengths = []
-        for row, record in records:
+        for row, record in json_records(path):
             column = column or _length_column(path, record)
             value = record.get(column)
             record = {column: len(value)} if isinstance(value, list) else record

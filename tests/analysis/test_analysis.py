@@ -92,7 +92,7 @@ def test_each_rate_has_its_own_best() -> None:
 def test_cells_say_missing_and_zero_apart_and_round_attainment_down() -> None:
     table = plain_table([{"policy": "p", "attainment": 0.99999, "finetune_tok_s": 0.0, "goodput_rps": NAN}])
     cells = table.split("\n")[3].split()
-    assert cells == ["p", "99.9", "-", "-", "-", "0", "-"]
+    assert cells == ["p", "99.9", "-", "-", "-", "-", "0", "-"]
     exact = plain_table([{"policy": "p", "attainment": 0.991}, {"policy": "q", "attainment": 1.0}])
     assert [line.split()[1] for line in exact.split("\n")[3:5]] == ["99.1", "100.0"]
 
@@ -102,9 +102,29 @@ def test_lines_fit_and_are_aligned_whatever_varies() -> None:
     lines = plain_table(many).split("\n")
     assert max(map(len, lines)) <= WIDTH
     rule = next(line for line in lines if line.startswith("  -"))
-    body = lines[lines.index(rule) + 1 :][: len(many)]
+    body = lines[lines.index(rule) + 1 : -2]
+    assert len(body) == len(many)
     gaps = [i for i, char in enumerate(rule) if char == " " and i >= 2]
     assert all(len(line) <= len(rule) and all(line[i : i + 1] in (" ", "") for i in gaps) for line in body)
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_line_with_their_deviation() -> None:
+    both = rows(seed=0) + rows(seed=1, factor=1.1) + rows(4.0, seed=0)
+    lines = plain_table(both).split("\n")
+    at = next(i for i, line in enumerate(lines) if line.startswith("* coserving"))
+    trained = 11800.0 * np.array([1.0, 1.1])
+    assert f"{trained.mean():,.0f}" in lines[at]
+    assert lines[at + 1].split()[:2] == ["2", "seeds"]
+    assert f"±{trained.std(ddof=1):,.0f}" in lines[at + 1]
+    missing = next(i for i, line in enumerate(lines) if line.startswith("  finetune_only"))
+    assert lines[missing + 1].split()[2] == "-"
+    assert sum("seeds" in line for line in lines) == len(POLICIES)
+
+
+def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
+    row = {"policy": "p", "rate_rps": 8.0, "requests": 77, "duration_s": 30.0}
+    assert plain_table([row]).startswith("8 req/s, 2.57 in its 30 s\n")
+    assert plain_table([row | {"requests": 239}]).startswith("8 req/s\n")
 
 
 def test_the_terminal_shows_the_same_text_even_when_it_is_narrow() -> None:

@@ -83,6 +83,7 @@ def test_the_spec_carries_every_setting(data: FileSamples) -> None:
     [
         ("d.json", "[5, 6]"),
         ("d.json", '[{"tokens": 5}, {"tokens": [1, 2, 3, 4, 5, 6]}]'),
+        ("d.jsonl", "5\n6\n"),
         ("d.jsonl", '{"length": 5}\n{"length": 6}\n'),
         ("d.jsonl", '{"input_ids": [1, 1, 1, 1, 1]}\n{"input_ids": [1, 1, 1, 1, 1, 1]}\n'),
     ],

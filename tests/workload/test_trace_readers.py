@@ -237,6 +237,15 @@ def test_a_malformed_row_is_named(
     assert "\n" not in str(error.value)
 
 
+def test_a_quoted_header_is_read_and_a_column_given_twice_refused(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text('"arrival_s","prompt_tokens","output_tokens"\n0,10,5\n1,11,6\n')
+    assert CsvReader().read(str(path)).prompt_tokens.tolist() == [10, 11]
+    path.write_text("arrival_s,prompt_tokens,output_tokens,prompt_tokens\n0,10,5,7\n")
+    with pytest.raises(ValueError, match=r"t\.csv: row 1: column 'prompt_tokens' must be there once, got 2"):
+        CsvReader().read(str(path))
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
@@ -258,7 +267,7 @@ def test_a_malformed_row_is_named(
         ),
         ('{"timestamp": 1, "output_length": 1}', "row 2, column input_length: .*got nothing"),
         ("[1, 2]", "row 2: must be a JSON object"),
-        ("{", "row 2: must be a JSON object"),
+        ("{", "row 2: must be JSON"),
     ],
 )
 def test_a_malformed_mooncake_row_is_named(write: Callable[..., str], line: str, says: str) -> None:

@@ -45,7 +45,10 @@ def read_csv(
     import pandas as pd
 
     content = path.read_text(encoding="utf-8-sig", errors="replace").rstrip()
-    header = [name.strip() for name in content.partition("\n")[0].split(",")]
+    header = csv_header(content)
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{path}: row 1: column {twice!r} must be there once, got {header.count(twice)}")
     for name in columns:
         if name not in header:
             got = ", ".join(header)
@@ -108,17 +111,27 @@ def stamps_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, record) of a file with one JSON object a line; blank lines at the end are allowed."""
+    for row, value in json_lines(path):
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: row {row}: must be a JSON object, got {str(value)[:60]!r}")
+        yield row, value
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line number, value) of a file with one JSON value a line."""
     lines = path.read_text(encoding="utf-8-sig", errors="replace").rstrip().splitlines()
     if not lines:
         raise ValueError(f"{path}: the file is empty")
-    for number, line in enumerate(lines, start=1):
+    for row, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            yield row, json.loads(line)
         except json.JSONDecodeError:
-            record = None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}: row {number}: must be a JSON object, got {line[:60]!r}")
-        yield number, record
+            raise ValueError(f"{path}: row {row}: must be JSON, got {line[:60]!r}") from None
+
+
+def csv_header(content: str) -> list[str]:
+    """Names of the first line's columns, quoted or not."""
+    return [name.strip() for name in next(csv.reader([content.partition("\n")[0]]), [])]
 
 
 def json_number(

@@ -7,14 +7,14 @@ tokenizer, which the simulator does not have.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sim.workload.files import find_file
-from sim.workload.readers.columns import json_number, read_csv, read_jsonl, tokens_column
+from sim.workload.readers.columns import csv_header, json_lines, json_number, read_csv, tokens_column
 from sim.workload.table import Ints
 
 PAIRS = (
@@ -31,12 +31,10 @@ def read_sharegpt(file: str) -> Ints:
     """Prompt and output lengths, shape (rows, 2)."""
     path = find_file(file)
     if path.suffix == ".csv":
-        header = path.read_text(encoding="utf-8-sig", errors="replace").partition("\n")[0]
-        pair = _pair(path, [name.strip() for name in header.split(",")])
+        pair = _pair(path, csv_header(path.read_text(encoding="utf-8-sig", errors="replace")))
         frame = read_csv(path, pair)
         return np.stack([tokens_column(path, frame, column) for column in pair], axis=1)
-    records = read_jsonl(path) if path.suffix == ".jsonl" else json_list(path)
-    return _lengths(path, records)
+    return _lengths(path, json_records(path))
 
 
 def _lengths(path: Path, records: Iterable[tuple[int, dict[str, Any]]]) -> Ints:
@@ -48,16 +46,22 @@ def _lengths(path: Path, records: Iterable[tuple[int, dict[str, Any]]]) -> Ints:
     return np.array(rows, np.int64)
 
 
-def json_list(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(place from 1, record) of a JSON list. A pair of numbers stands for prompt and output, a number
-    for the tokens of a sample."""
+def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(place from 1, record) of JSON lines (.jsonl) or a JSON list. A pair of numbers stands for prompt
+    and output, a number for the tokens of a sample."""
+    values = json_lines(path) if path.suffix == ".jsonl" else enumerate(_json_list(path), start=1)
+    for row, value in values:
+        yield row, _record(path, row, value)
+
+
+def _json_list(path: Path) -> list[Any]:
     try:
-        records = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        values = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: row {error.lineno}: not JSON: {error.msg}") from None
-    if not isinstance(records, list) or not records:
+    if not isinstance(values, list) or not values:
         raise ValueError(f"{path}: must be a list of records with lengths, not empty")
-    return [(row, _record(path, row, value)) for row, value in enumerate(records, start=1)]
+    return values
 
 
 def _record(path: Path, row: int, value: Any) -> dict[str, Any]:
