@@ -16,6 +16,7 @@ from sim.core.state import PipelineState
 from sim.core.work import Work
 from sim.routing import (
     AdapterAffinity,
+    Consolidate,
     Incoming,
     LeastTokens,
     Load,
@@ -36,7 +37,7 @@ from tests.support import (
 )
 
 HELLO = Incoming(10, Slo(), None)
-ROUTERS = [RoundRobin, LeastTokens, PowerOfTwo, AdapterAffinity, SloAware]
+ROUTERS = [RoundRobin, LeastTokens, PowerOfTwo, AdapterAffinity, SloAware, Consolidate]
 
 
 def load_of(*prompts: int, predictor: LinearCost | None = None, inbox: int = 0) -> Load:
@@ -140,6 +141,18 @@ def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
     assert SloAware().choose(Incoming(10, Slo(tpot_s=0.02), None), loads) == 1
 
 
+def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
+    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.6 of 25 ms lies between."""
+    cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
+    idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
+    tight = Incoming(10, Slo(tpot_s=0.025), None)
+    assert Consolidate().choose(tight, [idle, load_of(predictor=cost)]) == 0
+    assert Consolidate().choose(tight, [busy, idle]) == 1
+    assert Consolidate(headroom=1.0).choose(tight, [busy, idle]) == 0
+    late = Incoming(10, Slo(ttft_s=0.02), None)
+    assert Consolidate().choose(late, [load_of(900, predictor=LinearCost(prefill_s=0.01)), idle]) == 1
+
+
 @pytest.mark.parametrize("jobs", [False, True])
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_a_round_robin_cluster_is_as_many_single_pipelines(lookahead: int, jobs: bool) -> None:
@@ -163,12 +176,14 @@ def test_a_round_robin_cluster_is_as_many_single_pipelines(lookahead: int, jobs:
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_every_request_is_served_once_by_one_pipeline(router: type, lookahead: int) -> None:
-    requests = requests_of(80, rate_rps=40, prompt_tokens=(5, 1100), adapters=(None, "a", "b"))
+    requests = requests_of(80, rate_rps=40, prompt_tokens=(5, 1100), slo="chat", adapters=(None, "a", "b"))
     rows = cluster(requests, router(), [LinearCost()] * 3, lookahead=lookahead).requests.arrays()
     assert sorted(rows["request"].tolist()) == list(range(80))
     rejected = {r.id for r in requests if r.prompt_tokens >= 1024}
     assert {int(i) for i in rows["request"][rows["outcome"] == Outcome.REJECTED]} == rejected
-    assert len(rejected) > 0 and set(rows["pipeline"].tolist()) == {0.0, 1.0, 2.0}
+    used = set(rows["pipeline"].tolist())
+    assert len(rejected) > 0 and {0.0, 1.0} <= used <= {0.0, 1.0, 2.0}
+    assert router is Consolidate or len(used) == 3
 
 
 def test_finetune_only_pipelines_reject_every_request() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sim.core.deadlines import TokenDeadlines
-from sim.core.finetune import JobView, backward_chunks, recompute_chunks
+from sim.core.finetune import Backward, Forward, JobView, backward_chunks, recompute_chunks
 from sim.core.jobs import Jobs
 from sim.core.kv import KvBlocks
 from sim.core.queue import AdmissionQueue
@@ -165,3 +165,11 @@ def test_a_job_without_data_never_starts_and_one_with_a_rest_ends_with_a_partial
     jobs = Jobs([job_of([], id="empty")])
     jobs.start(0.0)
     assert not jobs.active and jobs.views == () and jobs.next_start_s == math.inf
+
+
+def test_a_backward_counts_one_pass_of_its_tokens_towards_a_jobs_share() -> None:
+    job = job_of([100], weight=2.0, layers=4)
+    job.advance(Forward("job", 100))
+    assert job.virtual_s == 100 / 2.0
+    job.advance(Backward("job", 4 * 100))
+    assert job.virtual_s == 100 / 2.0 + 100 / 2.0

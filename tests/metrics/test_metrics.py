@@ -296,6 +296,13 @@ def test_a_hand_computed_run() -> None:
     agree(row, {"inference_tok_s": 5 / 4.0, "preemptions": 1, "queueing_mean_s": (0.25 + 0.5 + 0.5) / 3})
 
 
+@pytest.mark.parametrize(("e2e_s", "share"), [(1.0, 1 / 4), (2.0, 2 / 4), (4.9, 2 / 4), (5.0, 3 / 4)])
+def test_an_end_to_end_bound_counts_in_attainment(e2e_s: float, share: float) -> None:
+    """Requests 0, 1 and 2 take 2, 1 and 5 s from arrival to their last token; 3 is rejected."""
+    row = summarize(hand_made(), slos={"chat": Slo(e2e_s=e2e_s)}, duration_s=4.0)
+    agree(row, {"attainment": share})
+
+
 def test_nothing_arrived_is_missing_and_not_zero() -> None:
     row = summarize(Recorder(), slos=SLOS, duration_s=10.0)
     for key in ("attainment", "ttft_p99_s", "itl_mean_s", "kv_use_mean", "iteration_mean_s", "energy_j"):

@@ -11,7 +11,7 @@ from sim.core.finetune import Backward, Forward, Step
 from sim.core.loop import Horizon
 from sim.core.plan import Plan, View
 from sim.core.request import Request
-from sim.core.work import Chunk
+from sim.core.work import Chunk, Work
 from sim.policies.separate import Separate
 from sim.policies.temporal_dynamic import TemporalDynamic
 from tests.support import (
@@ -116,6 +116,65 @@ def test_a_predictor_twice_too_optimistic_breaks_coserving_and_not_coserving_sla
 def test_coserving_slack_with_the_true_predictor_keeps_every_tpot(lookahead: int) -> None:
     kept, trained_tok_s = attainment("coserving_slack", COST, lookahead)
     assert kept == 1.0 and trained_tok_s > 1000
+
+
+def test_the_slack_margin_follows_the_scatter_of_the_world() -> None:
+    """A world that is right on average and up to 30 % off each time: the averages are those of a plain loop
+    over the rows, and what may be planned is the budget over ratio x (1 + 2 deviations)."""
+    random = np.random.default_rng(5)
+
+    class Scattered(LinearCost):
+        def iteration_s(self, work: Work) -> float:
+            return super().iteration_s(work) * float(random.uniform(0.7, 1.3))
+
+    class Watched:
+        serves = finetunes = True
+
+        def __init__(self) -> None:
+            self.policy = build_policy("coserving_slack", predictor=COST)
+            self.views: list[View] = []
+
+        def plan(self, view: View) -> Plan:
+            self.views.append(view)
+            return self.policy.plan(view)
+
+    world, watched = Scattered(context_s=COST.context_s), Watched()
+    result = run(watched, long_requests(), jobs=[job_of(3000)], limits=ROOMY, world=world, horizon=BUSY)
+    rows, weight = result.table("iterations"), 0.05
+    took_s = rows["end_s"] - rows["start_s"]
+    ratio, deviation = 1.0, 0.0
+    for i, plan in enumerate(result.log.plans):
+        assert plan.memory[:2] == pytest.approx((ratio, deviation), rel=1e-6)
+        assert plan.predicted_s is not None
+        seen = took_s[i] / plan.predicted_s
+        deviation += weight * (abs(seen / ratio - 1) - deviation)
+        ratio += weight * (seen - ratio)
+    assert 0.1 < deviation < 0.25
+
+    memory = result.log.plans[-1].memory
+    view = next(v for v in watched.views[50:] if v.jobs[0].forward_left > 1000)._replace(last=None)
+    exact = watched.policy.plan(view._replace(memory=memory._replace(ratio=1.0, deviation=0.0)))
+    careful = watched.policy.plan(view._replace(memory=memory._replace(ratio=1.25, deviation=0.1)))
+    assert exact.predicted_s is not None and careful.predicted_s is not None
+    assert careful.predicted_s * 1.25 * 1.2 == pytest.approx(exact.predicted_s, rel=0.01)
+
+
+def test_the_limited_spatial_policy_overlaps_when_both_are_there_and_predicts_that() -> None:
+    class Contention(LinearCost):
+        def iteration_s(self, work: Work) -> float:
+            return super().iteration_s(work) * (0.75 if work.overlap else 1.0)
+
+    cost = Contention(context_s=COST.context_s)
+    requests = requests_of(40, rate_rps=4, prompt_tokens=(10, 200), output_tokens=(1, 60), seed=1)
+    policy = build_policy("spatial_limited", predictor=cost)
+    result = run(policy, requests, jobs=[job_of(700)], world=cost, horizon=Horizon(duration_s=12.0))
+    seen = set()
+    for plan, work in zip(result.log.plans, result.log.works, strict=True):
+        both = work.decode_count + work.prefill_tokens > 0 and bool(plan.finetune)
+        assert plan.overlap == both == work.overlap
+        assert plan.predicted_s == pytest.approx(cost.iteration_s(work._replace(adapters=0)), rel=1e-9)
+        seen.add(both)
+    assert seen == {True, False}
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "drawn"])

@@ -168,6 +168,16 @@ def test_shares_of_classes_and_adapters_are_keys() -> None:
     assert abs(sum(r.adapter is None for r in requests) - 0.5 * n) < 4 * np.sqrt(0.25 * n)
 
 
+def test_other_classes_move_neither_arrivals_nor_lengths_nor_adapters() -> None:
+    def requests(*overrides: str, slo_names: tuple[str, ...]) -> list[tuple[object, ...]]:
+        workload = build("workload=poisson", "workload.adapters.count=3", *overrides, slo_names=slo_names)
+        due = workload.arrivals().due(600.0)
+        return [(r.id, r.arrival_s, r.prompt_tokens, r.output_tokens, r.adapter) for r in due]
+
+    one = requests(slo_names=("default",))
+    assert one == requests("workload.slo_mix={chat:0.9,batch:0.1}", slo_names=("chat", "batch"))
+
+
 @pytest.mark.parametrize("name", names("workload"))
 def test_unknown_keys_are_refused(name: str) -> None:
     with pytest.raises(ConfigCompositionException):
