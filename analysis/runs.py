@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -107,10 +108,14 @@ def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
 def over_seeds(rows: Sequence[Row]) -> list[tuple[Row, Row, int]]:
     """Rows that differ in nothing but the seed, put together: their means, the sample standard deviations
     and how many they are. A number that is missing in one of them is missing in the mean; one row alone
-    has no deviation."""
-    groups: dict[tuple[str, ...], list[Row]] = {}
+    has no deviation, and a seed that comes twice begins another group."""
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    seen: Counter[tuple[object, ...]] = Counter()
     for row in rows:
-        groups.setdefault(tuple(text(row, key) for key in IDENTITY if key != "seed"), []).append(row)
+        labels = tuple(text(row, key) for key in (*IDENTITY, "router"))
+        alike = tuple(text(row, key) for key in (*IDENTITY, "router") if key != "seed")
+        groups.setdefault((alike, seen[labels]), []).append(row)
+        seen[labels] += 1
     return [(_mean(group), _deviation(group), len(group)) for group in groups.values()]
 
 

@@ -119,6 +119,8 @@ def test_runs_that_differ_only_in_the_seed_are_one_line_with_their_deviation() -
     missing = next(i for i, line in enumerate(lines) if line.startswith("  finetune_only"))
     assert lines[missing + 1].split()[2] == "-"
     assert sum("seeds" in line for line in lines) == len(POLICIES)
+    routers = [{**row, "router": name} for name in ("RoundRobin", "Consolidate") for row in rows()]
+    assert "seeds" not in plain_table(routers) and "seeds" not in plain_table(rows() + rows())
 
 
 def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
