@@ -128,26 +128,48 @@ class Consolidate:
     every pipeline's finetuning; packed, they leave the other pipelines to finetune undisturbed. Like the best
     static split, but following the load. `headroom` is the share of each bound that may be used up. When
     no pipeline has that much, the earliest predicted first token decides.
+
+    The time of a token is that of the steady state with the new request: every sequence that ends makes room
+    for the prompt of another, so each decode brings along prompt / output tokens of prefill, the ratio of the
+    requests that have ended so far.
     """
 
-    def __init__(self, *, headroom: float = 0.6) -> None:
+    def __init__(self, *, headroom: float = 0.8) -> None:
         if not 0 < headroom <= 1:
             raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
         self._headroom = headroom
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
+        outputs = sum([load.state.ended_output_tokens for load in pipelines])
+        prompts = sum([load.state.ended_prompt_tokens for load in pipelines])
+        ratio = prompts / outputs if outputs else 0.0
         first_s = math.inf
         chosen = 0
         for index, load in enumerate(pipelines):
-            ttft_s, tpot_s = _predict(request, load)
+            ttft_s, _ = _predict(request, load)
             if (
                 ttft_s <= self._headroom * request.slo.ttft_s
-                and tpot_s <= self._headroom * request.slo.tpot_s
+                and _steady_token_s(request, load, ratio) <= self._headroom * request.slo.tpot_s
             ):
                 return index
             if ttft_s < first_s:
                 chosen, first_s = index, ttft_s
         return chosen
+
+
+def _steady_token_s(request: Incoming, load: Load, prefill_per_decode: float) -> float:
+    """Mean seconds of an iteration with the request among the decodes and prompts arriving as others end."""
+    limits = load.state.limits
+    count = min(load.requests + 1, limits.max_sequences)
+    decode = Work(
+        decode_count=count,
+        decode_context_tokens=load.tokens + request.prompt_tokens,
+        sampled_tokens=count,
+    )
+    alone_s = load.predictor.iteration_s(decode)
+    chunk = max(1, limits.max_tokens - count)
+    both_s = load.predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
+    return alone_s + (both_s - alone_s) * count * prefill_per_decode / chunk
 
 
 def _predict(request: Incoming, load: Load) -> tuple[float, float]:

@@ -78,6 +78,9 @@ class PipelineState:
         self.decode_context_tokens = 0
         self.tick = 0
         self.arrived = 0
+        self.ended_prompt_tokens = 0
+        self.ended_output_tokens = 0
+        """Of all requests that have ended; a router learns from them how long requests are."""
         self.jobs = Jobs(jobs)
         self.adapter_versions: dict[str, int] = {}
         self.memory: Any = None
@@ -450,8 +453,11 @@ class PipelineState:
     def _record_request(
         self, sequence: Sequence, outcome: Outcome, last_token_s: float | None = None
     ) -> None:
+        request = self._requests.pop(sequence.id)
+        self.ended_prompt_tokens += request.prompt_tokens
+        self.ended_output_tokens += sequence.generated_tokens
         self._recorder.add_request(
-            self._requests.pop(sequence.id),
+            request,
             self.pipeline,
             outcome,
             scheduled_s=sequence.scheduled_s,

@@ -142,7 +142,7 @@ def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
 
 
 def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
-    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.6 of 25 ms lies between."""
+    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.8 of 25 ms lies between."""
     cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
     idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
     tight = Incoming(10, Slo(tpot_s=0.025), None)
@@ -151,6 +151,17 @@ def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
     assert Consolidate(headroom=1.0).choose(tight, [busy, idle]) == 0
     late = Incoming(10, Slo(ttft_s=0.02), None)
     assert Consolidate().choose(late, [load_of(900, predictor=LinearCost(prefill_s=0.01)), idle]) == 1
+
+
+def test_consolidate_counts_the_prompts_that_take_the_places_of_ended_requests() -> None:
+    """Nine decodes of 1 ms take 10 ms; with 10 prompt tokens of 0.1 ms for each token, 19 ms."""
+    cost = LinearCost(host_s=0.001, decode_s=0.001, prefill_s=0.0001)
+    busy, idle = load_of(*[1] * 8, predictor=cost), load_of(predictor=cost)
+    request = Incoming(10, Slo(tpot_s=0.02), None)
+    assert Consolidate().choose(request, [busy, idle]) == 0
+    busy.state.ended_prompt_tokens, busy.state.ended_output_tokens = 1000, 100
+    assert Consolidate(headroom=0.96).choose(request, [busy, idle]) == 0
+    assert Consolidate(headroom=0.94).choose(request, [busy, idle]) == 1
 
 
 @pytest.mark.parametrize("jobs", [False, True])
