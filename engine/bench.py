@@ -23,7 +23,7 @@ from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob, assemble_engine
+from engine.assemble import TrainingJob, assemble_engine, plan_jobs
 from engine.config import ModelConfig
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
@@ -112,14 +112,17 @@ def bench(config: DictConfig) -> dict[str, Any]:
             memory=settings.memory,
         )
 
-    predictor = measure(model, limits, job(), check(config.measure_s, float, "measure_s"), seed)
+    (plan,) = plan_jobs(model, limits, [job()])
+    predictor = measure(
+        model, limits, replace(job(), plan=plan), check(config.measure_s, float, "measure_s"), seed
+    )
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = assemble_engine(model, limits, [job()], adapters)
+    engine, jobs = assemble_engine(model, limits, [replace(job(), plan=plan)], adapters)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
 
@@ -146,7 +149,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     write_adapter(engine.trainers["job"].masters, folder / "adapter", config.weights)
     losses = [record.loss for record in engine.steps]
-    return {**summary, "folder": str(folder), "losses": losses}
+    return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
 
 
 def _run(
@@ -223,11 +226,13 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, what was learned, and where the folders are."""
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
+    print_table([{k: v for k, v in row.items() if k not in ("losses", "plan")} for row in rows])
     for row in rows:
         losses = row["losses"]
         if losses:
             name = row["name"] or row["policy"]
             print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
+    for text in dict.fromkeys(row["plan"] for row in rows):
+        print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
