@@ -144,7 +144,7 @@ class RecordingModel(Model):
     """Remembers all logits that it gave."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__(model.config, model.weights)
+        super().__init__(model.whole, model.weights, model.group)
         self.recorded: list[torch.Tensor] = []
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
