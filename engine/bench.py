@@ -33,7 +33,7 @@ from engine.lora import new_adapter, write_adapter
 from engine.measure import measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from engine.ranks import Replica, replica
+from engine.replica import Replica, replica
 from engine.sampling import Sampling
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
 from sim.assemble import CONFIGS as SIMULATOR

@@ -24,7 +24,7 @@ from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.load import load_model
 from engine.lora import read_adapter
-from engine.ranks import replica
+from engine.replica import replica
 from engine.sampling import Sampling
 from engine.training import CONFIGS, DTYPES
 from sim.assemble import CONFIGS as SIMULATOR

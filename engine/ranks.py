@@ -1,18 +1,12 @@
-"""A replica on several devices: one process for each, of which this one leads.
+"""The processes of a replica: started, watched and ended together.
 
-Rank 0 runs the loop, the policy and the clock. What it does to its engine it first tells the others, in
-order, and they do the same to theirs: load a model, assemble an engine, take a request with its prompt, a
-drawn sample, a plan. Nobody else reads data or decides; tensors meet in the collectives of `engine.parallel`.
-On one device there are no others, and the engine is the plain one.
-
-    with replica(2, "cpu") as ranks:
-        model = ranks.load(load_model, folder, torch.float32)
-        engine, jobs = ranks.assemble(model, limits, [job])
+Rank 0 is the process that asks for them. Commands go to the others through pipes, in order, so that a rank
+that waits for one costs nothing and learns at once when rank 0 is gone. A rank that fails says why, and ends
+all: in its own words where it had any.
 """
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 import pickle
@@ -21,26 +15,16 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from engine.assemble import TrainingJob, assemble_engine
-from engine.engine import Engine
-from engine.finetune import Sample, SampleFeed
-from engine.lora import Adapter
-from engine.model import Model
-from engine.parallel import ALONE, Group, PeerLost
-from engine.sampling import Sampling
-from sim.core.finetune import Job
-from sim.core.plan import Limits, Plan
-from sim.core.request import Request
+from engine.parallel import Group, PeerLost
 from sim.errors import BUG, debugging, one_line
 
 GRACE_S = 10.0
@@ -48,7 +32,19 @@ GRACE_S = 10.0
 LOST = 3
 """Exit code of a rank that ended because another was gone."""
 
+END = "end"
+"""The command after which there is none."""
+
 _CONTEXT = multiprocessing.get_context("spawn")
+
+Follower = Callable[[Group, torch.device], object]
+"""Makes, in a process of its own, the object whose methods are the commands."""
+
+
+class Tell(Protocol):
+    """Have the other ranks call a method of their follower; returns at once."""
+
+    def __call__(self, method: str, *args: object) -> None: ...
 
 
 class RankFailed(ChildProcessError):
@@ -56,27 +52,29 @@ class RankFailed(ChildProcessError):
 
 
 @contextmanager
-def replica(tp: int, device: str) -> Iterator[Replica]:
-    """`tp` ranks on the devices of this machine (`cpu` or `cuda`), until the block ends.
+def start_ranks(tp: int, device: str, follower: Follower) -> Iterator[tuple[Group, torch.device, Tell]]:
+    """`tp` ranks on the devices of this machine until the block ends: this one's group and device, and how
+    to command the others. A process leads one replica at a time.
 
     Raises ValueError for more ranks than devices, RankFailed when a rank fails within the block.
     """
-    if tp == 1:
-        yield Replica(ALONE, torch.device(device), ())
-        return
     _check_devices(tp, device)
     with TemporaryDirectory(prefix="coserve-ranks-") as folder:
-        peers = [_Peer(rank, tp, device, folder) for rank in range(1, tp)]
+        peers = [_Peer(rank, tp, device, folder, follower) for rank in range(1, tp)]
         ending, clean = threading.Event(), False
+
+        def tell(method: str, *args: object) -> None:
+            command = pickle.dumps((method, args), pickle.HIGHEST_PROTOCOL)
+            for peer in peers:
+                peer.send(command)
+
         try:
             for peer in peers:
                 peer.ready()
             threading.Thread(target=_watch, args=(peers, ending), daemon=True).start()
-            place = _join(0, tp, device, folder)
-            yield Replica(Group(0, tp), place, peers)
+            yield Group(0, tp), _join(0, tp, device, folder), tell
             ending.set()
-            for peer in peers:
-                peer.tell(pickle.dumps(("end", ())))
+            tell(END)
             clean = True
         except PeerLost as error:
             ending.set()
@@ -89,127 +87,18 @@ def replica(tp: int, device: str) -> Iterator[Replica]:
                 dist.destroy_process_group()
 
 
-class Replica:
-    """All ranks, as rank 0 commands them."""
-
-    def __init__(self, group: Group, device: torch.device, peers: Sequence[_Peer]) -> None:
-        self.group = group
-        self.device = device
-        self._peers = peers
-
-    def load(self, make: Callable[..., Model], *args: Any, **options: Any) -> Model:
-        """`make(*args, device=, group=)` on every rank; `make` is a function of a module."""
-        self._tell("load", make, args, options)
-        return make(*args, **options, device=self.device, group=self.group)
-
-    def assemble(
-        self,
-        model: Model,
-        limits: Limits,
-        jobs: Sequence[TrainingJob] = (),
-        adapters: Mapping[str, Adapter] | None = None,
-        on_token: Callable[[int, int], None] | None = None,
-    ) -> tuple[Engine, list[Job]]:
-        """As `assemble_engine`, on every rank, for the model that was loaded last."""
-        if not self._peers:
-            return assemble_engine(model, limits, jobs, adapters, on_token)
-        told = [replace(job, samples=(), adapter=_on_host(job.adapter)) for job in jobs]
-        self._tell("assemble", limits, told, {n: _on_host(a) for n, a in (adapters or {}).items()})
-        jobs = [replace(job, samples=self._telling(job)) for job in jobs]
-        make = functools.partial(Leader, self._tell)
-        return assemble_engine(model, limits, jobs, adapters, on_token, make)
-
-    def _telling(self, job: TrainingJob) -> Iterator[Sample]:
-        """The job's samples, each told to the others as it is drawn: before the plan that needs it."""
-        assert not isinstance(job.samples, SampleFeed)
-        for sample in job.samples:
-            self._tell("sample", job.id, sample)
-            yield sample
-
-    def _tell(self, name: str, *args: Any) -> None:
-        if self._peers:
-            command = pickle.dumps((name, args), pickle.HIGHEST_PROTOCOL)
-            for peer in self._peers:
-                peer.tell(command)
-
-
-class Leader(Engine):
-    """The engine of rank 0: what it is made to do, the others are told."""
-
-    def __init__(self, tell: Callable[..., None], **given: Any) -> None:
-        super().__init__(**given)
-        self._tell = tell
-
-    def arrive(self, request: Request, tokens: Sequence[int], sampling: Sampling) -> None:
-        super().arrive(request, tokens, sampling)
-        self._tell("engine", "arrive", request, list(tokens), sampling)
-
-    def ended(self, id: int) -> None:
-        super().ended(id)
-        self._tell("engine", "ended", id)
-
-    def launch(self, plan: Plan) -> None:
-        # Memory is the policy's, which no engine reads.
-        self._tell("engine", "launch", plan._replace(memory=None))
-        super().launch(plan)
-
-    def collect(self) -> tuple[int, ...]:
-        self._tell("engine", "collect")
-        return super().collect()
-
-    def adapter(self, job: str) -> Adapter:
-        self._tell("engine", "adapter", job)
-        return super().adapter(job)
-
-    def optimizer_state(self, job: str) -> dict[str, Any]:
-        self._tell("engine", "optimizer_state", job)
-        return super().optimizer_state(job)
-
-    def restore(self, job: str, state: dict[str, Any], steps: int) -> None:
-        self._tell("engine", "restore", job, state, steps)
-        super().restore(job, state, steps)
-
-
-class _Follower:
-    """What a rank that does not lead has, and the commands that it takes."""
-
-    def __init__(self, group: Group, device: torch.device) -> None:
-        self._group = group
-        self._device = device
-        self._model: Model | None = None
-        self._engine: Engine | None = None
-        self._feeds: dict[str, SampleFeed] = {}
-
-    def load(self, make: Callable[..., Model], args: Iterable[Any], options: Mapping[str, Any]) -> None:
-        self._engine = self._model = None
-        self._model = make(*args, **options, device=self._device, group=self._group)
-
-    def assemble(self, limits: Limits, jobs: Sequence[TrainingJob], adapters: Mapping[str, Adapter]) -> None:
-        assert self._model is not None
-        self._engine = None
-        self._feeds = {job.id: SampleFeed(()) for job in jobs}
-        jobs = [replace(job, samples=self._feeds[job.id]) for job in jobs]
-        self._engine, _ = assemble_engine(self._model, limits, jobs, adapters)
-
-    def sample(self, job: str, sample: Sample) -> None:
-        self._feeds[job].put(sample)
-
-    def engine(self, method: str, *args: Any) -> None:
-        getattr(self._engine, method)(*args)
-
-
-def _follow(rank: int, tp: int, device: str, folder: str, channel: Connection) -> None:
+def _follow(rank: int, tp: int, device: str, folder: str, make: Follower, channel: Connection) -> None:
     """A process's life: do what it is told until the end, or until rank 0 is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         channel.send(("ready", ""))
-        follower = _Follower(Group(rank, tp), _join(rank, tp, device, folder))
+        follower = make(Group(rank, tp), _join(rank, tp, device, folder))
         while True:
-            name, args = pickle.loads(channel.recv_bytes())
-            if name == "end":
+            method, args = pickle.loads(channel.recv_bytes())
+            if method == END:
                 break
-            getattr(follower, name)(*args)
+            getattr(follower, method)(*args)
     except (EOFError, PeerLost):
         os._exit(LOST)
     except BaseException as error:
@@ -223,12 +112,14 @@ def _follow(rank: int, tp: int, device: str, folder: str, channel: Connection) -
 class _Peer:
     """A following process, as rank 0 sees it."""
 
-    def __init__(self, rank: int, tp: int, device: str, folder: str) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, tp: int, device: str, folder: str, follower: Follower) -> None:
         self._name = f"rank {rank} of {tp}"
         self._channel, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(
-            target=_follow, args=(rank, tp, device, folder, theirs), daemon=True, name=f"coserve-rank-{rank}"
+            target=_follow,
+            args=(rank, tp, device, folder, follower, theirs),
+            daemon=True,
+            name=f"coserve-rank-{rank}",
         )
         self.process.start()
         theirs.close()
@@ -240,7 +131,7 @@ class _Peer:
         except (EOFError, OSError) as error:
             raise PeerLost(self._name) from error
 
-    def tell(self, command: bytes) -> None:
+    def send(self, command: bytes) -> None:
         try:
             self._channel.send_bytes(command)
         except OSError as error:
@@ -325,8 +216,3 @@ def _end_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os._exit(LOST)
-
-
-def _on_host(adapter: Adapter) -> Adapter:
-    a, b = ({k: t.detach().cpu() for k, t in tensors.items()} for tensors in (adapter.a, adapter.b))
-    return replace(adapter, a=a, b=b)

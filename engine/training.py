@@ -30,7 +30,7 @@ from engine.engine import StepRecord
 from engine.load import load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.optimizer import OptimizerSettings
-from engine.ranks import replica
+from engine.replica import replica
 from engine.text import passes
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build

@@ -6,8 +6,10 @@ import functools
 import multiprocessing
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import engine.ranks
 from engine.bench import main as bench
 from engine.generate import main as generate
 from engine.load import load_model, save_model
@@ -24,7 +27,8 @@ from engine.lora import Adapter, read_adapter, write_adapter
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.parallel import ALONE, Group, share_of
-from engine.ranks import RankFailed, Replica, replica
+from engine.ranks import RankFailed
+from engine.replica import Replica, replica
 from engine.sampling import Sampling
 from engine.shares import Shares
 from engine.training import main as finetune
@@ -139,21 +143,17 @@ def test_a_failing_rank_ends_all_with_its_own_words() -> None:
     assert not multiprocessing.active_children()
 
 
-def wait_while_rank_one_is_killed() -> None:
+def sleep_while_rank_one_is_killed() -> None:
     """For a process of its own: nothing here needs the other rank, which goes."""
-    import signal
-    import time
-
-    import engine.ranks
-
     engine.ranks.GRACE_S = 0.5
-    with replica(2, "cpu") as ranks:
-        os.kill(ranks._peers[0].process.pid or 0, signal.SIGKILL)
+    with replica(2, "cpu"):
+        (rank_one,) = multiprocessing.active_children()
+        os.kill(rank_one.pid or 0, signal.SIGKILL)
         time.sleep(60)
 
 
 def test_a_killed_rank_ends_a_leader_that_sleeps() -> None:
-    program = f"from tests.engine.{Path(__file__).stem} import wait_while_rank_one_is_killed as run"
+    program = f"from tests.engine.{Path(__file__).stem} import sleep_while_rank_one_is_killed as run"
     guarded = f"{program}\nif __name__ == '__main__': run()"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -179,7 +179,7 @@ class RanksRun(EngineRun):
     """A run on a replica; without one, in this process alone."""
 
     def __init__(self, ranks: Replica | None, *given: Any, **named: Any) -> None:
-        self._ranks = ranks or Replica(ALONE, torch.device("cpu"), ())
+        self._ranks = ranks or Replica(ALONE, torch.device("cpu"))
         super().__init__(*given, **named)
 
     def _build(self, limits: Limits, adapters: Mapping[str, Adapter], jobs: Sequence[JobSetup]) -> None:
