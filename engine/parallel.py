@@ -74,10 +74,9 @@ ALONE = Group()
 
 def share_of(shape: ModelShape, tp: int) -> ModelShape:
     """Heads and inner features of one rank; the rest is whole. ValueError when `tp` does not divide them."""
-    if tp == 1:
-        return shape
     shape.check_tp(tp)
-    return replace(shape, heads=shape.heads // tp, kv_heads=max(1, shape.kv_heads // tp), ffn=shape.ffn // tp)
+    kv_heads = max(1, shape.kv_heads // tp)
+    return replace(shape, heads=shape.heads // tp, kv_heads=kv_heads, ffn=shape.ffn // tp, tp=tp)
 
 
 def parts_of(target: str, shape: ModelShape, tp: int) -> int:

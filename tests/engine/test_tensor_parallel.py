@@ -79,9 +79,10 @@ def test_a_bench_on_two_ranks_serves_every_request_and_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short = ["workload.duration_s=1.5", "run.drain_s=20", "measure_s=3"]
-    short += ["job.sample_tokens=64", "job.accumulation=1", "job.optimizer.warmup_steps=0"]
-    assert bench([*short, "model.tp=2", "policy=temporal", "hydra.run.dir=out"]) == 0
+    short = ["workload.duration_s=1.5", "run.drain_s=20", "measure_s=4", "policy=coserving_static"]
+    short += ["limits.max_sequences=8", "limits.max_tokens=32"]
+    short += ["job.sample_tokens=24", "job.accumulation=1", "job.optimizer.warmup_steps=0"]
+    assert bench([*short, "model.tp=2", "hydra.run.dir=out"]) == 0
     run = read_run(Path("out"))
     assert run.summary["finished"] == run.summary["requests"] > 2
     assert len(run.table("steps")) > 0
