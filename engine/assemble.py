@@ -19,12 +19,14 @@ from engine.finetune import Sample, SampleFeed, Trainer
 from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
+from engine.shares import own_adapter
 from sim.compile.compiler import compile_plan, plan_for_memory
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import CompilePlan
 from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
 from sim.core.specs import ModelShape
+from sim.cost.memory import kv_bytes_per_token
 
 USABLE = 0.9
 """Share of the free memory that `memory: auto` plans with; the rest is for what operators need as they run."""
@@ -35,7 +37,7 @@ class TrainingJob:
     """A finetuning job with its data."""
 
     id: str
-    samples: Iterable[Sample]
+    samples: Iterable[Sample] | SampleFeed
     """In training order; may be endless."""
     max_sample_tokens: int
     adapter: Adapter
@@ -57,24 +59,29 @@ def assemble_engine(
     jobs: Sequence[TrainingJob] = (),
     adapters: Mapping[str, Adapter] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    make: Callable[..., Engine] = Engine,
 ) -> tuple[Engine, list[Job]]:
     """The engine, and the jobs as the loop counts them; they share their data.
 
-    Inference has the first pages, every job its own after them. Raises ValueError where no plan fits.
+    Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
+    Raises ValueError where no plan fits.
     """
+    own = {name: own_adapter(model, adapter) for name, adapter in (adapters or {}).items()}
+    trained = [own_adapter(model, job.adapter) for job in jobs]
     blocks = limits.kv_tokens // limits.block_tokens
-    own = []
+    ranges = []
     for job in jobs:
         count = -(-job.max_sample_tokens // limits.block_tokens)
-        own.append(range(blocks, blocks + count))
+        ranges.append(range(blocks, blocks + count))
         blocks += count
     plans = plan_jobs(model, limits, jobs)
     pages = model.new_pages(blocks, limits.block_tokens)
-    bank = _bank(model, [*(adapters or {}).values(), *(job.adapter for job in jobs)])
+    bank = _bank(model, [*own.values(), *trained])
     counted, trainers = [], []
-    for job, pages_of, plan in zip(jobs, own, plans, strict=True):
+    for job, adapter, pages_of, plan in zip(jobs, trained, ranges, plans, strict=True):
         assert bank is not None
-        feed, spec = SampleFeed(job.samples), _spec(job, plan)
+        feed = job.samples if isinstance(job.samples, SampleFeed) else SampleFeed(job.samples)
+        spec = _spec(job, plan)
         counted.append(Job(spec, feed.lengths()))
         trainers.append(
             Trainer(
@@ -84,17 +91,17 @@ def assemble_engine(
                 pages=pages,
                 blocks=pages_of,
                 bank=bank,
-                adapter=job.adapter,
+                adapter=adapter,
                 feed=feed,
                 optimizer=job.optimizer,
             )
         )
-    engine = Engine(
+    engine = make(
         model=model,
         pages=pages,
         limits=limits,
         bank=bank,
-        adapters=adapters,
+        adapters=own,
         trainers=trainers,
         on_token=on_token,
     )
@@ -117,8 +124,7 @@ def plan_jobs(
     asking = [job for job in jobs if job.id not in plans]
     if asking:
         free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
-        shape = _shape(model)
-        free -= limits.kv_tokens * shape.kv_bytes_per_token
+        free -= limits.kv_tokens * kv_bytes_per_token(_shape(model), model.group.size)
         free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
         plans |= {job.id: _plan(model, limits, job, free / len(asking)) for job in asking}
     return [plans[job.id] for job in jobs]
@@ -142,14 +148,15 @@ def _plan(model: Model, limits: Limits, job: TrainingJob, free_bytes: float | No
     adapter = job.adapter
     spec = PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
     tokens = -(-job.max_sample_tokens // limits.block_tokens) * limits.block_tokens
+    shape, tp = _shape(model), model.group.size
     if free_bytes is None:
-        return compile_plan(_shape(model), spec, seq_tokens=tokens, mode=job.memory, order=job.order)
-    return plan_for_memory(_shape(model), spec, free_bytes, seq_tokens=tokens, order=job.order)
+        return compile_plan(shape, spec, seq_tokens=tokens, tp=tp, mode=job.memory, order=job.order)
+    return plan_for_memory(shape, spec, free_bytes, seq_tokens=tokens, tp=tp, order=job.order)
 
 
 def _shape(model: Model) -> ModelShape:
-    """With the bytes of the weights that it runs on."""
-    return replace(model.config.shape, dtype_bytes=model.dtype.itemsize)
+    """Of the whole model, with the bytes of the weights that it runs on."""
+    return replace(model.whole.shape, dtype_bytes=model.dtype.itemsize)
 
 
 def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:

@@ -44,6 +44,7 @@ def backward_layer(
     dh = _gate_up(w.gate_up, saved, bypass, d_product)
     if dh is None:
         return
+    model.group.all_reduce(dh)
     dx += rms_norm_backward(dh, saved["mid"], w.mlp_norm, eps)
 
     # Attention: o(attend(rotate(q), rotate(k), v))
@@ -59,6 +60,7 @@ def backward_layer(
     for target, dy in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
         bypass.run(target, dh, dy)
     if dh is not None:
+        model.group.all_reduce(dh)
         dx += rms_norm_backward(dh, saved["x"], w.input_norm, eps)
 
 
