@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob
+from engine.assemble import TrainingJob, plan_jobs
 from engine.config import ModelConfig, read_config
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
@@ -120,15 +120,16 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
             memory=settings.memory,
         )
 
+    (plan,) = plan_jobs(model, limits, [job()])
     measure_s = check(config.measure_s, float, "measure_s")
-    predictor = measure(model, limits, job(), measure_s, seed, ranks.assemble)
+    predictor = measure(model, limits, replace(job(), plan=plan), measure_s, seed, ranks.assemble)
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = ranks.assemble(model, limits, [job()], adapters)
+    engine, jobs = ranks.assemble(model, limits, [replace(job(), plan=plan)], adapters)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
 
@@ -157,7 +158,7 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     write_adapter(engine.adapter("job"), folder / "adapter", config.weights)
     losses = [record.loss for record in engine.steps]
-    return {**summary, "folder": str(folder), "losses": losses}
+    return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
 
 
 def _run(
@@ -246,11 +247,13 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, what was learned, and where the folders are."""
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
+    print_table([{k: v for k, v in row.items() if k not in ("losses", "plan")} for row in rows])
     for row in rows:
         losses = row["losses"]
         if losses:
             name = row["name"] or row["policy"]
             print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
+    for text in dict.fromkeys(row["plan"] for row in rows):
+        print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
