@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
-from engine.elementwise import compute_dtype, rms_norm, rotate, swiglu
+from engine.elementwise import compute_dtype, require_kernels, rms_norm, rotate, swiglu
 from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
@@ -110,6 +110,7 @@ class Model:
     """Weights and their forward. Modifies nothing but the pages and what windows keep."""
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        require_kernels(weights.embed.device)
         self.config = config
         self.weights = weights
         self.dtype = weights.embed.dtype
@@ -192,7 +193,7 @@ class Model:
         gate, up = gate_up.chunk(2, dim=1)
         _add_lora(gate, h, "gate_proj", index, batch.lora)
         _add_lora(up, h, "up_proj", index, batch.lora)
-        active = swiglu(gate, up)
+        active = swiglu(gate_up)
         down = active @ w.down.T
         _add_lora(down, active, "down_proj", index, batch.lora)
 
