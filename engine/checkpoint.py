@@ -79,7 +79,7 @@ def read_progress(checkpoint: str | Path) -> Progress:
 
 def restore(checkpoint: str | Path, trainer: Trainer) -> None:
     """Optimizer state and step count of a checkpoint; the trainer was made from its adapter."""
-    state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
+    state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
     trainer.optimizer.restore(state, read_progress(checkpoint).step)
 
 

@@ -65,12 +65,13 @@ def _chunk(
 ) -> torch.Tensor:
     """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place."""
     logits = (hidden @ weight.T).to(compute)
-    used = (labels != IGNORE_LABEL)[:, None]
-    at = labels.where(used[:, 0], 0)[:, None]
+    unused = (labels == IGNORE_LABEL)[:, None]
+    # Not `where`: its 0 would be a tensor of the host, and copied from there.
+    at = labels[:, None].masked_fill(unused, 0)
     log_total = logits.logsumexp(1, keepdim=True)
-    loss = (log_total - logits.gather(1, at)).where(used, 0.0).sum()
+    loss = (log_total - logits.gather(1, at)).masked_fill(unused, 0.0).sum()
     logits.sub_(log_total).exp_()
     logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
-    logits.masked_fill_(~used, 0.0)
+    logits.masked_fill_(unused, 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
     return loss

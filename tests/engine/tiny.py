@@ -16,6 +16,7 @@ from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig, RopeScaling
 from engine.driver import Driver, EngineArrivals, VirtualClock
 from engine.finetune import Sample
+from engine.launching import Launching
 from engine.load import random_model, save_model
 from engine.lora import Adapter, new_adapter
 from engine.model import LayerWeights, Model, Weights
@@ -210,9 +211,11 @@ class EngineRun:
         horizon: Horizon | None = None,
         world: Any = None,
         keep_logits: bool = True,
+        launching: Launching = Launching(),  # noqa: B008 - a value without state
     ) -> None:
         self.model = RecordingModel(model)
         self._keep_logits = keep_logits
+        self._launching = launching
         self.tokens: dict[int, list[int]] = {id: [] for id in prompts}
         self.logits: dict[int, list[torch.Tensor]] = {id: [] for id in prompts}
         self.policy = Watched(policy)
@@ -233,6 +236,7 @@ class EngineRun:
             [job.of() for job in jobs],
             adapters,
             on_token=lambda id, token: self.tokens[id].append(token),
+            launching=self._launching,
         )
         self.trainers = list(self.engine.trainers.values())
 
