@@ -4,8 +4,9 @@
     coserve bench -m policy=coserving,temporal,inference_only
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). The engine has
-one stream, so where a policy plans finetuning beside inference (column `overlap`), it runs after it.
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). Finetuning that a
+policy plans beside inference (column `overlap`) runs on a stream of its own on CUDA, and after inference with
+launch.streams=1 and on the CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
+from engine.launching import LaunchSettings
 from engine.load import load_model, random_model
 from engine.lora import new_adapter, write_adapter
 from engine.measure import measure
@@ -94,6 +96,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     run = build(RunSettings, config.run, "run")
     limits = build(Limits, config.limits, "limits")
     settings = build(JobSettings, config.job, "job")
+    launch = build(LaunchSettings, config.launch, "launch")
     device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
@@ -112,14 +115,17 @@ def bench(config: DictConfig) -> dict[str, Any]:
             memory=settings.memory,
         )
 
-    predictor = measure(model, limits, job(), check(config.measure_s, float, "measure_s"), seed)
+    launching = launch.on(model)
+    measure_s = check(config.measure_s, float, "measure_s")
+    predictor = measure(model, limits, job(), measure_s, seed, launching)
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = assemble_engine(model, limits, [job()], adapters)
+    engine, jobs = assemble_engine(model, limits, [job()], adapters, launching=launching)
+    engine.warm_up()
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
 

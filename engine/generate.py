@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.assemble import assemble_engine
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.launching import LaunchSettings
 from engine.load import load_model
 from engine.lora import read_adapter
 from engine.sampling import Sampling
@@ -53,6 +54,7 @@ class Settings:
     top_p: float
     seed: int
     limits: Limits
+    launch: LaunchSettings
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -105,7 +107,12 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
         adapters["adapter"] = read_adapter(settings.adapter_name_or_path, model.config.shape)
     outputs: list[list[int]] = [[] for _ in prompts]
     engine, _ = assemble_engine(
-        model, settings.limits, (), adapters, on_token=lambda id, token: outputs[id].append(token)
+        model,
+        settings.limits,
+        (),
+        adapters,
+        on_token=lambda id, token: outputs[id].append(token),
+        launching=settings.launch.on(model),
     )
     name = "adapter" if adapters else None
     requests = [

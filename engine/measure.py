@@ -13,6 +13,7 @@ import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
+from engine.launching import Launching
 from engine.model import Model
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward, Slice, Step
@@ -28,12 +29,21 @@ WARM_UP_ITERATIONS = 8
 LEAST_ROWS = 60
 
 
-def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed: int) -> FittedCost:
+def measure(
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    seconds: float,
+    seed: int,
+    launching: Launching = Launching(),  # noqa: B008 - a value without state
+) -> FittedCost:
     """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
 
+    With a second stream some of the work is drawn beside inference, from which the contention is fitted.
     Raises ValueError when the time was too short for enough iterations.
     """
-    engine, jobs = assemble_engine(model, limits, [job])
+    engine, jobs = assemble_engine(model, limits, [job], launching=launching)
+    engine.warm_up()
     recorder = Recorder()
     state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)
     vocab, random = model.config.shape.vocab, np.random.default_rng((seed, 1))
@@ -42,7 +52,9 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed
         engine,
         lambda request: (random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()),
     )
-    loop = run_loop(state, _Drawn(seed), source, Horizon(duration_s=seconds, drain_s=0.0))
+    loop = run_loop(
+        state, _Drawn(seed, launching.second is not None), source, Horizon(duration_s=seconds, drain_s=0.0)
+    )
     Driver(engine, WallClock()).run(loop)
     rows = {name: column[WARM_UP_ITERATIONS:] for name, column in recorder.iterations.arrays().items()}
     taken_s = rows["end_s"] - rows["start_s"]
@@ -85,8 +97,9 @@ class _Drawn:
     serves = True
     finetunes = True
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, two_streams: bool) -> None:
         self._random = np.random.default_rng((seed, 3))
+        self._two_streams = two_streams
 
     def plan(self, view: View) -> Plan:
         draw = self._random.random
@@ -95,7 +108,8 @@ class _Drawn:
         finetune = self._slice(view) if draw() < 0.6 or not (decode or prefills) else ()
         if not (decode or prefills or finetune):
             return Plan(decode=view.decode_count > 0, prefills=self._prefills(view))
-        return Plan(decode=decode, prefills=prefills, finetune=finetune)
+        overlap = self._two_streams and bool(finetune) and bool(decode or prefills) and draw() < 0.3
+        return Plan(decode=decode, prefills=prefills, finetune=finetune, overlap=overlap)
 
     def _prefills(self, view: View) -> tuple[tuple[int, int], ...]:
         """One chunk, of an admitted sequence first."""
