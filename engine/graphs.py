@@ -107,7 +107,7 @@ class _Captured:
         sizes = [n, n, n, n * self.width, self.segments + 1, self.segments]
         self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=model.device)
         self.slots, contexts, kv_slots, tables, start, adapter = torch.split(self._flat, sizes)
-        self._flat.copy_(torch.from_numpy(self._pack(Decodes(*[_NONE] * 3), graphs)))
+        graphs.staging.upload_into(self._flat, self._pack(Decodes(*[_NONE] * 3), graphs))
         query_start = torch.arange(n + 1, dtype=torch.int32, device=model.device)
         lora = LoraBatch(bank, start, adapter) if bank is not None and shape.adapters else None
 

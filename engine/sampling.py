@@ -68,7 +68,6 @@ def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[
     ordered, token = logits.sort(dim=1, descending=True, stable=True)
     p = (ordered.double() / temperature).softmax(1)
     rank = torch.arange(vocab, device=logits.device)
-    # Not `where`: its 0 would be a tensor of the host, and copied from there.
     p = p.masked_fill(rank >= top_k, 0.0)
     p = p / p.sum(1, keepdim=True)
     before = p.cumsum(1) - p

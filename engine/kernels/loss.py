@@ -66,7 +66,6 @@ def _chunk(
     """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place."""
     logits = (hidden @ weight.T).to(compute)
     unused = (labels == IGNORE_LABEL)[:, None]
-    # Not `where`: its 0 would be a tensor of the host, and copied from there.
     at = labels[:, None].masked_fill(unused, 0)
     log_total = logits.logsumexp(1, keepdim=True)
     loss = (log_total - logits.gather(1, at)).masked_fill(unused, 0.0).sum()
