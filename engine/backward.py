@@ -57,11 +57,11 @@ def backward_layer(
 
     # The MLP: down(silu(gate) * up)
     middle = kept.middle[index, at]
-    gate_up = kept.gate_up[index, at]
+    gate, up = kept.gate_up[index, at].chunk(2, dim=1)
     d_active = dx @ w.down
     if bypass.has("down_proj"):
-        bypass.run("down_proj", d_active, dx, swiglu(gate_up))
-    d_gate_up = swiglu_backward(d_active, gate_up)
+        bypass.run("down_proj", d_active, dx, swiglu(gate, up))
+    d_gate_up = swiglu_backward(d_active, gate, up)
     d_gate, d_up = d_gate_up.chunk(2, dim=1)
     dh = d_gate_up @ w.gate_up
     if bypass.has("gate_proj", "up_proj"):

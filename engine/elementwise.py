@@ -2,8 +2,8 @@
 
 One place for all that is neither a matrix product nor attention. Everything computes in float32 (float64 for
 float64). The device of the tensors decides what runs: torch on the CPU; on CUDA Liger-Kernel's operators where
-they take our layout without a copy (the norm; SwiGLU of the fused projection), else kernels of our own, which
-say why. Shapes as in `engine.model`.
+they take our layout without a copy (the norm; SwiGLU of the fused product), else kernels of our own, which say
+why. Shapes as in `engine.model`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F  # noqa: N812
 from engine.kernels.jit import uses_triton
 from engine.kernels.norm_backward import rms_norm_backward_triton
 from engine.kernels.rotary import rotate_triton
+from engine.kernels.swiglu_backward import swiglu_backward_triton
 
 
 class Liger(NamedTuple):
@@ -25,7 +26,6 @@ class Liger(NamedTuple):
 
     rms_norm: Callable[..., Any]
     swiglu: Callable[..., Any]
-    swiglu_backward: Callable[..., Any]
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -47,12 +47,12 @@ def liger() -> Liger:
     """Liger-Kernel's operators; it takes seconds to import."""
     try:
         from liger_kernel.ops.rms_norm import rms_norm_forward
-        from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward, swiglu_fused_gate_up_forward
+        from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
     except ImportError as error:
         raise ValueError(
             f"a model on CUDA needs liger-kernel 0.8.5 or later: pip install 'coserve[engine]' ({error})"
         ) from error
-    return Liger(rms_norm_forward, swiglu_fused_gate_up_forward, swiglu_fused_gate_up_backward)
+    return Liger(rms_norm_forward, swiglu_fused_gate_up_forward)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -84,21 +84,27 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(x.dtype)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up [T, F] of gate_up [T, 2 F], contiguous: the gate's columns, then up's."""
-    if uses_triton(gate_up):
-        active: torch.Tensor = liger().swiglu(gate_up)[1]
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, all [T, F]; on CUDA gate and up are the halves of one product [T, 2 F]."""
+    if uses_triton(gate):
+        active: torch.Tensor = liger().swiglu(_whole(gate, up))[1]
         return active
-    gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate) * up
 
 
-def swiglu_backward(d_active: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
-    """Gradient at gate_up [T, 2 F] of `swiglu`: silu' = s (1 + gate (1 - s)), s the sigmoid."""
-    if uses_triton(gate_up):
-        d_gate_up: torch.Tensor = liger().swiglu_backward(gate_up, d_active)
-        return d_gate_up
-    compute = compute_dtype(gate_up.dtype)
-    d, (g, u) = d_active.to(compute), gate_up.to(compute).chunk(2, dim=1)
+def swiglu_backward(d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """Gradient at [gate, up] [T, 2 F] of `swiglu`: silu' = s (1 + gate (1 - s)), s the sigmoid."""
+    if uses_triton(gate):
+        return swiglu_backward_triton(d_active, gate, up)
+    compute = compute_dtype(gate.dtype)
+    d, g, u = d_active.to(compute), gate.to(compute), up.to(compute)
     s = g.sigmoid()
-    return torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), dim=1).to(gate_up.dtype)
+    return torch.cat((d * u * s * (1 + g * (1 - s)), d * g * s), dim=1).to(gate.dtype)
+
+
+def _whole(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """The tensor that these are the halves of."""
+    tokens, width = gate.shape
+    assert gate.stride() == up.stride() == (2 * width, 1)
+    assert up.storage_offset() == gate.storage_offset() + width
+    return gate.as_strided((tokens, 2 * width), (2 * width, 1))

@@ -193,7 +193,7 @@ class Model:
         gate, up = gate_up.chunk(2, dim=1)
         _add_lora(gate, h, "gate_proj", index, batch.lora)
         _add_lora(up, h, "up_proj", index, batch.lora)
-        active = swiglu(gate_up)
+        active = swiglu(gate, up)
         down = active @ w.down.T
         _add_lora(down, active, "down_proj", index, batch.lora)
 

@@ -31,6 +31,7 @@ from engine.kernels.jit import Launch, triton
 from engine.kernels.norm_backward import norm_backward_launch
 from engine.kernels.paged_attention import attention_launches
 from engine.kernels.rotary import rotate_launch
+from engine.kernels.swiglu_backward import swiglu_backward_launch
 from engine.kernels.write_kv import write_launch
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
@@ -103,6 +104,7 @@ def cases() -> list[Case]:
             (f"write kv {name}", _write_kv(family)),
             (f"rotary {name}", _rotary(family)),
             (f"norm backward {name}", _norm_backward(family)),
+            (f"swiglu backward {name}", _swiglu_backward(family)),
             (f"liger {name}", _liger(family)),
         ]
     for rank in (16, 64):
@@ -279,6 +281,13 @@ def _norm_backward(family: Family) -> Callable[[], Iterable[Launch]]:
     return lambda: [norm_backward_launch(x, x, _empty(family.hidden), x, 1e-5)]
 
 
+def _swiglu_backward(family: Family) -> Callable[[], Iterable[Launch]]:
+    """Of the halves of one product, and of two tensors."""
+    gate, up = _empty(512, 2 * family.ffn).chunk(2, dim=1)
+    d, out = _empty(512, family.ffn), _empty(512, 2 * family.ffn)
+    return lambda: [swiglu_backward_launch(d, gate, up, out), swiglu_backward_launch(d, d, d, out)]
+
+
 def _liger(family: Family) -> Callable[[], Iterable[Launch]]:
     """What Liger-Kernel launches for us."""
 
@@ -287,7 +296,6 @@ def _liger(family: Family) -> Callable[[], Iterable[Launch]]:
         with _recorded() as found:
             ops.rms_norm(_empty(512, family.hidden), _empty(family.hidden), 1e-5, 0.0, "gemma", None)
             ops.swiglu(_empty(512, 2 * family.ffn))
-            ops.swiglu_backward(_empty(512, 2 * family.ffn), _empty(512, family.ffn))
         return found
 
     return launches

@@ -19,6 +19,7 @@ from engine.elementwise import (
 )
 from engine.kernels.norm_backward import norm_backward_launch, rms_norm_backward_triton
 from engine.kernels.rotary import rotate_launch, rotate_triton
+from engine.kernels.swiglu_backward import swiglu_backward_launch, swiglu_backward_triton
 
 TOLERANCE = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-5},
@@ -64,6 +65,18 @@ def test_backward_of_the_norm_needs_only_its_input(dtype_name: str, size: str, n
     torch.testing.assert_close(found.cpu(), wanted, **TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_backward_of_swiglu_in_either_layout(fused: bool, dtype_name: str, size: str, native: str) -> None:
+    dtype, width = getattr(torch, dtype_name), WIDE[size]
+    both = draw(7, 6, 2 * width, device=native, dtype=dtype) * 3
+    gate, up = both.chunk(2, dim=1) if fused else (part.contiguous() for part in both.chunk(2, dim=1))
+    d_active, before = draw(8, 6, width, device=native, dtype=dtype), both.clone()
+    found = swiglu_backward_triton(d_active, gate, up)
+    assert torch.equal(torch.cat((gate, up), dim=1), before)
+    wanted = swiglu_backward(d_active.cpu(), gate.cpu(), up.cpu())
+    torch.testing.assert_close(found.cpu(), wanted, **TOLERANCE[dtype])
+
+
 def test_the_references_are_the_gradients_of_autograd() -> None:
     kind: Any = {"device": "cpu", "dtype": torch.float64}
     x = draw(4, 5, 12, **kind).requires_grad_()
@@ -72,8 +85,8 @@ def test_the_references_are_the_gradients_of_autograd() -> None:
     assert x.grad is not None
     torch.testing.assert_close(rms_norm_backward(dy, x.detach(), weight, 1e-5), x.grad)
     x.grad = None
-    swiglu(x).backward(dy[:, :6])
-    torch.testing.assert_close(swiglu_backward(dy[:, :6], x.detach()), x.grad)
+    swiglu(*x.chunk(2, dim=1)).backward(dy[:, :6])
+    torch.testing.assert_close(swiglu_backward(dy[:, :6], *x.detach().chunk(2, dim=1)), x.grad)
 
 
 @pytest.mark.parametrize("which", ["shape", "angles", "type", "odd"])
@@ -87,6 +100,14 @@ def test_rotations_that_do_not_fit_are_refused(which: str) -> None:
     }[which]
     with pytest.raises(ValueError, match="must"):
         rotate_launch(*wrong, torch.empty_like(wrong[0]))
+
+
+@pytest.mark.parametrize("which", ["shape", "columns", "type"])
+def test_gates_that_do_not_fit_are_refused(which: str) -> None:
+    x = torch.zeros(4, 16)
+    wrong = {"shape": (x, x, x[:3]), "columns": (x, x.T.contiguous().T, x), "type": (x, x, x.double())}[which]
+    with pytest.raises(ValueError, match="must"):
+        swiglu_backward_launch(*wrong, torch.empty(4, 32))
 
 
 @pytest.mark.parametrize("which", ["rows", "weight", "type"])
@@ -119,8 +140,11 @@ def test_what_runs_on_cuda_equals_what_runs_on_the_cpu(dtype: torch.dtype, rows:
     pairs = [
         (rms_norm(x, weight, 1e-5), rms_norm(x.cpu(), weight.cpu(), 1e-5)),
         (rms_norm_backward(dy, x, weight, 1e-5), rms_norm_backward(dy.cpu(), x.cpu(), weight.cpu(), 1e-5)),
-        (swiglu(x), swiglu(x.cpu())),
-        (swiglu_backward(dy[:, :48].contiguous(), x), swiglu_backward(dy[:, :48].cpu(), x.cpu())),
+        (swiglu(*x.chunk(2, dim=1)), swiglu(*x.cpu().chunk(2, dim=1))),
+        (
+            swiglu_backward(dy[:, :48], *x.chunk(2, dim=1)),
+            swiglu_backward(dy[:, :48].cpu(), *x.cpu().chunk(2, dim=1)),
+        ),
     ]
     before = x.clone()
     for found, wanted in pairs:
