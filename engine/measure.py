@@ -22,10 +22,11 @@ from sim.core.plan import Limits, Plan, View
 from sim.core.request import Request, Slo
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
+from sim.core.work import Work
 from sim.cost.table import FittedCost, Table
 
-WARM_UP_ITERATIONS = 8
-"""Left out: the first pays for what is loaded and allocated once."""
+FIRST_USES = 200
+"""Iterations before time counts: a kernel is compiled and loaded, and memory allocated, at its first use."""
 LEAST_ROWS = 60
 
 
@@ -55,13 +56,42 @@ def measure(
     loop = run_loop(
         state, _Drawn(seed, launching.second is not None), source, Horizon(duration_s=seconds, drain_s=0.0)
     )
-    Driver(engine, WallClock()).run(loop)
-    rows = {name: column[WARM_UP_ITERATIONS:] for name, column in recorder.iterations.arrays().items()}
+    Driver(engine, _LateClock(FIRST_USES)).run(loop)
+    # With a lookahead the next one has been launched when time begins to count.
+    left_out = FIRST_USES + 1 + limits.lookahead
+    rows = {name: column[left_out:] for name, column in recorder.iterations.arrays().items()}
     taken_s = rows["end_s"] - rows["start_s"]
     if len(taken_s) < LEAST_ROWS:
         raise ValueError(f"measure_s must allow {LEAST_ROWS} iterations, {seconds} gave {len(taken_s)}")
     columns = {name: np.ascontiguousarray(rows[name]) for name in WORK_COLUMNS}
     return Table.fit(columns, taken_s).model(limits.lookahead)
+
+
+class _LateClock:
+    """Seconds since the first `iterations` have ended; 0 until then."""
+
+    def __init__(self, iterations: int) -> None:
+        self._left = iterations
+        self._clock: WallClock | None = None
+
+    def now_s(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now_s()
+
+    def launched(self, work: Work) -> None:
+        """The device is under way."""
+
+    def done(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._clock = WallClock()
+
+    def sleep(self, until_s: float) -> None:
+        if self._clock is None:
+            raise RuntimeError("drawn work never pauses")
+        self._clock.sleep(until_s)
+
+    def wake(self) -> None:
+        """Nobody aborts drawn work."""
 
 
 class _Endless:
