@@ -77,16 +77,17 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        # One for all: each stream that multiplies has a workspace of its own, and keeps it.
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def __call__(self, body: Body) -> Body:
         # Once by itself: kernels are compiled and loaded and workspaces made, which a capture must not do.
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             body()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = body()
 
         def replay() -> torch.Tensor:
@@ -97,7 +98,8 @@ class CudaCapture:
 
 
 class _Captured:
-    """One shape: its input on the device, and what replays it."""
+    """One shape: its input on the device, and what replays it. A graph holds addresses and no tensors, so
+    whatever it reads must be held here or by who is served."""
 
     def __init__(self, shape: Shape, graphs: Graphs, capture: Capture) -> None:
         n, model, bank = shape.sequences, graphs.model, graphs.bank
@@ -108,7 +110,7 @@ class _Captured:
         self._flat = torch.zeros(sum(sizes), dtype=torch.int32, device=model.device)
         self.slots, contexts, kv_slots, tables, start, adapter = torch.split(self._flat, sizes)
         graphs.staging.upload_into(self._flat, self._pack(Decodes(*[_NONE] * 3), graphs))
-        query_start = torch.arange(n + 1, dtype=torch.int32, device=model.device)
+        self._query_start = torch.arange(n + 1, dtype=torch.int32, device=model.device)
         lora = LoraBatch(bank, start, adapter) if bank is not None and shape.adapters else None
 
         def body() -> torch.Tensor:
@@ -117,7 +119,7 @@ class _Captured:
                 positions=contexts,
                 slots=kv_slots,
                 block_tables=tables.view(n, self.width),
-                query_start=query_start,
+                query_start=self._query_start,
                 context_lens=contexts,
                 decodes=n,
                 max_keys=shape.max_keys,

@@ -6,6 +6,7 @@ is that the kernels are launched at once.
 
 from __future__ import annotations
 
+import gc
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engine.graphs import Body, Decodes, Graphs, Shape, key_sizes, sequence_sizes
 from engine.launching import GRAPHS, Launching, LaunchSettings
@@ -245,3 +248,45 @@ def test_on_the_cpu_kernels_follow_each_other(chosen: LaunchSettings) -> None:
 def test_unknown_choices_are_refused(wrong: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LaunchSettings(**wrong)
+
+
+class Inputs(TorchDispatchMode):
+    """The memory that operations inside read and did not make, kept so that nobody else gets it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[int, Any] = {}
+        self._made: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.read |= {k: v for k, v in memory((args, kwargs)).items() if k not in self._made}
+        self._made |= {k: v for k, v in memory(result).items() if k not in self.read}
+        return result
+
+
+def memory(value: Any) -> dict[int, Any]:
+    """What the tensors in `value` lie in, by its identity."""
+    found = [leaf.untyped_storage() for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+    return {storage._cdata: storage for storage in found}
+
+
+def test_what_a_capture_reads_outlives_it() -> None:
+    """A CUDA graph holds addresses, not tensors: nothing else may be given their memory."""
+    read: dict[int, Any] = {}
+
+    def capture(body: Body) -> Body:
+        with Inputs() as inputs:
+            out = body()
+        read.update(inputs.read)
+        read.update(memory([cell.cell_contents for cell in body.__closure__ or ()]))
+        return lambda: out
+
+    bank = bank_of(2)
+    bank.put(adapter_of("llama", 4, ["q_proj", "down_proj"], seed=0))
+    graphs, _ = graphs_of(bank, lambda: capture)
+    graphs.warm_up()
+    gc.collect()
+    alive = memory([t for t in gc.get_objects() if type(t) is torch.Tensor])
+    assert len(read) > 20
+    assert read.keys() <= alive.keys()

@@ -253,8 +253,9 @@ def test_nothing_races_and_results_are_those_of_one_stream(
     policy: str, mode: tuple[str, str], lookahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device()
+    captures = (lambda: lambda body: body) if lookahead else None
     with Races(device).pages(monkeypatch) as races:
-        ours = overlapped(policy, mode, lookahead, Launching(second=SecondStream(device)))
+        ours = overlapped(policy, mode, lookahead, Launching(captures, SecondStream(device)))
     plain = overlapped(policy, mode, lookahead, Launching())
 
     kinds = {type(piece) for plan in plain.policy.plans if plan.overlap for piece in plan.finetune}
