@@ -62,7 +62,7 @@ class LaunchSettings:
     graphs: str = "auto"
     """auto captures on a CUDA device where it can, on insists, off launches every kernel."""
     streams: int = 1
-    """2 runs finetuning beside inference where a plan asks for it, 1 after it."""
+    """2 runs finetuning beside inference where a plan asks for it and the model lies on one GPU, 1 after it."""
 
     def __post_init__(self) -> None:
         if self.graphs not in GRAPHS:
@@ -71,25 +71,26 @@ class LaunchSettings:
             raise ValueError(f"launch.streams must be 1 or 2, got {self.streams}")
 
     def on(self, model: Model) -> Launching:
-        """These choices for `model`. The CPU has neither graphs nor streams: the results are the same.
+        """These choices for `model`. Without graphs and streams the results are the same.
 
         Raises ValueError when graphs are insisted on and cannot be.
         """
-        reason = no_graphs(model)
-        if reason is not None and self.graphs == "on":
-            raise ValueError(f"launch.graphs=on: {reason}; auto or off goes without")
-        captures = None if reason is not None or self.graphs == "off" else CudaCapture
-        second = SecondStream() if self.streams == 2 and model.device.type == "cuda" else None
-        return Launching(captures, second)
+        reason = one_by_one(model)
+        if reason is not None:
+            if self.graphs == "on":
+                raise ValueError(f"launch.graphs=on: {reason}; auto or off goes without")
+            return Launching()
+        captures = None if self.graphs == "off" else CudaCapture
+        return Launching(captures, SecondStream() if self.streams == 2 else None)
 
 
-def no_graphs(model: Model) -> str | None:
-    """Why iterations of `model` cannot be captured; None if they can."""
+def one_by_one(model: Model) -> str | None:
+    """Why the kernels of `model` can only be launched one after the other; None if they need not."""
     if model.device.type != "cuda":
         return f"graphs need a CUDA device, the model is on {model.device.type}"
     if model.config.shape.tp > 1:
         return (
-            f"the model is spread over {model.config.shape.tp} GPUs, and a capture would hold collective calls "
-            "of processes that need not capture at the same time"
+            f"the model is spread over {model.config.shape.tp} GPUs, whose collective calls must come in one "
+            "order on all of them, and a capture of one waits for the others"
         )
     return None

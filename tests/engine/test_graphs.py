@@ -9,6 +9,8 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -240,6 +242,15 @@ def test_on_the_cpu_kernels_follow_each_other(chosen: LaunchSettings) -> None:
             chosen.on(model)
     else:
         assert chosen.on(model) == Launching()
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_tensor_parallel_models_launch_one_by_one(streams: int) -> None:
+    shape = replace(CONFIGS["llama"].shape, tp=2)
+    model: Any = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(shape=shape))
+    assert LaunchSettings(streams=streams).on(model) == Launching()
+    with pytest.raises(ValueError, match="spread over 2 GPUs"):
+        LaunchSettings(graphs="on", streams=streams).on(model)
 
 
 @pytest.mark.parametrize(

@@ -246,9 +246,15 @@ def overlapped(policy: str, mode: tuple[str, str], lookahead: int, launching: La
 MODES = [("layer_major", "stash"), ("window_major", "recompute")]
 
 
-@pytest.mark.parametrize("lookahead", [0, 1])
-@pytest.mark.parametrize("mode", MODES, ids="-".join)
-@pytest.mark.parametrize("policy", ["spatial_stream", "coserving_static"])
+@pytest.mark.parametrize(
+    ("policy", "mode", "lookahead"),
+    [
+        ("spatial_stream", MODES[0], 0),
+        ("spatial_stream", MODES[1], 1),
+        ("coserving_static", MODES[0], 1),
+        ("coserving_static", MODES[1], 0),
+    ],
+)
 def test_nothing_races_and_results_are_those_of_one_stream(
     policy: str, mode: tuple[str, str], lookahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
