@@ -2,6 +2,7 @@
 
     coserve bench model=tiny device=cpu
     coserve bench -m policy=coserving,temporal,inference_only
+    coserve bench model=tiny device=cpu model.tp=2
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
 fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). Finetuning that a
@@ -24,8 +25,8 @@ from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob, assemble_engine
-from engine.config import ModelConfig
+from engine.assemble import TrainingJob
+from engine.config import ModelConfig, read_config
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
 from engine.launching import LaunchSettings
@@ -34,6 +35,7 @@ from engine.lora import new_adapter, write_adapter
 from engine.measure import measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
+from engine.replica import Replica, replica
 from engine.sampling import Sampling
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
 from sim.assemble import CONFIGS as SIMULATOR
@@ -91,24 +93,30 @@ def main(argv: Sequence[str]) -> int:
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
+    device = build(DeviceSpec, config.device, "device")
+    shape = _shape(config)
+    with replica(shape.tp, _place(device)) as ranks:
+        return _bench(config, ranks, shape, device)
+
+
+def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: DeviceSpec) -> dict[str, Any]:
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     limits = build(Limits, config.limits, "limits")
     settings = build(JobSettings, config.job, "job")
     launch = build(LaunchSettings, config.launch, "launch")
-    device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    model = _model(config, device, seed)
     samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
+    model = _model(config, ranks, shape, seed)
 
     def job() -> TrainingJob:
         return TrainingJob(
             id="job",
             samples=passes(samples, seed),
             max_sample_tokens=settings.sample_tokens,
-            adapter=new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed),
+            adapter=new_adapter(settings.lora, shape, model.compute, model.device, seed),
             optimizer=settings.optimizer,
             accumulation=settings.accumulation,
             order=settings.order,
@@ -117,14 +125,14 @@ def bench(config: DictConfig) -> dict[str, Any]:
 
     launching = launch.on(model)
     measure_s = check(config.measure_s, float, "measure_s")
-    predictor = measure(model, limits, job(), measure_s, seed, launching)
+    predictor = measure(model, limits, job(), measure_s, seed, launching, ranks.assemble)
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
-        name: new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed + n)
+        name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = assemble_engine(model, limits, [job()], adapters, launching=launching)
+    engine, jobs = ranks.assemble(model, limits, [job()], adapters, launching=launching)
     engine.warm_up()
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
@@ -133,11 +141,13 @@ def bench(config: DictConfig) -> dict[str, Any]:
         recorder,
         slos=slos,
         duration_s=horizon.duration_s,
-        pipelines=(PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device),),
+        pipelines=(
+            PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device, devices=shape.tp),
+        ),
         labels={
             "name": run.name,
             "policy": config.policy.name,
-            "model": model.config.shape.name,
+            "model": shape.name,
             "device": device.name,
             "workload": workload.name,
             "rate_rps": workload.rate_rps,
@@ -150,7 +160,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(engine.trainers["job"].masters, folder / "adapter", config.weights)
+    write_adapter(engine.adapter("job"), folder / "adapter", config.weights)
     losses = [record.loss for record in engine.steps]
     return {**summary, "folder": str(folder), "losses": losses}
 
@@ -183,24 +193,36 @@ def _run(
     return recorder
 
 
-def _model(config: DictConfig, device: DeviceSpec, seed: int) -> Model:
-    shape = build(ModelShape, config.model, "model")
+def _shape(config: DictConfig) -> ModelShape:
+    """The model's, checked against the folder of its weights, if they come from one."""
+    shape: ModelShape = build(ModelShape, config.model, "model")
+    shape.check_tp(shape.tp)
     if shape.dtype_bytes not in DTYPES:
         raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
-    place, dtype = "cpu" if device.name == "cpu" else "cuda", DTYPES[shape.dtype_bytes]
-    if place == "cpu":
+    if config.weights is not None:
+        read = read_config(config.weights).shape
+        found = replace(read, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
+        if found != shape:
+            raise ValueError(f"weights: {config.weights} holds {found}, model is {shape}")
+    return shape
+
+
+def _place(device: DeviceSpec) -> str:
+    if device.name == "cpu":
         # The operations are small: on a busy machine two threads were 3 to 10 times slower than one.
         torch.set_num_threads(1)
-    if place == "cuda" and not torch.cuda.is_available():
+        return "cpu"
+    if not torch.cuda.is_available():
         raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
-    if config.weights is None:
-        family = "qwen2" if shape.qkv_bias else "llama"
-        return random_model(ModelConfig(family=family, shape=shape), dtype, place, seed)
-    model = load_model(config.weights, dtype, place)
-    found = replace(model.config.shape, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
-    if found != shape:
-        raise ValueError(f"weights: {config.weights} holds {found}, model is {shape}")
-    return Model(replace(model.config, shape=shape), model.weights)
+    return "cuda"
+
+
+def _model(config: DictConfig, ranks: Replica, shape: ModelShape, seed: int) -> Model:
+    dtype = DTYPES[shape.dtype_bytes]
+    if config.weights is not None:
+        return ranks.load(load_model, config.weights, dtype)
+    family = "qwen2" if shape.qkv_bias else "llama"
+    return ranks.load(random_model, ModelConfig(family=family, shape=shape), dtype, seed=seed)
 
 
 def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:

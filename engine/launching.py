@@ -88,9 +88,9 @@ def one_by_one(model: Model) -> str | None:
     """Why the kernels of `model` can only be launched one after the other; None if they need not."""
     if model.device.type != "cuda":
         return f"graphs need a CUDA device, the model is on {model.device.type}"
-    if model.config.shape.tp > 1:
+    if model.group.size > 1:
         return (
-            f"the model is spread over {model.config.shape.tp} GPUs, whose collective calls must come in one "
+            f"the model is spread over {model.group.size} GPUs, whose collective calls must come in one "
             "order on all of them, and a capture of one waits for the others"
         )
     return None

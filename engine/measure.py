@@ -7,16 +7,18 @@ later. Its plans are meant to be unlike each other, not to be good.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
+from engine.engine import Engine
 from engine.launching import Launching
 from engine.model import Model
 from engine.sampling import Sampling
-from sim.core.finetune import Backward, Forward, Slice, Step
+from sim.core.finetune import Backward, Forward, Job, Slice, Step
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, View
 from sim.core.request import Request, Slo
@@ -37,13 +39,15 @@ def measure(
     seconds: float,
     seed: int,
     launching: Launching = Launching(),  # noqa: B008 - a value without state
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> FittedCost:
     """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
 
     With a second stream some of the work is drawn beside inference, from which the contention is fitted.
-    Raises ValueError when the time was too short for enough iterations.
+    `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
+    enough iterations.
     """
-    engine, jobs = assemble_engine(model, limits, [job], launching=launching)
+    engine, jobs = assemble(model, limits, [job], launching=launching)
     engine.warm_up()
     recorder = Recorder()
     state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)

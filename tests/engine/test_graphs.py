@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from engine.graphs import Body, Decodes, Graphs, Shape, key_sizes, sequence_sizes
 from engine.launching import GRAPHS, Launching, LaunchSettings
 from engine.lora import AdapterBank
+from engine.parallel import Group
 from engine.sampling import Sampling
 from sim.core.request import Request
 from tests.engine.tiny import CONFIGS, EngineRun, JobSetup, adapter_of, sample_of, tiny_model, tokens_of
@@ -246,8 +246,7 @@ def test_on_the_cpu_kernels_follow_each_other(chosen: LaunchSettings) -> None:
 
 @pytest.mark.parametrize("streams", [1, 2])
 def test_tensor_parallel_models_launch_one_by_one(streams: int) -> None:
-    shape = replace(CONFIGS["llama"].shape, tp=2)
-    model: Any = SimpleNamespace(device=torch.device("cuda"), config=SimpleNamespace(shape=shape))
+    model: Any = SimpleNamespace(device=torch.device("cuda"), group=Group(1, 2))
     assert LaunchSettings(streams=streams).on(model) == Launching()
     with pytest.raises(ValueError, match="spread over 2 GPUs"):
         LaunchSettings(graphs="on", streams=streams).on(model)
