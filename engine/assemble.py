@@ -16,6 +16,7 @@ import torch
 
 from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed, Trainer
+from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
@@ -60,6 +61,7 @@ def assemble_engine(
     adapters: Mapping[str, Adapter] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     make: Callable[..., Engine] = Engine,
+    launching: Launching = Launching(),  # noqa: B008 - a value without state
 ) -> tuple[Engine, list[Job]]:
     """The engine, and the jobs as the loop counts them; they share their data.
 
@@ -104,6 +106,7 @@ def assemble_engine(
         adapters=own,
         trainers=trainers,
         on_token=on_token,
+        launching=launching,
     )
     return engine, counted
 
@@ -160,12 +163,14 @@ def _shape(model: Model) -> ModelShape:
 
 
 def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
-    """Room for the largest rank and for all linear layers that any adapter has."""
+    """Room for the largest rank, for all linear layers that any adapter has, and for three more versions:
+    a bank that grows moves, and what is captured of it must be captured again."""
     if not adapters:
         return None
     targets = tuple(dict.fromkeys(target for adapter in adapters for target in adapter.targets))
     rank = max(adapter.rank for adapter in adapters)
-    return AdapterBank(model.config.shape, targets, rank, model.dtype, model.device)
+    slots = len(adapters) + 3
+    return AdapterBank(model.config.shape, targets, rank, model.dtype, model.device, slots)
 
 
 def _spec(job: TrainingJob, plan: CompilePlan) -> JobSpec:

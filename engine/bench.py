@@ -5,8 +5,9 @@
     coserve bench model=tiny device=cpu model.tp=2
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). The engine has
-one stream, so where a policy plans finetuning beside inference (column `overlap`), it runs after it.
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). Finetuning that a
+policy plans beside inference (column `overlap`) runs on a stream of its own on CUDA, and after inference with
+launch.streams=1 and on the CPU.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from engine.assemble import TrainingJob, plan_jobs
 from engine.config import ModelConfig, read_config
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
+from engine.launching import LaunchSettings
 from engine.load import load_model, random_model
 from engine.lora import new_adapter, write_adapter
 from engine.measure import measure
@@ -103,6 +105,7 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
     run = build(RunSettings, config.run, "run")
     limits = build(Limits, config.limits, "limits")
     settings = build(JobSettings, config.job, "job")
+    launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
@@ -121,15 +124,17 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
         )
 
     (plan,) = plan_jobs(model, limits, [job()])
+    launching = launch.on(model)
     measure_s = check(config.measure_s, float, "measure_s")
-    predictor = measure(model, limits, replace(job(), plan=plan), measure_s, seed, ranks.assemble)
+    predictor = measure(model, limits, replace(job(), plan=plan), measure_s, seed, launching, ranks.assemble)
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = ranks.assemble(model, limits, [replace(job(), plan=plan)], adapters)
+    engine, jobs = ranks.assemble(model, limits, [replace(job(), plan=plan)], adapters, launching=launching)
+    engine.warm_up()
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
 

@@ -82,7 +82,7 @@ def read_progress(checkpoint: str | Path) -> Progress:
 
 def restore(checkpoint: str | Path, engine: Engine, job: str) -> None:
     """Optimizer state and step count of a checkpoint; the job was made with its adapter."""
-    state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
+    state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
     engine.restore(job, state, read_progress(checkpoint).step)
 
 

@@ -6,8 +6,9 @@ iterations: a decode reads its input from where the last iteration wrote it, so 
 before the host has seen a token.
 
 An iteration is: the optimizer steps of the plan, one fused forward of inference and finetuning windows, the
-loss of the windows, the sampled tokens, the backward slices. They follow each other on one stream, also where
-a plan asks for two (`overlap`): such a plan then takes the sum of its parts.
+loss of the windows, the sampled tokens, the backward slices. Where a plan asks for two streams (`overlap`) and
+there are two, windows and backward slices run beside inference (`engine.launching`); on one stream such a plan
+takes the sum of its parts. Optimizer steps always come first: they may move the bank that inference reads.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 
 from engine.finetune import ForwardWindow, StepResult, Trainer
+from engine.graphs import Decodes, Graphs
+from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, LoraBatch, Model, Pages, Window
 from engine.packing import Piece, Staging, pack
@@ -86,6 +89,7 @@ class Engine:
         trainers: Iterable[Trainer] = (),
         on_token: Callable[[int, int], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        launching: Launching = Launching(),  # noqa: B008 - a value without state
     ) -> None:
         """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
         of `adapters` or a trainer's job. `on_token(id, token)` is called for each token in order,
@@ -107,7 +111,25 @@ class Engine:
         self._live: dict[int, _Live] = {}
         self._last_token = torch.zeros(limits.max_sequences, dtype=torch.int32, device=model.device)
         self._staging = Staging(model.device)
+        self._second_staging = Staging(model.device)
+        self._second = launching.second
+        self._graphs: Graphs | None = None
+        if launching.captures is not None:
+            self._graphs = Graphs(
+                model=model,
+                pages=pages,
+                bank=bank,
+                last_token=self._last_token,
+                table=self.tables.table,
+                block_tokens=limits.block_tokens,
+                captures=launching.captures,
+            )
         self._launched: deque[_InFlight] = deque()
+
+    @torch.no_grad()
+    def warm_up(self) -> int:
+        """Capture what can be captured, before time counts. Returns how many shapes there are."""
+        return 0 if self._graphs is None else self._graphs.warm_up()
 
     def live_tokens(self, id: int) -> list[int]:
         """Prompt and output so far of a request that has not ended."""
@@ -160,10 +182,15 @@ class Engine:
             for piece in plan.finetune
             if type(piece) is Forward
         ]
-        ids, tokens = self._forward(placement, windows)
-        for piece in plan.finetune:
-            if type(piece) is Backward:
-                self.trainers[piece.job].backward(piece.layer_tokens)
+        if plan.overlap and self._second is not None:
+            start = self._second.mark()
+            ids, tokens = self._forward(placement, (), self._staging)
+            with self._second.beside(start):
+                self._forward(_NO_INFERENCE, windows, self._second_staging)
+                self._backward(plan)
+        else:
+            ids, tokens = self._forward(placement, windows, self._staging)
+            self._backward(plan)
         self._launched.append(self._in_flight(ids, tokens, steps))
 
     def collect(self) -> tuple[int, ...]:
@@ -192,16 +219,26 @@ class Engine:
 
     # Forward
 
+    def _backward(self, plan: Plan) -> None:
+        for piece in plan.finetune:
+            if type(piece) is Backward:
+                self.trainers[piece.job].backward(piece.layer_tokens)
+
     def _forward(
-        self, placement: Placement, windows: Sequence[tuple[Trainer, ForwardWindow]]
+        self,
+        placement: Placement,
+        windows: Sequence[tuple[Trainer, ForwardWindow]],
+        staging: Staging,
     ) -> tuple[list[int], torch.Tensor | None]:
         """The fused forward; the ids that got a token, and their tokens on the device."""
+        if self._graphs is not None and placement.decodes and not placement.chunks and not windows:
+            return self._decode(self._by_adapter(placement.decodes), self._graphs)
         spans = [*self._by_adapter(placement.decodes), *placement.chunks]
         pieces = [self._piece(span, n < len(placement.decodes)) for n, span in enumerate(spans)]
         pieces += [Piece(w.tokens, w.start, trainer.table, trainer.slot) for trainer, w in windows]
         if not pieces:
             return [], None
-        batch, keeping, slots, rows = self._batch(pieces, spans, len(placement.decodes), windows)
+        batch, keeping, slots, rows = self._batch(pieces, spans, len(placement.decodes), windows, staging)
         x = self.model.forward(batch, self._pages, keeping)
         at = sum(span.tokens for span in spans)
         for trainer, window in windows:
@@ -211,14 +248,32 @@ class Engine:
         sampled = [span for span in spans if span.sampled]
         if not sampled:
             return [], None
-        live = [self._live[span.id] for span in sampled]
-        tokens = sample(self.model.logits(x[rows]), [n.sampling for n in live], [n.sampled for n in live])
+        return self._sample(sampled, x[rows], slots)
+
+    def _decode(self, spans: Sequence[Span], graphs: Graphs) -> tuple[list[int], torch.Tensor]:
+        """The same for decodes alone, replayed."""
+        adapters = [self._live[span.id].slot for span in spans]
+        x, slots = graphs.run(
+            Decodes(
+                slots=np.array([span.slot for span in spans], np.int32),
+                contexts=np.array([span.context for span in spans], np.int32),
+                adapters=np.array([-1 if slot is None else slot for slot in adapters], np.int32),
+            )
+        )
+        return self._sample(spans, x, slots)
+
+    def _sample(
+        self, spans: Sequence[Span], x: torch.Tensor, slots: torch.Tensor
+    ) -> tuple[list[int], torch.Tensor]:
+        """The next token of each span from its last residual stream x [n, E], kept at its slot."""
+        live = [self._live[span.id] for span in spans]
+        tokens = sample(self.model.logits(x), [n.sampling for n in live], [n.sampled for n in live])
         # Ranks that drew from equal logits may differ: a cumulative sum on CUDA has no fixed order.
         self.model.group.broadcast(tokens)
         for n in live:
             n.sampled += 1
         self._last_token[slots] = tokens
-        return [span.id for span in sampled], tokens
+        return [span.id for span in spans], tokens
 
     def _batch(
         self,
@@ -226,6 +281,7 @@ class Engine:
         spans: Sequence[Span],
         decodes: int,
         windows: Sequence[tuple[Trainer, ForwardWindow]],
+        staging: Staging,
     ) -> tuple[Batch, list[Window], torch.Tensor, torch.Tensor]:
         """The batch, what it keeps, and for each sampled token its sequence's slot and its row."""
         packed = pack(pieces, self.tables.block_tokens)
@@ -234,7 +290,7 @@ class Engine:
         slots = np.array([spans[n].slot for n in sampled], np.int32)
         decoding = np.array([span.slot for span in spans[:decodes]], np.int32)
         arrays = [*packed[:-1], slots, ends[sampled] - 1, decoding]
-        up = self._staging.upload(arrays)
+        up = staging.upload(arrays)
         tokens, positions, kv_slots, tables, start, context, segment_start, segment_adapter = up[:8]
         if decodes:
             tokens[:decodes] = self._last_token[up[10]]
@@ -302,6 +358,9 @@ class Engine:
             self._versions[result.job] = self._bank.hold(self.trainers[result.job].slot)
             if self.on_step is not None:
                 self.on_step(self.steps[-1])
+
+
+_NO_INFERENCE = Placement((), ())
 
 
 def _is_step(piece: Slice) -> bool:

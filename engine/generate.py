@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.launching import LaunchSettings
 from engine.load import load_model
 from engine.lora import read_adapter
 from engine.replica import replica
@@ -55,6 +56,7 @@ class Settings:
     top_p: float
     seed: int
     limits: Limits
+    launch: LaunchSettings
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -116,7 +118,12 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     with replica(settings.tp, settings.device) as ranks:
         model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
         engine, _ = ranks.assemble(
-            model, settings.limits, (), adapters, on_token=lambda id, token: outputs[id].append(token)
+            model,
+            settings.limits,
+            (),
+            adapters,
+            on_token=lambda id, token: outputs[id].append(token),
+            launching=settings.launch.on(model),
         )
         source = EngineArrivals(
             GivenArrivals(requests),

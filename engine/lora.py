@@ -139,6 +139,8 @@ class AdapterBank:
     ) -> None:
         self._max_rank = max_rank
         self._users = [0] * slots
+        self.moved = 0
+        """How often the buffers have been replaced: who knows their addresses must look again."""
         self.a: dict[str, torch.Tensor] = {}
         """target -> [layers, N, R, in]"""
         self.b: dict[str, torch.Tensor] = {}
@@ -168,8 +170,9 @@ class AdapterBank:
             if target in adapter.a:
                 self.a[target][:, slot, :r] = adapter.a[target]
                 self.b[target][:, slot, :, :r] = adapter.b[target]
-        self.ranks[slot] = r
-        self.scales[slot] = adapter.scale
+        # Not by assignment: the number would be a tensor of the host, and the copy waited for.
+        self.ranks[slot].fill_(r)
+        self.scales[slot].fill_(adapter.scale)
         return slot
 
     def hold(self, slot: int) -> int:
@@ -183,7 +186,12 @@ class AdapterBank:
         assert self._users[slot] > 0
         self._users[slot] -= 1
 
+    @property
+    def slots(self) -> int:
+        return len(self._users)
+
     def _double(self) -> None:
+        self.moved += 1
         self._users += [0] * len(self._users)
         for tensors in (self.a, self.b):
             for target, old in tensors.items():

@@ -15,6 +15,7 @@ import numpy as np
 from engine.assemble import TrainingJob, assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
 from engine.engine import Engine
+from engine.launching import Launching
 from engine.model import Model
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward, Job, Slice, Step
@@ -23,10 +24,11 @@ from sim.core.plan import Limits, Plan, View
 from sim.core.request import Request, Slo
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
+from sim.core.work import Work
 from sim.cost.table import FittedCost, Table
 
-WARM_UP_ITERATIONS = 8
-"""Left out: the first pays for what is loaded and allocated once."""
+FIRST_USES = 200
+"""Iterations before time counts: a kernel is compiled and loaded, and memory allocated, at its first use."""
 LEAST_ROWS = 60
 
 
@@ -36,14 +38,17 @@ def measure(
     job: TrainingJob,
     seconds: float,
     seed: int,
+    launching: Launching = Launching(),  # noqa: B008 - a value without state
     assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> FittedCost:
     """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
 
+    With a second stream some of the work is drawn beside inference, from which the contention is fitted.
     `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
     enough iterations.
     """
-    engine, jobs = assemble(model, limits, [job])
+    engine, jobs = assemble(model, limits, [job], launching=launching)
+    engine.warm_up()
     recorder = Recorder()
     state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)
     vocab, random = model.config.shape.vocab, np.random.default_rng((seed, 1))
@@ -52,14 +57,45 @@ def measure(
         engine,
         lambda request: (random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()),
     )
-    loop = run_loop(state, _Drawn(seed), source, Horizon(duration_s=seconds, drain_s=0.0))
-    Driver(engine, WallClock()).run(loop)
-    rows = {name: column[WARM_UP_ITERATIONS:] for name, column in recorder.iterations.arrays().items()}
+    loop = run_loop(
+        state, _Drawn(seed, launching.second is not None), source, Horizon(duration_s=seconds, drain_s=0.0)
+    )
+    Driver(engine, _LateClock(FIRST_USES)).run(loop)
+    # With a lookahead the next one has been launched when time begins to count.
+    left_out = FIRST_USES + 1 + limits.lookahead
+    rows = {name: column[left_out:] for name, column in recorder.iterations.arrays().items()}
     taken_s = rows["end_s"] - rows["start_s"]
     if len(taken_s) < LEAST_ROWS:
         raise ValueError(f"measure_s must allow {LEAST_ROWS} iterations, {seconds} gave {len(taken_s)}")
     columns = {name: np.ascontiguousarray(rows[name]) for name in WORK_COLUMNS}
     return Table.fit(columns, taken_s).model(limits.lookahead)
+
+
+class _LateClock:
+    """Seconds since the first `iterations` have ended; 0 until then."""
+
+    def __init__(self, iterations: int) -> None:
+        self._left = iterations
+        self._clock: WallClock | None = None
+
+    def now_s(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now_s()
+
+    def launched(self, work: Work) -> None:
+        """The device is under way."""
+
+    def done(self) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._clock = WallClock()
+
+    def sleep(self, until_s: float) -> None:
+        if self._clock is None:
+            raise RuntimeError("drawn work never pauses")
+        self._clock.sleep(until_s)
+
+    def wake(self) -> None:
+        """Nobody aborts drawn work."""
 
 
 class _Endless:
@@ -95,8 +131,9 @@ class _Drawn:
     serves = True
     finetunes = True
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, two_streams: bool) -> None:
         self._random = np.random.default_rng((seed, 3))
+        self._two_streams = two_streams
 
     def plan(self, view: View) -> Plan:
         draw = self._random.random
@@ -105,7 +142,8 @@ class _Drawn:
         finetune = self._slice(view) if draw() < 0.6 or not (decode or prefills) else ()
         if not (decode or prefills or finetune):
             return Plan(decode=view.decode_count > 0, prefills=self._prefills(view))
-        return Plan(decode=decode, prefills=prefills, finetune=finetune)
+        overlap = self._two_streams and bool(finetune) and bool(decode or prefills) and draw() < 0.3
+        return Plan(decode=decode, prefills=prefills, finetune=finetune, overlap=overlap)
 
     def _prefills(self, view: View) -> tuple[tuple[int, int], ...]:
         """One chunk, of an admitted sequence first."""

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
-from engine.elementwise import compute_dtype, rms_norm, rotate, swiglu
+from engine.elementwise import compute_dtype, require_kernels, rms_norm, rotate, swiglu
 from engine.kept import Kept
 from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
@@ -90,6 +90,7 @@ class Model:
 
     def __init__(self, config: ModelConfig, weights: Weights, group: Group = ALONE) -> None:
         """`config` is the whole model's; `weights` are this rank's share of it."""
+        require_kernels(weights.embed.device)
         self.whole = config
         self.config = replace(config, shape=share_of(config.shape, group.size))
         """With the heads and the inner features that lie on this rank."""

@@ -63,6 +63,8 @@ class OptimizerSettings:
         return self.learning_rate * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
 
     def build(self, masters: Sequence[torch.Tensor]) -> torch.optim.Optimizer:
+        """The optimizer of masters on one device; on CUDA one kernel updates many of them, and none waits."""
+        fused = masters[0].device.type == "cuda"
         if self.kind == "adamw":
             return torch.optim.AdamW(
                 masters,
@@ -70,9 +72,14 @@ class OptimizerSettings:
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=self.weight_decay,
+                fused=fused,
             )
         return torch.optim.SGD(
-            masters, lr=self.learning_rate, momentum=self.momentum, weight_decay=self.weight_decay
+            masters,
+            lr=self.learning_rate,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            fused=fused,
         )
 
 
@@ -101,8 +108,13 @@ class MasterOptimizer:
         return state if self._shares is None else self._shares.whole_state(state)
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
-        """Go on after `steps` steps."""
-        self._optimizer.load_state_dict(state if self._shares is None else self._shares.own_state(state))
+        """Go on after `steps` steps, which may have been taken on another device."""
+        state = state if self._shares is None else self._shares.own_state(state)
+        own = self._optimizer.param_groups
+        groups = [
+            {**group, "fused": now["fused"]} for group, now in zip(state["param_groups"], own, strict=True)
+        ]
+        self._optimizer.load_state_dict({**state, "param_groups": groups})
         self.steps = steps
 
     def step(self, count: torch.Tensor) -> torch.Tensor:

@@ -56,9 +56,7 @@ def pack(pieces: Sequence[Piece], block_tokens: int) -> Packed:
         used = -(-(piece.context + len(piece.tokens)) // block_tokens)
         row[:used] = piece.blocks[:used]
     slots = tables[owner, positions // block_tokens] * block_tokens + positions % block_tokens
-    adapters = np.array([p.adapter for p in pieces], np.int32)
-    # Neighbours with the same adapter are one segment.
-    first = np.flatnonzero(np.diff(adapters, prepend=adapters[0] - 1))
+    segment_start, segment_adapter = segments_of(np.array([p.adapter for p in pieces], np.int32), start)
     return Packed(
         tokens=np.concatenate([p.tokens for p in pieces]).astype(np.int32, copy=False),
         positions=positions,
@@ -66,10 +64,19 @@ def pack(pieces: Sequence[Piece], block_tokens: int) -> Packed:
         block_tables=tables,
         query_start=start,
         context_lens=contexts,
-        segment_start=np.append(start[first], start[-1]).astype(np.int32, copy=False),
-        segment_adapter=adapters[first],
+        segment_start=segment_start,
+        segment_adapter=segment_adapter,
         max_keys=max_keys,
     )
+
+
+def segments_of(adapters: Ints, start: Ints) -> tuple[Ints, Ints]:
+    """Neighbouring pieces with the same adapter as one segment: starts [G + 1] and adapters [G].
+
+    `adapters` [n] of the pieces, whose tokens begin at `start` [n + 1].
+    """
+    first = np.flatnonzero(np.diff(adapters, prepend=-2))
+    return np.append(start[first], start[-1]).astype(np.int32, copy=False), adapters[first]
 
 
 def upload(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -97,21 +104,24 @@ class Staging:
         """The arrays on the device, in their shapes."""
         if self._device.type == "cpu":
             return [torch.from_numpy(array) for array in arrays]
+        sizes = [array.size for array in arrays]
+        copied = torch.empty(sum(sizes), dtype=torch.int32, device=self._device)
+        self.upload_into(copied, np.concatenate([array.reshape(-1) for array in arrays]))
+        return [part.view(a.shape) for part, a in zip(torch.split(copied, sizes), arrays, strict=True)]
+
+    def upload_into(self, target: torch.Tensor, array: Ints) -> None:
+        """`array` [n] into `target` [n], which is int32 and on the device; nobody waits for it."""
+        if self._device.type == "cpu":
+            target.copy_(torch.from_numpy(array))
+            return
         self._turn ^= 1
         event = self._events[self._turn]
         if event is not None:
             event.synchronize()
-        total = sum(array.size for array in arrays)
-        if self._buffers[self._turn].numel() < total:
-            self._buffers[self._turn] = torch.empty(2 * total, dtype=torch.int32, pin_memory=True)
-        buffer = self._buffers[self._turn]
-        host = buffer.numpy()
-        at = 0
-        for array in arrays:
-            host[at : at + array.size] = array.reshape(-1)
-            at += array.size
-        copied = buffer[:total].to(self._device, non_blocking=True)
+        if self._buffers[self._turn].numel() < array.size:
+            self._buffers[self._turn] = torch.empty(2 * array.size, dtype=torch.int32, pin_memory=True)
+        buffer = self._buffers[self._turn][: array.size]
+        buffer.numpy()[:] = array
+        target.copy_(buffer, non_blocking=True)
         event = self._events[self._turn] = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
-        parts = torch.split(copied, [array.size for array in arrays])
-        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]

@@ -23,6 +23,7 @@ import torch
 from engine.assemble import TrainingJob, assemble_engine, plan_jobs
 from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed
+from engine.launching import Launching
 from engine.lora import Adapter
 from engine.model import Model
 from engine.parallel import ALONE, Group
@@ -68,11 +69,13 @@ class Replica:
         jobs: Sequence[TrainingJob] = (),
         adapters: Mapping[str, Adapter] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        launching: Launching = Launching(),  # noqa: B008 - a value without state
     ) -> tuple[Engine, list[Job]]:
         """As `assemble_engine`, on every rank, for the model that was loaded last."""
         tell = self._tell
         if tell is None:
-            return assemble_engine(model, limits, jobs, adapters, on_token)
+            return assemble_engine(model, limits, jobs, adapters, on_token, launching=launching)
+        assert launching == Launching(), "ranks launch one kernel after the other"
         # This rank's free memory decides for all.
         plans = plan_jobs(model, limits, jobs)
         jobs = [replace(job, plan=plan) for job, plan in zip(jobs, plans, strict=True)]

@@ -68,10 +68,10 @@ def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[
     ordered, token = logits.sort(dim=1, descending=True, stable=True)
     p = (ordered.double() / temperature).softmax(1)
     rank = torch.arange(vocab, device=logits.device)
-    p = p.where(rank < top_k, 0.0)
+    p = p.masked_fill(rank >= top_k, 0.0)
     p = p / p.sum(1, keepdim=True)
     before = p.cumsum(1) - p
-    p = p.where(before < top_p, 0.0)
+    p = p.masked_fill(before >= top_p, 0.0)
     total = p.cumsum(1)
     last = (p > 0).sum(1, keepdim=True) - 1
     place = torch.minimum((total <= u * total[:, -1:]).sum(1, keepdim=True), last)

@@ -172,14 +172,9 @@ def backward_launches(
                 q.stride(0),
                 out.stride(0),
                 *strides,
+                splits,
             ),
-            {
-                **sizes,
-                "block_m": tiles.dq.rows,
-                "block_q": dq_tokens,
-                "block_n": tiles.dq.keys,
-                "splits": splits,
-            },
+            {**sizes, "block_m": tiles.dq.rows, "block_q": dq_tokens, "block_n": tiles.dq.keys},
             tiles.dq.warps,
             tiles.dq.stages,
         ),
@@ -312,7 +307,7 @@ def _dq_keys(
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
 
 
-@jit("start", "tokens")
+@jit("start", "tokens", "splits")
 def _dq(
     dout: tl.tensor,
     q: tl.tensor,
@@ -334,13 +329,13 @@ def _dq(
     stride_page: tl.tensor,
     stride_slot: tl.tensor,
     stride_kv_head: tl.tensor,
+    splits: tl.tensor,
     group: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
     block_m: tl.constexpr,
     block_q: tl.constexpr,
     block_n: tl.constexpr,
-    splits: tl.constexpr,
 ) -> None:
     """Grid (tiles of tokens, K, splits). Writes dq [splits, N, H, D] and delta [N, H]."""
     token = tl.program_id(0) * block_q

@@ -135,8 +135,11 @@ def lora_launches(
         Launch(
             _shrink,
             (programs, splits),
-            (x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
-            {**common, "block_i": block_i, "split": cdiv(cdiv(wide_in, splits), block_i) * block_i},
+            (
+                *(x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
+                cdiv(cdiv(wide_in, splits), block_i),
+            ),
+            {**common, "block_i": block_i},
             4,
             4,
         ),
@@ -268,7 +271,7 @@ def _locate(
     return segment, first, tl.load(segment_start + segment + 1)
 
 
-@jit("segments", "tokens")
+@jit("segments", "tokens", "blocks")
 def _shrink(
     x: tl.tensor,
     a: tl.tensor,
@@ -285,11 +288,11 @@ def _shrink(
     stride_a: tl.tensor,
     stride_ar: tl.tensor,
     stride_ai: tl.tensor,
+    blocks: tl.tensor,
     block_t: tl.constexpr,
     block_r: tl.constexpr,
     block_g: tl.constexpr,
     block_i: tl.constexpr,
-    split: tl.constexpr,
 ) -> None:
     """Grid (tiles, C): parts[c, t, :] = x[t, c-th part] @ A[:, c-th part]^T."""
     segment, first, end = _locate(segment_start, segments, tl.program_id(0), block_t, block_g)
@@ -304,7 +307,8 @@ def _shrink(
     x_row = (token.to(tl.int64) * stride_x)[:, None]
     a_row = adapter.to(tl.int64) * stride_a + (r * stride_ar)[:, None]
     acc = tl.zeros((block_t, block_r), dtype=tl.float32)
-    for i in range(part * split, tl.minimum((part + 1) * split, wide_in), block_i):
+    # A count of blocks, not of features: so it is known that rows are read from aligned addresses.
+    for i in range(part * blocks * block_i, tl.minimum((part + 1) * blocks * block_i, wide_in), block_i):
         feature = i + tl.arange(0, block_i)
         has_feature = (feature < wide_in)[None, :]
         x_tile = tl.load(x + x_row + feature[None, :], mask=has_token[:, None] & has_feature, other=0.0)

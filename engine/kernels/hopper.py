@@ -8,6 +8,7 @@ any machine.
 
     python -m engine.kernels.hopper              # H100, H200
     python -m engine.kernels.hopper --arch 80    # A100
+    python -m engine.kernels.hopper --markdown profiles/hopper.md
 """
 
 from __future__ import annotations
@@ -16,16 +17,21 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from engine.elementwise import liger
 from engine.kernels.attention_backward import backward_launches
 from engine.kernels.grouped_lora import lora_launches, weight_grad_launch
 from engine.kernels.jit import Launch, triton
+from engine.kernels.norm_backward import norm_backward_launch
 from engine.kernels.paged_attention import attention_launches
+from engine.kernels.rotary import rotate_launch
+from engine.kernels.swiglu_backward import swiglu_backward_launch
 from engine.kernels.write_kv import write_launch
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
@@ -64,26 +70,49 @@ class Compiled(NamedTuple):
 Case = tuple[str, Callable[[], Iterable[Launch]]]
 
 
+class Family(NamedTuple):
+    """What kernels see of a model."""
+
+    name: str
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    ffn: int
+
+
+FAMILIES = (
+    Family("llama8b", 32, 8, 128, 4096, 14336),
+    Family("qwen14b", 40, 8, 128, 5120, 13824),
+    Family("llama1b", 32, 8, 64, 2048, 8192),
+)
+"""Llama-3.1-8B, Qwen2.5-14B and Llama-3.2-1B: groups of 4 and 5 heads, of 128 and of 64."""
+
+
 def cases() -> list[Case]:
-    """Production launches by name, bf16: Llama-3.1-8B (32 heads on 8), Qwen2.5-14B (40 on 8) and
-    Llama-3.2-1B (32 on 8 of size 64)."""
+    """Production launches by name, in bf16."""
     found: list[Case] = []
-    for name, heads, head_dim in (("llama8b", 32, 128), ("qwen14b", 40, 128), ("llama1b", 32, 64)):
+    for family in FAMILIES:
+        name = family.name
         found += [
-            (f"decode {name}", _attention(heads, head_dim, [1] * 128, decodes=128, splits=1)),
-            (f"chunk {name}", _attention(heads, head_dim, [2048], decodes=0, splits=1)),
-            (f"backward {name}", _backward(heads, head_dim, 512, 3500)),
+            (f"decode {name}", _attention(family, [1] * 128, decodes=128, splits=1)),
+            (f"decode split {name}", _attention(family, [1] * 8, decodes=8, splits=8)),
+            (f"chunk {name}", _attention(family, [2048], decodes=0, splits=1)),
+            (f"chunk split {name}", _attention(family, [64], decodes=0, splits=4)),
+            (f"backward {name}", _backward(family, 512, 3500)),
+            (f"backward small {name}", _backward(family, 32, 3500)),
+            (f"write kv {name}", _write_kv(family)),
+            (f"rotary {name}", _rotary(family)),
+            (f"norm backward {name}", _norm_backward(family)),
+            (f"swiglu backward {name}", _swiglu_backward(family)),
+            (f"liger {name}", _liger(family)),
         ]
-    found += [
-        ("decode split llama8b", _attention(32, 128, [1] * 8, decodes=8, splits=8)),
-        ("chunk split llama8b", _attention(32, 128, [64], decodes=0, splits=4)),
-        ("backward small llama8b", _backward(32, 128, 32, 3500)),
-    ]
-    found.append(("write kv", _write_kv))
     for rank in (16, 64):
         found += [
             (f"lora decode r{rank}", _lora(rank, 128, 32)),
+            (f"lora one decode r{rank}", _lora(rank, 1, 1)),
             (f"lora window r{rank}", _lora(rank, 512, 1)),
+            (f"lora chunk r{rank}", _lora(rank, 8192, 1)),
             (f"lora dx r{rank}", _lora(rank, 512, 1, transposed=True)),
             (f"lora weight grad r{rank}", _weight_grad(rank)),
         ]
@@ -183,10 +212,10 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _attention(
-    heads: int, head_dim: int, lengths: list[int], decodes: int, splits: int
+    family: Family, lengths: list[int], decodes: int, splits: int
 ) -> Callable[[], Iterable[Launch]]:
-    tokens, sequences = sum(lengths), len(lengths)
-    pages = _empty(8192, 16, 8, head_dim)
+    tokens, sequences, heads, head_dim = sum(lengths), len(lengths), family.heads, family.head_dim
+    pages = _empty(8192, 16, family.kv_heads, head_dim)
     index = torch.int32
     return lambda: attention_launches(
         _empty(tokens, heads, head_dim),
@@ -204,10 +233,11 @@ def _attention(
     )
 
 
-def _backward(heads: int, head_dim: int, window: int, start: int) -> Callable[[], Iterable[Launch]]:
+def _backward(family: Family, window: int, start: int) -> Callable[[], Iterable[Launch]]:
+    heads, kv_heads, head_dim = family.heads, family.kv_heads, family.head_dim
     rows = _empty(window, heads, head_dim)
-    pages = _empty(8192, 16, 8, head_dim)
-    total = _empty(8192, 8, head_dim, dtype=torch.float32)
+    pages = _empty(8192, 16, kv_heads, head_dim)
+    total = _empty(8192, kv_heads, head_dim, dtype=torch.float32)
     return lambda: backward_launches(
         rows,
         rows,
@@ -224,11 +254,72 @@ def _backward(heads: int, head_dim: int, window: int, start: int) -> Callable[[]
     )[0]
 
 
-def _write_kv() -> Iterable[Launch]:
-    new = torch.empty((640, 6144), dtype=torch.bfloat16, device="meta")
-    pages = _empty(8192, 16, 8, 128)
-    k, v = (new[:, i : i + 1024].view(640, 8, 128) for i in (4096, 5120))
-    return [write_launch(k, v, pages, pages, _empty(640, dtype=torch.int32))]
+def _projection(family: Family) -> list[torch.Tensor]:
+    """q, k and v of 640 tokens, views of one product."""
+    sizes = [family.heads, family.kv_heads, family.kv_heads]
+    fused = _empty(640, sum(sizes) * family.head_dim)
+    parts = torch.split(fused, [heads * family.head_dim for heads in sizes], dim=1)
+    return [part.view(640, heads, -1) for part, heads in zip(parts, sizes, strict=True)]
+
+
+def _write_kv(family: Family) -> Callable[[], Iterable[Launch]]:
+    _, k, v = _projection(family)
+    pages = _empty(8192, 16, family.kv_heads, family.head_dim)
+    return lambda: [write_launch(k.contiguous(), v, pages, pages, _empty(640, dtype=torch.int32))]
+
+
+def _rotary(family: Family) -> Callable[[], Iterable[Launch]]:
+    """Of queries and keys forward, and of the keys' gradient, which is float32."""
+    q, k, _ = _projection(family)
+    d_keys = _empty(640, family.kv_heads, family.head_dim, dtype=torch.float32)
+    angle = _empty(640, 1, family.head_dim // 2, dtype=torch.float32)
+    return lambda: [rotate_launch(x, angle, angle, torch.empty_like(x)) for x in (q, k, d_keys)]
+
+
+def _norm_backward(family: Family) -> Callable[[], Iterable[Launch]]:
+    x = _empty(512, family.hidden)
+    return lambda: [norm_backward_launch(x, x, _empty(family.hidden), x, 1e-5)]
+
+
+def _swiglu_backward(family: Family) -> Callable[[], Iterable[Launch]]:
+    """Of the halves of one product, and of two tensors."""
+    gate, up = _empty(512, 2 * family.ffn).chunk(2, dim=1)
+    d, out = _empty(512, family.ffn), _empty(512, 2 * family.ffn)
+    return lambda: [swiglu_backward_launch(d, gate, up, out), swiglu_backward_launch(d, d, d, out)]
+
+
+def _liger(family: Family) -> Callable[[], Iterable[Launch]]:
+    """What Liger-Kernel launches for us."""
+
+    def launches() -> list[Launch]:
+        ops = liger()
+        with _recorded() as found:
+            ops.rms_norm(_empty(512, family.hidden), _empty(family.hidden), 1e-5, 0.0, "gemma", None)
+            ops.swiglu(_empty(512, 2 * family.ffn))
+        return found
+
+    return launches
+
+
+@contextmanager
+def _recorded() -> Iterator[list[Launch]]:
+    """Kernels that are launched inside are only noted."""
+    found: list[Launch] = []
+    kernels = triton.runtime.JITFunction
+    before = kernels.run
+
+    def run(kernel: Any, *args: Any, grid: Any, warmup: bool, num_warps: int = 4, **more: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | more
+        values = tuple(given[p.name] for p in kernel.params if not p.is_constexpr)
+        # A constant that the call leaves out has a default, which the compiler takes by itself.
+        constants = {p.name: given[p.name] for p in kernel.params if p.is_constexpr and p.name in given}
+        found.append(Launch(kernel, tuple(grid), values, constants, num_warps, 3))
+
+    kernels.run = run
+    try:
+        yield found
+    finally:
+        kernels.run = before
 
 
 def _lora(rank: int, tokens: int, segments: int, transposed: bool = False) -> Callable[[], Iterable[Launch]]:
@@ -264,20 +355,51 @@ def _weight_grad(rank: int) -> Callable[[], Iterable[Launch]]:
     ]
 
 
+COLUMNS = ("case", "kernel", "warps", "stages", "regs", "stack", "shared", "wgmma", "mma", "cp.async")
+
+
+def _cells(c: Compiled) -> tuple[object, ...]:
+    return (
+        *(c.case, c.kernel, c.warps, c.stages, c.registers, c.stack_bytes, c.shared_bytes),
+        *(c.wgmma, c.mma, c.async_copies),
+    )
+
+
+def markdown(rows: Iterable[Compiled], arch: int) -> str:
+    """The table as a page that says how to make it again."""
+    lines = [
+        f"# Kernels compiled for sm_{arch}",
+        "",
+        "Made by `python -m engine.kernels.hopper --markdown FILE` with Triton "
+        f"{triton.__version__} and its ptxas; no GPU is needed. Every Triton kernel of",
+        "`engine/kernels`, and those of Liger-Kernel that the engine calls, as production launches them in "
+        "bf16. Registers and",
+        "stack are per thread (255 registers is the limit, a stack is spilled registers), shared memory is in "
+        "bytes per block",
+        f"(limit {SHARED_LIMIT_BYTES[arch]}); the last three count instructions in the PTX: warp-group and warp "
+        "matrix products, asynchronous copies.",
+        "",
+        f"| {' | '.join(COLUMNS)} | constants |",
+        f"|---|---|{'---:|' * (len(COLUMNS) - 2)}---|",
+    ]
+    lines += [f"| {' | '.join(map(str, _cells(c)))} | {c.constants} |" for c in rows]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the production kernels without a GPU.")
     parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT_BYTES), default=90)
     parser.add_argument("--only", default="", help="part of a case's name")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     arguments = parser.parse_args()
-    print(
-        f"{'case':28} {'kernel':10} {'warps':>5} {'stages':>6} {'regs':>5} {'stack':>6} {'shared':>8} "
-        f"{'wgmma':>6} {'mma':>5} {'cp.async':>8}  constants"
-    )
-    for c in compile_all(arguments.arch, arguments.only):
-        print(
-            f"{c.case:28} {c.kernel:10} {c.warps:5} {c.stages:6} {c.registers:5} {c.stack_bytes:6} "
-            f"{c.shared_bytes:8} {c.wgmma:6} {c.mma:5} {c.async_copies:8}  {c.constants}"
-        )
+    rows = compile_all(arguments.arch, arguments.only)
+    if arguments.markdown is not None:
+        arguments.markdown.write_text(markdown(rows, arguments.arch), encoding="ascii")
+        return
+    form = "{:28} {:38} {:>5} {:>6} {:>4} {:>5} {:>7} {:>5} {:>4} {:>8}"
+    print(form.format(*COLUMNS), " constants")
+    for c in rows:
+        print(form.format(*_cells(c)), "", c.constants)
 
 
 if __name__ == "__main__":

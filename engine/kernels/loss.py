@@ -76,15 +76,15 @@ def _chunk(
     """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place (logsumexp would
     make another tensor of their size)."""
     logits = (hidden @ weight.T).to(compute)
-    used = (labels != IGNORE_LABEL)[:, None]
-    at = labels.where(used[:, 0], 0)[:, None]
+    unused = (labels == IGNORE_LABEL)[:, None]
+    at = labels[:, None].masked_fill(unused, 0)
     logits.sub_(logits.amax(1, keepdim=True))
     own = logits.gather(1, at)
     total = logits.exp_().sum(1, keepdim=True)
-    loss = (total.log() - own).where(used, 0.0).sum()
+    loss = (total.log() - own).masked_fill(unused, 0.0).sum()
     logits.div_(total)
     logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
-    logits.masked_fill_(~used, 0.0)
+    logits.masked_fill_(unused, 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
     return loss
 
@@ -100,18 +100,18 @@ def _split_chunk(
 ) -> torch.Tensor:
     """Loss of one chunk; writes this rank's part of d_hidden."""
     logits = (hidden @ weight.T).to(compute)
-    used = labels != IGNORE_LABEL
+    unused = labels == IGNORE_LABEL
     at = labels - first_row
-    own = used & (at >= 0) & (at < weight.shape[0])
-    at = at.where(own, 0)[:, None]
-    picked = logits.gather(1, at)[:, 0].where(own, 0.0)
+    foreign = unused | (at < 0) | (at >= weight.shape[0])
+    at = at.masked_fill(foreign, 0)[:, None]
+    picked = logits.gather(1, at)[:, 0].masked_fill(foreign, 0.0)
     top = logits.amax(1)
     total = logits.sub_(top[:, None]).exp_().sum(1)
     every = group.all_gather(torch.stack((total.log() + top, picked)))
     log_total = every[:, 0].logsumexp(0)
-    loss = (log_total - every[:, 1].sum(0)).where(used, 0.0).sum()
+    loss = (log_total - every[:, 1].sum(0)).masked_fill(unused, 0.0).sum()
     logits.mul_((top - log_total).exp_()[:, None])
-    logits.scatter_add_(1, at, -own[:, None].to(compute))
-    logits.masked_fill_(~used[:, None], 0.0)
+    logits.scatter_add_(1, at, foreign[:, None].to(compute) - 1.0)
+    logits.masked_fill_(unused[:, None], 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
     return loss

@@ -212,6 +212,7 @@ def attention_launches(
                     k_pages.stride(2),
                     block_tables.stride(0),
                     heads,
+                    count,
                 ),
                 {
                     "group": group,
@@ -222,7 +223,6 @@ def attention_launches(
                     "block_n": tile.keys,
                     "block_s": max(256, power_of_2_from(sequences)),
                     "decode": decode,
-                    "splits": count,
                 },
                 tile.warps,
                 tile.stages,
@@ -332,7 +332,7 @@ def _attend_keys(
     return acc, higher, total
 
 
-@jit("first_sequence", "sequences", "width")
+@jit("first_sequence", "sequences", "width", "stride_table", "splits")
 def _attend(
     q: tl.tensor,
     k_pages: tl.tensor,
@@ -352,6 +352,7 @@ def _attend(
     stride_kv_head: tl.tensor,
     stride_table: tl.tensor,
     heads: tl.tensor,
+    splits: tl.tensor,
     group: tl.constexpr,
     block_size: tl.constexpr,
     head_dim: tl.constexpr,
@@ -360,7 +361,6 @@ def _attend(
     block_n: tl.constexpr,
     block_s: tl.constexpr,
     decode: tl.constexpr,
-    splits: tl.constexpr,
 ) -> None:
     """Grid (tiles, K, splits). Writes out [splits, width, H, D] and lse [splits, width, H]."""
     pid = tl.program_id(0)

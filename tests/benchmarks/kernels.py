@@ -1,4 +1,4 @@
-"""Time every kernel on production shapes against its floor and against torch.
+"""Time every kernel on production shapes against its floor and against torch, or Liger-Kernel where it says so.
 
 The floor of a shape is the larger of its least bytes over the device's measured copy bandwidth and
 its arithmetic over its measured matrix rate; no version runs much faster. Inputs rotate among copies
@@ -24,6 +24,7 @@ import torch.nn.functional as F  # noqa: N812
 
 import engine.kernels.attention_backward as backward_file
 import engine.kernels.paged_attention as attention_file
+from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from engine.kernels.attention_backward import Tiles, attention_backward, attention_backward_reference
 from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference, lora_weight_grad
 from engine.kernels.loss import linear_cross_entropy
@@ -31,6 +32,7 @@ from engine.kernels.paged_attention import Tile, paged_attention, paged_attentio
 from engine.kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16  # Llama-3.1-8B
+HIDDEN, MLP, EPS = 4096, 14336, 1e-5
 SCALE = HEAD_DIM**-0.5
 SAMPLES, CALLS = 15, 8
 ROTATE_BYTES = 256 * 2**20
@@ -182,6 +184,11 @@ def cases() -> Iterator[Case]:
     yield lora_case("lora 64 adapters and window 512 r16", [*([1] * 64), 512], 16)
     yield weight_grad_case(512, 14336, 16)
     yield loss_case(512)
+    yield norm_case(512)
+    yield norm_backward_case(512)
+    yield rotary_case(512)
+    yield swiglu_case(512)
+    yield swiglu_backward_case(512)
 
 
 def attention_case(name: str, lengths: list[int], contexts: list[int]) -> Case:
@@ -348,6 +355,105 @@ def loss_case(tokens: int) -> Case:
 
     moved = 2 * (2 * vocabulary * hidden_size + 2 * tokens * hidden_size)
     return Case(f"loss {tokens}", moved, 4 * tokens * hidden_size * vocabulary, make, None, "")
+
+
+def norm_case(tokens: int) -> Case:
+    """Liger's norm beside torch's."""
+
+    def make() -> tuple[Call, Call | None]:
+        x, weight = random(tokens, HIDDEN), random(HIDDEN)
+        return lambda: rms_norm(x, weight, EPS), lambda: F.rms_norm(x, (HIDDEN,), weight, EPS)
+
+    def check() -> float:
+        x, weight = random(tokens, HIDDEN), random(HIDDEN)
+        return error(rms_norm(x, weight, EPS).cpu(), rms_norm(x.float().cpu(), weight.float().cpu(), EPS))
+
+    return Case(f"norm {tokens}, beside torch's", 4 * tokens * HIDDEN, 0.0, make, check, "")
+
+
+def norm_backward_case(tokens: int) -> Case:
+    """Ours beside Liger's, which needs the forward's 1 / rms."""
+    from liger_kernel.ops.rms_norm import rms_norm_backward as ligers
+    from liger_kernel.ops.rms_norm import rms_norm_forward
+
+    def make() -> tuple[Call, Call | None]:
+        dy, x, weight = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
+
+        def other() -> object:
+            _, rows, rstd, block, warps, mode = rms_norm_forward(x, weight, EPS, 0.0, "gemma", None)
+            return ligers(dy, rows, weight, rstd, 0.0, mode, block, warps, False, None, needs_dw=False)
+
+        return lambda: rms_norm_backward(dy, x, weight, EPS), other
+
+    def check() -> float:
+        given = random(tokens, HIDDEN), random(tokens, HIDDEN), random(HIDDEN)
+        wanted = rms_norm_backward(*(tensor.float().cpu() for tensor in given), EPS)
+        return error(rms_norm_backward(*given, EPS).cpu(), wanted)
+
+    return Case(f"norm backward {tokens}, beside Liger's", 6 * tokens * HIDDEN, 0.0, make, check, "")
+
+
+def rotary_case(tokens: int) -> Case:
+    """Queries and keys of one projection, ours beside Liger's, which copies them first."""
+    from liger_kernel.ops.rope import rope_forward
+
+    sizes = [heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS)]
+
+    def tensors() -> list[torch.Tensor]:
+        q, k, _ = torch.split(random(tokens, sum(sizes)), sizes, dim=1)
+        angle = torch.rand(tokens, 1, HEAD_DIM // 2, device="cuda") * 6
+        return [q.view(tokens, HEADS, HEAD_DIM), k.view(tokens, KV_HEADS, HEAD_DIM), angle.cos(), angle.sin()]
+
+    def make() -> tuple[Call, Call | None]:
+        q, k, cos, sin = tensors()
+        whole = [torch.cat((part, part), dim=2).transpose(0, 1).contiguous() for part in (cos, sin)]
+
+        def call() -> object:
+            return rotate(q, cos, sin), rotate(k, cos, sin)
+
+        return call, lambda: rope_forward(q[None].transpose(1, 2), k[None].transpose(1, 2), *whole)
+
+    def check() -> float:
+        q, _, cos, sin = tensors()
+        return error(rotate(q, cos, sin).cpu(), rotate(q.float().cpu(), cos.cpu(), sin.cpu()))
+
+    moved = 4 * tokens * (HEADS + KV_HEADS) * HEAD_DIM + 4 * tokens * HEAD_DIM
+    return Case(f"rotary {tokens}, beside Liger's", moved, 0.0, make, check, "")
+
+
+def swiglu_case(tokens: int) -> Case:
+    """Liger's SwiGLU beside torch's."""
+
+    def make() -> tuple[Call, Call | None]:
+        gate, up = random(tokens, 2 * MLP).chunk(2, dim=1)
+        return lambda: swiglu(gate, up), lambda: F.silu(gate) * up
+
+    def check() -> float:
+        gate, up = random(tokens, 2 * MLP).chunk(2, dim=1)
+        return error(swiglu(gate, up).cpu(), swiglu(gate.float().cpu(), up.float().cpu()))
+
+    return Case(f"swiglu {tokens}, beside torch's", 6 * tokens * MLP, 0.0, make, check, "")
+
+
+def swiglu_backward_case(tokens: int) -> Case:
+    """Ours beside Liger's for the fused product."""
+    from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward
+
+    def make() -> tuple[Call, Call | None]:
+        gate_up, d_active = random(tokens, 2 * MLP), random(tokens, MLP)
+        gate, up = gate_up.chunk(2, dim=1)
+
+        def call() -> object:
+            return swiglu_backward(d_active, gate, up)
+
+        return call, lambda: swiglu_fused_gate_up_backward(gate_up, d_active)
+
+    def check() -> float:
+        given = [random(tokens, MLP) for _ in range(3)]
+        wanted = swiglu_backward(*(tensor.float().cpu() for tensor in given))
+        return error(swiglu_backward(*given).cpu(), wanted)
+
+    return Case(f"swiglu backward {tokens}, beside Liger's", 10 * tokens * MLP, 0.0, make, check, "")
 
 
 @contextmanager

@@ -69,6 +69,8 @@ def _model_shape() -> ModelShape:
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy=separate", "is for several pipelines; coserve bench runs one"),
         ("device=h100", "needs a CUDA device"),
+        ("launch.graphs=on", "launch.graphs=on: graphs need a CUDA device, the model is on cpu"),
+        ("launch.streams=3", "launch.streams must be 1 or 2, got 3"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number, got 'few'"),
     ],
 )

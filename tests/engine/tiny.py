@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import torch
 from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig, RopeScaling
 from engine.driver import Driver, EngineArrivals, VirtualClock
+from engine.engine import Engine
 from engine.finetune import Sample
+from engine.launching import Launching
 from engine.load import random_model, save_model
 from engine.lora import Adapter, new_adapter
 from engine.model import LayerWeights, Model, Weights
@@ -228,14 +230,20 @@ class EngineRun:
         horizon: Horizon | None = None,
         world: Any = None,
         keep_logits: bool = True,
+        launching: Launching = Launching(),  # noqa: B008 - a value without state
+        watch: Callable[[Engine], None] | None = None,
     ) -> None:
+        """`watch` gets the engine before anything runs."""
         self.model = RecordingModel(model)
         self._keep_logits = keep_logits
+        self._launching = launching
         self.tokens: dict[int, list[int]] = {id: [] for id in prompts}
         self.logits: dict[int, list[torch.Tensor]] = {id: [] for id in prompts}
         self.policy = Watched(policy)
         self.recorder = Recorder()
         self._build(limits, adapters or {}, jobs)
+        if watch is not None:
+            watch(self.engine)
         arrivals = ListArrivals(request for request, _, _ in prompts.values())
         source = EngineArrivals(arrivals, self.engine, lambda r: prompts[r.id][1:])
         self.state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder, jobs=self.jobs)
@@ -251,6 +259,7 @@ class EngineRun:
             [job.of() for job in jobs],
             adapters,
             on_token=lambda id, token: self.tokens[id].append(token),
+            launching=self._launching,
         )
         self.trainers = list(self.engine.trainers.values())
 

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+import engine.kernels
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling needs triton")
 
@@ -75,3 +79,51 @@ def test_walks_over_keys_and_features_are_pipelined(compiled: tuple[int, list[di
     for row in compiled[1]:
         if row["kernel"] in ("_attend", "_dq", "_dkv", "_shrink", "_weight_grad"):
             assert row["async_copies"] > 0, row
+
+
+def kernels() -> set[str]:
+    """Names of all kernels in engine/kernels that are launched, not called by another."""
+    found, called = set(), set()
+    for path in Path(engine.kernels.__file__).parent.glob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            if any(
+                isinstance(d, ast.Call) and getattr(d.func, "id", "") == "jit" for d in node.decorator_list
+            ):
+                found.add(node.name)
+                called |= {
+                    call.func.id
+                    for call in ast.walk(node)
+                    if isinstance(call, ast.Call) and isinstance(call.func, ast.Name)
+                }
+    assert "_attend" in found and "_attend_keys" in called
+    return found - called
+
+
+LIGER = {"_rms_norm_forward_kernel", "_swiglu_fused_gate_up_forward_kernel"}
+
+
+def test_every_kernel_is_compiled_for_heads_of_64_and_128(
+    compiled: tuple[int, list[dict[str, Any]]],
+) -> None:
+    arch, rows = compiled
+    if arch == 90:
+        assert {row["kernel"] for row in rows} == kernels() | LIGER
+        for size in (64, 128):
+            found = {row["kernel"] for row in rows if f"head_dim={size}" in row["constants"].split()}
+            assert found == {"_attend", "_join", "_dq", "_dkv", "_write"}
+
+
+def test_the_page_in_profiles_has_the_rows_that_the_command_makes(
+    compiled: tuple[int, list[dict[str, Any]]],
+) -> None:
+    """Registers may differ by the compiler's version; cases, kernels and block sizes may not."""
+    arch, rows = compiled
+    if arch == 90:
+        page = (Path(engine.kernels.__file__).parents[2] / "profiles" / "hopper.md").read_text(
+            encoding="ascii"
+        )
+        cells = [[cell.strip() for cell in line.split("|")] for line in page.splitlines() if "=" in line]
+        shown = [(line[1], line[2], line[-2]) for line in cells if len(line) > 5]
+        assert shown == [(row["case"], row["kernel"], row["constants"]) for row in rows]

@@ -1,0 +1,96 @@
+"""How iterations are launched on a device: captured or kernel by kernel, on one stream or on two.
+
+The second stream is for plans that ask for it (`overlap`): their finetuning runs beside inference. It starts
+where the iteration starts, and the iteration ends when both have ended. So whatever one iteration leaves
+behind (kept activations, pages, gradients, weights in the bank) is there for the next on either stream, and
+temporary tensors never cross from one to the other within an iteration: the allocator, which reuses memory in
+the order of the stream that it was taken on, needs no word about it. Iterations do not overlap each other,
+which is also how the simulator charges them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from engine.graphs import Capture, CudaCapture
+from engine.model import Model
+
+GRAPHS = ("auto", "on", "off")
+
+
+class SecondStream:
+    """Work beside the current stream."""
+
+    def __init__(self, runtime: Any = torch.cuda) -> None:
+        """`runtime` is `torch.cuda`, or something that has its streams and events."""
+        self._runtime = runtime
+        self._stream = runtime.Stream()
+
+    def mark(self) -> Any:
+        """Here on the current stream, for `beside`."""
+        event = self._runtime.Event()
+        event.record()
+        return event
+
+    @contextmanager
+    def beside(self, start: Any) -> Iterator[None]:
+        """What is launched inside runs on the second stream, from `start` on; what comes after waits for it."""
+        self._stream.wait_event(start)
+        try:
+            with self._runtime.stream(self._stream):
+                yield
+        finally:
+            self._runtime.current_stream().wait_stream(self._stream)
+
+
+class Launching(NamedTuple):
+    """What an engine launches with; by default one kernel after the other."""
+
+    captures: Callable[[], Capture] | None = None
+    second: SecondStream | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchSettings:
+    """The choices of a program."""
+
+    graphs: str = "auto"
+    """auto captures on a CUDA device where it can, on insists, off launches every kernel."""
+    streams: int = 1
+    """2 runs finetuning beside inference where a plan asks for it and the model lies on one GPU, 1 after it."""
+
+    def __post_init__(self) -> None:
+        if self.graphs not in GRAPHS:
+            raise ValueError(f"launch.graphs must be one of {', '.join(GRAPHS)}, got {self.graphs!r}")
+        if self.streams not in (1, 2):
+            raise ValueError(f"launch.streams must be 1 or 2, got {self.streams}")
+
+    def on(self, model: Model) -> Launching:
+        """These choices for `model`. Without graphs and streams the results are the same.
+
+        Raises ValueError when graphs are insisted on and cannot be.
+        """
+        reason = one_by_one(model)
+        if reason is not None:
+            if self.graphs == "on":
+                raise ValueError(f"launch.graphs=on: {reason}; auto or off goes without")
+            return Launching()
+        captures = None if self.graphs == "off" else CudaCapture
+        return Launching(captures, SecondStream() if self.streams == 2 else None)
+
+
+def one_by_one(model: Model) -> str | None:
+    """Why the kernels of `model` can only be launched one after the other; None if they need not."""
+    if model.device.type != "cuda":
+        return f"graphs need a CUDA device, the model is on {model.device.type}"
+    if model.group.size > 1:
+        return (
+            f"the model is spread over {model.group.size} GPUs, whose collective calls must come in one "
+            "order on all of them, and a capture of one waits for the others"
+        )
+    return None
