@@ -1,42 +1,49 @@
 """`coserve bench`: serve a workload and finetune beside it, for real, and leave a simulator's run folder.
 
     coserve bench model=tiny device=cpu
+    coserve bench model=llama_3_1_8b device=h200 workload=builtin workload.rate_rps=5 job/lora=down_proj
     coserve bench -m policy=coserving,temporal,inference_only
+    coserve bench experiment=gpu_paper
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). The engine has
-one stream, so where a policy plans finetuning beside inference (column `overlap`), it runs after it.
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`), and the peak of
+finetuning is what the same engine does alone. The engine has one stream, so where a policy plans finetuning
+beside inference (column `overlap`), it runs after it.
+
+The warm-up serves the same traffic with the same engine and is drained before time 0, so that a measured run
+begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob, assemble_engine
-from engine.config import ModelConfig
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.engine import Engine
-from engine.load import load_model, random_model
+from engine.finetune import Sample
 from engine.lora import new_adapter, write_adapter
-from engine.measure import measure
+from engine.machine import Last, free_bytes, kv_tokens_of, model_of, place_of, release
+from engine.measure import finetune_peak_tok_s, measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.sampling import Sampling
-from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
+from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.assemble import policy_of, seed_of, slos_of
-from sim.checked import build, check
+from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
+from sim.checked import build, check, locate
 from sim.core.arrivals import Arrivals
 from sim.core.finetune import Job
 from sim.core.loop import Horizon, run_loop
@@ -45,13 +52,16 @@ from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.state import PipelineState
+from sim.cost.memory import FinetuneReservation
+from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
 from sim.metrics import PipelineFacts, summarize
-from sim.results import make_manifest, write_run
+from sim.results import SUMMARY, make_manifest, read_run, write_run
 from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).parent / "configs"
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+RANDOM = "random"
+RANDOM_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +70,12 @@ class RunSettings:
 
     name: str | None
     drain_s: float
+    warm_up_s: float
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if not self.warm_up_s >= 0:
+            raise ValueError(f"run.warm_up_s must be at least 0 seconds, got {self.warm_up_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,68 +95,115 @@ class JobSettings:
             raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
 
 
+class Before(NamedTuple):
+    """What is measured before the first run of a sweep."""
+
+    predictor: FittedCost
+    peak_tok_s: float | None
+
+
+_BEFORE: Last[Before] = Last()
+
+
 def main(argv: Sequence[str]) -> int:
     """`coserve bench`."""
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
-        bench, argv, prog="coserve bench", config_name="bench", config_dir=CONFIGS, at_end=_show
+        bench,
+        argv,
+        prog="coserve bench",
+        config_name="bench",
+        config_dir=CONFIGS,
+        at_start=_tell_plan,
+        at_end=_show,
     )
 
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    if check(config.run.resume, bool, "run.resume") and (folder / SUMMARY).exists():
+        return _done_before(folder, resolved)
+    try:
+        return _bench(config, resolved, folder)
+    except Exception as error:
+        # The error is kept until the sweep ends, its frames with it: they must not hold the pages.
+        traceback.clear_frames(error.__traceback__)
+        release()
+        raise
+
+
+def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dict[str, Any]:
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    limits = build(Limits, config.limits, "limits")
     settings = build(JobSettings, config.job, "job")
     device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
+    _check_one_pipeline(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    model = _model(config, device, seed)
-    samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
+    shape = build(ModelShape, config.model, "model")
+    place_of(device)
+    samples = _samples(config, settings, shape)
+    model = model_of(shape, device, config.weights)
+    limits = _limits(config, settings, model, device)
 
-    def job() -> TrainingJob:
+    def job(of_seed: int) -> TrainingJob:
         return TrainingJob(
             id="job",
-            samples=passes(samples, seed),
+            samples=passes(samples, of_seed),
             max_sample_tokens=settings.sample_tokens,
-            adapter=new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed),
+            adapter=new_adapter(settings.lora, shape, model.compute, model.device, of_seed),
             optimizer=settings.optimizer,
             accumulation=settings.accumulation,
             order=settings.order,
             memory=settings.memory,
         )
 
-    predictor = measure(model, limits, job(), check(config.measure_s, float, "measure_s"), seed)
-    policy = _policy(config, predictor, slos)
+    def measured() -> Before:
+        predictor = measure(model, limits, job(0), check(config.measure_s, float, "measure_s"), 0)
+        release()
+        peak_s = check(config.peak_s, float, "peak_s")
+        alone = _policy(OmegaConf.load(SIMULATOR / "policy" / "finetune_only.yaml"), predictor, slos)
+        return Before(
+            predictor, finetune_peak_tok_s(model, limits, job(0), alone, peak_s) if peak_s else None
+        )
+
+    parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
+    before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
+    release()
+    policy = _policy(config.policy, before.predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
-        name: new_adapter(settings.lora, model.config.shape, model.compute, model.device, seed + n)
+        name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = assemble_engine(model, limits, [job()], adapters)
+    engine, jobs = assemble_engine(model, limits, [job(seed)], adapters)
+    pipeline = _Pipeline(engine, jobs, policy, limits, slos, seed)
+    if run.warm_up_s:
+        pipeline.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=run.drain_s))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
-    recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
+    recorder = pipeline.run(workload, horizon)
 
+    asked_rps = config.workload.get("rate_rps")
     summary = summarize(
         recorder,
         slos=slos,
         duration_s=horizon.duration_s,
         pipelines=(PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device),),
+        peak_finetune_tok_s=before.peak_tok_s,
         labels={
             "name": run.name,
             "policy": config.policy.name,
-            "model": model.config.shape.name,
+            "model": shape.name,
             "device": device.name,
             "workload": workload.name,
-            "rate_rps": workload.rate_rps,
+            "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
             "seed": seed,
             "source": "engine",
         },
     )
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
@@ -149,52 +212,93 @@ def bench(config: DictConfig) -> dict[str, Any]:
     return {**summary, "folder": str(folder), "losses": losses}
 
 
-def _run(
-    engine: Engine,
-    jobs: list[Job],
-    policy: Policy,
-    limits: Limits,
-    workload: Workload,
-    slos: Mapping[str, Slo],
-    horizon: Horizon,
-    seed: int,
-) -> Recorder:
-    """One pipeline on the wall clock."""
-    recorder = Recorder()
-    state = PipelineState(limits=limits, slos=slos, recorder=recorder, jobs=jobs)
-    vocab = engine.model.config.shape.vocab
+class _Pipeline:
+    """One engine under one policy, run as often as asked, each time on a wall clock that starts at 0."""
 
-    def prompt(request: Request) -> tuple[list[int], Sampling]:
-        drawn = np.random.default_rng((seed, request.id)).integers(0, vocab, request.prompt_tokens)
-        return drawn.tolist(), Sampling()
+    def __init__(
+        self,
+        engine: Engine,
+        jobs: list[Job],
+        policy: Policy,
+        limits: Limits,
+        slos: Mapping[str, Slo],
+        seed: int,
+    ) -> None:
+        self._engine = engine
+        self._jobs = jobs
+        self._policy = policy
+        self._limits = limits
+        self._slos = slos
+        self._seed = seed
 
-    arrivals: Arrivals = workload.arrivals() if policy.serves else GivenArrivals()
-    source = EngineArrivals(arrivals, engine, prompt)
-    Driver(engine, WallClock()).run(run_loop(state, policy, source, horizon))
-    if not policy.serves:
-        for request in workload.arrivals().due(horizon.duration_s):
-            recorder.add_request(request, -1, Outcome.REJECTED)
-    return recorder
+    def run(self, workload: Workload, horizon: Horizon) -> Recorder:
+        """The rows of one run, which begins without requests and goes on with the jobs."""
+        recorder = Recorder()
+        state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=self._jobs)
+        arrivals: Arrivals = workload.arrivals() if self._policy.serves else GivenArrivals()
+        source = EngineArrivals(arrivals, self._engine, self._prompt)
+        Driver(self._engine, WallClock()).run(run_loop(state, self._policy, source, horizon))
+        if not self._policy.serves:
+            for request in workload.arrivals().due(horizon.duration_s):
+                recorder.add_request(request, -1, Outcome.REJECTED)
+        return recorder
+
+    def _prompt(self, request: Request) -> tuple[list[int], Sampling]:
+        vocab = self._engine.model.config.shape.vocab
+        random = np.random.default_rng((self._seed, request.id))
+        return random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()
 
 
-def _model(config: DictConfig, device: DeviceSpec, seed: int) -> Model:
-    shape = build(ModelShape, config.model, "model")
-    if shape.dtype_bytes not in DTYPES:
-        raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
-    place, dtype = "cpu" if device.name == "cpu" else "cuda", DTYPES[shape.dtype_bytes]
-    if place == "cpu":
-        # The operations are small: on a busy machine two threads were 3 to 10 times slower than one.
-        torch.set_num_threads(1)
-    if place == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
-    if config.weights is None:
-        family = "qwen2" if shape.qkv_bias else "llama"
-        return random_model(ModelConfig(family=family, shape=shape), dtype, place, seed)
-    model = load_model(config.weights, dtype, place)
-    found = replace(model.config.shape, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
-    if found != shape:
-        raise ValueError(f"weights: {config.weights} holds {found}, model is {shape}")
-    return Model(replace(model.config, shape=shape), model.weights)
+def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
+    """The summary of a complete run of the same settings. ValueError if it was another one."""
+    found = read_run(folder)
+    if _compared(resolved) != _compared(found.config):
+        raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
+    return {**found.summary, "folder": str(folder), "losses": []}
+
+
+def _compared(config: Mapping[str, Any]) -> str:
+    run = {key: value for key, value in config["run"].items() if key != "resume"}
+    return json.dumps({**config, "run": run}, sort_keys=True)
+
+
+def _limits(config: DictConfig, settings: JobSettings, model: Model, device: DeviceSpec) -> Limits:
+    """`limits`, with the room that memory leaves where none is given."""
+    given = build(LimitSettings, config.limits, "limits")
+    longest, kv_tokens = given.max_sequence_tokens, given.kv_tokens
+    if kv_tokens is None:
+        if model.device.type == "cpu":
+            raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
+        kv_tokens = kv_tokens_of(
+            model.config.shape,
+            device,
+            settings.lora,
+            utilization=check(config.memory_utilization, float, "memory_utilization"),
+            batch_tokens=given.max_tokens + settings.sample_tokens,
+            batch_sequences=given.max_sequences,
+            finetune=FinetuneReservation(
+                sample_tokens=settings.sample_tokens,
+                memory=settings.memory,
+                window_tokens=settings.sample_tokens,
+            ),
+            free_bytes=free_bytes(model.device),
+        )
+    return Limits(
+        kv_tokens=kv_tokens,
+        block_tokens=given.block_tokens,
+        max_sequences=given.max_sequences,
+        max_tokens=given.max_tokens,
+        max_sequence_tokens=model.config.shape.max_context_tokens if longest is None else longest,
+        admission=given.admission,
+        lookahead=given.lookahead,
+    )
+
+
+def _samples(config: DictConfig, settings: JobSettings, shape: ModelShape) -> list[Sample]:
+    """What the job trains on."""
+    if settings.data == RANDOM:
+        return random_samples(RANDOM_SAMPLES, settings.sample_tokens, shape.vocab)
+    return packed_samples(_tokens(config, settings), settings.sample_tokens)
 
 
 def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
@@ -212,11 +316,29 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _policy(config: DictConfig, predictor: Any, slos: Mapping[str, Slo]) -> Policy:
-    policy = policy_of({k: v for k, v in config.policy.items() if k != "name"}, predictor, slos)
-    if not hasattr(policy, "plan"):
+def _check_one_pipeline(config: DictConfig) -> None:
+    if hasattr(locate(config.policy.get("_target_"), "policy"), "assign"):
         raise ValueError(f"policy {config.policy.name} is for several pipelines; coserve bench runs one")
-    return policy
+
+
+def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:
+    return policy_of({str(k): v for k, v in node.items() if k != "name"}, predictor, slos)
+
+
+def _tell_plan(config: DictConfig, runs: int) -> None:
+    """What a sweep will take, before it starts."""
+    arrivals_s = config.workload.get("duration_s")
+    before_s = config.measure_s + config.peak_s
+    if arrivals_s is None:
+        print(f"plan:   {runs} runs, each as long as its trace", file=sys.stderr)
+        return
+    least_s = config.run.warm_up_s + arrivals_s
+    most_s = least_s + config.run.drain_s * (2 if config.run.warm_up_s else 1)
+    print(
+        f"plan:   {runs} runs of {least_s:g} to {most_s:g} s after {before_s:g} s of measuring: "
+        f"{(before_s + runs * least_s) / 60:.0f} to {(before_s + runs * most_s) / 60:.0f} minutes",
+        file=sys.stderr,
+    )
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:

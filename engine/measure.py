@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
-from engine.driver import Driver, EngineArrivals, WallClock
+from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.model import Model
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward, Slice, Step
 from sim.core.loop import Horizon, run_loop
-from sim.core.plan import Limits, Plan, View
+from sim.core.plan import Limits, Plan, Policy, View
 from sim.core.request import Request, Slo
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
@@ -50,6 +51,25 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed
         raise ValueError(f"measure_s must allow {LEAST_ROWS} iterations, {seconds} gave {len(taken_s)}")
     columns = {name: np.ascontiguousarray(rows[name]) for name in WORK_COLUMNS}
     return Table.fit(columns, taken_s).model(limits.lookahead)
+
+
+def finetune_peak_tok_s(
+    model: Model, limits: Limits, job: TrainingJob, policy: Policy, seconds: float
+) -> float:
+    """Trained tokens per second of `job` alone under `policy`, between its first and its last optimizer step.
+
+    Raises ValueError when the time was too short for two steps.
+    """
+    least = replace(limits, kv_tokens=limits.block_tokens)
+    engine, jobs = assemble_engine(model, least, [job])
+    recorder = Recorder()
+    state = PipelineState(limits=least, slos={}, recorder=recorder, jobs=jobs)
+    loop = run_loop(state, policy, GivenArrivals(), Horizon(duration_s=seconds, drain_s=0.0))
+    Driver(engine, WallClock()).run(loop)
+    steps = recorder.steps.arrays()
+    if len(steps["end_s"]) < 2:
+        raise ValueError(f"peak_s must allow 2 optimizer steps, {seconds} gave {len(steps['end_s'])}")
+    return float(steps["tokens"][1:].sum() / (steps["end_s"][-1] - steps["end_s"][0]))
 
 
 class _Endless:

@@ -8,18 +8,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from engine.bench import CONFIGS, main
 from engine.lora import read_adapter
+from engine.machine import kv_tokens_of
 from engine.text import BUNDLED, byte_tokens, packed_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
-from sim.core.specs import ModelShape
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.memory import RUNTIME_BYTES, FinetuneReservation, kv_room_tokens, weight_bytes
 from sim.results import read_run
 
-SHORT = ["workload.duration_s=3", "run.drain_s=10", "measure_s=3", "job.sample_tokens=64"]
+SHORT = [
+    "workload.duration_s=3",
+    "run.drain_s=10",
+    "measure_s=3",
+    "peak_s=0.5",
+    "job.sample_tokens=64",
+]
 
 
 @pytest.fixture
@@ -55,10 +63,72 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
     assert float(losses[2]) < float(losses[0])
 
 
-def _model_shape() -> ModelShape:
+def _config(*overrides: str) -> DictConfig:
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build(ModelShape, compose("bench").model, "model")
+        return compose("bench", [*overrides])
+
+
+def _model_shape() -> ModelShape:
+    return build(ModelShape, _config().model, "model")
+
+
+def test_a_warm_up_is_in_no_number_and_the_job_goes_on_from_it(folder: Path) -> None:
+    """Rows of the measured run begin at 0 with an empty pipeline; only optimizer steps go on counting."""
+    assert main([*SHORT, f"hydra.run.dir={folder}/cold"]) == 0
+    assert main([*SHORT, "run.warm_up_s=1.5", f"hydra.run.dir={folder}/warm"]) == 0
+    cold, warm = (read_run(folder / name) for name in ("cold", "warm"))
+    assert warm.summary["requests"] == cold.summary["requests"] == warm.summary["finished"]
+    for run in (cold, warm):
+        requests, iterations = run.table("requests"), run.table("iterations")
+        assert requests["request"].is_unique and requests["arrival_s"].between(0, 3).all()
+        assert iterations["iteration"].iloc[0] == cold.table("iterations")["iteration"].iloc[0]
+        assert iterations["start_s"].iloc[0] < 0.2 and iterations["decode_count"].iloc[0] == 0
+        assert run.summary["finetune_share_of_peak"] > 0
+    assert cold.table("steps")["step"].iloc[0] == 1
+    assert warm.table("steps")["step"].iloc[0] > 3
+    first_s = warm.table("steps")["end_s"].iloc[0]
+    assert 0 < first_s < 1
+
+
+def test_a_sweep_that_goes_on_runs_only_what_is_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["-m", "policy=inference_only,temporal", *SHORT, f"hydra.sweep.dir={folder}"]
+    assert main(sweep) == 0
+    assert "plan:   2 runs of 3 to 13 s after 3.5 s of measuring" in capsys.readouterr().err
+    first, second = folder / "0" / "summary.json", folder / "1" / "summary.json"
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*sweep, "run.resume=true"]) == 0
+    assert first.stat().st_mtime_ns == kept and second.exists()
+    out = capsys.readouterr().out
+    assert "inference_only" in out and "temporal_64" in out
+    assert main([*sweep, "run.resume=true", "seed=1"]) == 1
+    assert "holds a run of other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted((SIMULATOR / "device").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
+    """Given a device, limits and the job's sizes follow; a large model needs no other setting."""
+    for lora, targets in (("all_linear", 7), ("down_proj", 1)):
+        config = _config("model=qwen2_5_32b", f"device={path.stem}", f"job/lora={lora}")
+        assert config.limits.kv_tokens is None and config.job.sample_tokens == 4096
+        assert config.job.lora.rank == 16 and len(config.job.lora.targets) == targets
+
+
+def test_the_room_beside_the_weights_is_the_simulators() -> None:
+    """With a device's memory free but for weights and runtime, bench and simulator size the cache alike."""
+    config = _config("model=llama_3_1_8b", "device=h200")
+    device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
+    lora = build(LoraSpec, config.job.lora, "lora")
+    finetune = FinetuneReservation(sample_tokens=4096)
+    sizes = {"utilization": 0.9, "batch_tokens": 512, "batch_sequences": 256, "finetune": finetune}
+    free = int(device.memory_bytes - weight_bytes(shape, 1) - RUNTIME_BYTES)
+    room = kv_tokens_of(shape, device, lora, free_bytes=free, **sizes)
+    expected = kv_room_tokens(device=device, model=shape, tp=1, lora=lora, **sizes)
+    assert abs(room - expected) <= 1
+    assert kv_tokens_of(shape, device, lora, free_bytes=free - 2**33, **sizes) < room - 50_000
 
 
 @pytest.mark.parametrize(
@@ -69,7 +139,7 @@ def _model_shape() -> ModelShape:
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy=separate", "is for several pipelines; coserve bench runs one"),
         ("device=h100", "needs a CUDA device"),
-        ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number, got 'few'"),
+        ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
