@@ -91,7 +91,9 @@ def random_config(shape: ModelShape) -> ModelConfig:
     """The architecture that a shape belongs to, with the rotary embedding that its models were trained with."""
     if shape.qkv_bias:
         return ModelConfig(family="qwen2", shape=shape, rope_theta=1e6)
-    return ModelConfig(family="llama", shape=shape, norm_eps=1e-5, rope_theta=5e5, rope_scaling=LLAMA_3_1)
+    stretched = shape.max_context_tokens > LLAMA_3_1.original_max_position_embeddings
+    scaling = LLAMA_3_1 if stretched else None
+    return ModelConfig(family="llama", shape=shape, norm_eps=1e-5, rope_theta=5e5, rope_scaling=scaling)
 
 
 def kv_tokens_of(

@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "sim.compile_program:main",
     ),
     "bench": ("serve and finetune for real, on the wall clock, and measure it", "engine.bench:main"),
+    "reference": ("the engine against this machine's own limits and against PEFT", "engine.reference:main"),
     "finetune": ("finetune a LoRA adapter on a dataset: the job alone", "engine.training:main"),
     "generate": ("answer prompts from a file or from standard input", "engine.generate:main"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
