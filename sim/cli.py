@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "profile": ("measured profiles: show, fit, check against what is predicted", "profiles.program:main"),
     "validate": ("a recorded engine run against the simulation of that engine", "profiles.validate:main"),
     "reproduce": ("simulate FlexLLM's evaluation, beside what was published", "analysis.reproduce:main"),
+    "results": ("the page of what was measured on a GPU, beside the targets", "analysis.results_page:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
 """Name -> (help in one line, module:function)."""
