@@ -10,8 +10,10 @@ fitted to a few seconds of drawn work on the same machine before the run (`engin
 finetuning is what the same engine does alone. The engine has one stream, so where a policy plans finetuning
 beside inference (column `overlap`), it runs after it.
 
-The warm-up serves the same traffic with the same engine and is drained before time 0, so that a measured run
-begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
+The warm-up serves the same traffic with the same engine before time 0 and drops what is left of it, so that a
+measured run begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
+
+A static split (`policy=separate_25`) is two pipelines on the device, each with its share of the device's time.
 """
 
 from __future__ import annotations
@@ -30,34 +32,27 @@ from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob, assemble_engine
-from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
-from engine.engine import Engine
+from engine.assemble import TrainingJob
 from engine.finetune import Sample
 from engine.lora import new_adapter, write_adapter
 from engine.machine import Last, free_bytes, kv_tokens_of, model_of, place_of, release
 from engine.measure import finetune_peak_tok_s, measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from engine.sampling import Sampling
+from engine.pipelines import Setting, Single, Split, shares_of
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
-from sim.checked import build, check, locate
-from sim.core.arrivals import Arrivals
-from sim.core.finetune import Job
-from sim.core.loop import Horizon, run_loop
+from sim.checked import build, check
+from sim.core.loop import Horizon
 from sim.core.plan import Limits, Policy
-from sim.core.request import Request, Slo
-from sim.core.rows import Outcome, Recorder
+from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.core.state import PipelineState
 from sim.cost.memory import FinetuneReservation
 from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
-from sim.metrics import PipelineFacts, summarize
+from sim.metrics import summarize
 from sim.results import SUMMARY, make_manifest, read_run, write_run
-from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).parent / "configs"
 RANDOM = "random"
@@ -141,7 +136,6 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     settings = build(JobSettings, config.job, "job")
     device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
-    _check_one_pipeline(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     shape = build(ModelShape, config.model, "model")
     place_of(device)
@@ -165,7 +159,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
         predictor = measure(model, limits, job(0), check(config.measure_s, float, "measure_s"), 0)
         release()
         peak_s = check(config.peak_s, float, "peak_s")
-        alone = _policy(OmegaConf.load(SIMULATOR / "policy" / "finetune_only.yaml"), predictor, slos)
+        alone = _policy(_named_policy("finetune_only"), predictor, slos)
         return Before(
             predictor, finetune_peak_tok_s(model, limits, job(0), alone, peak_s) if peak_s else None
         )
@@ -173,25 +167,26 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
     before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
     release()
-    policy = _policy(config.policy, before.predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = assemble_engine(model, limits, [job(seed)], adapters)
-    pipeline = _Pipeline(engine, jobs, policy, limits, slos, seed)
+    setting = Setting(
+        model=model, limits=limits, job=job(seed), adapters=adapters, slos=slos, device=device, seed=seed
+    )
+    bench = _pipelines(config, setting, before.predictor)
     if run.warm_up_s:
-        pipeline.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=run.drain_s))
+        bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
-    recorder = pipeline.run(workload, horizon)
+    recorder = bench.run(workload, horizon)
 
     asked_rps = config.workload.get("rate_rps")
     summary = summarize(
         recorder,
         slos=slos,
         duration_s=horizon.duration_s,
-        pipelines=(PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device),),
+        pipelines=bench.facts,
         peak_finetune_tok_s=before.peak_tok_s,
         labels={
             "name": run.name,
@@ -207,46 +202,23 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(engine.trainers["job"].masters, folder / "adapter", config.weights)
-    losses = [record.loss for record in engine.steps]
+    write_adapter(bench.trainer.trainers["job"].masters, folder / "adapter", config.weights)
+    losses = [record.loss for record in bench.trainer.steps]
     return {**summary, "folder": str(folder), "losses": losses}
 
 
-class _Pipeline:
-    """One engine under one policy, run as often as asked, each time on a wall clock that starts at 0."""
+def _pipelines(config: DictConfig, setting: Setting, predictor: FittedCost) -> Single | Split:
+    """One pipeline, or for a policy that assigns whole pipelines the device split in time.
 
-    def __init__(
-        self,
-        engine: Engine,
-        jobs: list[Job],
-        policy: Policy,
-        limits: Limits,
-        slos: Mapping[str, Slo],
-        seed: int,
-    ) -> None:
-        self._engine = engine
-        self._jobs = jobs
-        self._policy = policy
-        self._limits = limits
-        self._slos = slos
-        self._seed = seed
-
-    def run(self, workload: Workload, horizon: Horizon) -> Recorder:
-        """The rows of one run, which begins without requests and goes on with the jobs."""
-        recorder = Recorder()
-        state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=self._jobs)
-        arrivals: Arrivals = workload.arrivals() if self._policy.serves else GivenArrivals()
-        source = EngineArrivals(arrivals, self._engine, self._prompt)
-        Driver(self._engine, WallClock()).run(run_loop(state, self._policy, source, horizon))
-        if not self._policy.serves:
-            for request in workload.arrivals().due(horizon.duration_s):
-                recorder.add_request(request, -1, Outcome.REJECTED)
-        return recorder
-
-    def _prompt(self, request: Request) -> tuple[list[int], Sampling]:
-        vocab = self._engine.model.config.shape.vocab
-        random = np.random.default_rng((self._seed, request.id))
-        return random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()
+    The finetuning side of a split takes slices within the latency budget, so that serving never waits for
+    it longer than for a token of its own.
+    """
+    policy: Any = _policy(config.policy, predictor, setting.slos)
+    if not hasattr(policy, "assign"):
+        return Single(setting, policy)
+    serving, share = shares_of(policy)
+    sliced = _policy(_named_policy("temporal_limited"), predictor, setting.slos)
+    return Split(setting, serving, sliced, share)
 
 
 def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
@@ -316,9 +288,8 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _check_one_pipeline(config: DictConfig) -> None:
-    if hasattr(locate(config.policy.get("_target_"), "policy"), "assign"):
-        raise ValueError(f"policy {config.policy.name} is for several pipelines; coserve bench runs one")
+def _named_policy(name: str) -> Any:
+    return OmegaConf.load(SIMULATOR / "policy" / f"{name}.yaml")
 
 
 def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:
@@ -326,14 +297,14 @@ def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy
 
 
 def _tell_plan(config: DictConfig, runs: int) -> None:
-    """What a sweep will take, before it starts."""
+    """What a sweep will take, before it starts: with empty pipelines at the end, and with none."""
     arrivals_s = config.workload.get("duration_s")
     before_s = config.measure_s + config.peak_s
     if arrivals_s is None:
         print(f"plan:   {runs} runs, each as long as its trace", file=sys.stderr)
         return
     least_s = config.run.warm_up_s + arrivals_s
-    most_s = least_s + config.run.drain_s * (2 if config.run.warm_up_s else 1)
+    most_s = least_s + config.run.drain_s
     print(
         f"plan:   {runs} runs of {least_s:g} to {most_s:g} s after {before_s:g} s of measuring: "
         f"{(before_s + runs * least_s) / 60:.0f} to {(before_s + runs * most_s) / 60:.0f} minutes",
@@ -342,7 +313,10 @@ def _tell_plan(config: DictConfig, runs: int) -> None:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table of all rows, what was learned, and where the folders are."""
+    """The table of all rows, what was learned, the figure of a sweep, and where they are."""
+    from analysis.figures.compare import write_compare
+    from analysis.figures.sweep import write_sweep
+    from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
     print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
@@ -353,3 +327,9 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
             print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
+    scenes = varied(rows, SCENE)
+    if len(rows) > 1 and not scenes:
+        write = write_sweep if varied(rows, ["rate_rps"]) else write_compare
+        print(f"figure: {write(rows, folder.parent / 'compare.png')}")
+    elif scenes:
+        print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")
