@@ -87,8 +87,11 @@ def _targets(evidence: Evidence) -> str:
     lines = []
     for target in TARGETS:
         measured = target.measured(evidence)
-        text, reached = (NOT_MEASURED, "") if measured is None else measured
-        lines.append((target.what, target.target, text, {True: "yes", False: "no"}.get(reached, "")))  # type: ignore[arg-type]
+        if measured is None:
+            lines.append((target.what, target.target, NOT_MEASURED, ""))
+        else:
+            reached = "" if measured.reached is None else "yes" if measured.reached else "no"
+            lines.append((target.what, target.target, measured.text, reached))
     head = ("what", "target", "measured", "reached")
     title = "## Targets: one H200, Llama-3.1-8B in bfloat16"
     return f"{title}\n\n{_table(head, lines)}"

@@ -49,7 +49,8 @@ class Measured(NamedTuple):
     """A measured value in words, and whether it reaches the target."""
 
     text: str
-    reached: bool
+    reached: bool | None
+    """None where what it is compared with did not run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +133,7 @@ def _memory(name: str, memory: str, what: str) -> Callable[[Evidence], Measured 
             return None
         text = f"{own['peak_bytes'] / 2**30:.1f} GiB"
         if not _is_number(other["peak_bytes"]):
-            return Measured(f"{text}; PEFT's default: {other['note']}", False) if other["note"] else None
+            return Measured(f"{text}; PEFT's default: {other['note']}", None) if other["note"] else None
         share = own["peak_bytes"] / other["peak_bytes"]
         below = f"{text} of {other['peak_bytes'] / 2**30:.1f} GiB: {100 * (1 - share):.0f} % below"
         return Measured(below, share <= MEMORY_RATIO)

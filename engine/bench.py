@@ -39,7 +39,7 @@ from engine.machine import Last, free_bytes, kv_tokens_of, model_of, place_of, r
 from engine.measure import finetune_peak_tok_s, measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from engine.pipelines import Setting, Single, Split, shares_of
+from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
@@ -136,6 +136,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     settings = build(JobSettings, config.job, "job")
     device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
+    split = _split_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     shape = build(ModelShape, config.model, "model")
     place_of(device)
@@ -175,7 +176,11 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     setting = Setting(
         model=model, limits=limits, job=job(seed), adapters=adapters, slos=slos, device=device, seed=seed
     )
-    bench = _pipelines(config, setting, before.predictor)
+    if split is None:
+        bench: Single | Split = Single(setting, _policy(config.policy, before.predictor, slos))
+    else:
+        sliced = _policy(_named_policy("temporal_limited"), before.predictor, slos)
+        bench = Split(setting, split.policy, sliced, split.share)
     if run.warm_up_s:
         bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
@@ -207,18 +212,16 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     return {**summary, "folder": str(folder), "losses": losses}
 
 
-def _pipelines(config: DictConfig, setting: Setting, predictor: FittedCost) -> Single | Split:
-    """One pipeline, or for a policy that assigns whole pipelines the device split in time.
+def _split_of(config: DictConfig) -> Share | None:
+    """Who serves in a static split, for a policy that assigns whole pipelines; None for all others.
 
-    The finetuning side of a split takes slices within the latency budget, so that serving never waits for
-    it longer than for a token of its own.
+    Its other side finetunes in slices within the latency budget, so that serving never waits for it longer
+    than for a token of its own.
     """
-    policy: Any = _policy(config.policy, predictor, setting.slos)
-    if not hasattr(policy, "assign"):
-        return Single(setting, policy)
-    serving, share = shares_of(policy)
-    sliced = _policy(_named_policy("temporal_limited"), predictor, setting.slos)
-    return Split(setting, serving, sliced, share)
+    node = {str(key): value for key, value in config.policy.items() if key != "name"}
+    if not hasattr(locate(node.get("_target_"), "policy"), "assign"):
+        return None
+    return share_of(build(None, node, "policy"))
 
 
 def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:

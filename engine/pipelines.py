@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
@@ -139,14 +139,20 @@ class Split:
         return Part(engine, gate, share, run_loop(state, gate, arrivals, horizon))
 
 
-def shares_of(policy: Any) -> tuple[Policy, float]:
-    """The serving policy of a static split, and its share, by what it assigns to the fewest pipelines."""
-    cluster: ClusterPolicy = policy
+class Share(NamedTuple):
+    """The serving side of a static split."""
+
+    policy: Policy
+    share: float
+
+
+def share_of(policy: ClusterPolicy) -> Share:
+    """What the policy assigns to the fewest pipelines. ValueError if no small number of them will do."""
     for count in range(2, MOST_PIPELINES + 1):
         try:
-            assigned = cluster.assign(count)
+            assigned = policy.assign(count)
         except ValueError:
             continue
         serving = [one for one in assigned if one.serves]
-        return serving[0], len(serving) / count
+        return Share(serving[0], len(serving) / count)
     raise ValueError(f"policy.inference_share must be a share of at most {MOST_PIPELINES} equal parts")

@@ -218,7 +218,7 @@ class Session:
 
     def _run(self, step: Step, limit_s: float, before_s: float) -> dict[str, Any]:
         """Run one command in a process group of its own, which ends at the limit."""
-        known: dict[str, Any] = {"name": step.name, "command": _shown(step.command)}
+        known: dict[str, Any] = {"name": step.name, "command": _shown(step.command, self._folder)}
         if step.gpu and self._record["device"] == "cpu":
             return {**known, "status": "left out", "seconds": 0.0, "tail": ["needs a GPU"]}
         print(f"{step.name}: {known['command']}", file=sys.stderr, flush=True)
@@ -299,11 +299,10 @@ def _gpu_versions() -> dict[str, str | None]:
     return found
 
 
-def _shown(command: Sequence[str]) -> str:
-    """As somebody would type it."""
-    parts = ["python" if part == sys.executable else part for part in command]
-    text = " ".join(parts)
-    return text.replace("python -m sim.cli", "coserve")
+def _shown(command: Sequence[str], folder: Path) -> str:
+    """As somebody would type it, with OUT for the session's folder."""
+    text = " ".join("python" if part == sys.executable else part for part in command)
+    return text.replace("python -m sim.cli", "coserve").replace(str(folder), "OUT")
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +110,43 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(
     assert "holds a run of other settings" in capsys.readouterr().err
 
 
+def test_a_static_split_leaves_one_run_of_two_pipelines(folder: Path) -> None:
+    assert main([*SHORT, "policy=separate_50", f"hydra.run.dir={folder}"]) == 0
+    run = read_run(folder)
+    iterations, requests = run.table("iterations"), run.table("requests")
+    assert run.summary["pipelines"] == 2 and run.summary["policy"] == "separate_50"
+    assert run.summary["finished"] == run.summary["requests"] == len(requests) > 3
+    assert set(requests["pipeline"]) == {0} and set(run.table("steps")["pipeline"]) == {1}
+    training = iterations[iterations["pipeline"] == 1]
+    assert (training["decode_count"] == 0).all() and (training["prefill_tokens"] == 0).all()
+    used_s = (training["end_s"] - training["start_s"]).sum()
+    assert used_s / 3 < 0.6, "half of the device, and the slice at the end"
+    ordered = iterations.sort_values("start_s")
+    assert (ordered["start_s"].to_numpy()[1:] >= ordered["end_s"].to_numpy()[:-1]).all()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_begins_with_its_command_and_fits_its_time(path: Path) -> None:
+    """Its sweep is made of what exists, runs without a GPU as well, and takes no longer than it says."""
+    lines = path.read_text().splitlines()
+    assert lines[1] == f"# coserve bench experiment={path.stem} device=h200"
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        sweep = compose("bench", [f"experiment={path.stem}"], return_hydra_config=True)
+        params = {key: str(value).split(",") for key, value in sweep.hydra.sweeper.params.items()}
+        for key, values in params.items():
+            for value in values:
+                tiny = compose(
+                    "bench", [f"experiment={path.stem}", f"{key}={value}", "model=tiny", "device=cpu"]
+                )
+                assert tiny.limits.kv_tokens == 8192 and tiny.run.drain_s == sweep.run.drain_s
+    runs = math.prod(map(len, params.values()))
+    told = re.search(r"(\d+) runs in (\d+) minutes", " ".join(line.lstrip("# ") for line in lines))
+    assert told is not None and int(told[1]) == runs
+    each_s = sweep.run.warm_up_s + sweep.workload.duration_s + 0.75 * sweep.run.drain_s
+    assert runs * each_s + sweep.measure_s + sweep.peak_s <= 60 * int(told[2])
+
+
 @pytest.mark.parametrize("path", sorted((SIMULATOR / "device").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
     """Given a device, limits and the job's sizes follow; a large model needs no other setting."""
@@ -137,7 +176,7 @@ def test_the_room_beside_the_weights_is_the_simulators() -> None:
         ("job.order=sideways", "order must be one of"),
         ("job.optimizer.kind=adam", "optimizer.kind must be one of adamw, sgd, got 'adam'"),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
-        ("policy=separate", "is for several pipelines; coserve bench runs one"),
+        ("policy.inference_share=0.123 policy=separate", "must be a share of at most 100 equal parts"),
         ("device=h100", "needs a CUDA device"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
     ],
@@ -145,7 +184,7 @@ def test_the_room_beside_the_weights_is_the_simulators() -> None:
 def test_a_mistake_is_told_in_one_line(
     folder: Path, argument: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SHORT, argument, f"hydra.run.dir={folder}"]) == 2
+    assert main([*SHORT, *argument.split(), f"hydra.run.dir={folder}"]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (folder / "summary.json").exists()
