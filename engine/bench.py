@@ -43,7 +43,7 @@ from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
-from sim.checked import build, check
+from sim.checked import build, check, locate
 from sim.core.loop import Horizon
 from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
