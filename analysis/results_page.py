@@ -22,7 +22,7 @@ from analysis.targets import TARGETS, Evidence, Row, means
 DEVICE, MODEL, WORKLOAD = "h200", "llama_3_1_8b", "builtin"
 NOT_MEASURED = "not measured yet"
 SESSION, REFERENCE, BENCH = "session.json", "reference.parquet", "bench.json"
-KERNELS, FIDELITY = "kernels.json", "fidelity.json"
+KERNELS, FIDELITY = "kernels.json", "fidelity.parquet"
 COMMAND = "coserve results profiles/results --page profiles/RESULTS.md"
 
 
@@ -52,12 +52,12 @@ def page(folder: Path | None) -> str:
     if folder is not None and not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
     session = _json(folder, SESSION) or {}
-    reference = _reference(folder)
+    reference = _frame(folder, REFERENCE)
     bench = _rows(folder, BENCH)
     evidence = Evidence(
         reference=reference if _is_ours(session) else (),
         bench=[row for row in bench if _is_target(row)],
-        fidelity=_rows(folder, FIDELITY) if _is_ours(session) else (),
+        fidelity=_frame(folder, FIDELITY) if _is_ours(session) else (),
     )
     parts = [
         "# What was measured on a GPU",
@@ -67,6 +67,7 @@ def page(folder: Path | None) -> str:
         _targets(evidence),
         _reference_tables(reference),
         _bench_table(bench),
+        _fidelity_table(_frame(folder, FIDELITY)),
         _kernels(folder),
         _steps(session),
     ]
@@ -159,6 +160,15 @@ def _bench_table(rows: Sequence[Row]) -> str:
     return f"## Serving and finetuning\n\nMeans over the runs (seeds) of a line.\n\n{_table(head, lines)}"
 
 
+def _fidelity_table(rows: Sequence[Row]) -> str:
+    if not rows:
+        return ""
+    lines = [(row["run"], row["metric"], f"{row['measured']:.4g}", f"{row['predicted']:.4g}") for row in rows]
+    text = "The world of the simulation is the measured profile; nothing is fitted on the runs."
+    head = ("run", "metric", "measured", "predicted")
+    return f"## Simulator against engine\n\n{text}\n\n{_table(head, lines)}"
+
+
 def _kernels(folder: Path | None) -> str:
     record = _json(folder, KERNELS)
     if record is None:
@@ -197,15 +207,15 @@ def _is_target(row: Row) -> bool:
     return (row["device"], row["model"], row["workload"]) == (DEVICE, MODEL, WORKLOAD)
 
 
-def _reference(folder: Path | None) -> list[dict[str, Any]]:
-    if folder is None or not (folder / REFERENCE).exists():
+def _frame(folder: Path | None, name: str) -> list[dict[str, Any]]:
+    if folder is None or not (folder / name).exists():
         return []
     import pyarrow.parquet as pq
 
     try:
-        rows: list[dict[str, Any]] = pq.read_table(folder / REFERENCE).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(folder / name).to_pylist()
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder / REFERENCE} is not readable as Parquet: {error}") from None
+        raise ValueError(f"{folder / name} is not readable as Parquet: {error}") from None
     return rows
 
 

@@ -42,7 +42,7 @@ class Evidence:
     bench: Sequence[Row] = ()
     """Summary rows of runs of the engine."""
     fidelity: Sequence[Row] = ()
-    """Rows of (metric, error)."""
+    """Rows of `coserve fidelity`: metric, measured, predicted."""
 
 
 class Measured(NamedTuple):
@@ -202,16 +202,25 @@ def _ahead_of(others: Sequence[str]) -> Callable[[Evidence], Measured | None]:
 
 def _fidelity(metric: str) -> Callable[[Evidence], Measured | None]:
     def measured(evidence: Evidence) -> Measured | None:
-        errors = [
-            abs(r["error"]) for r in evidence.fidelity if r["metric"] == metric and _is_number(r["error"])
-        ]
+        rows = [row for row in evidence.fidelity if row["metric"] == metric]
+        errors = [abs(error) for row in rows if (error := _error(row)) is not None]
         if not errors:
             return None
         worst = max(errors)
         unit = "points" if metric == "attainment" else "%"
-        return Measured(f"{100 * worst:.1f} {unit} ({len(errors)} runs, the worst)", worst <= ERRORS[metric])
+        return Measured(f"{100 * worst:.1f} {unit}, the worst of {len(errors)} runs", worst <= ERRORS[metric])
 
     return measured
+
+
+def _error(row: Row) -> float | None:
+    """Predicted over measured, less one; of attainment their difference. None where one is missing."""
+    measured, predicted = row["measured"], row["predicted"]
+    if not (_is_number(measured) and _is_number(predicted)):
+        return None
+    if row["metric"] == "attainment":
+        return float(predicted - measured)
+    return float(predicted / measured - 1) if measured else None
 
 
 def means(rows: Iterable[Row], policy: str, rate_rps: float) -> dict[str, Any] | None:

@@ -51,6 +51,11 @@ class Setting:
         random = np.random.default_rng((self.seed, request.id))
         return random.integers(0, self.model.config.shape.vocab, request.prompt_tokens).tolist(), Sampling()
 
+    def engine(self, limits: Limits, trains: bool, serves: bool = True) -> tuple[Engine, list[Job]]:
+        """An engine with the job, if it trains, and the requests' adapters, if it serves."""
+        jobs, adapters = [self.job] if trains else [], self.adapters if serves else None
+        return assemble_engine(self.model, limits, jobs, adapters)
+
     def facts(self, limits: Limits) -> PipelineFacts:
         return PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=self.device)
 
@@ -61,9 +66,7 @@ class Single:
     def __init__(self, setting: Setting, policy: Policy) -> None:
         self._setting = setting
         self._policy = policy
-        self.trainer, self._jobs = assemble_engine(
-            setting.model, setting.limits, [setting.job], setting.adapters
-        )
+        self.trainer, self._jobs = setting.engine(setting.limits, trains=True)
         """The engine that finetunes."""
         self.facts = (setting.facts(setting.limits),)
 
@@ -100,8 +103,8 @@ class Split:
         self._limits = replace(setting.limits, lookahead=0)
         self._idle = replace(self._limits, kv_tokens=setting.limits.block_tokens)
         """The finetuning pipeline holds no requests."""
-        self._server, _ = assemble_engine(setting.model, self._limits, [], setting.adapters)
-        self.trainer, self._jobs = assemble_engine(setting.model, self._idle, [setting.job])
+        self._server, _ = setting.engine(self._limits, trains=False)
+        self.trainer, self._jobs = setting.engine(self._idle, trains=True, serves=False)
         self.facts = (setting.facts(self._limits), setting.facts(self._idle))
         self.used_s = (0.0, 0.0)
         """Device time of serving and finetuning in the last run."""

@@ -110,9 +110,9 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
             command=(
                 *COSERVE,
                 "fidelity",
-                str(folder / "runs"),
+                str(folder / "runs" / "gpu_paper"),
                 f"profile={profile}",
-                f"out={folder / FIDELITY}",
+                f"out={folder / 'fidelity'}",
             ),
             limit_s=300,
         ),
@@ -179,14 +179,14 @@ class Session:
         to = self._folder / "gathered"
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
-        for source in (
-            self._folder / "reference" / REFERENCE,
-            self._folder / "kernels" / KERNELS,
-            self._folder / PROFILE,
-            self._folder / FIDELITY,
+        for source, name in (
+            ("reference/reference.parquet", REFERENCE),
+            ("kernels/kernels.json", KERNELS),
+            (PROFILE, PROFILE),
+            ("fidelity/metrics.parquet", FIDELITY),
         ):
-            if source.exists():
-                shutil.copyfile(source, to / source.name)
+            if (self._folder / source).exists():
+                shutil.copyfile(self._folder / source, to / name)
         self._gather_runs(to)
         record = {**self._record, "steps": list(self._record["steps"].values())}
         (to / SESSION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -67,6 +67,10 @@ def run(policy: str, rate: float, seed: int, attainment: float, tok_s: float, **
     }
 
 
+def predicted(metric: str, measured: float, said: float) -> dict[str, Any]:
+    return {"run": "one", "metric": metric, "measured": measured, "predicted": said}
+
+
 def measured(evidence: Evidence) -> dict[str, tuple[str, bool | None]]:
     found = {target.what: target.measured(evidence) for target in TARGETS}
     return {what: tuple(value) for what, value in found.items() if value is not None}
@@ -93,7 +97,7 @@ def test_a_figure_goes_with_its_file(tmp_path: Path, name: str) -> None:
     (tmp_path / SESSION).write_text(json.dumps(SESSION_OF))
     pq.write_table(pa.Table.from_pylist([decode(32, 1.234)]), tmp_path / REFERENCE)
     (tmp_path / BENCH).write_text(json.dumps({"rows": [run("coserving", 5.0, 0, 0.987, 8765.0)]}))
-    (tmp_path / FIDELITY).write_text(json.dumps({"rows": [{"metric": "tpot_p50_s", "error": -0.0217}]}))
+    pq.write_table(pa.Table.from_pylist([predicted("tpot_p50_s", 1000.0, 978.3)]), tmp_path / FIDELITY)
     figures = {REFERENCE: "1.23x", BENCH: "98.7 %", FIDELITY: "2.2 %"}
     whole = page(tmp_path)
     assert all(figure in whole for figure in figures.values())
@@ -118,8 +122,15 @@ def test_a_target_is_reached_at_its_bound_and_not_beyond() -> None:
     at = measured(Evidence(reference=[decode(32, 1.3), decode(128, 1.301)]))
     assert at["decode iteration, 32 sequences at 1k context"][1] is True
     assert at["decode iteration, 128 sequences at 1k context"][1] is False
-    errors = measured(Evidence(fidelity=[{"metric": m, "error": -e} for m, e in ERRORS.items()]))
-    assert len(errors) == len(ERRORS) and all(reached for _, reached in errors.values())
+    for beside, reached in ((-1e-9, True), (1e-6, False)):
+        rows = [
+            predicted(
+                m, 0.9, (0.9 if m == "attainment" else 0.9 * (1 - e)) - (m == "attainment") * e - beside
+            )
+            for m, e in ERRORS.items()
+        ]
+        errors = measured(Evidence(fidelity=rows))
+        assert len(errors) == len(ERRORS) and all(found is reached for _, found in errors.values())
 
 
 def test_finetuning_is_held_against_the_best_peft_that_fits() -> None:
