@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.lora import Adapter
 from engine.model import Model
 from engine.sampling import Sampling
-from engine.split import Gate, Part, SharedClock, run_split
+from engine.split import Gate, Part, SharedClock, SplitDriver
 from sim.core.arrivals import Arrivals
 from sim.core.finetune import Job
 from sim.core.loop import Horizon, run_loop
@@ -119,7 +119,7 @@ class Split:
                 1, self.trainer, self._idle, self._jobs, GivenArrivals(), 1 - share, horizon, recorder
             ),
         )
-        run_split(parts, self._new_clock())
+        SplitDriver(parts, self._new_clock()).run()
         source.abandon()
         self.used_s = parts[0].used_s, parts[1].used_s
         return recorder
@@ -139,7 +139,7 @@ class Split:
             limits=limits, slos=self._setting.slos, recorder=recorder, jobs=jobs, pipeline=pipeline
         )
         gate = Gate(self._policies[pipeline])
-        return Part(engine, gate, share, run_loop(state, gate, arrivals, horizon))
+        return Part(engine, state, gate, share, run_loop(state, gate, arrivals, horizon))
 
 
 class Share(NamedTuple):
