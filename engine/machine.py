@@ -24,6 +24,7 @@ LLAMA_3_1 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 """From config.json of meta-llama/Llama-3.1-8B."""
+ROOM_STEP_TOKENS = 4096
 
 T = TypeVar("T")
 
@@ -107,9 +108,12 @@ def kv_tokens_of(
     finetune: FinetuneReservation,
     free_bytes: int,
 ) -> int:
-    """Room for K/V by the simulator's formula, with what is free beside the weights as the device's memory."""
+    """Room for K/V by the simulator's formula, with what is free beside the weights as the device's memory.
+
+    In whole steps, so that runs of a sweep have the same room although not the same bytes are free.
+    """
     memory_bytes = free_bytes + weight_bytes(shape, 1) + RUNTIME_BYTES
-    return kv_room_tokens(
+    room = kv_room_tokens(
         device=replace(device, memory_bytes=memory_bytes),
         model=shape,
         tp=1,
@@ -119,6 +123,7 @@ def kv_tokens_of(
         batch_sequences=batch_sequences,
         finetune=finetune,
     )
+    return room - room % ROOM_STEP_TOKENS if room > ROOM_STEP_TOKENS else room
 
 
 def free_bytes(place: Any) -> int:
