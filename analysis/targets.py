@@ -203,7 +203,7 @@ def _ahead_of(others: Sequence[str]) -> Callable[[Evidence], Measured | None]:
 def _fidelity(metric: str) -> Callable[[Evidence], Measured | None]:
     def measured(evidence: Evidence) -> Measured | None:
         rows = [row for row in evidence.fidelity if row["metric"] == metric]
-        errors = [abs(error) for row in rows if (error := _error(row)) is not None]
+        errors = [abs(error) for row in rows if (error := metric_error(row)) is not None]
         if not errors:
             return None
         worst = max(errors)
@@ -213,7 +213,7 @@ def _fidelity(metric: str) -> Callable[[Evidence], Measured | None]:
     return measured
 
 
-def _error(row: Row) -> float | None:
+def metric_error(row: Row) -> float | None:
     """Predicted over measured, less one; of attainment their difference. None where one is missing."""
     measured, predicted = row["measured"], row["predicted"]
     if not (_is_number(measured) and _is_number(predicted)):

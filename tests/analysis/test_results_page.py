@@ -67,7 +67,7 @@ def run(policy: str, rate: float, seed: int, attainment: float, tok_s: float, **
     }
 
 
-def predicted(metric: str, measured: float, said: float) -> dict[str, Any]:
+def predicted(metric: str, measured: float | None, said: float) -> dict[str, Any]:
     return {"run": "one", "metric": metric, "measured": measured, "predicted": said}
 
 
@@ -97,7 +97,8 @@ def test_a_figure_goes_with_its_file(tmp_path: Path, name: str) -> None:
     (tmp_path / SESSION).write_text(json.dumps(SESSION_OF))
     pq.write_table(pa.Table.from_pylist([decode(32, 1.234)]), tmp_path / REFERENCE)
     (tmp_path / BENCH).write_text(json.dumps({"rows": [run("coserving", 5.0, 0, 0.987, 8765.0)]}))
-    pq.write_table(pa.Table.from_pylist([predicted("tpot_p50_s", 1000.0, 978.3)]), tmp_path / FIDELITY)
+    compared = [predicted("tpot_p50_s", 1000.0, 978.3), predicted("ttft_p50_s", None, 1.0)]
+    pq.write_table(pa.Table.from_pylist(compared), tmp_path / FIDELITY)
     figures = {REFERENCE: "1.23x", BENCH: "98.7 %", FIDELITY: "2.2 %"}
     whole = page(tmp_path)
     assert all(figure in whole for figure in figures.values())
