@@ -107,7 +107,9 @@ def _reference_tables(rows: Sequence[Row]) -> str:
             row["what"],
             row["variant"],
             _cell(row["p50_s"], 1e3, ",.3f"),
-            f"{_cell(row['p20_s'], 1e3, ',.3f')} to {_cell(row['p80_s'], 1e3, ',.3f')}",
+            "-"
+            if row["p20_s"] is None
+            else f"{_cell(row['p20_s'], 1e3, ',.3f')} to {_cell(row['p80_s'], 1e3, ',.3f')}",
             _cell(row["tok_s"], 1, ",.0f"),
             _cell(row["peak_bytes"], 2**-30, ",.1f"),
             _cell(row["ratio"], 1, ".3f"),
@@ -128,9 +130,9 @@ def _reference_tables(rows: Sequence[Row]) -> str:
 def _bench_table(rows: Sequence[Row]) -> str:
     if not rows:
         return ""
-    scenes = dict.fromkeys((r["workload"], r["model"], r["device"], r["rate_rps"], r["policy"]) for r in rows)
+    scenes = {(r["workload"], r["model"], r["device"], r["rate_rps"], r["policy"]) for r in rows}
     lines = []
-    for workload, model, device, rate, policy in scenes:
+    for workload, model, device, rate, policy in sorted(scenes):
         scene = [r for r in rows if (r["workload"], r["model"], r["device"]) == (workload, model, device)]
         mean = means(scene, policy, rate)
         assert mean is not None
