@@ -111,7 +111,9 @@ def test_operations_are_those_that_torch_counts(family: str) -> None:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         built(torch.zeros(1, tokens, dtype=torch.int64))
     above_diagonal = 4 * shape.layers * shape.q_dim * tokens * (tokens - 1) / 2
-    assert forward_flops(shape, tokens, logits=tokens) + above_diagonal == counter.get_total_flops()
+    # Some versions of transformers compute the angles of the rotary embedding as a product.
+    angles = counter.get_total_flops() - forward_flops(shape, tokens, logits=tokens) - above_diagonal
+    assert angles in (0, shape.head_dim * tokens)
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
