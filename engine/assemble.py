@@ -1,17 +1,33 @@
-"""From a model, limits and finetuning jobs to an engine: who gets which pages, one bank for all adapters."""
+"""From a model, limits and finetuning jobs to an engine: who gets which pages, one bank for all adapters, and
+the compile plan of each job.
+
+A plan is compiled from the shipped graph of the model's family, so nothing is captured here. With
+`memory: auto` the free memory chooses it: most of what the device has left beside the weights, less the pages
+of inference, in equal parts for the jobs that ask.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed, Trainer
 from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from sim.core.finetune import Job, JobSpec
+from sim.compile.compiler import compile_plan, plan_for_memory
+from sim.compile.peft import PeftSpec
+from sim.compile.plan import CompilePlan
+from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
+from sim.core.specs import ModelShape
+
+USABLE = 0.9
+"""Share of the free memory that `memory: auto` plans with; the rest is for what operators need as they run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +46,9 @@ class TrainingJob:
     start_s: float = 0.0
     order: str = "layer_major"
     memory: str = "stash"
+    """stash, recompute, or auto: the plan that runs least again of those that fit the free memory."""
+    plan: CompilePlan | None = None
+    """Made before (`plan_jobs`); it decides instead of order and memory."""
 
 
 def assemble_engine(
@@ -41,7 +60,7 @@ def assemble_engine(
 ) -> tuple[Engine, list[Job]]:
     """The engine, and the jobs as the loop counts them; they share their data.
 
-    Inference has the first pages, every job its own after them.
+    Inference has the first pages, every job its own after them. Raises ValueError where no plan fits.
     """
     blocks = limits.kv_tokens // limits.block_tokens
     own = []
@@ -49,16 +68,18 @@ def assemble_engine(
         count = -(-job.max_sample_tokens // limits.block_tokens)
         own.append(range(blocks, blocks + count))
         blocks += count
+    plans = plan_jobs(model, limits, jobs)
     pages = model.new_pages(blocks, limits.block_tokens)
     bank = _bank(model, [*(adapters or {}).values(), *(job.adapter for job in jobs)])
     counted, trainers = [], []
-    for job, pages_of in zip(jobs, own, strict=True):
+    for job, pages_of, plan in zip(jobs, own, plans, strict=True):
         assert bank is not None
-        feed, spec = SampleFeed(job.samples), _spec(job, model)
+        feed, spec = SampleFeed(job.samples), _spec(job, plan)
         counted.append(Job(spec, feed.lengths()))
         trainers.append(
             Trainer(
                 spec=spec,
+                plan=plan,
                 model=model,
                 pages=pages,
                 blocks=pages_of,
@@ -80,6 +101,57 @@ def assemble_engine(
     return engine, counted
 
 
+def plan_jobs(
+    model: Model, limits: Limits, jobs: Sequence[TrainingJob], memory_bytes: float | None = None
+) -> list[CompilePlan]:
+    """The compile plan of each job, for samples up to a whole number of pages.
+
+    `memory_bytes` are left on the device beside the weights; unless given, the device is asked as soon as a
+    job with `memory: auto` needs it.
+    """
+    for job in jobs:
+        if job.memory not in (*MEMORIES, AUTO):
+            allowed = ", ".join((*MEMORIES, AUTO))
+            raise ValueError(f"finetune job {job.id}: memory must be one of {allowed}, got {job.memory!r}")
+    plans = {job.id: job.plan or _plan(model, limits, job) for job in jobs if job.plan or job.memory != AUTO}
+    asking = [job for job in jobs if job.id not in plans]
+    if asking:
+        free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
+        shape = _shape(model)
+        free -= limits.kv_tokens * shape.kv_bytes_per_token
+        free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
+        plans |= {job.id: _plan(model, limits, job, free / len(asking)) for job in asking}
+    return [plans[job.id] for job in jobs]
+
+
+def free_memory_bytes(device: torch.device) -> float:
+    """What may be planned with of the memory that nobody uses now. ValueError where the system does not say."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return USABLE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    try:
+        return USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:
+        raise ValueError(
+            "memory=auto: this system does not say how much memory is free; choose stash or recompute"
+        ) from None
+
+
+def _plan(model: Model, limits: Limits, job: TrainingJob, free_bytes: float | None = None) -> CompilePlan:
+    """The plan of one job: its own mode, or with `free_bytes` the one that these allow."""
+    adapter = job.adapter
+    spec = PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
+    tokens = -(-job.max_sample_tokens // limits.block_tokens) * limits.block_tokens
+    if free_bytes is None:
+        return compile_plan(_shape(model), spec, seq_tokens=tokens, mode=job.memory, order=job.order)
+    return plan_for_memory(_shape(model), spec, free_bytes, seq_tokens=tokens, order=job.order)
+
+
+def _shape(model: Model) -> ModelShape:
+    """With the bytes of the weights that it runs on."""
+    return replace(model.config.shape, dtype_bytes=model.dtype.itemsize)
+
+
 def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
     """Room for the largest rank and for all linear layers that any adapter has."""
     if not adapters:
@@ -89,14 +161,14 @@ def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
     return AdapterBank(model.config.shape, targets, rank, model.dtype, model.device)
 
 
-def _spec(job: TrainingJob, model: Model) -> JobSpec:
+def _spec(job: TrainingJob, plan: CompilePlan) -> JobSpec:
     return JobSpec(
         id=job.id,
-        layers=model.config.shape.layers,
+        layers=plan.layers,
         optimizer_params=sum(tensor.numel() for tensor in job.adapter.tensors()),
         accumulation=job.accumulation,
         weight=job.weight,
         start_s=job.start_s,
-        order=job.order,
-        memory=job.memory,
+        order=plan.order,
+        memory=plan.mode,
     )

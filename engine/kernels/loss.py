@@ -34,7 +34,8 @@ def linear_cross_entropy(
         loss = sum -log p_c        d_hidden = (p - onehot(c)) @ weight
 
     Returns loss [] (float32; float64 for float64), count [] int64 of tokens with a label and d_hidden
-    [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time.
+    [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time, once
+    in the type of the loss and once in hidden's where that is another.
     Raises ValueError for tensors that do not fit together.
     """
     check_shape("hidden", hidden, (None, None))
@@ -63,13 +64,16 @@ def _chunk(
     d_hidden: torch.Tensor,
     compute: torch.dtype,
 ) -> torch.Tensor:
-    """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place."""
+    """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place (logsumexp would
+    make another tensor of their size)."""
     logits = (hidden @ weight.T).to(compute)
     used = (labels != IGNORE_LABEL)[:, None]
     at = labels.where(used[:, 0], 0)[:, None]
-    log_total = logits.logsumexp(1, keepdim=True)
-    loss = (log_total - logits.gather(1, at)).where(used, 0.0).sum()
-    logits.sub_(log_total).exp_()
+    logits.sub_(logits.amax(1, keepdim=True))
+    own = logits.gather(1, at)
+    total = logits.exp_().sum(1, keepdim=True)
+    loss = (total.log() - own).where(used, 0.0).sum()
+    logits.div_(total)
     logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
     logits.masked_fill_(~used, 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
