@@ -41,7 +41,7 @@ LEAST_S = 20.0
 GRACE_S = 15.0
 TAIL_LINES = 30
 COSERVE = (sys.executable, "-m", "sim.cli")
-SHORT = ("workload.duration_s=3", "run.drain_s=3", "run.warm_up_s=0.5", "measure_s=3", "peak_s=0.5")
+SHORT = ("workload.duration_s=3", "run.drain_s=3", "run.warm_up_s=0.5", "measure_s=3", "peak_s=2")
 """A sweep without a GPU shows that it works; its numbers say nothing."""
 
 
