@@ -3,6 +3,9 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+DEVICE ?= h200
+MODEL ?= llama_3_1_8b
+OUT ?= runs/gpu
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +17,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 export OMP_NUM_THREADS := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint bench clean
+.PHONY: help run test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 help:  ## show this list
@@ -32,6 +35,10 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test  ## how fast the simulator is, as a table; benchmarks that need a GPU run by hand
 	$(BIN)/python tests/benchmarks/iterations.py
+
+# Also without an environment of its own: python3 -m profiles.session OUT, with what that Python has.
+gpu: $(VENV)/.test  ## measure everything on this machine's GPU: make gpu DEVICE=h200 MODEL=llama_3_1_8b OUT=runs/gpu
+	$(BIN)/python -m profiles.session $(OUT) --device $(DEVICE) --model $(MODEL)
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

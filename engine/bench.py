@@ -1,61 +1,62 @@
 """`coserve bench`: serve a workload and finetune beside it, for real, and leave a simulator's run folder.
 
     coserve bench model=tiny device=cpu
+    coserve bench model=llama_3_1_8b device=h200 workload=builtin workload.rate_rps=5 job/lora=down_proj
     coserve bench -m policy=coserving,temporal,inference_only
-    coserve bench model=tiny device=cpu model.tp=2
+    coserve bench experiment=gpu_paper
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`). Finetuning that a
-policy plans beside inference (column `overlap`) runs on a stream of its own on CUDA, and after inference with
-launch.streams=1 and on the CPU.
+fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`), and the peak of
+finetuning is what the same engine does alone. The engine has one stream, so where a policy plans finetuning
+beside inference (column `overlap`), it runs after it.
+
+The warm-up serves the same traffic with the same engine before time 0 and drops what is left of it, so that a
+measured run begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
+
+A static split (`policy=separate_25`) is two pipelines on the device, each with its share of the device's time.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob, plan_jobs
-from engine.config import ModelConfig, read_config
-from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
-from engine.engine import Engine
-from engine.launching import LaunchSettings
-from engine.load import load_model, random_model
+from engine.assemble import TrainingJob
+from engine.finetune import Sample
 from engine.lora import new_adapter, write_adapter
-from engine.measure import measure
-from engine.model import Model
+from engine.machine import Last, model_of, place_of, release
+from engine.measure import finetune_peak_tok_s, measure
 from engine.optimizer import OptimizerSettings
-from engine.replica import Replica, replica
-from engine.sampling import Sampling
-from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, read_text
+from engine.pipelines import Setting, Share, Single, Split, share_of
+from engine.room import limits_and_plan
+from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.assemble import policy_of, seed_of, slos_of
-from sim.checked import build, check
-from sim.core.arrivals import Arrivals
-from sim.core.finetune import Job
-from sim.core.loop import Horizon, run_loop
-from sim.core.plan import Limits, Policy
-from sim.core.request import Request, Slo
-from sim.core.rows import Outcome, Recorder
+from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
+from sim.checked import build, check, locate
+from sim.compile.plan import CompilePlan
+from sim.core.loop import Horizon
+from sim.core.plan import Policy
+from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.core.state import PipelineState
+from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
-from sim.metrics import PipelineFacts, summarize
-from sim.results import make_manifest, write_run
-from sim.workload.workload import Workload
+from sim.metrics import summarize
+from sim.results import SUMMARY, make_manifest, read_run, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+RANDOM = "random"
+RANDOM_SAMPLES = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +65,12 @@ class RunSettings:
 
     name: str | None
     drain_s: float
+    warm_up_s: float
+    resume: bool
+
+    def __post_init__(self) -> None:
+        if not self.warm_up_s >= 0:
+            raise ValueError(f"run.warm_up_s must be at least 0 seconds, got {self.warm_up_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,147 +90,168 @@ class JobSettings:
             raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
 
 
+class Before(NamedTuple):
+    """What is measured before the first run of a sweep."""
+
+    predictor: FittedCost
+    peak_tok_s: float | None
+
+
+_BEFORE: Last[Before] = Last()
+
+
 def main(argv: Sequence[str]) -> int:
     """`coserve bench`."""
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
-        bench, argv, prog="coserve bench", config_name="bench", config_dir=CONFIGS, at_end=_show
+        bench,
+        argv,
+        prog="coserve bench",
+        config_name="bench",
+        config_dir=CONFIGS,
+        at_start=_tell_plan,
+        at_end=_show,
     )
 
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
-    device = build(DeviceSpec, config.device, "device")
-    shape = _shape(config)
-    with replica(shape.tp, _place(device)) as ranks:
-        return _bench(config, ranks, shape, device)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    if check(config.run.resume, bool, "run.resume") and (folder / SUMMARY).exists():
+        return _done_before(folder, resolved)
+    try:
+        return _bench(config, resolved, folder)
+    except Exception as error:
+        # The error is kept until the sweep ends, its frames with it: they must not hold the pages.
+        traceback.clear_frames(error.__traceback__)
+        release()
+        raise
 
 
-def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: DeviceSpec) -> dict[str, Any]:
+def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dict[str, Any]:
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    limits = build(Limits, config.limits, "limits")
     settings = build(JobSettings, config.job, "job")
-    launch = build(LaunchSettings, config.launch, "launch")
+    device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
+    split = _split_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
-    model = _model(config, ranks, shape, seed)
+    shape = build(ModelShape, config.model, "model")
+    place_of(device)
+    samples = _samples(config, settings, shape)
+    model = model_of(shape, device, config.weights)
+    given = build(LimitSettings, config.limits, "limits")
 
-    def job() -> TrainingJob:
+    def job(of_seed: int, plan: CompilePlan | None) -> TrainingJob:
         return TrainingJob(
             id="job",
-            samples=passes(samples, seed),
+            samples=passes(samples, of_seed),
             max_sample_tokens=settings.sample_tokens,
-            adapter=new_adapter(settings.lora, shape, model.compute, model.device, seed),
+            adapter=new_adapter(settings.lora, shape, model.compute, model.device, of_seed),
             optimizer=settings.optimizer,
             accumulation=settings.accumulation,
             order=settings.order,
             memory=settings.memory,
+            plan=plan,
         )
 
-    (plan,) = plan_jobs(model, limits, [job()])
-    launching = launch.on(model)
-    measure_s = check(config.measure_s, float, "measure_s")
-    predictor = measure(model, limits, replace(job(), plan=plan), measure_s, seed, launching, ranks.assemble)
-    policy = _policy(config, predictor, slos)
+    utilization = check(config.memory_utilization, float, "memory_utilization")
+    limits, plan = limits_and_plan(model, device, given, job(0, None), utilization)
+
+    def measured() -> Before:
+        predictor = measure(model, limits, job(0, plan), check(config.measure_s, float, "measure_s"), 0)
+        release()
+        peak_s = check(config.peak_s, float, "peak_s")
+        alone = _policy(_named_policy("finetune_only"), predictor, slos)
+        return Before(
+            predictor, finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s) if peak_s else None
+        )
+
+    parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
+    before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
+    release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
         name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = ranks.assemble(model, limits, [replace(job(), plan=plan)], adapters, launching=launching)
-    engine.warm_up()
+    setting = Setting(
+        model=model,
+        limits=limits,
+        job=job(seed, plan),
+        adapters=adapters,
+        slos=slos,
+        device=device,
+        seed=seed,
+    )
+    if split is None:
+        bench: Single | Split = Single(setting, _policy(config.policy, before.predictor, slos))
+    else:
+        sliced = _policy(_named_policy("temporal_limited"), before.predictor, slos)
+        bench = Split(setting, split.policy, sliced, split.share)
+    if run.warm_up_s:
+        bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
-    recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
+    recorder = bench.run(workload, horizon)
 
+    asked_rps = config.workload.get("rate_rps")
     summary = summarize(
         recorder,
         slos=slos,
         duration_s=horizon.duration_s,
-        pipelines=(
-            PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=device, devices=shape.tp),
-        ),
+        pipelines=bench.facts,
+        peak_finetune_tok_s=before.peak_tok_s,
         labels={
             "name": run.name,
             "policy": config.policy.name,
             "model": shape.name,
             "device": device.name,
             "workload": workload.name,
-            "rate_rps": workload.rate_rps,
+            "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
             "seed": seed,
             "source": "engine",
         },
     )
-    folder = Path(HydraConfig.get().runtime.output_dir)
-    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(engine.adapter("job"), folder / "adapter", config.weights)
-    losses = [record.loss for record in engine.steps]
+    write_adapter(bench.trainer.trainers["job"].masters, folder / "adapter", config.weights)
+    losses = [record.loss for record in bench.trainer.steps]
     return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
 
 
-def _run(
-    engine: Engine,
-    jobs: list[Job],
-    policy: Policy,
-    limits: Limits,
-    workload: Workload,
-    slos: Mapping[str, Slo],
-    horizon: Horizon,
-    seed: int,
-) -> Recorder:
-    """One pipeline on the wall clock."""
-    recorder = Recorder()
-    state = PipelineState(limits=limits, slos=slos, recorder=recorder, jobs=jobs)
-    vocab = engine.model.config.shape.vocab
+def _split_of(config: DictConfig) -> Share | None:
+    """Who serves in a static split, for a policy that assigns whole pipelines; None for all others.
 
-    def prompt(request: Request) -> tuple[list[int], Sampling]:
-        drawn = np.random.default_rng((seed, request.id)).integers(0, vocab, request.prompt_tokens)
-        return drawn.tolist(), Sampling()
-
-    arrivals: Arrivals = workload.arrivals() if policy.serves else GivenArrivals()
-    source = EngineArrivals(arrivals, engine, prompt)
-    Driver(engine, WallClock()).run(run_loop(state, policy, source, horizon))
-    if not policy.serves:
-        for request in workload.arrivals().due(horizon.duration_s):
-            recorder.add_request(request, -1, Outcome.REJECTED)
-    return recorder
+    Its other side finetunes in slices within the latency budget, so that serving never waits for it longer
+    than for a token of its own.
+    """
+    node = {str(key): value for key, value in config.policy.items() if key != "name"}
+    if not hasattr(locate(node.get("_target_"), "policy"), "assign"):
+        return None
+    return share_of(build(None, node, "policy"))
 
 
-def _shape(config: DictConfig) -> ModelShape:
-    """The model's, checked against the folder of its weights, if they come from one."""
-    shape: ModelShape = build(ModelShape, config.model, "model")
-    shape.check_tp(shape.tp)
-    if shape.dtype_bytes not in DTYPES:
-        raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
-    if config.weights is not None:
-        read = read_config(config.weights).shape
-        found = replace(read, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
-        if found != shape:
-            raise ValueError(f"weights: {config.weights} holds {found}, model is {shape}")
-    return shape
+def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
+    """The summary of a complete run of the same settings. ValueError if it was another one."""
+    found = read_run(folder)
+    if _compared(resolved) != _compared(found.config):
+        raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
+    return {**found.summary, "folder": str(folder), "losses": [], "plan": None}
 
 
-def _place(device: DeviceSpec) -> str:
-    if device.name == "cpu":
-        # The operations are small: on a busy machine two threads were 3 to 10 times slower than one.
-        torch.set_num_threads(1)
-        return "cpu"
-    if not torch.cuda.is_available():
-        raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
-    return "cuda"
+def _compared(config: Mapping[str, Any]) -> str:
+    run = {key: value for key, value in config["run"].items() if key != "resume"}
+    return json.dumps({**config, "run": run}, sort_keys=True)
 
 
-def _model(config: DictConfig, ranks: Replica, shape: ModelShape, seed: int) -> Model:
-    dtype = DTYPES[shape.dtype_bytes]
-    if config.weights is not None:
-        return ranks.load(load_model, config.weights, dtype)
-    family = "qwen2" if shape.qkv_bias else "llama"
-    return ranks.load(random_model, ModelConfig(family=family, shape=shape), dtype, seed=seed)
+def _samples(config: DictConfig, settings: JobSettings, shape: ModelShape) -> list[Sample]:
+    """What the job trains on."""
+    if settings.data == RANDOM:
+        return random_samples(RANDOM_SAMPLES, settings.sample_tokens, shape.vocab)
+    return packed_samples(_tokens(config, settings), settings.sample_tokens)
 
 
 def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
@@ -241,15 +269,35 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
-def _policy(config: DictConfig, predictor: Any, slos: Mapping[str, Slo]) -> Policy:
-    policy = policy_of({k: v for k, v in config.policy.items() if k != "name"}, predictor, slos)
-    if not hasattr(policy, "plan"):
-        raise ValueError(f"policy {config.policy.name} is for several pipelines; coserve bench runs one")
-    return policy
+def _named_policy(name: str) -> Any:
+    return OmegaConf.load(SIMULATOR / "policy" / f"{name}.yaml")
+
+
+def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:
+    return policy_of({str(k): v for k, v in node.items() if k != "name"}, predictor, slos)
+
+
+def _tell_plan(config: DictConfig, runs: int) -> None:
+    """What a sweep will take, before it starts: with empty pipelines at the end, and with none."""
+    arrivals_s = config.workload.get("duration_s")
+    before_s = config.measure_s + config.peak_s
+    if arrivals_s is None:
+        print(f"plan:   {runs} runs, each as long as its trace", file=sys.stderr)
+        return
+    least_s = config.run.warm_up_s + arrivals_s
+    most_s = least_s + config.run.drain_s
+    print(
+        f"plan:   {runs} runs of {least_s:g} to {most_s:g} s after {before_s:g} s of measuring: "
+        f"{(before_s + runs * least_s) / 60:.0f} to {(before_s + runs * most_s) / 60:.0f} minutes",
+        file=sys.stderr,
+    )
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table of all rows, what was learned, and where the folders are."""
+    """The table of all rows, what was learned, the figure of a sweep, and where they are."""
+    from analysis.figures.compare import write_compare
+    from analysis.figures.sweep import write_sweep
+    from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
     print_table([{k: v for k, v in row.items() if k not in ("losses", "plan")} for row in rows])
@@ -258,7 +306,13 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         if losses:
             name = row["name"] or row["policy"]
             print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
-    for text in dict.fromkeys(row["plan"] for row in rows):
+    for text in dict.fromkeys(row["plan"] for row in rows if row["plan"] is not None):
         print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
+    scenes = varied(rows, SCENE)
+    if len(rows) > 1 and not scenes:
+        write = write_sweep if varied(rows, ["rate_rps"]) else write_compare
+        print(f"figure: {write(rows, folder.parent / 'compare.png')}")
+    elif scenes:
+        print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")

@@ -109,6 +109,7 @@ class EngineArrivals:
         self._arrivals = arrivals
         self._engine = engine
         self._prompt = prompt
+        self._live: set[int] = set()
 
     def next_s(self) -> float | None:
         return self._arrivals.next_s()
@@ -117,11 +118,19 @@ class EngineArrivals:
         requests = self._arrivals.due(now_s)
         for request in requests:
             self._engine.arrive(request, *self._prompt(request))
+            self._live.add(request.id)
         return requests
 
     def ended(self, request_id: int, now_s: float) -> None:
+        self._live.discard(request_id)
         self._engine.ended(request_id)
         self._arrivals.ended(request_id, now_s)
+
+    def abandon(self) -> None:
+        """After a loop that left requests unfinished: the engine is as empty as before it."""
+        for request_id in self._live:
+            self._engine.ended(request_id)
+        self._live.clear()
 
 
 class GivenArrivals:

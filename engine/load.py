@@ -77,6 +77,13 @@ def random_model(
     return Model(config, weights, group)
 
 
+def named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight under Hugging Face's name, as a view of the model's own."""
+    yield from _places(model.config, model.weights)
+    if model.config.shape.tied_embeddings:
+        yield "lm_head.weight", model.weights.embed
+
+
 def save_model(model: Model, folder: str | Path) -> None:
     """Write weights and config as a Hugging Face folder that `transformers` loads. Of a whole model alone."""
     assert model.group.size == 1

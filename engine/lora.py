@@ -98,11 +98,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
     """Write a folder that `peft` loads unchanged."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for target in adapter.targets:
-        for kind, stacked in (("A", adapter.a[target]), ("B", adapter.b[target])):
-            for layer, tensor in enumerate(stacked):
-                tensors[_name(layer, target, kind)] = tensor.detach().cpu().contiguous().clone()
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in peft_tensors(adapter)}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = {
         "peft_type": "LORA",
@@ -119,6 +115,14 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
     }
     text = json.dumps(config, indent=2)
     (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every layer's A and B under PEFT's name."""
+    for target in adapter.targets:
+        for kind, stacked in (("A", adapter.a[target]), ("B", adapter.b[target])):
+            for layer, tensor in enumerate(stacked):
+                yield _name(layer, target, kind), tensor
 
 
 class AdapterBank:

@@ -7,48 +7,34 @@ later. Its plans are meant to be unlike each other, not to be good.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
-from engine.driver import Driver, EngineArrivals, WallClock
-from engine.engine import Engine
-from engine.launching import Launching
+from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.model import Model
 from engine.sampling import Sampling
-from sim.core.finetune import Backward, Forward, Job, Slice, Step
+from sim.core.finetune import Backward, Forward, Slice, Step
 from sim.core.loop import Horizon, run_loop
-from sim.core.plan import Limits, Plan, View
+from sim.core.plan import Limits, Plan, Policy, View
 from sim.core.request import Request, Slo
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
-from sim.core.work import Work
 from sim.cost.table import FittedCost, Table
 
-FIRST_USES = 200
-"""Iterations before time counts: a kernel is compiled and loaded, and memory allocated, at its first use."""
+WARM_UP_ITERATIONS = 8
+"""Left out: the first pays for what is loaded and allocated once."""
 LEAST_ROWS = 60
 
 
-def measure(
-    model: Model,
-    limits: Limits,
-    job: TrainingJob,
-    seconds: float,
-    seed: int,
-    launching: Launching = Launching(),  # noqa: B008 - a value without state
-    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
-) -> FittedCost:
+def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed: int) -> FittedCost:
     """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
 
-    With a second stream some of the work is drawn beside inference, from which the contention is fitted.
-    `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
-    enough iterations.
+    Raises ValueError when the time was too short for enough iterations.
     """
-    engine, jobs = assemble(model, limits, [job], launching=launching)
-    engine.warm_up()
+    engine, jobs = assemble_engine(model, limits, [job])
     recorder = Recorder()
     state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)
     vocab, random = model.config.shape.vocab, np.random.default_rng((seed, 1))
@@ -57,13 +43,9 @@ def measure(
         engine,
         lambda request: (random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()),
     )
-    loop = run_loop(
-        state, _Drawn(seed, launching.second is not None), source, Horizon(duration_s=seconds, drain_s=0.0)
-    )
-    Driver(engine, _LateClock(FIRST_USES)).run(loop)
-    # With a lookahead the next one has been launched when time begins to count.
-    left_out = FIRST_USES + 1 + limits.lookahead
-    rows = {name: column[left_out:] for name, column in recorder.iterations.arrays().items()}
+    loop = run_loop(state, _Drawn(seed), source, Horizon(duration_s=seconds, drain_s=0.0))
+    Driver(engine, WallClock()).run(loop)
+    rows = {name: column[WARM_UP_ITERATIONS:] for name, column in recorder.iterations.arrays().items()}
     taken_s = rows["end_s"] - rows["start_s"]
     if len(taken_s) < LEAST_ROWS:
         raise ValueError(f"measure_s must allow {LEAST_ROWS} iterations, {seconds} gave {len(taken_s)}")
@@ -71,31 +53,23 @@ def measure(
     return Table.fit(columns, taken_s).model(limits.lookahead)
 
 
-class _LateClock:
-    """Seconds since the first `iterations` have ended; 0 until then."""
+def finetune_peak_tok_s(
+    model: Model, limits: Limits, job: TrainingJob, policy: Policy, seconds: float
+) -> float:
+    """Trained tokens per second of `job` alone under `policy`, between its first and its last optimizer step.
 
-    def __init__(self, iterations: int) -> None:
-        self._left = iterations
-        self._clock: WallClock | None = None
-
-    def now_s(self) -> float:
-        return 0.0 if self._clock is None else self._clock.now_s()
-
-    def launched(self, work: Work) -> None:
-        """The device is under way."""
-
-    def done(self) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._clock = WallClock()
-
-    def sleep(self, until_s: float) -> None:
-        if self._clock is None:
-            raise RuntimeError("drawn work never pauses")
-        self._clock.sleep(until_s)
-
-    def wake(self) -> None:
-        """Nobody aborts drawn work."""
+    Raises ValueError when the time was too short for two steps.
+    """
+    least = replace(limits, kv_tokens=limits.block_tokens)
+    engine, jobs = assemble_engine(model, least, [job])
+    recorder = Recorder()
+    state = PipelineState(limits=least, slos={}, recorder=recorder, jobs=jobs)
+    loop = run_loop(state, policy, GivenArrivals(), Horizon(duration_s=seconds, drain_s=0.0))
+    Driver(engine, WallClock()).run(loop)
+    steps = recorder.steps.arrays()
+    if len(steps["end_s"]) < 2:
+        raise ValueError(f"peak_s must allow 2 optimizer steps, {seconds} gave {len(steps['end_s'])}")
+    return float(steps["tokens"][1:].sum() / (steps["end_s"][-1] - steps["end_s"][0]))
 
 
 class _Endless:
@@ -131,9 +105,8 @@ class _Drawn:
     serves = True
     finetunes = True
 
-    def __init__(self, seed: int, two_streams: bool) -> None:
+    def __init__(self, seed: int) -> None:
         self._random = np.random.default_rng((seed, 3))
-        self._two_streams = two_streams
 
     def plan(self, view: View) -> Plan:
         draw = self._random.random
@@ -142,8 +115,7 @@ class _Drawn:
         finetune = self._slice(view) if draw() < 0.6 or not (decode or prefills) else ()
         if not (decode or prefills or finetune):
             return Plan(decode=view.decode_count > 0, prefills=self._prefills(view))
-        overlap = self._two_streams and bool(finetune) and bool(decode or prefills) and draw() < 0.3
-        return Plan(decode=decode, prefills=prefills, finetune=finetune, overlap=overlap)
+        return Plan(decode=decode, prefills=prefills, finetune=finetune)
 
     def _prefills(self, view: View) -> tuple[tuple[int, int], ...]:
         """One chunk, of an admitted sequence first."""

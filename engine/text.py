@@ -52,6 +52,12 @@ def packed_samples(tokens: NDArray[np.int32], sample_tokens: int) -> list[Sample
     return [Sample(piece, piece.astype(np.int64)) for piece in pieces]
 
 
+def random_samples(count: int, sample_tokens: int, vocab: int) -> list[Sample]:
+    """Tokens drawn from the whole vocabulary, the same for every run: for measuring, nothing to learn."""
+    drawn = np.random.default_rng(0).integers(0, vocab, (count, sample_tokens), np.int32)
+    return [Sample(tokens, tokens.astype(np.int64)) for tokens in drawn]
+
+
 def passes(samples: Sequence[Sample], seed: int) -> Iterator[Sample]:
     """Endless passes over the samples, each in a new order."""
     random = np.random.default_rng(seed)

@@ -80,7 +80,8 @@ class ProcessLauncher(Launcher):
 
 
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, which hands the outcomes of all runs to `task_function.collect`."""
+    """Hydra's basic sweeper, which tells `task_function.start` what is coming and hands the outcomes of all
+    runs to `task_function.collect`."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
@@ -93,7 +94,11 @@ class GridSweeper(BasicSweeper):
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(self._parse_config() + arguments)
         batches = self.split_arguments(overrides, self.max_batch_size)
-        self.validate_batch_is_legal([run for batch in batches for run in batch])
+        runs = [run for batch in batches for run in batch]
+        self.validate_batch_is_legal(runs)
+        if runs:
+            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
+            self.task_function.start(config, len(runs))  # type: ignore[attr-defined]
 
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)

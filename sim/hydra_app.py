@@ -34,6 +34,7 @@ VERSION_BASE = "1.3"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Task = Callable[[DictConfig], Mapping[str, Any]]
+AtStart = Callable[[DictConfig, int], None]
 AtEnd = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
@@ -44,20 +45,22 @@ def hydra_main(
     prog: str,
     config_name: str = "config",
     config_dir: Path = CONFIGS,
+    at_start: AtStart | None = None,
     at_end: AtEnd | None = None,
 ) -> int:
     """Run `task` on the config that `argv` asks for, once or as a sweep; returns the exit code.
 
     `task` is a function of a module (worker processes import it). It gets the resolved config
     without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
-    run's folder. `at_end` gets the rows of all runs that finished, in order, also after Ctrl-C.
+    run's folder. `at_start` gets the first config of a sweep and how many runs it has, `at_end` the rows
+    of all runs that finished, in order, also after Ctrl-C.
     """
     if "--help" in argv or "-h" in argv:
         print(usage(prog, task, config_dir, config_name))
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task)
+    collected = _Task(task, at_start)
     try:
         _check_flags(argv)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
@@ -78,9 +81,10 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, at_start: AtStart | None) -> None:
         functools.update_wrapper(self, task)
         self.task = task
+        self.at_start = at_start
         self.outcomes: list[Outcome] = []
         self.sweeping = False
 
@@ -93,6 +97,11 @@ class _Task:
         if HydraConfig.get().mode == hydra.types.RunMode.RUN:
             self.outcomes.append(outcome)
         return outcome
+
+    def start(self, config: DictConfig, runs: int) -> None:
+        """Called by the sweeper before the first run, with its config."""
+        if self.at_start is not None:
+            self.at_start(config, runs)
 
     def collect(self, outcome: Outcome) -> None:
         """Called by the sweeper with each run's outcome, in order."""

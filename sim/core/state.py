@@ -334,6 +334,10 @@ class PipelineState:
 
     # Ending
 
+    def busy_until(self, end_s: float) -> None:
+        """The device did something else until then: the oldest launched iteration has begun no earlier."""
+        self._last_end_s = max(self._last_end_s, end_s)
+
     def commit(self, end_s: float, ended: Iterable[int] = (), aborted: Iterable[int] = ()) -> list[int]:
         """Give the oldest launched iteration its end time; return the ids of requests that ended.
 

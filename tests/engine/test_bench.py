@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from engine import load, room
+from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, main
-from engine.lora import read_adapter
+from engine.lora import new_adapter, read_adapter
+from engine.machine import random_config
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
 from engine.text import BUNDLED, byte_tokens, packed_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
+from sim.assemble import LimitSettings
 from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
-from sim.core.specs import ModelShape
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.results import read_run
 
-SHORT = ["workload.duration_s=3", "run.drain_s=10", "measure_s=3", "job.sample_tokens=64"]
+SHORT = [
+    "workload.duration_s=3",
+    "run.drain_s=10",
+    "measure_s=3",
+    "peak_s=2",
+    "job.sample_tokens=64",
+]
 
 
 @pytest.fixture
@@ -55,10 +71,125 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
     assert float(losses[2]) < float(losses[0])
 
 
-def _model_shape() -> ModelShape:
+def _config(*overrides: str) -> DictConfig:
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return build(ModelShape, compose("bench").model, "model")
+        return compose("bench", [*overrides])
+
+
+def _model_shape() -> ModelShape:
+    return build(ModelShape, _config().model, "model")
+
+
+def test_a_warm_up_is_in_no_number_and_the_job_goes_on_from_it(folder: Path) -> None:
+    """Rows of the measured run begin at 0 with an empty pipeline; only optimizer steps go on counting."""
+    assert main([*SHORT, f"hydra.run.dir={folder}/cold"]) == 0
+    assert main([*SHORT, "run.warm_up_s=1.5", f"hydra.run.dir={folder}/warm"]) == 0
+    cold, warm = (read_run(folder / name) for name in ("cold", "warm"))
+    assert warm.summary["requests"] == cold.summary["requests"] == warm.summary["finished"]
+    for run in (cold, warm):
+        requests, iterations = run.table("requests"), run.table("iterations")
+        assert requests["request"].is_unique and requests["arrival_s"].between(0, 3).all()
+        assert iterations["iteration"].iloc[0] == cold.table("iterations")["iteration"].iloc[0]
+        assert iterations["start_s"].iloc[0] < 0.2 and iterations["decode_count"].iloc[0] == 0
+        assert run.summary["finetune_share_of_peak"] > 0
+    assert cold.table("steps")["step"].iloc[0] == 1
+    assert warm.table("steps")["step"].iloc[0] > 3
+    first_s = warm.table("steps")["end_s"].iloc[0]
+    assert 0 < first_s < 1
+
+
+def test_a_sweep_that_goes_on_runs_only_what_is_missing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["-m", "policy=inference_only,temporal", *SHORT, f"hydra.sweep.dir={folder}"]
+    assert main(sweep) == 0
+    assert "plan:   2 runs of 3 to 13 s after 5 s of measuring" in capsys.readouterr().err
+    first, second = folder / "0" / "summary.json", folder / "1" / "summary.json"
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*sweep, "run.resume=true"]) == 0
+    assert first.stat().st_mtime_ns == kept and second.exists()
+    out = capsys.readouterr().out
+    assert "inference_only" in out and "temporal_64" in out
+    assert main([*sweep, "run.resume=true", "seed=1"]) == 1
+    assert "holds a run of other settings" in capsys.readouterr().err
+
+
+def test_a_static_split_leaves_one_run_of_two_pipelines(folder: Path) -> None:
+    assert main([*SHORT, "policy=separate_50", f"hydra.run.dir={folder}"]) == 0
+    run = read_run(folder)
+    iterations, requests = run.table("iterations"), run.table("requests")
+    assert run.summary["pipelines"] == 2 and run.summary["policy"] == "separate_50"
+    assert run.summary["finished"] == run.summary["requests"] == len(requests) > 3
+    assert set(requests["pipeline"]) == {0} and set(run.table("steps")["pipeline"]) == {1}
+    training = iterations[iterations["pipeline"] == 1]
+    assert (training["decode_count"] == 0).all() and (training["prefill_tokens"] == 0).all()
+    used_s = (training["end_s"] - training["start_s"]).sum()
+    assert used_s / 3 < 0.6, "half of the device, and the slice at the end"
+    ordered = iterations.sort_values("start_s")
+    assert (ordered["start_s"].to_numpy()[1:] >= ordered["end_s"].to_numpy()[:-1]).all()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "experiment").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_begins_with_its_command_and_fits_its_time(path: Path) -> None:
+    """Its sweep is made of what exists, runs without a GPU as well, and takes no longer than it says."""
+    lines = path.read_text().splitlines()
+    assert lines[1] == f"# coserve bench experiment={path.stem} device=h200"
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        sweep = compose("bench", [f"experiment={path.stem}"], return_hydra_config=True)
+        params = {key: str(value).split(",") for key, value in sweep.hydra.sweeper.params.items()}
+        for key, values in params.items():
+            for value in values:
+                tiny = compose(
+                    "bench", [f"experiment={path.stem}", f"{key}={value}", "model=tiny", "device=cpu"]
+                )
+                assert tiny.limits.kv_tokens == 8192 and tiny.run.drain_s == sweep.run.drain_s
+    runs = math.prod(map(len, params.values()))
+    told = re.search(r"(\d+) runs in (\d+) minutes", " ".join(line.lstrip("# ") for line in lines))
+    assert told is not None and int(told[1]) == runs
+    each_s = sweep.run.warm_up_s + sweep.workload.duration_s + 0.75 * sweep.run.drain_s
+    assert runs * each_s + sweep.measure_s + sweep.peak_s <= 60 * int(told[2])
+
+
+@pytest.mark.parametrize("path", sorted((SIMULATOR / "device").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
+    """Given a device, limits and the job's sizes follow; a large model needs no other setting."""
+    for lora, targets in (("all_linear", 7), ("down_proj", 1)):
+        config = _config("model=qwen2_5_32b", f"device={path.stem}", f"job/lora={lora}")
+        assert config.limits.kv_tokens is None and config.job.sample_tokens == 4096
+        assert config.job.lora.rank == 16 and len(config.job.lora.targets) == targets
+
+
+@pytest.mark.parametrize("memory", ["stash", "auto"])
+def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a device's memory free but for weights and runtime, bench and simulator size the cache alike."""
+    config = _config("model=llama_3_1_8b", "device=h200")
+    device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
+    given = build(LimitSettings, config.limits, "limits")
+    config_of = random_config(shape)
+    model = Model(config_of, load._empty(config_of, torch.bfloat16, torch.device("meta")))
+    adapter = new_adapter(LoraSpec(rank=16), shape, torch.float32, "meta", 0)
+    job = TrainingJob(
+        id="job", samples=(), max_sample_tokens=4096, adapter=adapter, optimizer=OptimizerSettings(schedule="constant"),
+        memory=memory, order="layer_major",
+    )  # fmt: skip
+    free = int(device.memory_bytes - weight_bytes(shape, 1) - RUNTIME_BYTES)
+    monkeypatch.setattr(room, "free_bytes", lambda _: free)
+    limits, plan = room.limits_and_plan(model, device, given, job, 0.9)
+    expected = kv_room_tokens(
+        device=device,
+        model=shape,
+        tp=1,
+        batch_tokens=512 + 4096,
+        finetune_bytes=plan.total_bytes() + plan.adapter_bytes,
+    )
+    assert 0 <= expected - limits.kv_tokens <= room.ROOM_STEP_TOKENS
+    assert limits.kv_tokens % room.ROOM_STEP_TOKENS == 0
+    monkeypatch.setattr(room, "free_bytes", lambda _: free - 2**33)
+    less, _ = room.limits_and_plan(model, device, given, job, 0.9)
+    assert less.kv_tokens < limits.kv_tokens - 50_000
 
 
 @pytest.mark.parametrize(
@@ -67,17 +198,17 @@ def _model_shape() -> ModelShape:
         ("job.order=sideways", "order must be one of"),
         ("job.optimizer.kind=adam", "optimizer.kind must be one of adamw, sgd, got 'adam'"),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
-        ("policy=separate", "is for several pipelines; coserve bench runs one"),
+        ("policy.inference_share=0.123 policy=separate", "must be a share of at most 100 equal parts"),
         ("device=h100", "needs a CUDA device"),
         ("launch.graphs=on", "launch.graphs=on: graphs need a CUDA device, the model is on cpu"),
         ("launch.streams=3", "launch.streams must be 1 or 2, got 3"),
-        ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number, got 'few'"),
+        ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
     folder: Path, argument: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*SHORT, argument, f"hydra.run.dir={folder}"]) == 2
+    assert main([*SHORT, *argument.split(), f"hydra.run.dir={folder}"]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (folder / "summary.json").exists()

@@ -1,0 +1,101 @@
+"""The machine that a program runs on: where tensors live, the model there, and the memory beside it.
+
+A sweep runs its configurations one after the other in one process, and weights of billions of parameters take
+longer to make than a short run: the last model stays until another one is asked for.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from engine.config import ModelConfig, RopeScaling
+from engine.load import load_model, random_model
+from engine.model import Model
+from sim.core.specs import DeviceSpec, ModelShape
+
+DTYPES = {2: torch.bfloat16, 4: torch.float32}
+LLAMA_3_1 = RopeScaling(
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+"""From config.json of meta-llama/Llama-3.1-8B."""
+T = TypeVar("T")
+
+
+class Last(Generic[T]):
+    """The last thing made, for as long as the same is asked for."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._value: T | None = None
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """What was made under `key`, or `make()`; what was kept before is gone by then."""
+        if self._value is None or key != self._key:
+            self.forget()
+            self._value = make()
+            self._key = key
+        return self._value
+
+    def forget(self) -> None:
+        self._value = None
+        release()
+
+
+_MODEL: Last[Model] = Last()
+
+
+def release() -> None:
+    """Give back what nobody refers to any more; two sets of pages never fit beside each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def place_of(device: DeviceSpec) -> str:
+    """`cpu` or `cuda`. ValueError when the device needs a GPU and there is none."""
+    if device.name == "cpu":
+        # The operations are small: on a busy machine two threads were 3 to 10 times slower than one.
+        torch.set_num_threads(1)
+        return "cpu"
+    if not torch.cuda.is_available():
+        raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
+    return "cuda"
+
+
+def model_of(shape: ModelShape, device: DeviceSpec, weights: str | None) -> Model:
+    """The model of a folder, or random weights of the shape, which are the same for every seed."""
+    if shape.dtype_bytes not in DTYPES:
+        raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
+    place, dtype = place_of(device), DTYPES[shape.dtype_bytes]
+
+    def make() -> Model:
+        if weights is None:
+            return random_model(random_config(shape), dtype, place)
+        model = load_model(weights, dtype, place)
+        found = replace(model.config.shape, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
+        if found != shape:
+            raise ValueError(f"weights: {weights} holds {found}, model is {shape}")
+        return Model(replace(model.config, shape=shape), model.weights)
+
+    return _MODEL.get((shape, place, weights), make)
+
+
+def random_config(shape: ModelShape) -> ModelConfig:
+    """The architecture that a shape belongs to, with the rotary embedding that its models were trained with."""
+    if shape.qkv_bias:
+        return ModelConfig(family="qwen2", shape=shape, rope_theta=1e6)
+    stretched = shape.max_context_tokens > LLAMA_3_1.original_max_position_embeddings
+    scaling = LLAMA_3_1 if stretched else None
+    return ModelConfig(family="llama", shape=shape, norm_eps=1e-5, rope_theta=5e5, rope_scaling=scaling)
+
+
+def free_bytes(place: Any) -> int:
+    """Device memory that this process could still allocate."""
+    release()
+    free, _ = torch.cuda.mem_get_info(place)
+    return int(free)

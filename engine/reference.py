@@ -1,0 +1,383 @@
+"""`coserve reference`: the engine beside what this machine can do at best, and beside PEFT, in one process.
+
+    coserve reference model=llama_3_1_8b device=h200 seconds=300 out=runs/reference
+    coserve reference model=tiny device=cpu
+
+One row per measurement in `reference.parquet`. `ratio` says how far it is from what it is compared with
+(column `against`): a decode against the time in which its bytes can be copied, a prefill or window against the
+rate of a large product, a fused iteration against the window alone, finetuning against PEFT. What does not
+fit is a result: its row has the words and no numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from engine.machine import model_of, release
+from engine.model import Model
+from engine.reference_iterations import (
+    Memory,
+    decode_floor_s,
+    decode_times,
+    finetune_times,
+    forward_flops,
+    prefill_times,
+    window_times,
+)
+from engine.reference_peft import SETUPS, LigerMissing, Setup, peft_times
+from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes, ceilings
+from engine.text import random_samples
+from sim.assemble import CONFIGS as SIMULATOR
+from sim.checked import build
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.hydra_app import hydra_main
+from sim.results import make_manifest
+
+CONFIGS = Path(__file__).parent / "configs"
+PARTS = ("ceilings", "decode", "prefill", "window", "fused", "finetune", "peft", "memory")
+OUT_OF_MEMORY = "out of memory"
+LORAS: dict[str, tuple[str, ...]] = {
+    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+    "down_proj": ("down_proj",),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """The `sizes` group."""
+
+    copy_bytes: int
+    product: int
+    decode_sequences: tuple[int, ...]
+    decode_contexts: tuple[int, ...]
+    prefill_tokens: tuple[int, ...]
+    window_tokens: int
+    fused_sequences: int
+    fused_context: int
+    sample_tokens: int
+    recompute_tokens: int
+    long_sample_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The other keys of `reference.yaml`."""
+
+    weights: str | None
+    seconds: float
+    out: str
+    parts: tuple[str, ...]
+    rank: int
+    alpha: float
+    learning_rate: float
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {list(self.parts)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One measurement; what is not known is None."""
+
+    what: str
+    """ceiling, decode, prefill, window, fused, finetune or memory."""
+    variant: str
+    sequences: int | None = None
+    """That decode."""
+    context_tokens: int | None = None
+    """Of each of them."""
+    tokens: int | None = None
+    """Of a prompt, window or sample, or of the sequences' next tokens."""
+    p20_s: float | None = None
+    p50_s: float | None = None
+    p80_s: float | None = None
+    tok_s: float | None = None
+    """tokens / p50_s"""
+    rate: float | None = None
+    """Of a ceiling: bytes/s or FLOP/s; of a prefill or window: FLOP/s."""
+    peak_bytes: int | None = None
+    """The allocator's peak without the weights: adapter with optimizer state, gradients, activations."""
+    ratio: float | None = None
+    against: str = ""
+    note: str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve reference`."""
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    return hydra_main(
+        reference, argv, prog="coserve reference", config_name="reference", config_dir=CONFIGS, at_end=_show
+    )
+
+
+def reference(config: DictConfig) -> dict[str, Any]:
+    """Measure the engine against this machine's limits and against PEFT, and write reference.parquet."""
+    started_s = time.perf_counter()
+    node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    assert isinstance(node, dict)
+    shape = build(ModelShape, node.pop("model"), "model")
+    device = build(DeviceSpec, node.pop("device"), "device")
+    sizes = build(Sizes, node.pop("sizes"), "sizes")
+    settings = build(Settings, node, "reference")
+    model = model_of(shape, device, settings.weights)
+    folder = Path(settings.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    for found in _Measurement(model, sizes, settings).rows():
+        rows = compared([*rows, found])
+        print(_line(found), file=sys.stderr, flush=True)
+        _write_rows(rows, folder / "reference.parquet")
+    manifest = make_manifest(seed=0, device=device.name, wall_s=time.perf_counter() - started_s)
+    manifest |= {
+        "model": shape.name,
+        "gpu": torch.cuda.get_device_name() if model.device.type == "cuda" else None,
+        "seconds": settings.seconds,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    return {"rows": rows, "folder": str(folder)}
+
+
+def _write_rows(rows: Sequence[Row], path: Path) -> None:
+    """All rows so far, so that a run that is cut short leaves what it has measured."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
+    schema = pa.schema([(f.name, kinds[str(f.type).partition(" ")[0]]) for f in fields(Row)])
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), partial)
+    os.replace(partial, path)
+
+
+class _Measurement:
+    """All measurements of one model on one device."""
+
+    def __init__(self, model: Model, sizes: Sizes, settings: Settings) -> None:
+        self._model = model
+        self._shape = model.config.shape
+        self._sizes = sizes
+        self._settings = settings
+        self._rate = self._copy_bytes_s = math.nan
+        release()
+        self._beside_bytes = allocated_bytes(model.device)
+        """What is there anyway: the weights."""
+        self._share_s = settings.seconds / max(1, sum(1 for _ in self._all()))
+
+    def rows(self) -> Iterator[Row]:
+        """Measure everything, in order."""
+        for measure in self._all():
+            yield from measure()
+
+    def _all(self) -> Iterator[Callable[[], list[Row]]]:
+        """One call per measurement. The ceilings always come first: others divide by them."""
+        sizes, parts = self._sizes, self._settings.parts
+        yield self._ceilings
+        if "decode" in parts:
+            for context in sizes.decode_contexts:
+                for sequences in sizes.decode_sequences:
+                    yield partial(self._decode, sequences, context)
+        if "prefill" in parts:
+            for tokens in sizes.prefill_tokens:
+                yield partial(self._prefill, tokens)
+        if "window" in parts or "fused" in parts:
+            for name in LORAS:
+                yield partial(self._window, name)
+        tokens, long = sizes.sample_tokens, sizes.long_sample_tokens
+        if "finetune" in parts:
+            for name in LORAS:
+                yield partial(self._finetune, "finetune", name, tokens, "layer_major", "stash")
+                yield partial(self._finetune, "finetune", name, tokens, "window_major", "recompute")
+        if "memory" in parts:
+            for name in LORAS:
+                yield partial(self._finetune, "memory", name, long, "layer_major", "stash")
+                yield partial(self._finetune, "memory", name, long, "window_major", "recompute")
+        # Liger changes functions of transformers for good, so what runs without it comes before.
+        for setup in SETUPS:
+            for name in LORAS:
+                if "memory" in parts and setup == SETUPS[0]:
+                    yield partial(self._peft, "memory", name, long, setup)
+                if "peft" in parts:
+                    yield partial(self._peft, "finetune", name, tokens, setup)
+
+    def _ceilings(self) -> list[Row]:
+        model, sizes = self._model, self._sizes
+        found: Ceilings = ceilings(model.device, model.dtype, sizes.copy_bytes, sizes.product, self._share_s)
+        self._rate, self._copy_bytes_s = found.product_flops, found.copy_bytes_s
+        return [
+            _timed("ceiling", "copy, read and written", found.copy, rate=found.copy_bytes_s),
+            _timed("ceiling", f"product of {sizes.product}", found.product, rate=found.product_flops),
+        ]
+
+    def _decode(self, sequences: int, context: int) -> list[Row]:
+        variant = f"{sequences} x {context}"
+        known: dict[str, Any] = {"sequences": sequences, "context_tokens": context, "tokens": sequences}
+        floor_s = decode_floor_s(self._shape, sequences, context, self._copy_bytes_s)
+
+        def measure() -> Row:
+            times = decode_times(self._model, sequences, context, self._share_s)
+            return _timed(
+                "decode",
+                variant,
+                times,
+                ratio=times.p50_s / floor_s,
+                against="time to copy its bytes",
+                **known,
+            )
+
+        return [self._or_out_of_memory(measure, Row(what="decode", variant=variant, **known))]
+
+    def _prefill(self, tokens: int) -> list[Row]:
+        flops = forward_flops(self._shape, tokens, logits=1)
+
+        def measure() -> Row:
+            times = prefill_times(self._model, tokens, self._share_s)
+            return self._of_rate("prefill", str(tokens), tokens, flops, times)
+
+        return [self._or_out_of_memory(measure, Row(what="prefill", variant=str(tokens), tokens=tokens))]
+
+    def _window(self, name: str) -> list[Row]:
+        """The window, with the head forward and back for its loss, and the fused iteration."""
+        sizes, lora = self._sizes, self._lora(name)
+        tokens, parts = sizes.window_tokens, self._settings.parts
+        sequences, context = sizes.fused_sequences, sizes.fused_context
+        flops = forward_flops(self._shape, tokens, logits=2 * tokens, lora=lora)
+        try:
+            times = window_times(
+                self._model, lora, tokens, sequences if "fused" in parts else 0, context, self._share_s
+            )
+        except torch.OutOfMemoryError:
+            release()
+            return [Row(what=w, variant=name, tokens=tokens, note=OUT_OF_MEMORY) for w in ("window", "fused")]
+        rows = [self._of_rate("window", name, tokens, flops, times["window"])]
+        if "fused" in times:
+            row = _timed(
+                "fused",
+                name,
+                times["fused"],
+                sequences=sequences,
+                context_tokens=context,
+                tokens=tokens,
+                ratio=times["fused"].p50_s / times["window"].p50_s,
+                against="the window alone",
+            )
+            rows.append(row)
+        return rows
+
+    def _finetune(self, what: str, name: str, tokens: int, order: str, memory: str) -> list[Row]:
+        how = Memory(order, memory, self._sizes.recompute_tokens if memory == "recompute" else None)
+        seconds = 0.0 if what == "memory" else self._share_s
+        variant = f"{name}: engine + {memory}"
+
+        def measure() -> Row:
+            release()
+            peak = PeakMemory(self._model.device, self._beside_bytes)
+            times = finetune_times(self._model, self._lora(name), tokens, how, seconds)
+            return _timed(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+
+        return [self._or_out_of_memory(measure, Row(what=what, variant=variant, tokens=tokens))]
+
+    def _peft(self, what: str, name: str, tokens: int, setup: Setup) -> list[Row]:
+        variant = f"{name}: {setup.name}"
+        samples = random_samples(8, tokens, self._shape.vocab)
+        rate = self._settings.learning_rate
+        seconds = 0.0 if what == "memory" else self._share_s
+
+        def measure() -> Row:
+            release()
+            peak = PeakMemory(self._model.device, self._beside_bytes)
+            times = peft_times(self._model, self._lora(name), samples, setup, rate, seconds)
+            return _timed(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+
+        empty = Row(what=what, variant=variant, tokens=tokens)
+        try:
+            return [self._or_out_of_memory(measure, empty)]
+        except LigerMissing as missing:
+            return [replace(empty, note=f"Liger {missing}")]
+
+    def _or_out_of_memory(self, measure: Callable[[], Row], empty: Row) -> Row:
+        """What was measured, or `empty` with the words."""
+        try:
+            return measure()
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            release()
+        release()
+        return replace(empty, note=OUT_OF_MEMORY)
+
+    def _of_rate(self, what: str, variant: str, tokens: int, flops: float, times: Times) -> Row:
+        rate = flops / times.p50_s
+        ratio = rate / self._rate
+        return _timed(
+            what, variant, times, tokens=tokens, rate=rate, ratio=ratio, against="rate of a large product"
+        )
+
+    def _lora(self, name: str) -> LoraSpec:
+        return LoraSpec(rank=self._settings.rank, alpha=self._settings.alpha, targets=LORAS[name])
+
+
+def compared(rows: Sequence[Row]) -> list[Row]:
+    """The engine's finetuning against PEFT with checkpointing, its memory against PEFT's default."""
+    known = {(row.what, row.variant): row for row in rows}
+    out = []
+    for row in rows:
+        name, _, how = row.variant.partition(": ")
+        if row.what == "finetune" and how.startswith("engine"):
+            other = known.get(("finetune", f"{name}: {SETUPS[1].name}"))
+            if other is not None and other.tok_s is not None and row.tok_s is not None:
+                row = replace(row, ratio=row.tok_s / other.tok_s, against=f"tok/s of {SETUPS[1].name}")
+        if row.what == "memory" and how.startswith("engine"):
+            other = known.get(("memory", f"{name}: {SETUPS[0].name}"))
+            if other is not None and other.peak_bytes is not None and row.peak_bytes is not None:
+                ratio = row.peak_bytes / other.peak_bytes
+                row = replace(row, ratio=ratio, against=f"peak of {SETUPS[0].name}")
+        out.append(row)
+    return out
+
+
+def _timed(what: str, variant: str, times: Times, **known: Any) -> Row:
+    tokens = known.get("tokens")
+    tok_s = None if tokens is None else tokens / times.p50_s
+    return Row(what=what, variant=variant, **asdict(times), tok_s=tok_s, **known)
+
+
+def _line(row: Row) -> str:
+    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
+        return "-" if value is None else format(value * scale, form)
+
+    cells = [f"{row.what:9}{row.variant:48}{cell(row.p50_s, ',.3f', 1e3):>12}"]
+    cells.append(f"{cell(row.p20_s, ',.3f', 1e3):>12}{cell(row.p80_s, ',.3f', 1e3):>12}")
+    cells.append(f"{cell(row.tok_s, ',.0f'):>12}{cell(row.peak_bytes, ',.2f', 2**-30):>10}")
+    cells.append(f"{cell(row.ratio, '.3f'):>8}  {row.note or row.against}")
+    return "".join(cells).rstrip()
+
+
+def _show(results: Sequence[Mapping[str, Any]]) -> None:
+    """The table, with the target beside each ratio that has one."""
+    from analysis.targets import reference_target
+
+    for result in results:
+        print(
+            f"{'what':9}{'variant':48}{'p50 ms':>12}{'p20 ms':>12}{'p80 ms':>12}{'tok/s':>12}"
+            f"{'peak GiB':>10}{'ratio':>8}  against"
+        )
+        for row in result["rows"]:
+            target = reference_target(asdict(row))
+            print(_line(row) + ("" if target is None else f"  (target: {target})"))
+        print(f"rows:   {result['folder']}")

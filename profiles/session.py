@@ -1,0 +1,320 @@
+"""Everything that is to be measured on a GPU, in order, within the time that there is.
+
+    python -m profiles.session OUT --device h200 --model llama_3_1_8b --minutes 9
+    python -m profiles.session OUT --device cpu --model tiny
+
+Each step is a command of its own with a time limit; one that fails or runs over it is recorded and the next
+one starts. The same call again goes on where the last one ended, so a session can be split over several calls:
+what is done is not repeated, a sweep that was cut short goes on with its next run. OUT/gathered then holds
+everything worth keeping in at most eight files; `coserve results OUT/gathered` is its page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from analysis.results_page import BENCH, FIDELITY, KERNELS, REFERENCE, SESSION, page
+from sim.results import SUMMARY, find_runs, make_manifest, read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = "RESULTS.md"
+PROFILE = "profile.parquet"
+RUNS = "runs.tar.xz"
+LARGEST_BYTES = 15 * 2**20
+"""A larger archive of runs is left out, and the session says so."""
+LEAST_S = 20.0
+"""With less time than this left no step is started."""
+GRACE_S = 15.0
+TAIL_LINES = 30
+COSERVE = (sys.executable, "-m", "sim.cli")
+SHORT = ("workload.duration_s=3", "run.drain_s=3", "run.warm_up_s=0.5", "measure_s=3", "peak_s=2")
+"""A sweep without a GPU shows that it works; its numbers say nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One command."""
+
+    name: str
+    command: tuple[str, ...]
+    limit_s: float
+    gpu: bool = False
+    """Without a GPU it is left out."""
+
+
+def steps_of(folder: Path, device: str, model: str) -> list[Step]:
+    """The session's steps: what others rest on first, then what is most worth knowing."""
+    place = (f"device={device}", f"model={model}")
+    seconds = {"profile": 20, "reference": 20} if device == "cpu" else {"profile": 300, "reference": 200}
+    profile = folder / PROFILE
+
+    def sweep(experiment: str) -> tuple[str, ...]:
+        where = f"hydra.sweep.dir={folder / 'runs' / experiment}"
+        short = SHORT if device == "cpu" else ()
+        return (*COSERVE, "bench", f"experiment={experiment}", *place, where, "run.resume=true", *short)
+
+    return [
+        Step(
+            name="tests",
+            command=(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/engine"),
+            limit_s=240,
+            gpu=True,
+        ),
+        Step(
+            name="kernels",
+            command=(sys.executable, "tests/benchmarks/kernels.py", str(folder / "kernels")),
+            limit_s=240,
+            gpu=True,
+        ),
+        Step(
+            name="reference",
+            command=(
+                *COSERVE,
+                "reference",
+                *place,
+                f"seconds={seconds['reference']}",
+                f"out={folder / 'reference'}",
+            ),
+            limit_s=540,
+        ),
+        Step(
+            name="profile",
+            command=(
+                *COSERVE,
+                "profile",
+                "collect",
+                *place,
+                f"seconds={seconds['profile']}",
+                f"out={profile}",
+            ),
+            limit_s=480,
+        ),
+        Step(name="bench", command=sweep("gpu_paper"), limit_s=1400),
+        Step(name="splits", command=sweep("gpu_splits"), limit_s=700),
+        Step(
+            name="fidelity",
+            command=(
+                *COSERVE,
+                "fidelity",
+                str(folder / "runs" / "gpu_paper"),
+                f"profile={profile}",
+                f"out={folder / 'fidelity'}",
+            ),
+            limit_s=300,
+        ),
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is left of a session; 0 when every step is done or left out, 1 otherwise."""
+    parser = argparse.ArgumentParser(
+        prog="python -m profiles.session", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, metavar="OUT")
+    parser.add_argument("--device", default="h200")
+    parser.add_argument("--model", default="llama_3_1_8b")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="time of this call (default: no end)")
+    parser.add_argument("--only", help="names of steps, with commas between them")
+    parser.add_argument("--retry", action="store_true", help="also run again what has failed")
+    options = parser.parse_args(argv)
+    folder = options.folder.resolve()
+    steps = steps_of(folder, options.device, options.model)
+    if options.only is not None:
+        wanted = options.only.split(",")
+        unknown = [name for name in wanted if name not in [step.name for step in steps]]
+        if unknown:
+            parser.error(f"no step named {unknown[0]}; known: {', '.join(step.name for step in steps)}")
+        steps = [step for step in steps if step.name in wanted]
+    session = Session(folder, options.device, options.model)
+    done = session.run(steps, 60 * options.minutes, retry=options.retry)
+    print(f"page:   {session.gather()}")
+    return 0 if done else 1
+
+
+class Session:
+    """A folder with the record of what was run in it: OUT/session.json."""
+
+    def __init__(self, folder: Path, device: str, model: str) -> None:
+        self._folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / SESSION
+        self._record = self._begun(device, model)
+        if (self._record["device"], self._record["model"]) != (device, model):
+            before = f"{self._record['model']} on {self._record['device']}"
+            raise ValueError(
+                f"{folder} is a session of {before}, got {model} on {device}; take another folder"
+            )
+
+    def run(self, steps: Sequence[Step], seconds: float, *, retry: bool = False) -> bool:
+        """Run the steps that are left within `seconds`; whether all are done or left out."""
+        end_s = time.perf_counter() + seconds
+        for step in steps:
+            before = self._record["steps"].get(step.name, {"status": "", "seconds": 0.0})
+            if before["status"] in ("done", "left out") or (before["status"] == "failed" and not retry):
+                continue
+            left_s = end_s - time.perf_counter()
+            if left_s < LEAST_S:
+                print(f"{step.name}: no time left; the same call again goes on here", file=sys.stderr)
+                break
+            self._note(step, self._run(step, min(step.limit_s, left_s), before["seconds"]))
+        found = [self._record["steps"].get(step.name, {"status": ""})["status"] for step in steps]
+        return all(status in ("done", "left out") for status in found)
+
+    def gather(self) -> Path:
+        """Collect what is worth keeping into OUT/gathered, with its page; the page's path."""
+        to = self._folder / "gathered"
+        shutil.rmtree(to, ignore_errors=True)
+        to.mkdir()
+        for source, name in (
+            ("reference/reference.parquet", REFERENCE),
+            ("kernels/kernels.json", KERNELS),
+            (PROFILE, PROFILE),
+            ("fidelity/metrics.parquet", FIDELITY),
+        ):
+            if (self._folder / source).exists():
+                shutil.copyfile(self._folder / source, to / name)
+        self._gather_runs(to)
+        record = {**self._record, "steps": list(self._record["steps"].values())}
+        (to / SESSION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        (to / PAGE).write_text(page(to), encoding="utf-8")
+        return to / PAGE
+
+    def _gather_runs(self, to: Path) -> None:
+        """The summaries as one file, the rows as an archive without adapters."""
+        runs = self._folder / "runs"
+        if not any(runs.rglob(SUMMARY)):
+            return
+        folders = find_runs([runs])
+        rows = [
+            {k: v for k, v in read_run(folder).summary.items() if k != "classes"}
+            | {"run": str(folder.relative_to(runs))}
+            for folder in folders
+        ]
+        (to / BENCH).write_text(json.dumps({"rows": _without_nans(rows)}, indent=1) + "\n", encoding="utf-8")
+        archive = to / RUNS
+        with tarfile.open(archive, "w:xz") as tar:
+            for folder in folders:
+                for path in sorted(folder.iterdir()):
+                    if path.suffix in (".parquet", ".json", ".yaml"):
+                        tar.add(path, path.relative_to(self._folder))
+        if archive.stat().st_size > LARGEST_BYTES:
+            size = archive.stat().st_size
+            archive.unlink()
+            print(f"{RUNS}: left out, it would have {size / 2**20:.0f} MiB", file=sys.stderr)
+
+    def _run(self, step: Step, limit_s: float, before_s: float) -> dict[str, Any]:
+        """Run one command in a process group of its own, which ends at the limit."""
+        known: dict[str, Any] = {"name": step.name, "command": _shown(step.command, self._folder)}
+        if step.gpu and self._record["device"] == "cpu":
+            return {**known, "status": "left out", "seconds": 0.0, "tail": ["needs a GPU"]}
+        print(f"{step.name}: {known['command']}", file=sys.stderr, flush=True)
+        log = self._folder / f"{step.name}.log"
+        path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
+        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        start_s = time.perf_counter()
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                step.command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+            )
+            code = _ended(process, limit_s)
+        seconds = before_s + time.perf_counter() - start_s
+        status = "cut short" if code is None else "done" if code == 0 else "failed"
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        print(f"{step.name}: {status} after {seconds:.0f} s", file=sys.stderr, flush=True)
+        if status != "done":
+            print("\n".join(tail), file=sys.stderr, flush=True)
+        return {**known, "status": status, "seconds": round(seconds, 1), "tail": tail}
+
+    def _note(self, step: Step, outcome: dict[str, Any]) -> None:
+        self._record["steps"][step.name] = outcome
+        self._path.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+
+    def _begun(self, device: str, model: str) -> dict[str, Any]:
+        if self._path.exists():
+            record: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            return record
+        manifest = make_manifest(seed=None, device=device, wall_s=0.0)
+        versions = {**dict(_mapping(manifest["versions"])), **_gpu_versions()}
+        return {
+            "date": datetime.date.today().isoformat(),
+            "device": device,
+            "model": model,
+            "gpu": versions.pop("gpu", None),
+            "commit": manifest["commit"],
+            "dirty": manifest["dirty"],
+            "versions": {name: version for name, version in versions.items() if version is not None},
+            "steps": {},
+        }
+
+
+def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
+    """The exit code, or None when it ran over the limit and was ended: asked first, then killed."""
+    try:
+        return process.wait(limit_s)
+    except subprocess.TimeoutExpired:
+        pass
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sent)
+            process.wait(GRACE_S)
+        except ProcessLookupError:
+            break
+        except subprocess.TimeoutExpired:
+            continue
+        break
+    process.wait()
+    return None
+
+
+def _gpu_versions() -> dict[str, str | None]:
+    """Of the packages that a GPU's numbers hang on, without loading them here."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {}
+    for name in ("torch", "triton", "transformers", "peft", "liger-kernel"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
+        found["gpu"] = names[0].strip() if names else None
+    except (OSError, subprocess.CalledProcessError):
+        found["gpu"] = None
+    return found
+
+
+def _shown(command: Sequence[str], folder: Path) -> str:
+    """As somebody would type it, with OUT for the session's folder."""
+    text = " ".join("python" if part == sys.executable else part for part in command)
+    return text.replace("python -m sim.cli", "coserve").replace(str(folder), "OUT")
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _without_nans(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [
+        {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

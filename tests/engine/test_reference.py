@@ -1,0 +1,214 @@
+"""What `coserve reference` compares with is right: the same loss as PEFT, floors and operations as counted."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine import reference
+from engine.assemble import TrainingJob, assemble_engine
+from engine.config import ModelConfig
+from engine.finetune import Sample
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
+from engine.reference import Row, compared, main
+from engine.reference_iterations import (
+    JOB,
+    Memory,
+    decode_floor_s,
+    decode_times,
+    finetune_times,
+    forward_flops,
+    place,
+    prefill_times,
+)
+from engine.reference_peft import SETUPS, Setup, hf_model, loss_of, peft_model
+from engine.text import random_samples
+from sim.core.finetune import Backward, Forward, Step
+from sim.core.plan import Limits, Plan
+from sim.core.specs import LoraSpec
+from tests.engine.tiny import CONFIGS, adapter_of, tiny_model
+
+SMALL = [
+    "sizes.copy_bytes=65536",
+    "sizes.product=64",
+    "sizes.decode_sequences=[2]",
+    "sizes.prefill_tokens=[16]",
+    "sizes.window_tokens=16",
+    "sizes.sample_tokens=24",
+    "sizes.recompute_tokens=8",
+    "sizes.long_sample_tokens=32",
+]
+ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("targets", [ALL, ("down_proj",)], ids=["all", "down"])
+@pytest.mark.parametrize("family", list(CONFIGS))
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_peft_and_engine_compute_the_same_loss_and_gradient(
+    family: str, targets: tuple[str, ...], checkpointing: bool
+) -> None:
+    """On the same weights, adapter and sample; so their times are those of the same work."""
+    model, adapter = tiny_model(family), adapter_of(family, 4, targets)
+    (sample,) = random_samples(1, 24, model.config.shape.vocab)
+    loss, norm = _engine_step(model, adapter, sample)
+    lora = LoraSpec(rank=4, alpha=adapter.alpha, targets=targets)
+    made = peft_model(model, lora, Setup(checkpointing=checkpointing), adapter)
+    trained = [p for p in made.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == lora.params(model.config.shape)
+    theirs = loss_of(made, sample, autocast=False)
+    theirs.backward()  # type: ignore[no-untyped-call]
+    their_norm = torch.linalg.vector_norm(
+        torch.cat([p.grad.flatten() for p in trained if p.grad is not None])
+    )
+    assert theirs.item() == pytest.approx(loss, rel=1e-5)
+    assert their_norm.item() == pytest.approx(norm, rel=1e-4)
+    assert all(p.grad is None for p in made.parameters() if not p.requires_grad)
+
+
+def _engine_step(model: Model, adapter: Any, sample: Sample) -> tuple[float, float]:
+    """Loss and gradient norm of one step on one sample, by the engine."""
+    tokens = len(sample.tokens)
+    job = TrainingJob(
+        id=JOB,
+        samples=[sample],
+        max_sample_tokens=tokens,
+        adapter=adapter,
+        optimizer=OptimizerSettings(schedule="constant"),
+        accumulation=1,
+    )
+    limits = Limits(kv_tokens=16, max_sequences=1, max_tokens=1, max_sequence_tokens=1)
+    engine, _ = assemble_engine(model, limits, [job])
+    back = Backward(JOB, tokens * model.config.shape.layers)
+    for piece in (Forward(JOB, 10), Forward(JOB, tokens - 10), back, Step(JOB)):
+        engine.launch(Plan(finetune=(piece,)))
+        engine.collect()
+    return engine.steps[0].loss, engine.steps[0].grad_norm
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_the_hugging_face_model_shares_the_engines_weights(family: str) -> None:
+    model = tiny_model(family)
+    own = {model.weights.layers[0].down.data_ptr(), model.weights.layers[0].qkv.data_ptr()}
+    built = hf_model(model)
+    assert own <= {parameter.data_ptr() for parameter in built.parameters()}
+    assert sum(p.numel() for p in built.parameters()) == model.config.shape.params
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_operations_are_those_that_torch_counts(family: str) -> None:
+    """torch counts attention over all pairs, causal attention needs half of them."""
+    model, tokens = tiny_model(family), 20
+    shape = model.config.shape
+    built = hf_model(model)
+    built.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        built(torch.zeros(1, tokens, dtype=torch.int64))
+    above_diagonal = 4 * shape.layers * shape.q_dim * tokens * (tokens - 1) / 2
+    # Some versions of transformers compute the angles of the rotary embedding as a product.
+    angles = counter.get_total_flops() - forward_flops(shape, tokens, logits=tokens) - above_diagonal
+    assert angles in (0, shape.head_dim * tokens)
+
+
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_a_decode_must_read_every_weight_but_the_embedding_and_its_cache(family: str) -> None:
+    model = tiny_model(family)
+    w = model.weights
+    tensors = [w.head, w.norm, *(t for layer in w.layers for t in layer if t is not None)]
+    pages = model.new_pages(6, 16)
+    read = sum(t.nbytes for t in tensors) + pages.k.nbytes + pages.v.nbytes
+    shape = _in_float32(model.config)
+    assert decode_floor_s(shape, 3, 32, 1e9) == pytest.approx(read / 1e9)
+
+
+def _in_float32(config: ModelConfig) -> Any:
+    from dataclasses import replace
+
+    return replace(config.shape, dtype_bytes=4)
+
+
+def test_placed_sequences_decode_at_their_context_and_do_not_run_out_of_room() -> None:
+    model = tiny_model("llama")
+    limits = Limits(kv_tokens=3 * 96, max_sequences=3, max_tokens=3, max_sequence_tokens=96)
+    engine, _ = assemble_engine(model, limits)
+    place(engine, 3, 40)
+    spans = engine.tables.apply(Plan(decode=True)).decodes
+    assert [span.context for span in spans] == [40, 40, 40]
+    times = decode_times(model, 3, 40, 0.2)
+    assert 0 < times.p20_s <= times.p50_s <= times.p80_s
+    assert prefill_times(model, 30, 0.05).p50_s > 0
+
+
+@pytest.mark.parametrize(
+    "how", [Memory("layer_major", "stash", None), Memory("window_major", "recompute", 8)]
+)
+def test_a_sample_is_trained_whole_and_stepped(how: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    run = reference.finetune_times.__globals__["run"]
+    monkeypatch.setitem(
+        reference.finetune_times.__globals__, "run", lambda rig, plans: (seen.append(rig), run(rig, plans))[1]
+    )
+    finetune_times(tiny_model("llama"), LoraSpec(rank=2, targets=("o_proj",)), 20, how, 0.0)
+    (rig,) = seen
+    steps = len(rig.engine.steps)
+    assert steps == rig.jobs[0].steps == 5 and rig.jobs[0].trained_tokens == 20 * steps
+
+
+def test_the_command_writes_a_row_for_everything_and_missing_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def too_large(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reference, "prefill_times", too_large)
+    assert main(["seconds=0.01", "out=found", *SMALL]) == 0
+    rows = pd.read_parquet("found/reference.parquet")
+    assert (Path("found") / "manifest.json").exists()
+    assert set(rows["what"]) == {"ceiling", "decode", "prefill", "window", "fused", "finetune", "memory"}
+    assert rows["peak_bytes"].isna().all(), "a CPU has no allocator that tells"
+    lost = rows[rows["what"] == "prefill"].iloc[0]
+    assert lost["note"] == "out of memory" and math.isnan(lost["p50_s"]) and math.isnan(lost["ratio"])
+    timed = rows[(rows["note"] == "") & (rows["what"] != "prefill")]
+    assert (timed["p20_s"] <= timed["p50_s"]).all() and (timed["p50_s"] <= timed["p80_s"]).all()
+    assert "time to copy its bytes" in capsys.readouterr().out
+    ours = rows[(rows["what"] == "finetune") & rows["variant"].str.contains("engine")]
+    assert len(ours) == 4 and ours["ratio"].notna().all()
+
+
+def test_ratios_are_against_the_same_adapter_and_what_did_not_fit_has_none() -> None:
+    def row(what: str, variant: str, **known: Any) -> Row:
+        return Row(what=what, variant=variant, **known)
+
+    rows = compared(
+        [
+            row("finetune", "down_proj: engine + stash", tok_s=90.0),
+            row("finetune", "all-linear: engine + stash", tok_s=50.0),
+            row("finetune", f"down_proj: {SETUPS[1].name}", tok_s=60.0),
+            row("finetune", f"all-linear: {SETUPS[1].name}", note="out of memory"),
+            row("memory", "down_proj: engine + recompute", peak_bytes=20),
+            row("memory", f"down_proj: {SETUPS[0].name}", peak_bytes=100),
+        ]
+    )
+    assert [row.ratio for row in rows] == [1.5, None, None, None, 0.2, None]
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("parts=[decodes]", "parts must be some of"),
+        ("seconds=0", "seconds must be above 0"),
+        ("device=h200", "needs a CUDA device"),
+        ("sizes.product=big", "sizes.product must be a whole number"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([argument]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

@@ -1,0 +1,129 @@
+"""A session on a GPU may be cut into calls, and one step that fails costs only itself."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from profiles import session
+from profiles.session import Session, Step, main, steps_of
+from sim.cli import COMMANDS
+
+PYTHON = (sys.executable, "-c")
+COUNT = (
+    "import pathlib; p = pathlib.Path({path!r}); p.write_text((p.read_text() if p.exists() else '') + 'x')"
+)
+
+
+def step(name: str, code: str, limit_s: float = 60.0, **more: Any) -> Step:
+    return Step(name=name, command=(*PYTHON, code), limit_s=limit_s, **more)
+
+
+def counting(tmp_path: Path, name: str, then: str = "") -> tuple[Step, Path]:
+    path = tmp_path / f"{name}.runs"
+    return step(name, COUNT.format(path=str(path)) + then), path
+
+
+def statuses(folder: Path) -> dict[str, str]:
+    record = json.loads((folder / "session.json").read_text())
+    return {name: one["status"] for name, one in record["steps"].items()}
+
+
+def test_a_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None:
+    good, good_runs = counting(tmp_path, "good")
+    bad, bad_runs = counting(tmp_path, "bad", "; print('it broke'); raise SystemExit(3)")
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    assert not of.run([bad, good], 100)
+    assert statuses(tmp_path / "out") == {"bad": "failed", "good": "done"}
+    again = Session(tmp_path / "out", "cpu", "tiny")
+    assert not again.run([bad, good], 100), "what is done or has failed is not run again"
+    assert good_runs.read_text() == "x" and bad_runs.read_text() == "x"
+    again.run([bad, good], 100, retry=True)
+    assert good_runs.read_text() == "x" and bad_runs.read_text() == "xx"
+    record = json.loads((tmp_path / "out" / "session.json").read_text())
+    assert record["steps"]["bad"]["tail"][-1] == "it broke"
+
+
+def test_a_step_over_its_time_is_ended_with_its_children_and_goes_on_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "GRACE_S", 1.0)
+    child = tmp_path / "child.pid"
+    code = (
+        "import pathlib, subprocess, sys, time\n"
+        f"marker = pathlib.Path({str(tmp_path / 'marker')!r})\n"
+        "if marker.exists(): sys.exit(0)\n"
+        "marker.touch()\n"
+        "c = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(c.pid))\n"
+        "time.sleep(60)\n"
+    )
+    slow = step("slow", code, limit_s=2.0)
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    assert not of.run([slow], 100)
+    assert statuses(tmp_path / "out") == {"slow": "cut short"}
+    status = Path(f"/proc/{child.read_text()}/status")
+    assert not status.exists() or "zombie" in status.read_text()
+    assert of.run([slow], 100)
+    assert statuses(tmp_path / "out") == {"slow": "done"}
+
+
+def test_nothing_is_started_that_the_time_does_not_allow(tmp_path: Path) -> None:
+    one, runs = counting(tmp_path, "one")
+    assert not Session(tmp_path / "out", "cpu", "tiny").run([one], session.LEAST_S / 2)
+    assert not runs.exists()
+
+
+def test_what_needs_a_gpu_is_left_out_without_one(tmp_path: Path) -> None:
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    assert of.run([step("kernels", "raise SystemExit(1)", gpu=True)], 100)
+    assert statuses(tmp_path / "out") == {"kernels": "left out"}
+
+
+def test_a_folder_belongs_to_one_device_and_model(tmp_path: Path) -> None:
+    Session(tmp_path, "cpu", "tiny").run([step("one", "")], 100)
+    with pytest.raises(ValueError, match="is a session of tiny on cpu"):
+        Session(tmp_path, "h200", "llama_3_1_8b")
+
+
+def test_every_step_is_a_command_of_this_project(tmp_path: Path) -> None:
+    steps = steps_of(tmp_path, "h200", "llama_3_1_8b")
+    assert len({one.name for one in steps}) == len(steps)
+    commands = [one.command[3] for one in steps if one.command[:3] == session.COSERVE]
+    assert set(commands) <= set(COMMANDS) | {"fidelity"}
+    for one in steps:
+        if one.command[:3] != session.COSERVE:
+            assert one.gpu
+
+
+def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some of the reference and a sweep of one run with the tiny model, gathered into the page."""
+    small = ["parts=[decode]", "sizes.product=64", "sizes.decode_sequences=[2]"]
+    sweep = [*session.SHORT, "hydra.sweeper.params.seed=0", "policy=separate_50", "workload.rate_rps=4"]
+
+    def steps(folder: Path, device: str, model: str) -> list[Step]:
+        found = {one.name: one for one in steps_of(folder, device, model)}
+        reference, bench = found["reference"], found["bench"]
+        return [
+            Step(name="reference", command=(*reference.command, "seconds=0.01", *small), limit_s=100),
+            Step(name="bench", command=(*bench.command, *sweep), limit_s=100),
+        ]
+
+    monkeypatch.setattr(session, "steps_of", steps)
+    out = tmp_path / "out"
+    assert main([str(out), "--device", "cpu", "--model", "tiny"]) == 0, (out / "bench.log").read_text()
+    gathered = {path.name for path in (out / "gathered").iterdir()}
+    assert gathered == {"session.json", "reference.parquet", "bench.json", "runs.tar.xz", "RESULTS.md"}
+    text = (out / "gathered" / "RESULTS.md").read_text()
+    assert "separate_50" in text and "2 x 64" in text and "not measured yet" in text
+    assert (
+        "coserve bench experiment=gpu_paper device=cpu model=tiny hydra.sweep.dir=OUT/runs/gpu_paper" in text
+    )
+    (row,) = json.loads((out / "gathered" / "bench.json").read_text())["rows"]
+    assert row["requests"] > 0 and row["pipelines"] == 2
