@@ -10,6 +10,7 @@ from engine.finetune import Sample, SampleFeed, Trainer
 from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
+from engine.shares import own_adapter
 from sim.core.finetune import Job, JobSpec
 from sim.core.plan import Limits
 
@@ -19,7 +20,7 @@ class TrainingJob:
     """A finetuning job with its data."""
 
     id: str
-    samples: Iterable[Sample]
+    samples: Iterable[Sample] | SampleFeed
     """In training order; may be endless."""
     max_sample_tokens: int
     adapter: Adapter
@@ -38,23 +39,27 @@ def assemble_engine(
     jobs: Sequence[TrainingJob] = (),
     adapters: Mapping[str, Adapter] | None = None,
     on_token: Callable[[int, int], None] | None = None,
+    make: Callable[..., Engine] = Engine,
 ) -> tuple[Engine, list[Job]]:
     """The engine, and the jobs as the loop counts them; they share their data.
 
-    Inference has the first pages, every job its own after them.
+    Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
     """
+    own = {name: own_adapter(model, adapter) for name, adapter in (adapters or {}).items()}
+    trained = [own_adapter(model, job.adapter) for job in jobs]
     blocks = limits.kv_tokens // limits.block_tokens
-    own = []
+    ranges = []
     for job in jobs:
         count = -(-job.max_sample_tokens // limits.block_tokens)
-        own.append(range(blocks, blocks + count))
+        ranges.append(range(blocks, blocks + count))
         blocks += count
     pages = model.new_pages(blocks, limits.block_tokens)
-    bank = _bank(model, [*(adapters or {}).values(), *(job.adapter for job in jobs)])
+    bank = _bank(model, [*own.values(), *trained])
     counted, trainers = [], []
-    for job, pages_of in zip(jobs, own, strict=True):
+    for job, adapter, pages_of in zip(jobs, trained, ranges, strict=True):
         assert bank is not None
-        feed, spec = SampleFeed(job.samples), _spec(job, model)
+        feed = job.samples if isinstance(job.samples, SampleFeed) else SampleFeed(job.samples)
+        spec = _spec(job, model)
         counted.append(Job(spec, feed.lengths()))
         trainers.append(
             Trainer(
@@ -63,17 +68,17 @@ def assemble_engine(
                 pages=pages,
                 blocks=pages_of,
                 bank=bank,
-                adapter=job.adapter,
+                adapter=adapter,
                 feed=feed,
                 optimizer=job.optimizer,
             )
         )
-    engine = Engine(
+    engine = make(
         model=model,
         pages=pages,
         limits=limits,
         bank=bank,
-        adapters=adapters,
+        adapters=own,
         trainers=trainers,
         on_token=on_token,
     )

@@ -68,6 +68,7 @@ def backward_layer(
         h = rms_norm(middle, w.mlp_norm, eps)
         bypass.run("gate_proj", dh, d_gate, h)
         bypass.run("up_proj", dh, d_up, h)
+    model.group.all_reduce(dh)
     dx += rms_norm_backward(dh, middle, w.mlp_norm, eps)
 
     # Attention: o(attend(rotate(q), rotate(k), v))
@@ -99,6 +100,7 @@ def backward_layer(
         d_parts = torch.split(d_qkv, [shape.q_dim, shape.kv_dim, shape.kv_dim], dim=1)
         for target, dy in zip(("q_proj", "k_proj", "v_proj"), d_parts, strict=True):
             bypass.run(target, dh, dy, h)
+    model.group.all_reduce(dh)
     dx += rms_norm_backward(dh, x, w.input_norm, eps)
 
 

@@ -5,7 +5,8 @@
     checkpoint-N/state.json                                       step, samples trained, settings
 
 A checkpoint is written under another name, synced to disk and renamed, so a name `checkpoint-N` is a
-promise. Data order follows from the seed and the number of samples trained, so nothing random is stored.
+promise. Data order follows from the seed and the number of samples trained, so nothing random is stored, and
+adapter and optimizer are whole, so training may go on with another `tp`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 
-from engine.finetune import Trainer
+from engine.engine import Engine
 from engine.lora import write_adapter
 
 
@@ -35,16 +36,18 @@ class Progress:
     """What must be the same for training to go on."""
 
 
-def save_checkpoint(folder: str | Path, trainer: Trainer, progress: Progress, base_model: str | None) -> Path:
-    """Write `folder`/checkpoint-N. On an OSError nothing of it is left, and older ones are untouched."""
+def save_checkpoint(
+    folder: str | Path, engine: Engine, job: str, progress: Progress, base_model: str | None
+) -> Path:
+    """Write `folder`/checkpoint-N of a job. On an OSError nothing of it is left, and older ones are untouched."""
     folder = Path(folder)
     final = folder / f"checkpoint-{progress.step}"
     partial = folder / f".{final.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        write_adapter(trainer.masters, partial, base_model)
-        torch.save(trainer.optimizer.state(), partial / "optimizer.pt")
+        write_adapter(engine.adapter(job), partial, base_model)
+        torch.save(engine.optimizer_state(job), partial / "optimizer.pt")
         state = {"step": progress.step, "samples": progress.samples, "settings": dict(progress.settings)}
         (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
@@ -77,10 +80,10 @@ def read_progress(checkpoint: str | Path) -> Progress:
     return Progress(step=state["step"], samples=state["samples"], settings=state["settings"])
 
 
-def restore(checkpoint: str | Path, trainer: Trainer) -> None:
-    """Optimizer state and step count of a checkpoint; the trainer was made from its adapter."""
+def restore(checkpoint: str | Path, engine: Engine, job: str) -> None:
+    """Optimizer state and step count of a checkpoint; the job was made with its adapter."""
     state = torch.load(Path(checkpoint) / "optimizer.pt", weights_only=True)
-    trainer.optimizer.restore(state, read_progress(checkpoint).step)
+    engine.restore(job, state, read_progress(checkpoint).step)
 
 
 def _sync(path: Path) -> None:

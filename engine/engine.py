@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, LoraBatch, Model, Pages, Window
 from engine.packing import Piece, Staging, pack
 from engine.sampling import Sampling, sample
+from engine.shares import whole_adapter
 from sim.core.block_tables import BlockTables, Placement, Span
 from sim.core.finetune import Backward, Forward, Slice
 from sim.core.plan import Limits, Plan
@@ -112,6 +113,20 @@ class Engine:
         """Prompt and output so far of a request that has not ended."""
         return list(self._live[id].tokens)
 
+    # What training leaves
+
+    def adapter(self, job: str) -> Adapter:
+        """A job's newest masters, whole; not a copy."""
+        return whole_adapter(self.model, self.trainers[job].masters)
+
+    def optimizer_state(self, job: str) -> dict[str, Any]:
+        """What `restore` needs besides the adapter."""
+        return self.trainers[job].optimizer.state()
+
+    def restore(self, job: str, state: dict[str, Any], steps: int) -> None:
+        """Go on after `steps` steps of the job, which was made with the adapter of then."""
+        self.trainers[job].optimizer.restore(state, steps)
+
     # What the loop shows
 
     def arrive(self, request: Request, tokens: Sequence[int], sampling: Sampling) -> None:
@@ -198,6 +213,8 @@ class Engine:
             return [], None
         live = [self._live[span.id] for span in sampled]
         tokens = sample(self.model.logits(x[rows]), [n.sampling for n in live], [n.sampled for n in live])
+        # Ranks that drew from equal logits may differ: a cumulative sum on CUDA has no fixed order.
+        self.model.group.broadcast(tokens)
         for n in live:
             n.sampled += 1
         self._last_token[slots] = tokens

@@ -25,6 +25,7 @@ from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, Kept, LoraBatch, Model, Pages, Window
 from engine.optimizer import MasterOptimizer, OptimizerSettings
 from engine.packing import upload
+from engine.shares import shares_of
 from sim.core.finetune import JobSpec, JobView, backward_chunks
 
 
@@ -47,6 +48,10 @@ class SampleFeed:
         for sample in self._samples:
             self._drawn.append(sample)
             yield len(sample.tokens)
+
+    def put(self, sample: Sample) -> None:
+        """A sample that was drawn elsewhere."""
+        self._drawn.append(sample)
 
     def take(self) -> Sample:
         """The oldest sample that the job has drawn and the trainer has not taken."""
@@ -101,7 +106,8 @@ class Trainer:
 
         self.masters = _map(adapter, lambda t: t.to(device, model.compute, copy=True))
         grads = _map(self.masters, torch.zeros_like)
-        self.optimizer = MasterOptimizer(optimizer, [*self.masters.tensors()], [*grads.tensors()])
+        tensors = [*self.masters.tensors()], [*grads.tensors()]
+        self.optimizer = MasterOptimizer(optimizer, *tensors, shares_of(model, self.masters.targets))
         self.slot = bank.put(self.masters)
         """The bank's slot of the newest weights; training uses it, requests after it is published."""
         self._grads = grads
@@ -141,7 +147,13 @@ class Trainer:
         """Add the loss of a window whose last residual stream is x [N, E], and start its gradient."""
         labels = upload(torch.from_numpy(self._labels[window.at]), x.device)
         model = self._model
-        loss, count, d_hidden = linear_cross_entropy(model.final_norm(x), model.weights.head, labels)
+        loss, count, d_hidden = linear_cross_entropy(
+            model.final_norm(x),
+            model.weights.head,
+            labels,
+            group=model.group,
+            first_row=model.vocab.start,
+        )
         self._loss += loss
         self._count += count
         dx = rms_norm_backward(d_hidden, x, model.weights.norm, model.config.norm_eps)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import assemble_engine
+from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.load import load_model
 from engine.lora import read_adapter
+from engine.replica import replica
 from engine.sampling import Sampling
 from engine.training import CONFIGS, DTYPES
 from sim.assemble import CONFIGS as SIMULATOR
@@ -45,6 +46,7 @@ class Settings:
     prompts: str | None
     chat: bool | None
     device: str
+    tp: int
     dtype: str
     max_new_tokens: int
     ignore_eos: bool
@@ -61,8 +63,9 @@ class Settings:
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        for key in ("tp", "max_new_tokens"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -99,27 +102,30 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
     )
 
-    model = load_model(settings.model_name_or_path, DTYPES[settings.dtype], settings.device)
+    shape = read_config(settings.model_name_or_path).shape
+    shape.check_tp(settings.tp)
     adapters = {}
     if settings.adapter_name_or_path is not None:
-        adapters["adapter"] = read_adapter(settings.adapter_name_or_path, model.config.shape)
+        adapters["adapter"] = read_adapter(settings.adapter_name_or_path, shape)
     outputs: list[list[int]] = [[] for _ in prompts]
-    engine, _ = assemble_engine(
-        model, settings.limits, (), adapters, on_token=lambda id, token: outputs[id].append(token)
-    )
     name = "adapter" if adapters else None
     requests = [
         Request(n, 0.0, len(tokens), settings.max_new_tokens, "default", name)
         for n, tokens in enumerate(encoded)
     ]
-    source = EngineArrivals(
-        GivenArrivals(requests),
-        engine,
-        lambda request: (encoded[request.id], replace(sampling, seed=settings.seed + request.id)),
-    )
-    slos = {"default": Slo()}
-    state = PipelineState(limits=settings.limits, slos=slos, recorder=Recorder())
-    Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
+    with replica(settings.tp, settings.device) as ranks:
+        model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
+        engine, _ = ranks.assemble(
+            model, settings.limits, (), adapters, on_token=lambda id, token: outputs[id].append(token)
+        )
+        source = EngineArrivals(
+            GivenArrivals(requests),
+            engine,
+            lambda request: (encoded[request.id], replace(sampling, seed=settings.seed + request.id)),
+        )
+        slos = {"default": Slo()}
+        state = PipelineState(limits=settings.limits, slos=slos, recorder=Recorder())
+        Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
     return [
         {
             "prompt": prompt,

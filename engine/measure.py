@@ -7,6 +7,7 @@ later. Its plans are meant to be unlike each other, not to be good.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from dataclasses import replace
 
@@ -14,9 +15,10 @@ import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.engine import Engine
 from engine.model import Model
 from engine.sampling import Sampling
-from sim.core.finetune import Backward, Forward, Slice, Step
+from sim.core.finetune import Backward, Forward, Job, Slice, Step
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, Policy, View
 from sim.core.request import Request, Slo
@@ -29,12 +31,20 @@ WARM_UP_ITERATIONS = 8
 LEAST_ROWS = 60
 
 
-def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed: int) -> FittedCost:
+def measure(
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    seconds: float,
+    seed: int,
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
+) -> FittedCost:
     """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
 
-    Raises ValueError when the time was too short for enough iterations.
+    `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
+    enough iterations.
     """
-    engine, jobs = assemble_engine(model, limits, [job])
+    engine, jobs = assemble(model, limits, [job])
     recorder = Recorder()
     state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)
     vocab, random = model.config.shape.vocab, np.random.default_rng((seed, 1))
@@ -54,14 +64,19 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed
 
 
 def finetune_peak_tok_s(
-    model: Model, limits: Limits, job: TrainingJob, policy: Policy, seconds: float
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    policy: Policy,
+    seconds: float,
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> float:
     """Trained tokens per second of `job` alone under `policy`, between its first and its last optimizer step.
 
     Raises ValueError when the time was too short for two steps.
     """
     least = replace(limits, kv_tokens=limits.block_tokens)
-    engine, jobs = assemble_engine(model, least, [job])
+    engine, jobs = assemble(model, least, [job])
     recorder = Recorder()
     state = PipelineState(limits=least, slos={}, recorder=recorder, jobs=jobs)
     loop = run_loop(state, policy, GivenArrivals(), Horizon(duration_s=seconds, drain_s=0.0))

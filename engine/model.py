@@ -11,6 +11,7 @@ F MLP, V vocabulary, P pages of B tokens, M pages of a table row, L tokens of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
 from engine.lora import AdapterBank
+from engine.parallel import ALONE, Group, gather_columns, share_of
 
 
 class LayerWeights(NamedTuple):
@@ -109,8 +111,14 @@ class Window(NamedTuple):
 class Model:
     """Weights and their forward. Modifies nothing but the pages and what windows keep."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self.config = config
+    def __init__(self, config: ModelConfig, weights: Weights, group: Group = ALONE) -> None:
+        """`config` is the whole model's; `weights` are this rank's share of it."""
+        self.whole = config
+        self.config = replace(config, shape=share_of(config.shape, group.size))
+        """With the heads and the inner features that lie on this rank."""
+        self.group = group
+        self.vocab = group.share(config.shape.vocab)
+        """The rows of embedding and head that lie on this rank."""
         self.weights = weights
         self.dtype = weights.embed.dtype
         self.device = weights.embed.device
@@ -130,7 +138,7 @@ class Model:
 
         Writes the batch's keys and values into the pages.
         """
-        x = F.embedding(batch.tokens, self.weights.embed)
+        x = self._embed(batch.tokens)
         cos, sin = self.rotation(batch.positions)
         for index in range(len(self.weights.layers)):
             x = self._layer(index, x, cos, sin, batch, pages, windows)
@@ -141,12 +149,20 @@ class Model:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """Logits [N, V] of rows [N, E] of `forward`'s result."""
-        return self.final_norm(x) @ self.weights.head.T
+        return gather_columns(self.group, self.final_norm(x) @ self.weights.head.T, self.whole.shape.vocab)
 
     def rotation(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of every token's angles, [T, 1, D / 2] in the type of computation."""
         angles = positions.to(torch.float32)[:, None, None] * self._inverse
         return angles.cos().to(self.compute), angles.sin().to(self.compute)
+
+    def _embed(self, tokens: torch.Tensor) -> torch.Tensor:
+        if self.group.size == 1:
+            return F.embedding(tokens, self.weights.embed)
+        at = tokens - self.vocab.start
+        own = (at >= 0) & (at < self.weights.embed.shape[0])
+        x = F.embedding(at.where(own, 0), self.weights.embed)
+        return self.group.all_reduce(x.masked_fill_(~own[:, None], 0.0))
 
     def _layer(
         self,
@@ -185,6 +201,7 @@ class Model:
         flat = attention.view(tokens, q_dim)
         out = flat @ w.o.T
         _add_lora(out, flat, "o_proj", index, batch.lora)
+        self.group.all_reduce(out)
         middle = x + out
 
         h = rms_norm(middle, w.mlp_norm, eps)
@@ -195,6 +212,7 @@ class Model:
         active = swiglu(gate, up)
         down = active @ w.down.T
         _add_lora(down, active, "down_proj", index, batch.lora)
+        self.group.all_reduce(down)
 
         for window in windows:
             kept, rows, at = window

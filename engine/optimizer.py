@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from engine.shares import Shares
+
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS = ("adamw", "sgd")
 
@@ -78,9 +80,15 @@ class MasterOptimizer:
     """Updates masters from summed gradients; nothing is read back to the host."""
 
     def __init__(
-        self, settings: OptimizerSettings, masters: Sequence[torch.Tensor], grads: Sequence[torch.Tensor]
+        self,
+        settings: OptimizerSettings,
+        masters: Sequence[torch.Tensor],
+        grads: Sequence[torch.Tensor],
+        shares: Shares | None = None,
     ) -> None:
+        """`shares` say what other ranks have of the tensors; None: nothing."""
         self.settings = settings
+        self._shares = shares
         self._grads = list(grads)
         for master, grad in zip(masters, grads, strict=True):
             master.grad = grad
@@ -88,12 +96,13 @@ class MasterOptimizer:
         self.steps = 0
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs, besides the masters."""
-        return self._optimizer.state_dict()
+        """What `restore` needs, besides the masters, whole. A collective."""
+        state = self._optimizer.state_dict()
+        return state if self._shares is None else self._shares.whole_state(state)
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Go on after `steps` steps."""
-        self._optimizer.load_state_dict(state)
+        self._optimizer.load_state_dict(state if self._shares is None else self._shares.own_state(state))
         self.steps = steps
 
     def step(self, count: torch.Tensor) -> torch.Tensor:
@@ -101,9 +110,15 @@ class MasterOptimizer:
 
         `count` [] is on the device. Returns the norm [] of the gradient before clipping.
         """
+        if self._shares is not None:
+            self._shares.reduce(self._grads)
         share = 1.0 / count.clamp(min=1).to(self._grads[0].dtype)
         torch._foreach_mul_(self._grads, share)
-        norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._grads)))
+        norms = torch._foreach_norm(self._grads)
+        if self._shares is None:
+            norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(norms))
+        else:
+            norm = self._shares.norm(norms)
         if self.settings.max_grad_norm is not None:
             # As torch.nn.utils.clip_grad_norm_ has it.
             torch._foreach_mul_(self._grads, (self.settings.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))

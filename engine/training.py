@@ -21,14 +21,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob, assemble_engine
+from engine.assemble import TrainingJob
 from engine.checkpoint import Progress, last_checkpoint, read_progress, restore, save_checkpoint
+from engine.config import read_config
 from engine.datasets import read_samples
 from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import StepRecord
 from engine.load import load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.optimizer import OptimizerSettings
+from engine.replica import replica
 from engine.text import passes
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
@@ -45,6 +47,7 @@ MAY_CHANGE = (
     "output_dir",
     "resume",
     "device",
+    "tp",
     "save_steps",
     "order",
     "memory",
@@ -63,6 +66,7 @@ class Settings:
     output_dir: str
     resume: bool
     device: str
+    tp: int
     dtype: str
     seed: int
     cutoff_len: int
@@ -91,7 +95,7 @@ class Settings:
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
-        for key in ("gradient_accumulation_steps", "num_train_epochs", "save_steps", "cutoff_len"):
+        for key in ("tp", "gradient_accumulation_steps", "num_train_epochs", "save_steps", "cutoff_len"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.max_steps is not None and self.max_steps < 1:
@@ -148,10 +152,10 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     total = -(-all_samples // accumulation)
     done = 0 if before is None else before.samples
 
-    model = load_model(settings.model_name_or_path, DTYPES[settings.dtype], settings.device)
-    shape = model.config.shape
+    shape = read_config(settings.model_name_or_path).shape
+    shape.check_tp(settings.tp)
     lora = LoraSpec(rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_target)
-    fresh = new_adapter(lora, shape, model.compute, "cpu", settings.seed)
+    fresh = new_adapter(lora, shape, torch.float32, "cpu", settings.seed)
     optimizer = OptimizerSettings(
         kind=settings.optim,
         learning_rate=settings.learning_rate,
@@ -172,25 +176,27 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
         memory=settings.memory,
     )
     limits = Limits(kv_tokens=16, block_tokens=16, max_sequences=1, max_tokens=1, max_sequence_tokens=1)
-    engine, jobs = assemble_engine(model, limits, [job])
-    trainer = engine.trainers["job"]
-    if found is not None:
-        restore(found, trainer)
-    log = _Log(folder / "trainer_log.jsonl", total, trainer.optimizer.steps)
+    with replica(settings.tp, settings.device) as ranks:
+        model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
+        engine, jobs = ranks.assemble(model, limits, [job])
+        trainer = engine.trainers["job"]
+        if found is not None:
+            restore(found, engine, job.id)
+        log = _Log(folder / "trainer_log.jsonl", total, trainer.optimizer.steps)
 
-    def on_step(record: StepRecord) -> None:
-        samples_done = min(all_samples, record.step * accumulation)
-        log.add(record, samples_done)
-        if record.step % settings.save_steps == 0 or record.step == total:
-            progress = Progress(step=record.step, samples=samples_done, settings=settings.fixed)
-            save_checkpoint(folder, trainer, progress, settings.model_name_or_path)
+        def on_step(record: StepRecord) -> None:
+            samples_done = min(all_samples, record.step * accumulation)
+            log.add(record, samples_done)
+            if record.step % settings.save_steps == 0 or record.step == total:
+                progress = Progress(step=record.step, samples=samples_done, settings=settings.fixed)
+                save_checkpoint(folder, engine, job.id, progress, settings.model_name_or_path)
 
-    engine.on_step = on_step
-    state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
-    with log:
-        Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
-    write_adapter(trainer.masters, folder, settings.model_name_or_path)
-    return {"steps": trainer.optimizer.steps, "loss": log.last_loss, "folder": str(folder)}
+        engine.on_step = on_step
+        state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
+        with log:
+            Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
+        write_adapter(engine.adapter(job.id), folder, settings.model_name_or_path)
+        return {"steps": trainer.optimizer.steps, "loss": log.last_loss, "folder": str(folder)}
 
 
 def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:

@@ -6,7 +6,11 @@ hidden states, and it is computed while the chunk's logits are at hand. Library 
 read the count of labels on the host (`.item()`), which an iteration must not wait for; these are
 plain matrix products and reductions, on any device, and nothing is read back.
 
-Shapes: T tokens, E hidden size, V vocabulary.
+Where the vocabulary is split over ranks, each has the logits of its own rows. Of a token they exchange two
+numbers, the logarithm of the sum over their rows and the logit of the label, and in the end the gradient of
+the hidden states, which every rank has a part of: whole logits exist nowhere.
+
+Shapes: T tokens, E hidden size, V vocabulary (a rank's rows of it).
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.checks import FLOATS, check_device, check_dtype, check_shape
+from engine.parallel import ALONE, Group
 
 IGNORE_LABEL = -100
 
@@ -25,6 +30,8 @@ def linear_cross_entropy(
     labels: torch.Tensor,
     *,
     chunk_tokens: int = 512,
+    group: Group = ALONE,
+    first_row: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Summed loss of softmax(hidden @ weight^T) against `labels`, and its gradient.
 
@@ -35,6 +42,7 @@ def linear_cross_entropy(
 
     Returns loss [] (float32; float64 for float64), count [] int64 of tokens with a label and d_hidden
     [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time.
+    On a `group` of several ranks `weight` are this rank's rows, from `first_row` on; all get the same.
     Raises ValueError for tensors that do not fit together.
     """
     check_shape("hidden", hidden, (None, None))
@@ -52,8 +60,9 @@ def linear_cross_entropy(
     loss = torch.zeros((), dtype=compute, device=hidden.device)
     for first in range(0, hidden.shape[0], chunk_tokens):
         part = slice(first, first + chunk_tokens)
-        loss += _chunk(hidden[part], weight, labels[part], d_hidden[part], compute)
-    return loss, (labels != IGNORE_LABEL).sum(), d_hidden
+        given = (hidden[part], weight, labels[part], d_hidden[part], compute)
+        loss += _chunk(*given) if group.size == 1 else _split_chunk(*given, group, first_row)
+    return loss, (labels != IGNORE_LABEL).sum(), group.all_reduce(d_hidden)
 
 
 def _chunk(
@@ -72,5 +81,31 @@ def _chunk(
     logits.sub_(log_total).exp_()
     logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
     logits.masked_fill_(~used, 0.0)
+    torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
+    return loss
+
+
+def _split_chunk(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    d_hidden: torch.Tensor,
+    compute: torch.dtype,
+    group: Group,
+    first_row: int,
+) -> torch.Tensor:
+    """Loss of one chunk; writes this rank's part of d_hidden."""
+    logits = (hidden @ weight.T).to(compute)
+    used = labels != IGNORE_LABEL
+    at = labels - first_row
+    own = used & (at >= 0) & (at < weight.shape[0])
+    at = at.where(own, 0)[:, None]
+    picked = logits.gather(1, at)[:, 0].where(own, 0.0)
+    every = group.all_gather(torch.stack((logits.logsumexp(1), picked)))
+    log_total = every[:, 0].logsumexp(0)
+    loss = (log_total - every[:, 1].sum(0)).where(used, 0.0).sum()
+    logits.sub_(log_total[:, None]).exp_()
+    logits.scatter_add_(1, at, -own[:, None].to(compute))
+    logits.masked_fill_(~used[:, None], 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
     return loss

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from engine.load import random_model, save_model
 from engine.lora import Adapter, new_adapter
 from engine.model import LayerWeights, Model, Weights
 from engine.optimizer import OptimizerSettings
+from engine.parallel import ALONE, Group
 from engine.sampling import Sampling
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, Policy, View
@@ -73,9 +74,21 @@ CONFIGS = {
 each query head and tied embeddings."""
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float32) -> Model:
+def config_of(family: str, **changes: int) -> ModelConfig:
+    """One of CONFIGS, its shape changed."""
+    config = CONFIGS[family]
+    return replace(config, shape=replace(config.shape, **changes))  # type: ignore[arg-type]
+
+
+def tiny_model(
+    family: str,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    group: Group = ALONE,
+    **changes: int,
+) -> Model:
     """Weights large enough that no layer is close to the identity, and norms that are not 1."""
-    model = random_model(CONFIGS[family], dtype, "cpu", seed=7, spread=0.2)
+    model = random_model(config_of(family, **changes), dtype, device, seed=7, spread=0.2, group=group)
     generator = torch.Generator().manual_seed(8)
     for layer in model.weights.layers:
         layer.input_norm.uniform_(0.5, 1.5, generator=generator)
@@ -117,9 +130,11 @@ def _exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
     return module.weight * scaled
 
 
-def adapter_of(family: str, rank: int, targets: Sequence[str], seed: int = 0, alpha: float = 8.0) -> Adapter:
+def adapter_of(
+    family: str, rank: int, targets: Sequence[str], seed: int = 0, alpha: float = 8.0, **changes: int
+) -> Adapter:
     """An adapter that changes the output: B is not zero."""
-    shape = CONFIGS[family].shape
+    shape = config_of(family, **changes).shape
     spec = LoraSpec(rank=rank, alpha=alpha, targets=tuple(targets))
     adapter = new_adapter(spec, shape, torch.float32, "cpu", seed)
     generator = torch.Generator().manual_seed(seed + 1)
@@ -144,7 +159,7 @@ class RecordingModel(Model):
     """Remembers all logits that it gave."""
 
     def __init__(self, model: Model) -> None:
-        super().__init__(model.config, model.weights)
+        super().__init__(model.whole, model.weights, model.group)
         self.recorded: list[torch.Tensor] = []
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
