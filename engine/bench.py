@@ -4,6 +4,7 @@
     coserve bench model=llama_3_1_8b device=h200 workload=builtin workload.rate_rps=5 job/lora=down_proj
     coserve bench -m policy=coserving,temporal,inference_only
     coserve bench experiment=gpu_paper
+    coserve bench model=tiny device=cpu model.tp=2
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
 fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`), and the peak of
@@ -35,10 +36,11 @@ from omegaconf import DictConfig, OmegaConf
 from engine.assemble import TrainingJob
 from engine.finetune import Sample
 from engine.lora import new_adapter, write_adapter
-from engine.machine import Last, model_of, place_of, release
+from engine.machine import Last, model_of, place_of, release, shape_of
 from engine.measure import finetune_peak_tok_s, measure
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
+from engine.replica import Replica, replica
 from engine.room import limits_and_plan
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
@@ -120,8 +122,11 @@ def bench(config: DictConfig) -> dict[str, Any]:
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     if check(config.run.resume, bool, "run.resume") and (folder / SUMMARY).exists():
         return _done_before(folder, resolved)
+    device = build(DeviceSpec, config.device, "device")
+    shape = shape_of(config.model, config.weights)
     try:
-        return _bench(config, resolved, folder)
+        with replica(shape.tp, place_of(device)) as ranks:
+            return _bench(config, resolved, folder, ranks, shape, device)
     except Exception as error:
         # The error is kept until the sweep ends, its frames with it: they must not hold the pages.
         traceback.clear_frames(error.__traceback__)
@@ -129,19 +134,23 @@ def bench(config: DictConfig) -> dict[str, Any]:
         raise
 
 
-def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dict[str, Any]:
+def _bench(
+    config: DictConfig,
+    resolved: dict[str, object],
+    folder: Path,
+    ranks: Replica,
+    shape: ModelShape,
+    device: DeviceSpec,
+) -> dict[str, Any]:
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     settings = build(JobSettings, config.job, "job")
-    device = build(DeviceSpec, config.device, "device")
     slos = slos_of(config)
-    split = _split_of(config)
+    split = _split_of(config, shape)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    shape = build(ModelShape, config.model, "model")
-    place_of(device)
     samples = _samples(config, settings, shape)
-    model = model_of(shape, device, config.weights)
+    model = model_of(shape, device, config.weights, ranks)
     given = build(LimitSettings, config.limits, "limits")
 
     def job(of_seed: int, plan: CompilePlan | None) -> TrainingJob:
@@ -161,13 +170,14 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     limits, plan = limits_and_plan(model, device, given, job(0, None), utilization)
 
     def measured() -> Before:
-        predictor = measure(model, limits, job(0, plan), check(config.measure_s, float, "measure_s"), 0)
+        measure_s, peak_s = (check(config[key], float, key) for key in ("measure_s", "peak_s"))
+        predictor = measure(model, limits, job(0, plan), measure_s, 0, ranks.assemble)
+        if not peak_s:
+            return Before(predictor, None)
         release()
-        peak_s = check(config.peak_s, float, "peak_s")
         alone = _policy(_named_policy("finetune_only"), predictor, slos)
-        return Before(
-            predictor, finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s) if peak_s else None
-        )
+        peak = finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s, ranks.assemble)
+        return Before(predictor, peak)
 
     parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
     before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
@@ -185,6 +195,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
         slos=slos,
         device=device,
         seed=seed,
+        assemble=ranks.assemble,
     )
     if split is None:
         bench: Single | Split = Single(setting, _policy(config.policy, before.predictor, slos))
@@ -217,12 +228,12 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(bench.trainer.trainers["job"].masters, folder / "adapter", config.weights)
+    write_adapter(bench.trainer.adapter("job"), folder / "adapter", config.weights)
     losses = [record.loss for record in bench.trainer.steps]
     return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
 
 
-def _split_of(config: DictConfig) -> Share | None:
+def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
     """Who serves in a static split, for a policy that assigns whole pipelines; None for all others.
 
     Its other side finetunes in slices within the latency budget, so that serving never waits for it longer
@@ -231,6 +242,8 @@ def _split_of(config: DictConfig) -> Share | None:
     node = {str(key): value for key, value in config.policy.items() if key != "name"}
     if not hasattr(locate(node.get("_target_"), "policy"), "assign"):
         return None
+    if shape.tp > 1:
+        raise ValueError(f"policy {config.policy.name} splits one device; model.tp must be 1, got {shape.tp}")
     return share_of(build(None, node, "policy"))
 
 

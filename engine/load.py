@@ -78,8 +78,10 @@ def random_model(
 
 
 def named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every weight under Hugging Face's name, as a view of the model's own."""
-    yield from _places(model.config, model.weights)
+    """Every weight under Hugging Face's name, as a view of the model's own. Of a whole model alone."""
+    assert model.group.size == 1
+    for place in _places(model.config.shape, model.weights, ALONE):
+        yield place.name, place.target
     if model.config.shape.tied_embeddings:
         yield "lm_head.weight", model.weights.embed
 

@@ -13,9 +13,12 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from engine.config import ModelConfig, RopeScaling
+from engine.config import ModelConfig, RopeScaling, read_config
 from engine.load import load_model, random_model
 from engine.model import Model
+from engine.parallel import ALONE
+from engine.replica import Replica
+from sim.checked import build
 from sim.core.specs import DeviceSpec, ModelShape
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -67,21 +70,38 @@ def place_of(device: DeviceSpec) -> str:
     return "cuda"
 
 
-def model_of(shape: ModelShape, device: DeviceSpec, weights: str | None) -> Model:
-    """The model of a folder, or random weights of the shape, which are the same for every seed."""
+def shape_of(node: object, weights: str | None) -> ModelShape:
+    """The model's shape, checked against the folder of its weights, if they come from one."""
+    shape: ModelShape = build(ModelShape, node, "model")
+    shape.check_tp(shape.tp)
     if shape.dtype_bytes not in DTYPES:
         raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
+    if weights is not None:
+        read = read_config(weights).shape
+        found = replace(read, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
+        if found != shape:
+            raise ValueError(f"weights: {weights} holds {found}, model is {shape}")
+    return shape
+
+
+def model_of(
+    shape: ModelShape, device: DeviceSpec, weights: str | None, ranks: Replica | None = None
+) -> Model:
+    """The model of a folder, or random weights of the shape, which are the same for every seed.
+
+    On several ranks it is made anew each time, since the other ranks end with their replica.
+    """
     place, dtype = place_of(device), DTYPES[shape.dtype_bytes]
+    own = Replica(ALONE, torch.device(place)) if ranks is None else ranks
 
     def make() -> Model:
         if weights is None:
-            return random_model(random_config(shape), dtype, place)
-        model = load_model(weights, dtype, place)
-        found = replace(model.config.shape, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
-        if found != shape:
-            raise ValueError(f"weights: {weights} holds {found}, model is {shape}")
-        return Model(replace(model.config, shape=shape), model.weights)
+            return own.load(random_model, random_config(shape), dtype)
+        return own.load(load_model, weights, dtype)
 
+    if own.group.size > 1:
+        _MODEL.forget()
+        return make()
     return _MODEL.get((shape, place, weights), make)
 
 

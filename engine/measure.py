@@ -14,6 +14,7 @@ import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.engine import Engine
 from engine.model import Model
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward, Slice, Step
@@ -54,14 +55,19 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed
 
 
 def finetune_peak_tok_s(
-    model: Model, limits: Limits, job: TrainingJob, policy: Policy, seconds: float
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    policy: Policy,
+    seconds: float,
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> float:
     """Trained tokens per second of `job` alone under `policy`, between its first and its last optimizer step.
 
     Raises ValueError when the time was too short for two steps.
     """
     least = replace(limits, kv_tokens=limits.block_tokens)
-    engine, jobs = assemble_engine(model, least, [job])
+    engine, jobs = assemble(model, least, [job])
     recorder = Recorder()
     state = PipelineState(limits=least, slos={}, recorder=recorder, jobs=jobs)
     loop = run_loop(state, policy, GivenArrivals(), Horizon(duration_s=seconds, drain_s=0.0))

@@ -45,6 +45,7 @@ class Setting:
     slos: Mapping[str, Slo]
     device: DeviceSpec
     seed: int
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine
 
     def prompt(self, request: Request) -> tuple[list[int], Sampling]:
         """A request's tokens, drawn from the whole vocabulary."""
@@ -54,10 +55,11 @@ class Setting:
     def engine(self, limits: Limits, trains: bool, serves: bool = True) -> tuple[Engine, list[Job]]:
         """An engine with the job, if it trains, and the requests' adapters, if it serves."""
         jobs, adapters = [self.job] if trains else [], self.adapters if serves else None
-        return assemble_engine(self.model, limits, jobs, adapters)
+        return self.assemble(self.model, limits, jobs, adapters)
 
     def facts(self, limits: Limits) -> PipelineFacts:
-        return PipelineFacts(kv_blocks=limits.kv_tokens // limits.block_tokens, device=self.device)
+        blocks, devices = limits.kv_tokens // limits.block_tokens, self.model.group.size
+        return PipelineFacts(kv_blocks=blocks, device=self.device, devices=devices)
 
 
 class Single:

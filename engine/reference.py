@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from engine.machine import model_of, release
+from engine.machine import model_of, release, shape_of
 from engine.model import Model
 from engine.reference_iterations import (
     Memory,
@@ -41,7 +41,7 @@ from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes
 from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.core.specs import DeviceSpec, LoraSpec
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest
 
@@ -131,7 +131,9 @@ def reference(config: DictConfig) -> dict[str, Any]:
     started_s = time.perf_counter()
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
-    shape = build(ModelShape, node.pop("model"), "model")
+    shape = shape_of(node.pop("model"), node["weights"])
+    if shape.tp > 1:
+        raise ValueError(f"coserve reference measures one device: model.tp must be 1, got {shape.tp}")
     device = build(DeviceSpec, node.pop("device"), "device")
     sizes = build(Sizes, node.pop("sizes"), "sizes")
     settings = build(Settings, node, "reference")
