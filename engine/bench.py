@@ -157,7 +157,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
         )
 
     def measured() -> Before:
-        predictor = measure(model, limits, job(0), check(config.measure_s, float, "measure_s"), 0)
+        predictor = measure(model, limits, job(0), check(config.measure_s, float, "measure_s"))
         release()
         peak_s = check(config.peak_s, float, "peak_s")
         alone = _policy(_named_policy("finetune_only"), predictor, slos)

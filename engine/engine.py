@@ -108,6 +108,11 @@ class Engine:
         self._staging = Staging(model.device)
         self._launched: deque[_InFlight] = deque()
 
+    @property
+    def pages(self) -> Pages:
+        """Keys and values of everything that runs here."""
+        return self._pages
+
     def live_tokens(self, id: int) -> list[int]:
         """Prompt and output so far of a request that has not ended."""
         return list(self._live[id].tokens)

@@ -27,7 +27,7 @@ from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
-from sim.cost.table import row_seconds
+from sim.cost.flat import row_seconds
 
 Floats = NDArray[np.float64]
 
