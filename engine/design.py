@@ -9,6 +9,7 @@ one halves the gaps. There is no seed: the n-th point is the same in every call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count, product
@@ -208,14 +209,14 @@ class _Make:
 
 def _size(u: float, most: int) -> int:
     """1..most, even in the logarithm."""
-    return max(1, min(most, round(most ** min(1.0, max(0.0, u)))))
+    return max(1, min(most, round(math.pow(most, min(1.0, max(0.0, u))))))
 
 
 def _context(v: float, most: int) -> int:
     """None for the first quarter, then by the logarithm from 8."""
     if v < 0.25 or most < 8:
         return 0
-    return round(8 * (most / 8) ** ((v - 0.25) / 0.75))
+    return round(8 * math.pow(most / 8, (v - 0.25) / 0.75))
 
 
 def _cube(dimensions: int) -> Iterator[Sequence[float]]:

@@ -25,9 +25,9 @@ from profiles.table_file import TableFile
 from sim.core.rows import WORK_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostBuilder, CostContext
+from sim.cost.flat import row_seconds
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
-from sim.cost.flat import row_seconds
 
 Floats = NDArray[np.float64]
 

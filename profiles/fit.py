@@ -24,8 +24,8 @@ from profiles.schema import Profile
 from sim.core.rows import WORK_COLUMNS
 from sim.cost.context import CostContext
 from sim.cost.curves import ChunkCost
-from sim.cost.roofline import Roofline
 from sim.cost.flat import row_seconds
+from sim.cost.roofline import Roofline
 from sim.cost.table import Table
 
 Floats = NDArray[np.float64]
