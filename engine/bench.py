@@ -142,7 +142,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
     place_of(device)
     samples = _samples(config, settings, shape)
     model = model_of(shape, device, config.weights)
-    limits = _limits(config, settings, model, device)
+    limits = limits_of(config, settings.sample_tokens, settings.memory, settings.lora, model, device)
 
     def job(of_seed: int) -> TrainingJob:
         return TrainingJob(
@@ -237,7 +237,9 @@ def _compared(config: Mapping[str, Any]) -> str:
     return json.dumps({**config, "run": run}, sort_keys=True)
 
 
-def _limits(config: DictConfig, settings: JobSettings, model: Model, device: DeviceSpec) -> Limits:
+def limits_of(
+    config: DictConfig, sample_tokens: int, memory: str, lora: LoraSpec, model: Model, device: DeviceSpec
+) -> Limits:
     """`limits`, with the room that memory leaves where none is given."""
     given = build(LimitSettings, config.limits, "limits")
     longest, kv_tokens = given.max_sequence_tokens, given.kv_tokens
@@ -247,14 +249,14 @@ def _limits(config: DictConfig, settings: JobSettings, model: Model, device: Dev
         kv_tokens = kv_tokens_of(
             model.config.shape,
             device,
-            settings.lora,
+            lora,
             utilization=check(config.memory_utilization, float, "memory_utilization"),
-            batch_tokens=given.max_tokens + settings.sample_tokens,
+            batch_tokens=given.max_tokens + sample_tokens,
             batch_sequences=given.max_sequences,
             finetune=FinetuneReservation(
-                sample_tokens=settings.sample_tokens,
-                memory=settings.memory,
-                window_tokens=settings.sample_tokens,
+                sample_tokens=sample_tokens,
+                memory=memory,
+                window_tokens=sample_tokens,
             ),
             free_bytes=free_bytes(model.device),
         )

@@ -59,6 +59,8 @@ class Space:
     sample_tokens: int
     orders: tuple[str, ...]
     """Of each job, as `JobSpec.order`."""
+    window_tokens: int
+    """Longest window of a backward that runs its forward again."""
     adapters: int = 0
     """Adapters that requests may name."""
     overlap: bool = False
@@ -164,7 +166,7 @@ class _Make:
     def window(self, u: float, v: float) -> Point:
         """A window through all layers."""
         most, layers = self.space.sample_tokens, self.space.layers
-        tokens = _size(u, most)
+        tokens = _size(u, self.space.window_tokens)
         done = round(v * (most - tokens)) * layers
         return Point(job=self._job("window_major"), backward=Slice(most, done, tokens * layers))
 

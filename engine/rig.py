@@ -39,6 +39,8 @@ BURST = 4
 LONGEST_POINT_S = 1.0
 """A point stops repeating after so long; three repeats are always made."""
 LEAST_REPEATS = 3
+SECOND_WINDOW_TOKENS = 1024
+"""Beside a job that keeps a whole sample there is seldom room for a second sample's activations."""
 
 
 class Timed(NamedTuple):
@@ -91,6 +93,7 @@ class Rig:
             layers=model.config.shape.layers,
             sample_tokens=most,
             orders=tuple(job.order for job in jobs),
+            window_tokens=most if len(jobs) < 2 else min(most, SECOND_WINDOW_TOKENS),
             adapters=len(self._adapters),
         )
         for job in self._jobs:

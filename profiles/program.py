@@ -1,12 +1,14 @@
 """Measured profiles: what is shipped, how they are fitted, and how far predictions are from them.
 
+    coserve profile collect [device=NAME model=NAME] [seconds=360] [out=FILE] [restart=true]
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
     coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=table|curve] [cost=roofline|table]
                           [bound_median=8] [bound_p90=20]
     coserve profile curves DATA_FOLDER
 
-Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
+`collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its
+keys. Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
 when a bound is exceeded.
 """
 
@@ -16,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+
+import numpy as np
 
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
@@ -38,14 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(one_usage())
         return 0 if arguments else USER_ERROR
-    programs = {"show": _show, "fit": _fit, "check": _check, "curves": _curves}
+    programs = {"collect": _collect, "show": _show, "fit": _fit, "check": _check, "curves": _curves}
     name, rest = arguments[0], arguments[1:]
     try:
         if name not in programs:
             raise ValueError(
                 f"no program named {name!r}{nearest(name, programs)}; known: {', '.join(programs)}"
             )
-        if {"--help", "-h"} & set(rest):
+        if name != "collect" and {"--help", "-h"} & set(rest):
             print(one_usage())
             return 0
         return programs[name](rest)
@@ -133,10 +137,22 @@ def _print_lines(lines: Sequence[CheckLine]) -> None:
         print(f"{e.name:<{width}} {e.rows:>7} {numbers} {100 * e.bias:+6.1f} %  {e.worst_row}")
 
 
+def _collect(arguments: Sequence[str]) -> int:
+    from profiles.collect import main as collect
+
+    return collect(arguments)
+
+
 def _fit(arguments: Sequence[str]) -> int:
     names, settings = _settings(arguments, ("device", "model", "tp"))
     profile = read_profile(find_profile(str(_one_file(names, "fit"))))
     context = _context(profile, settings)
+    describe(profile, context)
+    return 0
+
+
+def describe(profile: Profile, context: CostContext | None = None) -> None:
+    """Print how well a table fits a profile, and where it ends."""
     done = fitting.fit(profile, context)
     print(f"{profile.file}: {len(profile.seconds)} rows")
     print(f"{'regime':<32} {'rows':>6} {'median':>8} {'p90':>8} {'worst':>8}  (5-fold cross-validated)")
@@ -153,7 +169,6 @@ def _fit(arguments: Sequence[str]) -> int:
         print(
             f"not measured: {', '.join(missing)}; costs nothing without device= and model= to derive it for"
         )
-    return 0
 
 
 def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
@@ -184,8 +199,10 @@ def _show(arguments: Sequence[str]) -> int:
     print(f"{profile.file}: {len(profile.seconds)} rows of whole iterations")
     for key, value in asdict(profile.provenance).items() if profile.provenance is not None else ():
         print(f"{key:<10} {value}")
+    for key, about in (profile.collected or {}).items():
+        print(f"{key:<10} {about}")
     for name, values in profile.columns.items():
-        print(f"{name:<24} {values.min():>14g} .. {values.max():g}")
+        print(f"{name:<24} {np.nanmin(values):>14g} .. {np.nanmax(values):g}")
     return 0
 
 

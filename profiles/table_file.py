@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from profiles.fit import fit
+from profiles.fit import fit, hides
 from profiles.schema import Profile, find_profile, read_profile
 from sim.cost.context import CostContext
 from sim.cost.table import FittedCost
@@ -30,7 +30,8 @@ class TableFile:
         name = self.path if self.path is not None else f"{context.device.name}-{context.model.name}"
         profile = read_profile(find_profile(name))
         _check_match(profile, context)
-        return fit(self._part(profile), context).table.model(context.lookahead)
+        table = fit(self._part(profile), context).table
+        return table.model(0 if hides(profile) else context.lookahead)
 
     def _part(self, profile: Profile) -> Profile:
         count = len(profile.seconds)
