@@ -48,10 +48,12 @@ from sim.core.loop import Horizon
 from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.context import CostContext
 from sim.cost.memory import FinetuneReservation
 from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
+from sim.rerun import write_rerun
 from sim.results import SUMMARY, make_manifest, read_run, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -157,7 +159,7 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
         )
 
     def measured() -> Before:
-        predictor = measure(model, limits, job(0), check(config.measure_s, float, "measure_s"))
+        predictor = _predictor(config, model, limits, device, job(0))
         release()
         peak_s = check(config.peak_s, float, "peak_s")
         alone = _policy(_named_policy("finetune_only"), predictor, slos)
@@ -165,7 +167,17 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
             predictor, finetune_peak_tok_s(model, limits, job(0), alone, peak_s) if peak_s else None
         )
 
-    parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
+    parts = (
+        "model",
+        "weights",
+        "device",
+        "limits",
+        "memory_utilization",
+        "job",
+        "predictor",
+        "measure_s",
+        "peak_s",
+    )
     before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
@@ -183,6 +195,8 @@ def _bench(config: DictConfig, resolved: dict[str, object], folder: Path) -> dic
         bench = Split(setting, split.policy, sliced, split.share)
     if run.warm_up_s:
         bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
+    if isinstance(bench, Single):
+        write_rerun(folder, limits, bench.jobs, settings.sample_tokens, before.predictor)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = bench.run(workload, horizon)
 
@@ -295,6 +309,22 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
 
 def _named_policy(name: str) -> Any:
     return OmegaConf.load(SIMULATOR / "policy" / f"{name}.yaml")
+
+
+def _predictor(
+    config: DictConfig, model: Model, limits: Limits, device: DeviceSpec, job: TrainingJob
+) -> FittedCost:
+    """A table of the profile in `predictor`, or of what this machine does in `measure_s`."""
+    path = check(config.predictor, str | None, "predictor")
+    if path is None:
+        return measure(model, limits, job, check(config.measure_s, float, "measure_s"))
+    from profiles.table_file import TableFile
+
+    lora = build(LoraSpec, config.job.lora, "job.lora")
+    context = CostContext(
+        device=device, model=model.config.shape, tp=1, lora=lora, seed=0, lookahead=limits.lookahead
+    )
+    return TableFile(path=path).build(context)
 
 
 def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:

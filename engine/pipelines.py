@@ -66,13 +66,13 @@ class Single:
     def __init__(self, setting: Setting, policy: Policy) -> None:
         self._setting = setting
         self._policy = policy
-        self.trainer, self._jobs = setting.engine(setting.limits, trains=True)
-        """The engine that finetunes."""
+        self.trainer, self.jobs = setting.engine(setting.limits, trains=True)
+        """The engine that finetunes, and its jobs as they stand."""
         self.facts = (setting.facts(setting.limits),)
 
     def run(self, workload: Workload, horizon: Horizon) -> Recorder:
         recorder, setting, policy = Recorder(), self._setting, self._policy
-        state = PipelineState(limits=setting.limits, slos=setting.slos, recorder=recorder, jobs=self._jobs)
+        state = PipelineState(limits=setting.limits, slos=setting.slos, recorder=recorder, jobs=self.jobs)
         arrivals: Arrivals = workload.arrivals() if policy.serves else GivenArrivals()
         source = EngineArrivals(arrivals, self.trainer, setting.prompt)
         Driver(self.trainer, WallClock()).run(run_loop(state, policy, source, horizon))
