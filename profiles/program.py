@@ -27,6 +27,7 @@ from profiles.curves import fitted, operators_in, table
 from profiles.measured import Measured, read_frame, read_measured
 from profiles.named import device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
+from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec
 from sim.cost.context import CostContext
 from sim.cost.efficiency import Efficiency
@@ -62,21 +63,6 @@ def one_usage() -> str:
     return __doc__.strip()
 
 
-def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Positional arguments and key=value settings; a key may be written with leading dashes."""
-    names, settings = [], {}
-    for argument in arguments:
-        key, equals, value = argument.lstrip("-").partition("=")
-        if not equals or Path(argument).exists():
-            names.append(argument)
-            continue
-        key = key.replace("-", "_")
-        if key not in known:
-            raise ValueError(f"no setting named {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-        settings[key] = value
-    return names, settings
-
-
 def _number(settings: dict[str, str], key: str) -> float | None:
     if key not in settings:
         return None
@@ -87,13 +73,6 @@ def _number(settings: dict[str, str], key: str) -> float | None:
     if not value >= 0:
         raise ValueError(f"{key} must be a number of at least 0, got {settings[key]!r}")
     return value
-
-
-def _tp(settings: dict[str, str], default: int) -> int:
-    value = settings.get("tp", str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"tp must be a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def _choice(settings: dict[str, str], key: str, known: Sequence[str]) -> str:
@@ -111,13 +90,13 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 def _check(arguments: Sequence[str]) -> int:
     known = ("device", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
-    names, settings = _settings(arguments, known)
+    names, settings = settings_of(arguments, known)
     path = _one_file(names, "check")
     if "device" not in settings:
         raise ValueError("check needs device=NAME; see configs/device")
     device = device_named(settings["device"])
     model = model_named(settings["model"]) if "model" in settings else None
-    tp = _tp(settings, model.tp if model is not None else 1)
+    tp = whole_number(settings, "tp", model.tp if model is not None else 1)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
     cost, gemm = _choice(settings, "cost", COSTS), _choice(settings, "gemm", GEMMS)
     lines = check_file(path, device, model, tp, cost, gemm)
@@ -144,7 +123,7 @@ def _collect(arguments: Sequence[str]) -> int:
 
 
 def _fit(arguments: Sequence[str]) -> int:
-    names, settings = _settings(arguments, ("device", "model", "tp"))
+    names, settings = settings_of(arguments, ("device", "model", "tp"))
     profile = read_profile(find_profile(str(_one_file(names, "fit"))))
     context = _context(profile, settings)
     describe(profile, context)
@@ -180,13 +159,13 @@ def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
             raise ValueError("fit needs both device=NAME and model=NAME, or neither")
         return None
     shape = model_named(model)
-    tp = _tp(settings, of.tp if of is not None else shape.tp)
+    tp = whole_number(settings, "tp", of.tp if of is not None else shape.tp)
     shape.check_tp(tp)
     return CostContext(device=device_named(device), model=shape, tp=tp, lora=LoraSpec(), seed=0)
 
 
 def _show(arguments: Sequence[str]) -> int:
-    names, _ = _settings(arguments, ())
+    names, _ = settings_of(arguments, ())
     if not names:
         _show_all()
         return 0
@@ -229,7 +208,7 @@ def _show_measured(measured: Measured) -> None:
 
 
 def _curves(arguments: Sequence[str]) -> int:
-    names, _ = _settings(arguments, ())
+    names, _ = settings_of(arguments, ())
     folder = _one_file(names, "curves")
     kernels = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
     rows = {}

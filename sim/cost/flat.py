@@ -31,7 +31,10 @@ FINETUNING = (
 
 
 def row_parts(curves: Curves, columns: Mapping[str, Floats]) -> dict[str, Floats]:
-    """Part -> seconds of shape (rows,), named as in `IterationCost.parts`; they add up to `row_seconds`."""
+    """Part -> seconds of shape (rows,), which add up to `row_seconds`.
+
+    Named as in `IterationCost.parts`, but that the adapters of windows, which every window has, are apart.
+    """
     beside = np.asarray(columns["overlap"], dtype=bool)
     inference, finetuning = halves(columns)
     parts = _device_parts(curves, columns)
@@ -90,8 +93,8 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
         + row["recompute_tokens"] * c.recompute.token_s
         + row["recompute_pairs"] * c.recompute.pair_s,
         "optimizer": row["optimizer_params"] * c.optimizer_param_s,
-        "adapters": lora * (row["adapters"] > 0)
-        + (c.lora_fixed_s + c.lora_token_s * windows) * (windows > 0),
+        "adapters": lora * (row["adapters"] > 0),
+        "adapters_forward": (c.lora_fixed_s + c.lora_token_s * windows) * (windows > 0),
     }
 
 
