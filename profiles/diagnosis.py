@@ -45,8 +45,10 @@ LEAST_SHARE = 0.002
 """Of the time: parts below it are not looked at."""
 LEAST_GAIN = 10.0
 """Twice the gain in log likelihood that frees a part, above Schwarz's log n."""
-RIVAL = 0.85
-"""Share of the best part's gain from which another part may be meant as well."""
+LEAST_CUT = 0.08
+"""Share of the mean error that a factor must take away: iterations are not independent of each other."""
+RIVAL = 1.05
+"""Mean error over that of the best part, up to which another part may be meant as well."""
 BOOTSTRAPS = 100
 BLOCK = 4
 ROUNDS, ROUNDS_AGAIN = 50, 12
@@ -129,6 +131,11 @@ class _Problem:
         a, b = self._system(freed)
         return float(np.abs(a @ _factors(a, b, ROUNDS) - b).mean())
 
+    def demands(self, loss: float, better: float) -> bool:
+        """Whether so much less error is worth another factor."""
+        gain = 2 * self.rows * math.log(loss / better)
+        return better < (1 - LEAST_CUT) * loss and gain > math.log(self.rows) + LEAST_GAIN
+
     def interval(
         self, name: str, freed: Sequence[str], draws: Sequence[NDArray[np.int64]]
     ) -> tuple[float, float, float]:
@@ -149,19 +156,26 @@ class _Problem:
 
 
 def _freed(problem: _Problem) -> dict[str, tuple[str, ...]]:
-    """Parts whose factor cannot be 1, the one that explains most first, each with its rivals."""
+    """Parts whose factor cannot be 1, the one that explains most first, each with its rivals.
+
+    All other parts together come before a single one that explains as much; if one of those freed later
+    makes an earlier one needless, that is 1 again.
+    """
     freed: dict[str, tuple[str, ...]] = {}
-    loss = problem.loss([*freed])
-    needed = math.log(problem.rows) + LEAST_GAIN
-    while len(freed) < len(problem.candidates()):
-        left = [name for name in problem.candidates() if name not in freed]
+    loss = problem.loss([])
+    while left := [name for name in problem.candidates() if name not in freed]:
         losses = {name: problem.loss([*freed, name]) for name in left}
         best = min(losses, key=lambda name: losses[name])
-        gains = {name: 2 * problem.rows * math.log(loss / losses[name]) for name in left}
-        if gains[best] < needed:
+        if not problem.demands(loss, losses[best]):
             break
-        freed[best] = tuple(n for n in left if n != best and gains[n] > RIVAL * gains[best])
+        if losses.get(OTHERS, math.inf) < RIVAL * losses[best]:
+            best = OTHERS
+        freed[best] = tuple(n for n in left if n != best and losses[n] < RIVAL * losses[best])
         loss = losses[best]
+    for name in [*freed]:
+        rest = [other for other in freed if other != name]
+        if not problem.demands(problem.loss(rest), problem.loss([*freed])):
+            del freed[name]
     return freed
 
 
