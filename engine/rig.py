@@ -53,7 +53,8 @@ class Timed(NamedTuple):
     host_s: np.ndarray
     """The part of `seconds` in which the device did not work."""
     ahead_s: float
-    """Seconds per iteration when the next one is launched before the last has ended; NaN if not asked."""
+    """Seconds per iteration when the next one is launched before the last has ended; NaN if not asked, and
+    where the limits have no room for the prompts of two iterations."""
     device_s: float
     """Median of what the device worked."""
 
@@ -113,7 +114,7 @@ class Rig:
             enough = len(rows) >= LEAST_REPEATS
             if enough and time.perf_counter() - started_s > LONGEST_POINT_S:
                 break
-        burst_s = self._burst(point) if ahead else math.nan
+        burst_s = self._burst(point) if ahead and self._holds_two(point) else math.nan
         self._release(decoding)
         seconds, host_s = np.array(rows).T
         return Timed(works[len(works) // 2], seconds, host_s, burst_s, float(np.median(seconds - host_s)))
@@ -167,6 +168,8 @@ class Rig:
         return self._pieces(point)
 
     def _pieces(self, point: Point) -> tuple[Slice, ...]:
+        if not (point.forward or point.backward or point.step):
+            return ()
         job = self._jobs[point.job]
         pieces: list[Slice] = [Step(job)] if point.step else []
         if point.forward:
@@ -256,6 +259,16 @@ class Rig:
                 for id, _ in sent[n - 1]:
                     self.engine.ended(id)
         return (ended_s[-1] - ended_s[0]) / (BURST - 1)
+
+    def _holds_two(self, point: Point) -> bool:
+        """Whether the prompts of two iterations fit beside the decodes."""
+        limits = self.space.limits
+        prompts = [tokens + context for tokens, context in point.prefill]
+        blocks = 2 * sum(-(-tokens // limits.block_tokens) for tokens in prompts)
+        # The decodes have taken their blocks, but for what the burst adds.
+        grown = point.decodes * -(-BURST // limits.block_tokens)
+        slots = point.decodes + 2 * len(prompts)
+        return slots <= limits.max_sequences and blocks + grown <= self.engine.tables.free
 
     def _real(self, plan: Plan) -> None:
         """An iteration that is computed and not timed."""

@@ -36,6 +36,7 @@ from engine.machine import model_of, place_of
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig, Timed
+from profiles.fit import LEAST_ROWS
 from profiles.schema import (
     COLUMNS,
     MORE_COLUMNS,
@@ -331,7 +332,10 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         profile = read_profile(Path(row["file"]))
         assert profile.collected is not None
         done, c = profile.collected["passed"], profile.columns
-        describe(profile)
+        if len(profile.seconds) < LEAST_ROWS:
+            print(f"{len(profile.seconds)} rows: a fit needs {LEAST_ROWS}")
+        else:
+            describe(profile)
         spread = (c["seconds_p80"] - c["seconds_p20"]) / c["seconds_p50"]
         print(f"spread of repeats (p80 - p20 over median): {100 * np.median(spread):.1f} % in the median row")
         print(f"host, not hidden: {1e3 * np.median(c['host_s']):.2f} ms an iteration in the median row")

@@ -47,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
     profile = read_profile(find_profile(settings["profile"]))
     runs = [read_rerun(read_run(path)) for path in _engine_runs(named)]
     names = _names(runs)
+    found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]
     for note in dict.fromkeys(note for run in runs for note in differences(run, profile)):
         print(f"note: {note}", file=sys.stderr)
-    found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]
     findings = _findings(found)
     folder = Path(settings["out"]) if "out" in settings else _common(named) / "fidelity"
     print(report(found, findings, profile, seeds))
