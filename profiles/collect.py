@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from importlib import metadata
@@ -32,7 +32,7 @@ from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, limits_of
 from engine.design import Point, design
 from engine.lora import new_adapter
-from engine.machine import model_of, place_of
+from engine.machine import model_of, place_of, release
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig, Timed
@@ -116,9 +116,13 @@ def collect(config: DictConfig) -> dict[str, Any]:
     file = ProfileFile(path, _about(model, device, limits, job, settings), _provenance(model, device))
     if not settings.restart:
         limits = replace(limits, kv_tokens=file.resume(open_kv=config.limits.kv_tokens is None))
-    rig = Rig(model, limits, _jobs(model, job), _adapters(model, job.lora, settings.adapters))
-    _time_points(rig, file, settings)
-    left_out = _settle(rig, file, settings)
+
+    def rig() -> Rig:
+        return Rig(model, limits, _jobs(model, job), _adapters(model, job.lora, settings.adapters))
+
+    timing = Timing(rig, settings.repeats)
+    _time_points(timing, file, settings)
+    left_out = _settle(timing, file)
     return {"file": str(path), "points": settings.points, "left_out": left_out}
 
 
@@ -184,30 +188,43 @@ class ProfileFile:
         write_profile(self.path, self.columns(), self._provenance, about)
 
 
-def _time_points(rig: Rig, file: ProfileFile, settings: Settings) -> None:
+class Timing:
+    """A rig, made anew when a point was too large for the device's memory."""
+
+    def __init__(self, make: Callable[[], Rig], repeats: int) -> None:
+        self._make = make
+        self._repeats = repeats
+        self._rig: Rig | None = make()
+        self.space = self._rig.space
+
+    def row(self, point: Point, index: int) -> dict[str, float] | None:
+        """One row; None for a point that the memory does not hold."""
+        if self._rig is None:
+            self._rig = self._make()
+        try:
+            return _flat(self._rig.time(point, self._repeats, ahead=True), index)
+        except torch.OutOfMemoryError:
+            print(f"note: point {index} does not fit into memory and is left out: {point}", file=sys.stderr)
+        # It stopped midway: what it left half done goes with the rig.
+        self._rig = None
+        release()
+        return None
+
+
+def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> None:
     """The points that the file lacks, until the time is over."""
     started_s = time.perf_counter()
-    rest = itertools.islice(design(rig.space), file.passed, settings.points)
+    rest = itertools.islice(design(timing.space), file.passed, settings.points)
     with tqdm(total=settings.points, initial=file.passed, unit="point", leave=False, disable=None) as bar:
         for point in rest:
             if time.perf_counter() - started_s > settings.seconds:
                 break
-            row = _row(rig, point, file.passed, settings.repeats)
+            row = timing.row(point, file.passed)
             file.passed += 1
             if row is not None:
                 file.add(row)
                 file.write()
             bar.update()
-
-
-def _row(rig: Rig, point: Point, index: int, repeats: int) -> dict[str, float] | None:
-    """One row; None for a point that the device's memory does not hold."""
-    try:
-        return _flat(rig.time(point, repeats, ahead=True), index)
-    except torch.OutOfMemoryError:
-        print(f"note: point {index} does not fit into memory and is left out: {point}", file=sys.stderr)
-        torch.cuda.empty_cache()
-        return None
 
 
 def _flat(timed: Timed, index: int) -> dict[str, float]:
@@ -223,15 +240,15 @@ def _flat(timed: Timed, index: int) -> dict[str, float]:
     }
 
 
-def _settle(rig: Rig, file: ProfileFile, settings: Settings) -> int:
+def _settle(timing: Timing, file: ProfileFile) -> int:
     """Time rows that contradict others again; those that go on doing so are left out. Returns how many."""
     left_out, tries = 0, dict.fromkeys((row["point"] for row in file.rows), 0)
     while (found := contradiction(file.columns())) is not None:
         _, slow = found
         index = int(file.rows[slow]["point"])
-        point = next(itertools.islice(design(rig.space), index, None))
+        point = next(itertools.islice(design(timing.space), index, None))
         tries[index] += 1
-        again = _row(rig, point, index, settings.repeats) if tries[index] <= AGAIN else None
+        again = timing.row(point, index) if tries[index] <= AGAIN else None
         if again is None:
             del file.rows[slow]
             left_out += 1
@@ -339,6 +356,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         spread = (c["seconds_p80"] - c["seconds_p20"]) / c["seconds_p50"]
         print(f"spread of repeats (p80 - p20 over median): {100 * np.median(spread):.1f} % in the median row")
         print(f"host, not hidden: {1e3 * np.median(c['host_s']):.2f} ms an iteration in the median row")
+        ahead = np.nanmedian(1 - c["ahead_s"] / c["seconds_p50"])
+        print(f"launched one ahead: {100 * ahead:.1f} % shorter in the median row")
         if row["left_out"]:
             print(f"left out: {row['left_out']} rows that contradict others each time they are measured")
         if done < row["points"]:

@@ -77,6 +77,9 @@ class Finding(NamedTuple):
     def line(self) -> str:
         if np.isnan(self.factor):
             return f"{self.part}: too little of it to tell"
+        if not self.freed:
+            own = f"a factor of its own would be {self.factor:.2f}, {self.low:.2f}-{self.high:.2f}"
+            return f"{self.part}: no error found ({own})"
         text = f"{self.part}: measured {self.factor:.2f}x of what the profile says"
         text += f" ({self.low:.2f}-{self.high:.2f})" + ("  <- off" if self.off else "")
         return text + (f", unless it is {' or '.join(self.rivals)}" if self.rivals else "")

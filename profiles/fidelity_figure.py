@@ -12,6 +12,7 @@ import pandas as pd
 from analysis.figures import style
 from profiles.against import Against
 from profiles.diagnosis import OFF, Finding
+from profiles.schema import Floats
 
 KINDS = {
     "inference alone": (style.BLUE, "o"),
@@ -70,47 +71,47 @@ def _metrics(axis: Any, found: Sequence[Against]) -> None:
     """Predicted over measured of every run, with the range of the seeds."""
     names = [metric.metric for metric in found[0].metrics]
     for place, name in enumerate(names):
-        own = [
-            metric for one in found for metric in one.metrics if metric.metric == name and metric.measured > 0
-        ]
+        own = [m for one in found for m in one.metrics if m.metric == name and m.measured > 0]
         offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0.0]
         for metric, offset in zip(own, offsets, strict=True):
-            low, mid, high = (
-                value / metric.measured
-                for value in (metric.predicted_low, metric.predicted, metric.predicted_high)
-            )
-            axis.plot([low, high], [place + offset] * 2, color=style.BLUE, linewidth=1.6, alpha=0.7)
-            axis.plot(mid, place + offset, marker="o", markersize=4.5, color=style.BLUE)
-    axis.set_yticks(
-        range(len(names)), [name.removesuffix("_s").replace("_", " ") for name in names], fontsize=9
-    )
-    axis.invert_yaxis()
-    _ratio(axis, "predicted / measured, and of the seeds")
+            numbers = np.array([metric.predicted_low, metric.predicted, metric.predicted_high])
+            _bar(axis, place + offset, numbers / metric.measured, style.BLUE)
+    _ratios(axis, [_label(name) for name in names], "predicted / measured, over the seeds")
+
+
+def _label(metric: str) -> str:
+    return metric.removesuffix("_s").replace("_", " ") if "tok_s" not in metric else metric.replace("_", " ")
 
 
 def _parts(axis: Any, findings: Sequence[Finding]) -> None:
     told = [finding for finding in findings if np.isfinite(finding.factor)]
     for place, finding in enumerate(told):
         color = style.VERMILION if finding.off else style.BLACK if finding.freed else style.GREY
-        axis.plot([max(finding.low, 1e-2), max(finding.high, 1e-2)], [place] * 2, color=color, linewidth=1.6)
-        axis.plot(max(finding.factor, 1e-2), place, marker="o", markersize=5, color=color)
-    axis.set_yticks(range(len(told)), [f"{f.part} ({f.share:.0%})" for f in told], fontsize=9)
+        _bar(axis, place, np.array([finding.low, finding.factor, finding.high]), color)
+    labels = [f"{finding.part} ({finding.share:.0%})" for finding in told]
+    _ratios(axis, labels, "measured / profile; red: off, black: freed")
+
+
+LEAST, MOST = 0.2, 5.0
+"""Ratios beyond are drawn at the edge, as arrows."""
+
+
+def _bar(axis: Any, place: float, ratios: Floats, color: str) -> None:
+    low, mid, high = np.clip(ratios, LEAST, MOST)
+    marker = "<" if ratios[1] < LEAST else ">" if ratios[1] > MOST else "o"
+    axis.plot([low, high], [place] * 2, color=color, linewidth=1.6, alpha=0.7)
+    axis.plot(mid, place, marker=marker, markersize=5, color=color, clip_on=False)
+
+
+def _ratios(axis: Any, labels: Sequence[str], title: str) -> None:
+    axis.set_yticks(range(len(labels)), labels, fontsize=9)
     axis.invert_yaxis()
-    _ratio(axis, "part: measured / profile (red: off)")
-
-
-def _ratio(axis: Any, label: str) -> None:
     axis.set_xscale("log")
-    low, high = axis.get_xlim()
-    axis.set_xlim(max(0.1, min(low, 0.7)), min(10.0, max(high, 1.4)))
-    ticks = [
-        t
-        for t in (0.1, 0.25, 0.5, 0.8, 1.0, 1.25, 2.0, 4.0, 10.0)
-        if axis.get_xlim()[0] <= t <= axis.get_xlim()[1]
-    ]
-    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.set_xlim(LEAST, MOST)
+    ticks = (LEAST, 0.5, 1.0, 2.0, MOST)
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axis.minorticks_off()
     axis.axvline(1.0, color=style.BLACK, linewidth=1.0)
     axis.axvspan(1 / OFF, OFF, color=style.GREY, alpha=0.18, linewidth=0)
-    axis.set_xlabel(label)
+    axis.set_xlabel(title)
     style.tidy(axis, "x")
