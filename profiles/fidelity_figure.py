@@ -34,6 +34,8 @@ def draw(path: Path, found: Sequence[Against], findings: Sequence[Finding]) -> P
 
 
 def _iterations(axis: Any, frame: pd.DataFrame) -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
     if len(frame) > MOST_POINTS:
         frame = frame.sample(MOST_POINTS, random_state=0)
     measured_ms, predicted_ms = 1e3 * frame["measured_s"], 1e3 * frame["predicted_s"]
@@ -55,6 +57,10 @@ def _iterations(axis: Any, frame: pd.DataFrame) -> None:
         label=f"within {OFF:g}x",
     )  # fmt: skip
     axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    for each in (axis.xaxis, axis.yaxis):
+        each.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        each.set_major_formatter("{x:g}")
+        each.set_minor_locator(NullLocator())
     axis.set_xlabel("measured iteration (ms)")
     axis.set_ylabel("predicted iteration (ms)")
     axis.legend(loc="upper left", frameon=False, fontsize=9)
@@ -86,10 +92,13 @@ def _label(metric: str) -> str:
 def _parts(axis: Any, findings: Sequence[Finding]) -> None:
     told = [finding for finding in findings if np.isfinite(finding.factor)]
     for place, finding in enumerate(told):
-        color = style.VERMILION if finding.off else style.BLACK if finding.freed else style.GREY
-        _bar(axis, place, np.array([finding.low, finding.factor, finding.high]), color)
+        color = style.VERMILION if finding.off else style.BLACK
+        if finding.freed:
+            _bar(axis, place, np.array([finding.low, finding.factor, finding.high]), color)
+        else:
+            _bar(axis, place, np.ones(3), style.GREY)
     labels = [f"{finding.part} ({finding.share:.0%})" for finding in told]
-    _ratios(axis, labels, "measured / profile; red: off, black: freed")
+    _ratios(axis, labels, "measured / profile (grey: no error)")
 
 
 LEAST, MOST = 0.2, 5.0
