@@ -29,7 +29,7 @@ from profiles.schema import Profile, find_profile, read_profile
 from profiles.settings import settings_of, whole_number
 from sim.errors import BUG
 from sim.rerun import Rerun, read_rerun
-from sim.results import find_runs, read_run
+from sim.results import Run, find_runs, read_run
 
 KNOWN = ("profile", "seeds", "out")
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("fidelity needs folders of engine runs and profile=FILE")
     seeds = whole_number(settings, "seeds", 5)
     profile = read_profile(find_profile(settings["profile"]))
-    runs = [read_rerun(read_run(path)) for path in _engine_runs(named)]
+    runs = [read_rerun(run) for run in _engine_runs(named)]
     names = _names(runs)
     found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]
     for note in dict.fromkeys(note for run in runs for note in differences(run, profile)):
@@ -137,13 +137,18 @@ def _findings(found: Sequence[Against]) -> list[Finding]:
     return diagnose(grouped(parts), measured_s)
 
 
-def _engine_runs(named: Sequence[str]) -> list[Path]:
-    """Engine runs among and below what was named; a folder named itself must be one."""
-    paths = find_runs(named)
-    own = [path for path in paths if read_run(path).summary.get("source") == "engine"]
-    if not own:
+def _engine_runs(named: Sequence[str]) -> list[Run]:
+    """Engine runs of one pipeline, among and below what was named. ValueError if there are none."""
+    runs = [run for run in map(read_run, find_runs(named)) if run.summary.get("source") == "engine"]
+    if not runs:
         raise ValueError(f"no run of the engine in or below {', '.join(named)}: they are simulated ones")
-    return own
+    single = [run for run in runs if run.summary["pipelines"] == 1]
+    for run in runs:
+        if run not in single:
+            print(f"note: {run.folder} is a split in two, which is not simulated", file=sys.stderr)
+    if not single:
+        raise ValueError(f"no run of one pipeline in or below {', '.join(named)}: they are splits")
+    return single
 
 
 def _names(runs: Sequence[Rerun]) -> list[str]:

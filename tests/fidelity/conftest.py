@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import engine.bench
+import engine.pipelines
 from engine.driver import VirtualClock
 from profiles.named import model_named
 from profiles.schema import Profile, Provenance, read_profile, write_profile
@@ -109,7 +110,7 @@ class Bench:
             return VirtualClock(NoisyCost(truth(), spread, (0, 7)) if spread else truth())
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(engine.bench, "WallClock", clock)
+            patch.setattr(engine.pipelines, "WallClock", clock)
             arguments = [*SHORT, f"predictor={self.profile_file}", f"hydra.run.dir={folder}", *overrides]
             assert engine.bench.main(arguments) == 0
         return folder
