@@ -22,7 +22,7 @@ from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import WORK_COLUMNS, Recorder, work_row
 from sim.core.state import PipelineState
-from sim.cost.table import FittedCost, Table
+from sim.cost.table import FittedCost, timed_table
 
 LEAST_ROWS = 60
 
@@ -35,21 +35,20 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float) -> F
     rig = Rig(model, limits, [job])
     # On a GPU the first launch of a kernel's variant compiles it.
     warm_ups = int(model.device.type == "cuda")
-    rows, taken_s, host_s = [], [], []
+    works, times = [], []
     started_s = time.perf_counter()
     for point in design(rig.space):
         if time.perf_counter() - started_s > seconds:
             break
         timed = rig.time(point, repeats=1, ahead=limits.lookahead == 1, warm_ups=warm_ups)
-        rows.append(work_row(timed.work))
-        taken_s.append(timed.ahead_s if limits.lookahead else float(timed.seconds[0]))
-        host_s.append(max(0.0, taken_s[-1] - timed.device_s))
-    if len(rows) < LEAST_ROWS:
-        raise ValueError(f"measure_s must allow {LEAST_ROWS} points, {seconds} gave {len(rows)}")
-    flat = np.array(rows, dtype=np.float64)
+        works.append(work_row(timed.work))
+        times.append((float(timed.seconds[0]), float(timed.host_s[0]), timed.ahead_s))
+    if len(works) < LEAST_ROWS:
+        raise ValueError(f"measure_s must allow {LEAST_ROWS} points, {seconds} gave {len(works)}")
+    flat = np.array(works, dtype=np.float64)
     columns = {name: np.ascontiguousarray(flat[:, i]) for i, name in enumerate(WORK_COLUMNS)}
-    # What a lookahead hides is hidden in the times already.
-    return Table.fit(columns, np.array(taken_s), host_s=float(np.median(host_s))).model()
+    taken_s, host_s, ahead_s = np.array(times).T
+    return timed_table(columns, taken_s, host_s, ahead_s, limits.lookahead).model()
 
 
 def finetune_peak_tok_s(

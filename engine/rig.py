@@ -53,8 +53,8 @@ class Timed(NamedTuple):
     host_s: np.ndarray
     """The part of `seconds` in which the device did not work."""
     ahead_s: float
-    """Seconds per iteration when the next one is launched before the last has ended; NaN if not asked, and
-    where the limits have no room for the prompts of two iterations."""
+    """Seconds per iteration when the next one is launched before the last has ended; NaN if not asked, for
+    optimizer steps (a job must see a label between two) and where two iterations' prompts do not fit."""
     device_s: float
     """Median of what the device worked."""
 
@@ -244,12 +244,7 @@ class Rig:
             if n < BURST:
                 chunks = self._chunks(point, counted=False)
                 sent.append(chunks)
-                if point.step:
-                    # Before its step a job must have seen a label.
-                    self._stand(point, fresh=False)
-                    self.engine.launch(Plan(finetune=(Forward(self._jobs[point.job], 2),)))
-                    self.engine.collect()
-                elif point.forward or point.backward:
+                if point.forward or point.backward:
                     self._stand(point, fresh=False)
                 plan = Plan(decode=point.decodes > 0, prefills=chunks, overlap=point.overlap)
                 self.engine.launch(plan._replace(finetune=self._pieces(point)))
@@ -261,7 +256,9 @@ class Rig:
         return (ended_s[-1] - ended_s[0]) / (BURST - 1)
 
     def _holds_two(self, point: Point) -> bool:
-        """Whether the prompts of two iterations fit beside the decodes."""
+        """Whether two such iterations can follow each other: their prompts fit beside the decodes."""
+        if point.step:
+            return False
         limits = self.space.limits
         prompts = [tokens + context for tokens, context in point.prefill]
         blocks = 2 * sum(-(-tokens // limits.block_tokens) for tokens in prompts)

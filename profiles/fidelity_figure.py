@@ -78,7 +78,7 @@ def _metrics(axis: Any, found: Sequence[Against]) -> None:
     names = [metric.metric for metric in found[0].metrics]
     for place, name in enumerate(names):
         own = [m for one in found for m in one.metrics if m.metric == name and m.measured > 0]
-        offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else [0.0]
+        offsets = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else np.zeros(len(own))
         for metric, offset in zip(own, offsets, strict=True):
             numbers = np.array([metric.predicted_low, metric.predicted, metric.predicted_high])
             _bar(axis, place + offset, numbers / metric.measured, style.BLUE)

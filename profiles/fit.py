@@ -25,7 +25,7 @@ from sim.cost.context import CostContext
 from sim.cost.curves import ChunkCost
 from sim.cost.flat import row_seconds
 from sim.cost.roofline import Roofline
-from sim.cost.table import Table
+from sim.cost.table import Table, timed_table
 
 Floats = NDArray[np.float64]
 
@@ -93,21 +93,11 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
 
 
 def table_of(profile: Profile, lookahead: int = 0) -> Table:
-    """A table of all rows, with host time as it was measured where it was.
-
-    With a lookahead and rows that were measured so, of those times: what is hidden is hidden in them. Such
-    a table's own model needs no lookahead; see `hides`.
-    """
+    """A table of all rows, with host time as it was measured where it was: `sim.cost.table.timed_table`."""
     c = profile.columns
     if "host_s" not in c:
         return Table.fit(profile.work, profile.seconds)
-    seconds, host_s = profile.seconds, c["host_s"]
-    keep = np.ones(len(seconds), dtype=bool)
-    if lookahead and hides(profile):
-        keep = np.isfinite(c["ahead_s"])
-        seconds, host_s = c["ahead_s"], np.maximum(0.0, c["ahead_s"] - (seconds - host_s))
-    work = {name: values[keep] for name, values in profile.work.items()}
-    return Table.fit(work, seconds[keep], host_s=float(np.median(host_s[keep])))
+    return timed_table(profile.work, profile.seconds, c["host_s"], c["ahead_s"], lookahead)
 
 
 def hides(profile: Profile) -> bool:

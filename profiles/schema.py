@@ -32,7 +32,7 @@ SECONDS_COLUMNS = ("seconds_p20", "seconds_p50", "seconds_p80")
 COLUMNS = (*WORK_COLUMNS, *SECONDS_COLUMNS)
 MORE_COLUMNS = ("point", "repeats", "host_s", "ahead_s")
 """Only in collected profiles. `host_s` is the part of `seconds_p50` in which the device did not work; `ahead_s`
-the seconds of an iteration with one launched ahead, NaN where there were too few sequences for two at once."""
+the seconds of an iteration with one launched ahead, NaN where it was not measured."""
 TABLES = Path(__file__).resolve().parent / "tables"
 METADATA = b"coserve.profile"
 COLLECTED = b"coserve.collected"

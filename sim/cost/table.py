@@ -116,6 +116,23 @@ class Table:
         return FittedCost(self.curves, self.ranges, lookahead)
 
 
+def timed_table(
+    columns: dict[str, Floats], seconds: Floats, host_s: Floats, ahead_s: Floats, lookahead: int
+) -> Table:
+    """A table of rows whose host time was measured apart, for loops that plan `lookahead` iterations ahead.
+
+    `seconds` are those of an iteration on its own, `host_s` the part of them in which the device did not
+    work, `ahead_s` (NaN where not measured) the seconds with another launched before it ends. What a
+    lookahead hides is then hidden in the rows, and the table's own model needs none: `model(0)`. A row that
+    was not measured so takes what its device works, and the host time that the others show.
+    """
+    if not lookahead or np.isnan(ahead_s).all():
+        return Table.fit(columns, seconds, host_s=float(np.median(host_s)))
+    device_s = seconds - host_s
+    shown_s = float(np.nanmedian(np.maximum(0.0, ahead_s - device_s)))
+    return Table.fit(columns, np.where(np.isnan(ahead_s), device_s + shown_s, ahead_s), host_s=shown_s)
+
+
 def _checked(columns: dict[str, Floats], seconds: Floats) -> dict[str, Floats]:
     missing = [name for name in WORK_COLUMNS if name not in columns]
     if missing:

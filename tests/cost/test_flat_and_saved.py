@@ -17,7 +17,7 @@ from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
 from sim.cost.sampled import Sampled, designed_works
 from sim.cost.saved import from_plain, to_plain
-from sim.cost.table import FittedCost, Table
+from sim.cost.table import FittedCost, Table, timed_table
 
 
 @pytest.fixture(scope="module")
@@ -81,3 +81,27 @@ def test_host_time_that_was_measured_apart_is_the_constant_term(
         assert np.median(np.abs(row_seconds(table.curves, flat(alone)) / seconds - 1)) < 0.05
     decode = Work(prefill=(Chunk(64, 0),), sampled_tokens=1)
     assert Table.fit(flat(alone), seconds, host_s=1e-4).model().parts(decode)["host"] == pytest.approx(1e-4)
+
+
+def test_a_lookahead_is_fitted_to_times_that_it_has_shortened(
+    works: list[Work], context: CostContext
+) -> None:
+    """Rows that could not be measured with one launched ahead take what the device works, and no less."""
+    alone = [work for work in works if not work.overlap]
+    columns, truth = flat(alone), Roofline().build(context)
+    seconds = np.array([truth.iteration_s(work) for work in alone])
+    host_s = np.full(len(seconds), 4e-4)
+    ahead_s = seconds - 3e-4
+    ahead_s[columns["optimizer_params"] > 0] = np.nan
+    now, ahead = (timed_table(columns, seconds, host_s, ahead_s, lookahead) for lookahead in (0, 1))
+    assert now.curves.host_s == pytest.approx(4e-4) and ahead.curves.host_s == pytest.approx(1e-4)
+    step = Work(optimizer_params=context.lora.params(context.model))
+    parts = [table.model().parts(step)["optimizer"] for table in (now, ahead)]
+    assert parts[1] == pytest.approx(parts[0], rel=0.05) and parts[0] > 0
+    with_steps = columns["optimizer_params"] > 0
+    assert with_steps.any()
+    for rows in (with_steps, ~with_steps):
+        work = {name: values[rows] for name, values in columns.items()}
+        assert np.median(row_seconds(ahead.curves, work) / (seconds[rows] - 3e-4)) == pytest.approx(
+            1, abs=0.03
+        )

@@ -85,6 +85,7 @@ def test_a_run_can_be_replayed_and_simulated_from_its_folder(
     assert same_plans(rows, replay(rerun)).all()
     again = simulate(rerun, truth())
     assert same_plans(rows, again).all() and len(again.iterations) == len(table)
+    assert main([str(folder), f"profile={bench.profile_file}", f"out={tmp_path / 'out'}", "seeds=1"]) == 0
     late = {**rows, "decode_count": rows["decode_count"] + (rows["iteration"] == 7)}
     assert np.flatnonzero(~same_plans(late, again)).tolist() == [7]
 
