@@ -49,6 +49,7 @@ LEAST_CUT = 0.08
 """Share of the mean error that a factor must take away: iterations are not independent of each other."""
 RIVAL = 1.05
 """Mean error over that of the best part, up to which another part may be meant as well."""
+MOST_ROWS = 4000
 BOOTSTRAPS = 100
 BLOCK = 4
 ROUNDS, ROUNDS_AGAIN = 50, 12
@@ -95,11 +96,14 @@ def grouped(parts: Mapping[str, Floats]) -> dict[str, Floats]:
 
 def diagnose(parts: Mapping[str, Floats], measured_s: Floats, seed: int = 0) -> list[Finding]:
     """A finding for each of `grouped` parts, seconds of shape (rows,), the largest share first; before them one
-    for OTHERS where they have a factor in common."""
+    for OTHERS where they have a factor in common. Of more than MOST_ROWS, so many drawn blocks are looked at."""
+    random = np.random.default_rng(seed)
+    if len(measured_s) > MOST_ROWS:
+        kept = np.unique(_blocks(len(measured_s), random, MOST_ROWS))
+        parts, measured_s = {name: s[kept] for name, s in parts.items()}, measured_s[kept]
     problem = _Problem(parts, measured_s)
     freed = _freed(problem)
-    random = np.random.default_rng(seed)
-    draws = [_blocks(len(measured_s), random) for _ in range(BOOTSTRAPS)]
+    draws = [_blocks(problem.rows, random, problem.rows) for _ in range(BOOTSTRAPS)]
     findings = []
     for name in [OTHERS, *sorted(parts, key=lambda name: -problem.share(name))]:
         if name == OTHERS and name not in freed:
@@ -193,8 +197,8 @@ def _factors(a: Floats, b: Floats, rounds: int, start: Floats | None = None) -> 
     return factors
 
 
-def _blocks(count: int, random: np.random.Generator) -> NDArray[np.int64]:
-    """As many rows as there are, drawn as blocks of neighbours."""
+def _blocks(count: int, random: np.random.Generator, rows: int) -> NDArray[np.int64]:
+    """`rows` of the numbers below `count`, drawn as blocks of neighbours."""
     size = min(BLOCK, count)
-    starts = random.integers(0, count - size + 1, -(-count // size))
-    return np.concatenate([np.arange(s, s + size) for s in starts])[:count]
+    starts = random.integers(0, count - size + 1, -(-rows // size))
+    return np.concatenate([np.arange(s, s + size) for s in starts])[:rows]

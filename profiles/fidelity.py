@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
     found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]
     for note in dict.fromkeys(note for run in runs for note in differences(run, profile)):
         print(f"note: {note}", file=sys.stderr)
-    findings = _findings(found)
+    findings = findings_of(found)
     folder = Path(settings["out"]) if "out" in settings else _common(named) / "fidelity"
     print(report(found, findings, profile, seeds))
     _write(folder, found, findings)
@@ -130,7 +130,7 @@ def _errors(frame: pd.DataFrame) -> pd.Series[float]:
     return frame["predicted_s"] / frame["measured_s"] - 1
 
 
-def _findings(found: Sequence[Against]) -> list[Finding]:
+def findings_of(found: Sequence[Against]) -> list[Finding]:
     """The parts over the iterations of all runs."""
     parts = {name: np.concatenate([one.parts[name] for one in found]) for name in found[0].parts}
     measured_s = np.concatenate([one.iterations["measured_s"].to_numpy() for one in found])

@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from profiles.against import METRICS
-from profiles.diagnosis import PARTS
-from profiles.fidelity import main
+from profiles.against import METRICS, against
+from profiles.diagnosis import OTHERS, PARTS, diagnose
+from profiles.fidelity import findings_of, main, report
+from profiles.schema import read_profile
 from sim.cli import main as coserve
 from sim.rerun import read_rerun, replay, same_plans, simulate
 from sim.results import read_run
@@ -49,19 +50,32 @@ def test_a_right_profile_predicts_the_run_and_has_no_part_off(
 
 @pytest.mark.parametrize("part", ["backward", "forward pass", "decode attention", "prefill attention"])
 def test_a_part_of_the_profile_that_is_wrong_by_two_is_found_and_named(
-    part: str,
-    run_folder: Path,
-    doubled: Callable[[tuple[str, ...]], Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    part: str, run_folder: Path, doubled: Callable[[tuple[str, ...]], Path]
 ) -> None:
-    wrong = doubled(tuple(name for name in PARTS[part] if name != "collective"))
-    assert main([str(run_folder), f"profile={wrong}", f"out={tmp_path / 'out'}", "seeds=1"]) == 0
-    found = pd.read_parquet(tmp_path / "out" / "parts.parquet").set_index("part")
-    assert list(found.index[found["off"]]) == [part], capsys.readouterr().out
-    assert found.loc[part, "low"] <= found.loc[part, "factor"] <= found.loc[part, "high"]
-    assert found.loc[part, "factor"] == pytest.approx(0.5, abs=0.08)
-    assert f"off by more than 1.2x: {part}\n" in capsys.readouterr().out
+    wrong = read_profile(doubled(tuple(name for name in PARTS[part] if name != "collective")))
+    found = [against(read_rerun(read_run(run_folder)), wrong, "run", seeds=1)]
+    findings = findings_of(found)
+    text = report(found, findings, wrong, 1)
+    assert [finding.part for finding in findings if finding.off] == [part], text
+    named = next(finding for finding in findings if finding.off)
+    assert named.low <= named.factor <= named.high and named.factor == pytest.approx(0.5, abs=0.08)
+    assert text.endswith(f"off by more than 1.2x: {part}")
+
+
+def test_factors_of_many_rows_are_those_of_all() -> None:
+    """Two parts that are wrong at once, under noise and hiccups; and a machine that is slower all over."""
+    random = np.random.default_rng(3)
+    parts = {name: random.lognormal(size=20_000) for name in ("backward", "forward pass", "decode attention")}
+    noise = np.exp(0.05 * random.standard_normal(20_000)) * np.where(random.random(20_000) < 0.02, 5, 1)
+    wrong = (0.5 * parts["backward"] + 2 * parts["forward pass"] + parts["decode attention"]) * noise
+    found = {finding.part: finding for finding in diagnose(parts, wrong)}
+    assert found["backward"].factor == pytest.approx(0.5, abs=0.02) and found["backward"].off
+    assert found["forward pass"].factor == pytest.approx(2, abs=0.04) and found["forward pass"].off
+    assert not found["decode attention"].freed
+    slow = diagnose(parts, 1.5 * noise * sum(parts.values()))
+    assert [finding.part for finding in slow if finding.off] == [OTHERS]
+    assert slow[0].factor == pytest.approx(1.5, abs=0.02)
+    assert not any(finding.freed for finding in diagnose(parts, noise * sum(parts.values())))
 
 
 @pytest.mark.parametrize(
