@@ -36,7 +36,7 @@ from sim.core.work import Work
 WARM_UPS = 1
 BURST = 4
 """Iterations launched one ahead of the other, for the time with a lookahead."""
-LONGEST_POINT_S = 1.0
+LONGEST_POINT_S = 0.7
 """A point stops repeating after so long; three repeats are always made."""
 LEAST_REPEATS = 3
 SECOND_WINDOW_TOKENS = 1024
@@ -253,7 +253,7 @@ class Rig:
                 ended_s.append(time.perf_counter())
                 for id, _ in sent[n - 1]:
                     self.engine.ended(id)
-        return (ended_s[-1] - ended_s[0]) / (BURST - 1)
+        return float(np.median(np.diff(ended_s)))
 
     def _holds_two(self, point: Point) -> bool:
         """Whether two such iterations can follow each other: their prompts fit beside the decodes."""
