@@ -7,8 +7,9 @@
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
 fitted to a few seconds of designed work on the same machine before the run (`engine.measure`), or with
-predictor=FILE to a profile that `coserve profile collect` has measured there at length; the peak of finetuning is what the same engine does alone. The engine has one stream, so where a policy plans finetuning
-beside inference (column `overlap`), it runs after it.
+predictor=FILE to a profile that `coserve profile collect` has measured there at length; the peak of finetuning
+is what the same engine does alone. The engine has one stream, so where a policy plans finetuning beside
+inference (column `overlap`), it runs after it.
 
 The warm-up serves the same traffic with the same engine before time 0 and drops what is left of it, so that a
 measured run begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
