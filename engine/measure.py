@@ -41,7 +41,7 @@ def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float) -> F
     cuda = model.device.type == "cuda"
     repeats = 2 if cuda else 1
     for point in islice(design(rig.space), FIRST_USES if cuda else 0):
-        rig.time(point, repeats=1)
+        rig.time(point, repeats=1, warm_ups=0)
     works, times = [], []
     started_s = time.perf_counter()
     for point in design(rig.space):
