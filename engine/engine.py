@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from engine.finetune import ForwardWindow, StepResult, Trainer
+from engine.finetune import ForwardWindow, Sample, StepResult, Trainer
 from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, LoraBatch, Model, Pages, Window
 from engine.packing import Piece, Staging, pack
@@ -108,11 +108,6 @@ class Engine:
         self._staging = Staging(model.device)
         self._launched: deque[_InFlight] = deque()
 
-    @property
-    def pages(self) -> Pages:
-        """Keys and values of everything that runs here."""
-        return self._pages
-
     def live_tokens(self, id: int) -> list[int]:
         """Prompt and output so far of a request that has not ended."""
         return list(self._live[id].tokens)
@@ -179,6 +174,23 @@ class Engine:
             if token in live.sampling.stop_tokens:
                 ended.append(id)
         return tuple(ended)
+
+    # Reaching a state without computing it, for timing (`engine.rig`): what comes out means nothing
+
+    def fill(self) -> None:
+        """Random keys and values in every page."""
+        for tensor in self._pages:
+            tensor.normal_()
+
+    def skip(self, plan: Plan) -> None:
+        """Count the inference of a plan as done."""
+        self.tables.apply(plan)
+
+    def stand(
+        self, job: str, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool
+    ) -> None:
+        """Bring a job to a place in `sample`; see `Trainer.stand`."""
+        self.trainers[job].stand(sample, forward_tokens, backward_layer_tokens, fresh)
 
     # Forward
 

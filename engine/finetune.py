@@ -251,9 +251,7 @@ class Trainer:
         self._bank.drop(before)
         return StepResult(self.spec.id, self.optimizer.steps, loss, norm, rate)
 
-    def stand(
-        self, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool = True
-    ) -> None:
+    def stand(self, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool) -> None:
         """Be so far in `sample`, as if all before had been computed. For timing: what comes out means nothing.
 
         `fresh` draws the gradient at hand anew, which otherwise goes through the same layers time and again.

@@ -9,6 +9,7 @@ a profile instead and needs no time for this.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
 
@@ -17,8 +18,10 @@ import numpy as np
 from engine.assemble import TrainingJob, assemble_engine
 from engine.design import design
 from engine.driver import Driver, GivenArrivals, WallClock
+from engine.engine import Engine
 from engine.model import Model
 from engine.rig import Rig
+from sim.core.finetune import Job
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import WORK_COLUMNS, Recorder, work_row
@@ -30,12 +33,19 @@ FIRST_USES = 40
 """Points before time counts."""
 
 
-def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float) -> FittedCost:
+def measure(
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    seconds: float,
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
+) -> FittedCost:
     """Time points for `seconds` and fit a table. `job` is used up; its adapter is thrown away.
 
-    Raises ValueError when the time was too short for enough points.
+    `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
+    enough points.
     """
-    rig = Rig(model, limits, [job])
+    rig = Rig(model, limits, [job], assemble=assemble)
     # On a GPU a new variant of a kernel is compiled at its first use: most are met before time counts, and of
     # two repeats one is without.
     cuda = model.device.type == "cuda"

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -22,11 +22,12 @@ import torch
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.design import GROWTH_TOKENS, Point, Space
+from engine.engine import Engine
 from engine.finetune import Sample
 from engine.lora import Adapter
 from engine.model import Model
 from engine.sampling import Sampling
-from sim.core.finetune import Backward, Forward, Slice, Step
+from sim.core.finetune import Backward, Forward, Job, Slice, Step
 from sim.core.plan import Limits, Plan
 from sim.core.request import Request, Slo
 from sim.core.rows import Recorder
@@ -68,7 +69,9 @@ class Rig:
         limits: Limits,
         jobs: Sequence[TrainingJob],
         adapters: Mapping[str, Adapter] | None = None,
+        assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
     ) -> None:
+        """`assemble` makes the engine, as `assemble_engine` does."""
         self._adapters = [*(adapters or {})]
         self._lengths = {job.id: 2 for job in jobs}
         """Of the sample that each job draws next."""
@@ -79,9 +82,8 @@ class Rig:
         self._labels = self._text.astype(np.int64)
         self._made: dict[int, Sample] = {}
         own = [replace(job, samples=self._samples(job.id), accumulation=1) for job in jobs]
-        self.engine, counted = assemble_engine(model, limits, own, adapters)
-        for tensor in (self.engine.pages.k, self.engine.pages.v):
-            tensor.normal_()
+        self.engine, counted = assemble(model, limits, own, adapters)
+        self.engine.fill()
         # A state is reached by one prompt as long as it takes, whatever an iteration may hold.
         free = replace(limits, max_tokens=2**31, lookahead=0)
         self._state = PipelineState(limits=free, slos={"default": Slo()}, recorder=Recorder(), jobs=counted)
@@ -143,7 +145,7 @@ class Rig:
                 if counted:
                     self._skip(plan)
                 else:
-                    self.engine.tables.apply(plan)
+                    self.engine.skip(plan)
             chunks.append((id, tokens))
         return tuple(chunks)
 
@@ -191,13 +193,13 @@ class Rig:
 
     def _stand(self, point: Point, fresh: bool) -> None:
         length, forward_tokens, done = (2, 0, 0) if point.step else _place(point)
-        trainer = self.engine.trainers[self._jobs[point.job]]
-        trainer.stand(self._tokens(length), forward_tokens, done, fresh)
+        job = self._jobs[point.job]
+        self.engine.stand(job, self._tokens(length), forward_tokens, done, fresh)
 
     def _skip(self, plan: Plan) -> None:
         """The accounts follow a plan that the device does not see."""
         self._state.apply(plan, 0.0)
-        self.engine.tables.apply(plan)
+        self.engine.skip(plan)
         self._commit()
 
     def _commit(self) -> None:
@@ -278,7 +280,7 @@ class Rig:
         """One whole sample, so that what is kept of it is real and all is allocated."""
         trainer = self.engine.trainers[job]
         left, layers = trainer.max_tokens, self._layers(job)
-        trainer.stand(self._tokens(left), 0, 0)
+        self.engine.stand(job, self._tokens(left), 0, 0, fresh=True)
         while left:
             tokens = min(window, left)
             self.engine.launch(Plan(finetune=(Forward(job, tokens),)))
