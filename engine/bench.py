@@ -7,9 +7,10 @@
     coserve bench model=tiny device=cpu model.tp=2
 
 The loop, the policies and the tables are the simulator's; what is new is that time passes. The predictor is
-fitted to a few seconds of drawn work on the same machine before the run (`engine.measure`), and the peak of
-finetuning is what the same engine does alone. The engine has one stream, so where a policy plans finetuning
-beside inference (column `overlap`), it runs after it.
+fitted to a few seconds of designed work on the same machine before the run (`engine.measure`), or with
+predictor=FILE to a profile that `coserve profile collect` has measured there at length; the peak of finetuning
+is what the same engine does alone. Finetuning that a policy plans beside inference (column `overlap`) runs on
+a stream of its own on CUDA, and after inference with launch.streams=1 and on the CPU.
 
 The warm-up serves the same traffic with the same engine before time 0 and drops what is left of it, so that a
 measured run begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
@@ -23,8 +24,9 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,10 +36,13 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
+from engine.engine import Engine
 from engine.finetune import Sample
+from engine.launching import LaunchSettings
 from engine.lora import new_adapter, write_adapter
 from engine.machine import Last, model_of, place_of, release, shape_of
 from engine.measure import finetune_peak_tok_s, measure
+from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.replica import Replica, replica
@@ -47,13 +52,16 @@ from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
 from sim.checked import build, check, locate
 from sim.compile.plan import CompilePlan
+from sim.core.finetune import Job
 from sim.core.loop import Horizon
-from sim.core.plan import Policy
+from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.context import CostContext
 from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
+from sim.rerun import write_rerun
 from sim.results import SUMMARY, make_manifest, read_run, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -146,6 +154,7 @@ def _bench(
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     settings = build(JobSettings, config.job, "job")
+    launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     split = _split_of(config, shape)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
@@ -169,17 +178,30 @@ def _bench(
     utilization = check(config.memory_utilization, float, "memory_utilization")
     limits, plan = limits_and_plan(model, device, given, job(0, None), utilization)
 
+    assemble = partial(ranks.assemble, launching=launch.on(model))
+
     def measured() -> Before:
-        measure_s, peak_s = (check(config[key], float, key) for key in ("measure_s", "peak_s"))
-        predictor = measure(model, limits, job(0, plan), measure_s, 0, ranks.assemble)
+        predictor = _predictor(config, model, limits, device, job(0, plan), assemble)
+        peak_s = check(config.peak_s, float, "peak_s")
         if not peak_s:
             return Before(predictor, None)
         release()
         alone = _policy(_named_policy("finetune_only"), predictor, slos)
-        peak = finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s, ranks.assemble)
+        peak = finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s, assemble)
         return Before(predictor, peak)
 
-    parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
+    parts = (
+        "model",
+        "weights",
+        "device",
+        "limits",
+        "memory_utilization",
+        "job",
+        "launch",
+        "predictor",
+        "measure_s",
+        "peak_s",
+    )
     before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
@@ -195,7 +217,7 @@ def _bench(
         slos=slos,
         device=device,
         seed=seed,
-        assemble=ranks.assemble,
+        assemble=assemble,
     )
     if split is None:
         bench: Single | Split = Single(setting, _policy(config.policy, before.predictor, slos))
@@ -204,6 +226,8 @@ def _bench(
         bench = Split(setting, split.policy, sliced, split.share)
     if run.warm_up_s:
         bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
+    if isinstance(bench, Single):
+        write_rerun(folder, limits, bench.jobs, settings.sample_tokens, before.predictor)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = bench.run(workload, horizon)
 
@@ -284,6 +308,32 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
 
 def _named_policy(name: str) -> Any:
     return OmegaConf.load(SIMULATOR / "policy" / f"{name}.yaml")
+
+
+def _predictor(
+    config: DictConfig,
+    model: Model,
+    limits: Limits,
+    device: DeviceSpec,
+    job: TrainingJob,
+    assemble: Callable[..., tuple[Engine, list[Job]]],
+) -> FittedCost:
+    """A table of the profile in `predictor`, or of what this machine does in `measure_s`."""
+    path = check(config.predictor, str | None, "predictor")
+    if path is None:
+        return measure(model, limits, job, check(config.measure_s, float, "measure_s"), assemble)
+    from profiles.table_file import TableFile
+
+    lora = build(LoraSpec, config.job.lora, "job.lora")
+    context = CostContext(
+        device=device,
+        model=model.whole.shape,
+        tp=model.group.size,
+        lora=lora,
+        seed=0,
+        lookahead=limits.lookahead,
+    )
+    return TableFile(path=path).build(context)
 
 
 def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:

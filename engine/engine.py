@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from engine.finetune import ForwardWindow, StepResult, Trainer
+from engine.finetune import ForwardWindow, Sample, StepResult, Trainer
 from engine.graphs import Decodes, Graphs
 from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
@@ -216,6 +216,28 @@ class Engine:
             if token in live.sampling.stop_tokens:
                 ended.append(id)
         return tuple(ended)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether finetuning may run beside inference, on a stream of its own."""
+        return self._second is not None
+
+    # Reaching a state without computing it, for timing (`engine.rig`): what comes out means nothing
+
+    def fill(self) -> None:
+        """Random keys and values in every page."""
+        for tensor in self._pages:
+            tensor.normal_()
+
+    def skip(self, plan: Plan) -> None:
+        """Count the inference of a plan as done."""
+        self.tables.apply(plan)
+
+    def stand(
+        self, job: str, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool
+    ) -> None:
+        """Bring a job to a place in `sample`; see `Trainer.stand`."""
+        self.trainers[job].stand(sample, forward_tokens, backward_layer_tokens, fresh)
 
     # Forward
 

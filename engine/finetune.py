@@ -150,7 +150,7 @@ class Trainer:
     def next_window(self, tokens: int) -> ForwardWindow:
         """The next `tokens` of the sample, which the coming forward computes."""
         if self._sample is None:
-            self._start_sample()
+            self._start_sample(self._feed.take())
         assert self._sample is not None
         start = self._forward_tokens
         self._forward_tokens = start + tokens
@@ -276,8 +276,18 @@ class Trainer:
         self._bank.drop(before)
         return StepResult(self.spec.id, self.optimizer.steps, loss, norm, rate)
 
-    def _start_sample(self) -> None:
-        sample = self._sample = self._feed.take()
+    def stand(self, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool) -> None:
+        """Be so far in `sample`, as if all before had been computed. For timing: what comes out means nothing.
+
+        `fresh` draws the gradient at hand anew, which otherwise goes through the same layers time and again.
+        """
+        if fresh or sample is not self._sample:
+            self._start_sample(sample)
+            self._dx.normal_()
+        self._forward_tokens, self._backward_layer_tokens = forward_tokens, backward_layer_tokens
+
+    def _start_sample(self, sample: Sample) -> None:
+        self._sample = sample
         length = len(sample.tokens)
         if length > self.max_tokens:
             raise ValueError(

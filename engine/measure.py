@@ -1,57 +1,72 @@
-"""A predictor for the machine at hand: a few seconds of drawn work, timed, and a table fitted to it.
+"""What is measured on the machine at hand before a run: a predictor, and the peak of finetuning.
 
-The work is drawn by a policy that the shared loop runs, so it is timed exactly where and how it is timed
-later. Its plans are meant to be unlike each other, not to be good.
+The predictor is a table of the beginning of the design, timed for some seconds.
+
+It is what `coserve profile collect` does at length, each point once; `coserve bench predictor=FILE` takes such
+a profile instead and needs no time for this.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence as Seq
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
-from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.design import design
+from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import Engine
 from engine.model import Model
-from engine.sampling import Sampling
-from sim.core.finetune import Backward, Forward, Slice, Step
+from engine.rig import Rig
+from sim.core.finetune import Job
 from sim.core.loop import Horizon, run_loop
-from sim.core.plan import Limits, Plan, Policy, View
-from sim.core.request import Request, Slo
-from sim.core.rows import WORK_COLUMNS, Recorder
+from sim.core.plan import Limits, Policy
+from sim.core.rows import WORK_COLUMNS, Recorder, work_row
 from sim.core.state import PipelineState
-from sim.cost.table import FittedCost, Table
+from sim.cost.table import FittedCost, timed_table
 
-WARM_UP_ITERATIONS = 8
-"""Left out: the first pays for what is loaded and allocated once."""
 LEAST_ROWS = 60
+FIRST_USES = 40
+"""Points before time counts."""
 
 
-def measure(model: Model, limits: Limits, job: TrainingJob, seconds: float, seed: int) -> FittedCost:
-    """Run drawn work for `seconds` and fit its times. `job` is used up; its adapter is thrown away.
+def measure(
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    seconds: float,
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
+) -> FittedCost:
+    """Time points for `seconds` and fit a table. `job` is used up; its adapter is thrown away.
 
-    Raises ValueError when the time was too short for enough iterations.
+    `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
+    enough points.
     """
-    engine, jobs = assemble_engine(model, limits, [job])
-    recorder = Recorder()
-    state = PipelineState(limits=limits, slos={"default": Slo()}, recorder=recorder, jobs=jobs)
-    vocab, random = model.config.shape.vocab, np.random.default_rng((seed, 1))
-    source = EngineArrivals(
-        _Endless(limits, seed),
-        engine,
-        lambda request: (random.integers(0, vocab, request.prompt_tokens).tolist(), Sampling()),
-    )
-    loop = run_loop(state, _Drawn(seed), source, Horizon(duration_s=seconds, drain_s=0.0))
-    Driver(engine, WallClock()).run(loop)
-    rows = {name: column[WARM_UP_ITERATIONS:] for name, column in recorder.iterations.arrays().items()}
-    taken_s = rows["end_s"] - rows["start_s"]
-    if len(taken_s) < LEAST_ROWS:
-        raise ValueError(f"measure_s must allow {LEAST_ROWS} iterations, {seconds} gave {len(taken_s)}")
-    columns = {name: np.ascontiguousarray(rows[name]) for name in WORK_COLUMNS}
-    return Table.fit(columns, taken_s).model(limits.lookahead)
+    rig = Rig(model, limits, [job], assemble=assemble)
+    # On a GPU a new variant of a kernel is compiled at its first use: most are met before time counts, and of
+    # two repeats one is without.
+    cuda = model.device.type == "cuda"
+    repeats = 2 if cuda else 1
+    for point in islice(design(rig.space), FIRST_USES if cuda else 0):
+        rig.time(point, repeats=1, warm_ups=0)
+    works, times = [], []
+    started_s = time.perf_counter()
+    for point in design(rig.space):
+        if time.perf_counter() - started_s > seconds:
+            break
+        timed = rig.time(point, repeats, ahead=limits.lookahead == 1, warm_ups=repeats - 1)
+        best = int(np.argmin(timed.seconds))
+        works.append(work_row(timed.work))
+        times.append((float(timed.seconds[best]), float(timed.host_s[best]), timed.ahead_s))
+    if len(works) < LEAST_ROWS:
+        raise ValueError(f"measure_s must allow {LEAST_ROWS} points, {seconds} gave {len(works)}")
+    flat = np.array(works, dtype=np.float64)
+    columns = {name: np.ascontiguousarray(flat[:, i]) for i, name in enumerate(WORK_COLUMNS)}
+    taken_s, host_s, ahead_s = np.array(times).T
+    return timed_table(columns, taken_s, host_s, ahead_s, limits.lookahead).model()
 
 
 def finetune_peak_tok_s(
@@ -76,73 +91,3 @@ def finetune_peak_tok_s(
     if len(steps["end_s"]) < 2:
         raise ValueError(f"peak_s must allow 2 optimizer steps, {seconds} gave {len(steps['end_s'])}")
     return float(steps["tokens"][1:].sum() / (steps["end_s"][-1] - steps["end_s"][0]))
-
-
-class _Endless:
-    """As many requests as may run at once, each short enough that none is ever preempted."""
-
-    def __init__(self, limits: Limits, seed: int) -> None:
-        self._random = np.random.default_rng((seed, 2))
-        blocks = limits.kv_tokens // limits.block_tokens // limits.max_sequences
-        self._longest = min(limits.max_sequence_tokens, max(1, blocks) * limits.block_tokens) - 2
-        self._missing = limits.max_sequences
-        self._next_id = 0
-
-    def next_s(self) -> float | None:
-        return 0.0 if self._missing else math.inf
-
-    def due(self, now_s: float) -> Seq[Request]:
-        requests = []
-        for _ in range(self._missing):
-            prompt = int(self._random.integers(1, max(2, self._longest)))
-            output = int(self._random.integers(1, max(2, min(64, self._longest - prompt + 2))))
-            requests.append(Request(self._next_id, now_s, prompt, output))
-            self._next_id += 1
-        self._missing = 0
-        return requests
-
-    def ended(self, request_id: int, now_s: float) -> None:
-        self._missing += 1
-
-
-class _Drawn:
-    """Plans of every kind and size, one unlike the next."""
-
-    serves = True
-    finetunes = True
-
-    def __init__(self, seed: int) -> None:
-        self._random = np.random.default_rng((seed, 3))
-
-    def plan(self, view: View) -> Plan:
-        draw = self._random.random
-        decode = view.decode_count > 0 and draw() < 0.7
-        prefills = self._prefills(view) if draw() < 0.5 else ()
-        finetune = self._slice(view) if draw() < 0.6 or not (decode or prefills) else ()
-        if not (decode or prefills or finetune):
-            return Plan(decode=view.decode_count > 0, prefills=self._prefills(view))
-        return Plan(decode=decode, prefills=prefills, finetune=finetune)
-
-    def _prefills(self, view: View) -> tuple[tuple[int, int], ...]:
-        """One chunk, of an admitted sequence first."""
-        left = view.limits.max_tokens - view.decode_count
-        free = (view.free_blocks - view.growth_blocks) * view.limits.block_tokens
-        first = next(iter(view.prefilling), None)
-        if first is None and len(view.waiting) and view.running < view.limits.max_sequences:
-            first = view.waiting.first()
-        most = 0 if first is None else min(first.remaining_tokens, left, free)
-        return () if first is None or most < 1 else ((first.id, self._size(most)),)
-
-    def _slice(self, view: View) -> tuple[Slice, ...]:
-        for job in view.jobs:
-            if job.step_due:
-                return (Step(job.id),)
-            if job.forward_left:
-                return (Forward(job.id, self._size(job.forward_left)),)
-            unit = job.layers if job.order == "window_major" else 1
-            return (Backward(job.id, unit * self._size(job.backward_left // unit)),)
-        return ()
-
-    def _size(self, most: int) -> int:
-        """1..most; large ones often, since they are what has to be right."""
-        return max(1, math.ceil(most * math.pow(self._random.random(), 1.5)))

@@ -46,6 +46,7 @@ class Setting:
     device: DeviceSpec
     seed: int
     assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine
+    """Makes an engine, as `assemble_engine` does: with these launches, on these ranks."""
 
     def prompt(self, request: Request) -> tuple[list[int], Sampling]:
         """A request's tokens, drawn from the whole vocabulary."""
@@ -55,7 +56,9 @@ class Setting:
     def engine(self, limits: Limits, trains: bool, serves: bool = True) -> tuple[Engine, list[Job]]:
         """An engine with the job, if it trains, and the requests' adapters, if it serves."""
         jobs, adapters = [self.job] if trains else [], self.adapters if serves else None
-        return self.assemble(self.model, limits, jobs, adapters)
+        engine, counted = self.assemble(self.model, limits, jobs, adapters)
+        engine.warm_up()
+        return engine, counted
 
     def facts(self, limits: Limits) -> PipelineFacts:
         blocks, devices = limits.kv_tokens // limits.block_tokens, self.model.group.size
@@ -68,13 +71,13 @@ class Single:
     def __init__(self, setting: Setting, policy: Policy) -> None:
         self._setting = setting
         self._policy = policy
-        self.trainer, self._jobs = setting.engine(setting.limits, trains=True)
-        """The engine that finetunes."""
+        self.trainer, self.jobs = setting.engine(setting.limits, trains=True)
+        """The engine that finetunes, and its jobs as they stand."""
         self.facts = (setting.facts(setting.limits),)
 
     def run(self, workload: Workload, horizon: Horizon) -> Recorder:
         recorder, setting, policy = Recorder(), self._setting, self._policy
-        state = PipelineState(limits=setting.limits, slos=setting.slos, recorder=recorder, jobs=self._jobs)
+        state = PipelineState(limits=setting.limits, slos=setting.slos, recorder=recorder, jobs=self.jobs)
         arrivals: Arrivals = workload.arrivals() if policy.serves else GivenArrivals()
         source = EngineArrivals(arrivals, self.trainer, setting.prompt)
         Driver(self.trainer, WallClock()).run(run_loop(state, policy, source, horizon))

@@ -122,6 +122,20 @@ class Leader(Engine):
         self._tell("engine", "restore", job, state, steps)
         super().restore(job, state, steps)
 
+    def fill(self) -> None:
+        self._tell("engine", "fill")
+        super().fill()
+
+    def skip(self, plan: Plan) -> None:
+        self._tell("engine", "skip", plan)
+        super().skip(plan)
+
+    def stand(
+        self, job: str, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool
+    ) -> None:
+        self._tell("engine", "stand", job, sample, forward_tokens, backward_layer_tokens, fresh)
+        super().stand(job, sample, forward_tokens, backward_layer_tokens, fresh)
+
 
 class _Follower:
     """What a rank that does not lead has; its methods are the commands that it takes."""

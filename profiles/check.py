@@ -22,12 +22,11 @@ from profiles.measured import Measured, read_frame, read_measured
 from profiles.predict import predicted_s
 from profiles.schema import is_profile, read_profile
 from profiles.table_file import TableFile
-from sim.core.rows import WORK_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostBuilder, CostContext
+from sim.cost.flat import row_seconds
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
-from sim.cost.table import row_seconds
 
 Floats = NDArray[np.float64]
 
@@ -161,8 +160,7 @@ def _check_profile(path: Path, device: DeviceSpec, model: ModelShape, tp: int, c
     builder: CostBuilder = Roofline() if cost == "roofline" else TableFile()
     built = builder.build(context)
     assert isinstance(built, IterationCost)
-    work = {name: profile.columns[name] for name in WORK_COLUMNS}
-    seconds = row_seconds(built.curves, work)
+    seconds = row_seconds(built.curves, profile.work)
     return [
         CheckLine(
             name=e.regime,

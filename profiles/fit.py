@@ -21,11 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.schema import Profile
-from sim.core.rows import WORK_COLUMNS
 from sim.cost.context import CostContext
 from sim.cost.curves import ChunkCost
+from sim.cost.flat import row_seconds
 from sim.cost.roofline import Roofline
-from sim.cost.table import Table, row_seconds
+from sim.cost.table import Table, timed_table
 
 Floats = NDArray[np.float64]
 
@@ -75,7 +75,7 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
 
     ValueError when there are too few rows or neither prefill nor decodes among them.
     """
-    work = {name: profile.columns[name] for name in WORK_COLUMNS}
+    work = profile.work
     missing = tuple(kind for kind, names in GROUPS.items() if not work[names[0]].any())
     if len(profile.seconds) < LEAST_ROWS:
         raise ValueError(
@@ -86,10 +86,23 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
         raise ValueError(
             f"{profile.file}: no row has prefill_tokens or decode_count; allowed: some of either"
         )
-    table = Table.fit(work, profile.seconds)
+    table = table_of(profile, 0 if context is None else context.lookahead)
     if context is None or not missing:
         return Fitted(table=table, derived=(), factor=1.0)
     return _completed(table, missing, context)
+
+
+def table_of(profile: Profile, lookahead: int = 0) -> Table:
+    """A table of all rows, with host time as it was measured where it was: `sim.cost.table.timed_table`."""
+    c = profile.columns
+    if "host_s" not in c:
+        return Table.fit(profile.work, profile.seconds)
+    return timed_table(profile.work, profile.seconds, c["host_s"], c["ahead_s"], lookahead)
+
+
+def hides(profile: Profile) -> bool:
+    """Whether a table with lookahead is fitted to times that a lookahead has shortened already."""
+    return "ahead_s" in profile.columns and bool(np.isfinite(profile.columns["ahead_s"]).any())
 
 
 def cross_validated(profile: Profile) -> list[RegimeError]:
@@ -99,9 +112,9 @@ def cross_validated(profile: Profile) -> list[RegimeError]:
     for fold in range(FOLDS):
         out = np.zeros(len(order), dtype=bool)
         out[order[fold::FOLDS]] = True
-        work = {name: profile.columns[name] for name in WORK_COLUMNS}
-        table = Table.fit({name: values[~out] for name, values in work.items()}, profile.seconds[~out])
-        predicted[out] = row_seconds(table.curves, {name: values[out] for name, values in work.items()})
+        rest = replace(profile, columns={name: values[~out] for name, values in profile.columns.items()})
+        work = {name: values[out] for name, values in profile.work.items()}
+        predicted[out] = row_seconds(table_of(rest).curves, work)
     return by_regime(profile, predicted)
 
 

@@ -1,4 +1,4 @@
-"""Devices and models of `configs/`, by name or by the path of a file of the same form."""
+"""Devices and models of `configs/` and of the engine, by name or by the path of a file of the same form."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from sim.checked import build
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.errors import nearest
 
+FOLDERS = (CONFIGS, CONFIGS.parent / "engine" / "configs")
+
 
 def device_named(name: str) -> DeviceSpec:
     device: DeviceSpec = _named(DeviceSpec, "device", name)
@@ -24,9 +26,9 @@ def model_named(name: str) -> ModelShape:
 
 
 def _named(kind: Any, group: str, name: str) -> Any:
-    folder = CONFIGS / group
-    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
-    if not path.is_file():
-        known = sorted(p.stem for p in folder.glob("*.yaml"))
+    files = {path.stem: path for folder in FOLDERS for path in (folder / group).glob("*.yaml")}
+    path = Path(name) if name.endswith(".yaml") else files.get(name)
+    if path is None or not path.is_file():
+        known = sorted(files)
         raise ValueError(f"no {group} named {name!r}{nearest(name, known)}; known: {', '.join(known)}")
     return build(kind, OmegaConf.load(path), f"{group} {name}")

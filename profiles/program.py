@@ -1,12 +1,14 @@
 """Measured profiles: what is shipped, how they are fitted, and how far predictions are from them.
 
+    coserve profile collect [device=NAME model=NAME] [seconds=360] [out=FILE] [restart=true]
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
     coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=table|curve] [cost=roofline|table]
                           [bound_median=8] [bound_p90=20]
     coserve profile curves DATA_FOLDER
 
-Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
+`collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its
+keys. Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
 when a bound is exceeded.
 """
 
@@ -17,12 +19,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
+
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
 from profiles.curves import fitted, operators_in, table
 from profiles.measured import Measured, read_frame, read_measured
 from profiles.named import device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
+from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec
 from sim.cost.context import CostContext
 from sim.cost.efficiency import Efficiency
@@ -38,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("--help", "-h"):
         print(one_usage())
         return 0 if arguments else USER_ERROR
-    programs = {"show": _show, "fit": _fit, "check": _check, "curves": _curves}
+    programs = {"collect": _collect, "show": _show, "fit": _fit, "check": _check, "curves": _curves}
     name, rest = arguments[0], arguments[1:]
     try:
         if name not in programs:
             raise ValueError(
                 f"no program named {name!r}{nearest(name, programs)}; known: {', '.join(programs)}"
             )
-        if {"--help", "-h"} & set(rest):
+        if name != "collect" and {"--help", "-h"} & set(rest):
             print(one_usage())
             return 0
         return programs[name](rest)
@@ -58,21 +63,6 @@ def one_usage() -> str:
     return __doc__.strip()
 
 
-def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Positional arguments and key=value settings; a key may be written with leading dashes."""
-    names, settings = [], {}
-    for argument in arguments:
-        key, equals, value = argument.lstrip("-").partition("=")
-        if not equals or Path(argument).exists():
-            names.append(argument)
-            continue
-        key = key.replace("-", "_")
-        if key not in known:
-            raise ValueError(f"no setting named {key!r}{nearest(key, known)}; known: {', '.join(known)}")
-        settings[key] = value
-    return names, settings
-
-
 def _number(settings: dict[str, str], key: str) -> float | None:
     if key not in settings:
         return None
@@ -83,13 +73,6 @@ def _number(settings: dict[str, str], key: str) -> float | None:
     if not value >= 0:
         raise ValueError(f"{key} must be a number of at least 0, got {settings[key]!r}")
     return value
-
-
-def _tp(settings: dict[str, str], default: int) -> int:
-    value = settings.get("tp", str(default))
-    if not value.isdecimal() or int(value) < 1:
-        raise ValueError(f"tp must be a whole number of at least 1, got {value!r}")
-    return int(value)
 
 
 def _choice(settings: dict[str, str], key: str, known: Sequence[str]) -> str:
@@ -107,13 +90,13 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 def _check(arguments: Sequence[str]) -> int:
     known = ("device", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
-    names, settings = _settings(arguments, known)
+    names, settings = settings_of(arguments, known)
     path = _one_file(names, "check")
     if "device" not in settings:
         raise ValueError("check needs device=NAME; see configs/device")
     device = device_named(settings["device"])
     model = model_named(settings["model"]) if "model" in settings else None
-    tp = _tp(settings, model.tp if model is not None else 1)
+    tp = whole_number(settings, "tp", model.tp if model is not None else 1)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
     cost, gemm = _choice(settings, "cost", COSTS), _choice(settings, "gemm", GEMMS)
     lines = check_file(path, device, model, tp, cost, gemm)
@@ -133,10 +116,22 @@ def _print_lines(lines: Sequence[CheckLine]) -> None:
         print(f"{e.name:<{width}} {e.rows:>7} {numbers} {100 * e.bias:+6.1f} %  {e.worst_row}")
 
 
+def _collect(arguments: Sequence[str]) -> int:
+    from profiles.collect import main as collect
+
+    return collect(arguments)
+
+
 def _fit(arguments: Sequence[str]) -> int:
-    names, settings = _settings(arguments, ("device", "model", "tp"))
+    names, settings = settings_of(arguments, ("device", "model", "tp"))
     profile = read_profile(find_profile(str(_one_file(names, "fit"))))
     context = _context(profile, settings)
+    describe(profile, context)
+    return 0
+
+
+def describe(profile: Profile, context: CostContext | None = None) -> None:
+    """Print how well a table fits a profile, and where it ends."""
     done = fitting.fit(profile, context)
     print(f"{profile.file}: {len(profile.seconds)} rows")
     print(f"{'regime':<32} {'rows':>6} {'median':>8} {'p90':>8} {'worst':>8}  (5-fold cross-validated)")
@@ -153,7 +148,6 @@ def _fit(arguments: Sequence[str]) -> int:
         print(
             f"not measured: {', '.join(missing)}; costs nothing without device= and model= to derive it for"
         )
-    return 0
 
 
 def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
@@ -165,13 +159,13 @@ def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
             raise ValueError("fit needs both device=NAME and model=NAME, or neither")
         return None
     shape = model_named(model)
-    tp = _tp(settings, of.tp if of is not None else shape.tp)
+    tp = whole_number(settings, "tp", of.tp if of is not None else shape.tp)
     shape.check_tp(tp)
     return CostContext(device=device_named(device), model=shape, tp=tp, lora=LoraSpec(), seed=0)
 
 
 def _show(arguments: Sequence[str]) -> int:
-    names, _ = _settings(arguments, ())
+    names, _ = settings_of(arguments, ())
     if not names:
         _show_all()
         return 0
@@ -184,8 +178,10 @@ def _show(arguments: Sequence[str]) -> int:
     print(f"{profile.file}: {len(profile.seconds)} rows of whole iterations")
     for key, value in asdict(profile.provenance).items() if profile.provenance is not None else ():
         print(f"{key:<10} {value}")
+    for key, about in (profile.collected or {}).items():
+        print(f"{key:<10} {about}")
     for name, values in profile.columns.items():
-        print(f"{name:<24} {values.min():>14g} .. {values.max():g}")
+        print(f"{name:<24} {np.nanmin(values):>14g} .. {np.nanmax(values):g}")
     return 0
 
 
@@ -212,7 +208,7 @@ def _show_measured(measured: Measured) -> None:
 
 
 def _curves(arguments: Sequence[str]) -> int:
-    names, _ = _settings(arguments, ())
+    names, _ = settings_of(arguments, ())
     folder = _one_file(names, "curves")
     kernels = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
     rows = {}

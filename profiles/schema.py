@@ -2,15 +2,20 @@
 
 A profile is a Parquet or CSV file with WORK_COLUMNS and the 20th, 50th and 80th percentile of repeated
 measurements. Its provenance travels in the Parquet metadata, or beside a CSV as NAME.json. A group of
-columns that is zero in every row was not measured: `profiles.fit` derives it and says so. Rows with
-backward layers are the slot for measured backward passes.
+columns that is zero in every row was not measured: `profiles.fit` derives it and says so.
+
+What `coserve profile collect` writes has more (MORE_COLUMNS): which point of the design a row is, how often it
+was repeated, the host's share of it, and its time when the next iteration is launched before it ends.
 """
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,8 +30,12 @@ Floats = NDArray[np.float64]
 
 SECONDS_COLUMNS = ("seconds_p20", "seconds_p50", "seconds_p80")
 COLUMNS = (*WORK_COLUMNS, *SECONDS_COLUMNS)
+MORE_COLUMNS = ("point", "repeats", "host_s", "ahead_s")
+"""Only in collected profiles. `host_s` is the part of `seconds_p50` in which the device did not work; `ahead_s`
+the seconds of an iteration with one launched ahead, NaN where it was not measured."""
 TABLES = Path(__file__).resolve().parent / "tables"
 METADATA = b"coserve.profile"
+COLLECTED = b"coserve.collected"
 SLACK = 1.0
 """How much longer less work may take than more work before the two rows contradict each other. The
 columns do not say all: a few tokens after a long context have fewer pairs than many after none, and may take
@@ -62,12 +71,18 @@ class Profile:
 
     file: str
     columns: dict[str, Floats]
-    """COLUMNS, each of shape (rows,)."""
+    """COLUMNS, and in a collected profile MORE_COLUMNS, each of shape (rows,)."""
     provenance: Provenance | None
+    collected: dict[str, Any] | None = None
+    """On what, with what and by which command `coserve profile collect` made it."""
 
     @property
     def seconds(self) -> Floats:
         return self.columns["seconds_p50"]
+
+    @property
+    def work(self) -> dict[str, Floats]:
+        return {name: self.columns[name] for name in WORK_COLUMNS}
 
 
 def is_profile(columns: list[str]) -> bool:
@@ -75,13 +90,25 @@ def is_profile(columns: list[str]) -> bool:
     return len(set(WORK_COLUMNS) & set(columns)) > len(WORK_COLUMNS) // 2
 
 
-def write_profile(path: Path, columns: dict[str, Floats], provenance: Provenance) -> None:
-    """A Parquet file with its provenance."""
+def write_profile(
+    path: Path,
+    columns: Mapping[str, Floats],
+    provenance: Provenance,
+    collected: Mapping[str, Any] | None = None,
+) -> None:
+    """A Parquet file with its provenance, there as a whole or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({name: np.asarray(columns[name], dtype=np.float64) for name in COLUMNS})
-    pq.write_table(table.replace_schema_metadata({METADATA: json.dumps(asdict(provenance)).encode()}), path)
+    names = [name for name in (*COLUMNS, *MORE_COLUMNS) if name in COLUMNS or name in columns]
+    table = pa.table({name: np.asarray(columns[name], dtype=np.float64) for name in names})
+    metadata = {METADATA: json.dumps(asdict(provenance)).encode()}
+    if collected is not None:
+        metadata[COLLECTED] = json.dumps(collected).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    pq.write_table(table.replace_schema_metadata(metadata), partial)
+    os.replace(partial, path)
 
 
 def read_profile(path: Path) -> Profile:
@@ -92,8 +119,10 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(
             f"{path}: row 0 (header): column {missing[0]} is missing; a profile needs {', '.join(COLUMNS)}"
         )
-    numbers = {name: pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64) for name in COLUMNS}
-    for name, values in numbers.items():
+    names = [name for name in (*COLUMNS, *MORE_COLUMNS) if name in frame]
+    numbers = {name: pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64) for name in names}
+    for name in COLUMNS:
+        values = numbers[name]
         positive = name in SECONDS_COLUMNS
         bad = ~np.isfinite(values) | ((values <= 0) if positive else (values < 0))
         if bad.any():
@@ -105,7 +134,7 @@ def read_profile(path: Path) -> Profile:
     _check_order(str(path), numbers)
     _check_repeats(str(path), frame)
     _check_monotone(str(path), numbers)
-    return Profile(file=str(path), columns=numbers, provenance=_provenance(path))
+    return Profile(file=str(path), columns=numbers, provenance=_provenance(path), collected=_collected(path))
 
 
 def find_profile(name: str) -> Path:
@@ -141,6 +170,15 @@ def _provenance(path: Path) -> Provenance | None:
         raise ValueError(f"{path}: provenance: {error}") from None
 
 
+def _collected(path: Path) -> dict[str, Any] | None:
+    if path.suffix != ".parquet":
+        return None
+    import pyarrow.parquet as pq
+
+    text = (pq.read_schema(path).metadata or {}).get(COLLECTED)
+    return None if text is None else dict(json.loads(text))
+
+
 def _check_order(file: str, c: dict[str, Floats]) -> None:
     low, mid, high = (c[name] for name in SECONDS_COLUMNS)
     wrong = (low > mid) | (mid > high)
@@ -165,16 +203,23 @@ def _check_repeats(file: str, frame: pd.DataFrame) -> None:
 
 
 def _check_monotone(file: str, c: dict[str, Floats]) -> None:
-    """No row may do less in every column and yet take longer by more than SLACK and its own spread: what is
-    fitted never decreases, so one of the two is wrong."""
+    found = contradiction(c)
+    if found is not None:
+        row, other = found
+        raise ValueError(
+            f"{file}: row {row + 1}: not monotone: takes {c['seconds_p50'][row]:g} s, row {other + 1} "
+            f"does no more in any column and takes {c['seconds_p50'][other]:g} s; "
+            f"allowed: {SLACK:.0%} longer"
+        )
+
+
+def contradiction(c: Mapping[str, Floats]) -> tuple[int, int] | None:
+    """The first row, and one that does no more in any column and yet takes longer by more than SLACK and both
+    spreads: what is fitted never decreases, so one of the two is wrong. The longest such one; None if none."""
     work = np.column_stack([c[name] for name in WORK_COLUMNS])
     low, high = c["seconds_p20"], c["seconds_p80"]
     for row in range(len(work)):
         less = (work <= work[row]).all(axis=1) & (low > high[row] * (1 + SLACK))
         if less.any():
-            other = int(np.argmax(np.where(less, low, 0.0)))
-            raise ValueError(
-                f"{file}: row {row + 1}: not monotone: takes {c['seconds_p50'][row]:g} s, row {other + 1} "
-                f"does no more in any column and takes {c['seconds_p50'][other]:g} s; "
-                f"allowed: {SLACK:.0%} longer"
-            )
+            return row, int(np.argmax(np.where(less, low, 0.0)))
+    return None

@@ -98,6 +98,7 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
                 "profile",
                 "collect",
                 *place,
+                "job/lora=down_proj",
                 f"seconds={seconds['profile']}",
                 f"out={profile}",
             ),

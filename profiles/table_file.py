@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from profiles.fit import fit
+from profiles.fit import fit, hides
 from profiles.schema import Profile, find_profile, read_profile
 from sim.cost.context import CostContext
 from sim.cost.table import FittedCost
@@ -32,7 +32,7 @@ class TableFile:
         _check_match(profile, context)
         table = fit(self._part(profile), context).table
         curves = table.curves.with_again(context.model.layers, context.again_gemm, context.again_attention)
-        return replace(table, curves=curves).model(context.lookahead)
+        return replace(table, curves=curves).model(0 if hides(profile) else context.lookahead)
 
     def _part(self, profile: Profile) -> Profile:
         count = len(profile.seconds)

@@ -26,8 +26,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "finetune": ("finetune a LoRA adapter on a dataset: the job alone", "engine.training:main"),
     "generate": ("answer prompts from a file or from standard input", "engine.generate:main"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
-    "profile": ("measured profiles: show, fit, check against what is predicted", "profiles.program:main"),
+    "profile": ("measured profiles: collect, show, fit, check", "profiles.program:main"),
     "validate": ("a recorded engine run against the simulation of that engine", "profiles.validate:main"),
+    "fidelity": (
+        "runs of the engine against the simulation with a measured profile",
+        "profiles.fidelity:main",
+    ),
     "reproduce": ("simulate FlexLLM's evaluation, beside what was published", "analysis.reproduce:main"),
     "results": ("the page of what was measured on a GPU, beside the targets", "analysis.results_page:main"),
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),

@@ -8,7 +8,8 @@ non-negative coefficients, fitted by non-negative least squares of the relative 
 linear per axis, decode attention linear in the sum of contexts. The rectangles of a backward are seen as
 their sums: layers, layer-tokens and pairs.
 
-Host time is the constant term, so rows must come from a loop that does not hide it behind the GPU.
+Host time is the constant term: given where it was measured apart, else fitted. It is what the rows' own loop
+did not hide, so a table stands for loops with the lookahead that its rows were measured with.
 Rows with `overlap` do not enter the fit of the terms; they give the contention of two streams.
 """
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.work import Work
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
+from sim.cost.flat import device_seconds, halves
 from sim.cost.iteration import IterationCost
 from sim.cost.nnls import nnls
 
@@ -52,19 +54,6 @@ LINEAR = (
 )
 
 
-FINETUNING = (
-    "forward_windows",
-    "forward_tokens",
-    "forward_pairs",
-    "backward_layers",
-    "backward_layer_tokens",
-    "backward_pairs",
-    "recompute_tokens",
-    "recompute_pairs",
-    "optimizer_params",
-)
-
-
 class FittedCost(IterationCost):
     """An `IterationCost` that knows the range of the rows it was fitted to."""
 
@@ -90,10 +79,17 @@ class Table:
     ranges: dict[str, tuple[float, float]]
 
     @classmethod
-    def fit(cls, columns: dict[str, Floats], seconds: Floats, overlap_contention: float = 1.0) -> Table:
+    def fit(
+        cls,
+        columns: dict[str, Floats],
+        seconds: Floats,
+        overlap_contention: float = 1.0,
+        host_s: float | None = None,
+    ) -> Table:
         """Fit rows: `columns` has every name of WORK_COLUMNS, each of shape (rows,), like `seconds`.
 
-        `overlap_contention` is used when no row has `overlap`. ValueError for missing columns, unequal
+        `overlap_contention` is used when no row has `overlap`. `host_s`, where it was measured apart, is the
+        constant term; None fits that too. ValueError for missing columns, unequal
         lengths, values that are not finite, or seconds that are not positive.
         """
         rows = _checked(columns, seconds)
@@ -102,7 +98,13 @@ class Table:
             raise ValueError("cost table: needs rows without overlap to fit")
         fitted = {name: values[alone] for name, values in rows.items()}
         terms, blocks = _design(fitted)
-        x = nnls(terms / seconds[alone, None], np.ones(int(alone.sum())))
+        target = np.ones(int(alone.sum()))
+        if host_s is not None:
+            terms[:, LINEAR.index("host")] = 0.0
+            target -= np.minimum(host_s / seconds[alone], 1.0)
+        x = nnls(terms / seconds[alone, None], target)
+        if host_s is not None:
+            x[LINEAR.index("host")] = host_s
         curves = _curves(x, blocks, overlap_contention)
         if not alone.all():
             beside = {name: values[~alone] for name, values in rows.items()}
@@ -112,6 +114,23 @@ class Table:
 
     def model(self, lookahead: int = 0) -> FittedCost:
         return FittedCost(self.curves, self.ranges, lookahead)
+
+
+def timed_table(
+    columns: dict[str, Floats], seconds: Floats, host_s: Floats, ahead_s: Floats, lookahead: int
+) -> Table:
+    """A table of rows whose host time was measured apart, for loops that plan `lookahead` iterations ahead.
+
+    `seconds` are those of an iteration on its own, `host_s` the part of them in which the device did not
+    work, `ahead_s` (NaN where not measured) the seconds with another launched before it ends. What a
+    lookahead hides is then hidden in the rows, and the table's own model needs none: `model(0)`. A row that
+    was not measured so takes what its device works, and the host time that the others show.
+    """
+    if not lookahead or np.isnan(ahead_s).all():
+        return Table.fit(columns, seconds, host_s=float(np.median(host_s)))
+    device_s = seconds - host_s
+    shown_s = float(np.nanmedian(np.maximum(0.0, ahead_s - device_s)))
+    return Table.fit(columns, np.where(np.isnan(ahead_s), device_s + shown_s, ahead_s), host_s=shown_s)
 
 
 def _checked(columns: dict[str, Floats], seconds: Floats) -> dict[str, Floats]:
@@ -205,62 +224,10 @@ def _interpolated(knots: tuple[int, ...], heights: Floats, known: int) -> list[f
 
 def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> float:
     """The share of the shorter stream that does not hide, by least squares of the relative error, in 0..1."""
-    moment = norm = 0.0
-    for i, measured_s in enumerate(seconds.tolist()):
-        row = {name: float(values[i]) for name, values in rows.items()}
-        ours = {name: value if name in FINETUNING else 0.0 for name, value in row.items()}
-        x = _flat_gpu_s(curves, {name: value - ours[name] for name, value in row.items()})
-        y = _flat_gpu_s(curves, ours)
-        share = min(x, y) / measured_s
-        moment += share * (measured_s - curves.host_s - max(x, y)) / measured_s
-        norm += share * share
-    return min(1.0, max(0.0, moment / norm)) if norm > 0 else curves.overlap_contention
-
-
-def row_seconds(curves: Curves, columns: dict[str, Floats]) -> Floats:
-    """Seconds of flat rows (every name of WORK_COLUMNS, each of shape (rows,)) by fitted curves."""
-    result = []
-    for i in range(len(columns["overlap"])):
-        row = {name: float(values[i]) for name, values in columns.items()}
-        ours = {name: value if name in FINETUNING else 0.0 for name, value in row.items()}
-        seconds = curves.host_s
-        if row["overlap"]:
-            x = _flat_gpu_s(curves, {name: value - ours[name] for name, value in row.items()})
-            y = _flat_gpu_s(curves, ours)
-            seconds += max(x, y) + curves.overlap_contention * min(x, y)
-        else:
-            seconds += _flat_gpu_s(curves, row)
-        result.append(seconds)
-    return np.array(result)
-
-
-def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
-    """GPU seconds of a flat row, without overlap, by the terms of fitted curves."""
-    layer_tokens, pairs = row["backward_layer_tokens"], row["backward_pairs"]
-    tokens = int(row["prefill_tokens"] + row["decode_count"])
-    windows = int(row["forward_tokens"])
-    seconds = _at(c.token_s, tokens + windows) + _at(c.sampled_s, int(row["sampled_tokens"]))
-    seconds += _at(c.loss_s, windows) + _at(c.recompute_s, int(row["recompute_tokens"]))
-    seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
-    seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
-    seconds += row["prefill_tokens"] * c.prefill.token_s + windows * c.forward.token_s
-    seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward.token_s
-    if layer_tokens > 0:
-        # A flat row has the sums of its rectangles: take them all to be as long as their mean.
-        layers = row["backward_layers"]
-        seconds += layers * _at(c.backward_layer_s, layer_tokens / layers)
-    seconds += pairs * c.backward.pair_s + row["recompute_pairs"] * c.recompute.pair_s
-    seconds += row["recompute_tokens"] * c.recompute.token_s
-    seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
-    seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (layer_tokens > 0)
-    if row["adapters"] > 0:
-        seconds += c.lora_fixed_s + c.lora_token_s * tokens + c.adapter_s * row["adapters"]
-    if windows:
-        seconds += c.lora_fixed_s + c.lora_token_s * windows
-    return seconds + row["optimizer_params"] * c.optimizer_param_s
-
-
-def _at(values: list[float], tokens: float) -> float:
-    """An entry, between two the line through them, and so beyond the last."""
-    low = min(int(tokens), len(values) - 2)
-    return values[low] + (tokens - low) * (values[low + 1] - values[low])
+    x, y = (device_seconds(curves, half) for half in halves(rows))
+    share = np.minimum(x, y) / seconds
+    norm = float(share @ share)
+    if not norm > 0:
+        return curves.overlap_contention
+    moment = float(share @ ((seconds - curves.host_s - np.maximum(x, y)) / seconds))
+    return min(1.0, max(0.0, moment / norm))

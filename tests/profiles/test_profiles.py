@@ -15,8 +15,8 @@ from profiles.table_file import TableFile
 from sim.core.rows import WORK_COLUMNS
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
+from sim.cost.flat import row_seconds
 from sim.cost.iteration import IterationCost
-from sim.cost.table import row_seconds
 
 DECODE = Work(decode_count=48, decode_context_tokens=48 * 900, sampled_tokens=48)
 

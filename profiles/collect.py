@@ -1,0 +1,381 @@
+"""`coserve profile collect`: time the engine of this machine on a designed grid of work, into a profile.
+
+    coserve profile collect
+    coserve profile collect device=h100 model=llama_3_1_8b job/lora=down_proj seconds=360
+    coserve profile collect device=h100 model=llama_3_1_8b out=mine.parquet restart=true
+
+The file is written anew after every point, so whoever stops it loses that point at most; the next call goes on
+where it stopped. The n-th point is always the same (`engine.design`) and any beginning of the design covers
+everything, so a short profile is a coarse one and not a wrong one. A point whose time contradicts another's
+(less work, more than twice as long) was disturbed: it is timed again, and left out if that does not help.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from platform import machine, processor
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from engine.assemble import TrainingJob, assemble_engine
+from engine.bench import CONFIGS
+from engine.design import Point, design
+from engine.launching import LaunchSettings
+from engine.lora import new_adapter
+from engine.machine import model_of, place_of, release
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
+from engine.rig import Rig, Timed
+from engine.room import limits_and_plan
+from profiles.fit import LEAST_ROWS
+from profiles.schema import (
+    COLUMNS,
+    MORE_COLUMNS,
+    TABLES,
+    Floats,
+    Provenance,
+    contradiction,
+    read_profile,
+    write_profile,
+)
+from sim.assemble import CONFIGS as SIMULATOR
+from sim.assemble import LimitSettings
+from sim.checked import build, check
+from sim.core.plan import Limits
+from sim.core.rows import WORK_COLUMNS, work_row
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.hydra_app import hydra_main
+from sim.results import make_manifest
+
+MOST_REPEATS = 32
+AGAIN = 3
+"""Times that a contradicting point is timed again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The keys of engine/configs/profile.yaml that are not a group."""
+
+    adapters: int
+    out: str | None
+    restart: bool
+    points: int
+    repeats: int
+    seconds: float
+
+    def __post_init__(self) -> None:
+        for key, least, most in (("adapters", 0, 64), ("points", 1, 10**6), ("repeats", 3, MOST_REPEATS)):
+            if not least <= getattr(self, key) <= most:
+                raise ValueError(f"{key} must be from {least} to {most}, got {getattr(self, key)}")
+        if not self.seconds > 0:
+            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobSettings:
+    """The `job` node, as far as times depend on it."""
+
+    sample_tokens: int
+    order: str
+    memory: str
+    lora: LoraSpec
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve profile collect`."""
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    return hydra_main(
+        collect,
+        argv,
+        prog="coserve profile collect",
+        config_name="profile",
+        config_dir=CONFIGS,
+        at_end=_show,
+    )
+
+
+def collect(config: DictConfig) -> dict[str, Any]:
+    """Time the engine of this machine on a designed grid of work, and write a profile."""
+    plain = {key: config[key] for key in Settings.__dataclass_fields__}
+    settings = build(Settings, OmegaConf.create(plain), "profile")
+    device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
+    keys = ("sample_tokens", "order", "memory", "lora")
+    job = build(JobSettings, {key: config.job[key] for key in keys}, "job")
+    launch = build(LaunchSettings, config.launch, "launch")
+    place_of(device)
+    path = Path(settings.out) if settings.out else TABLES / f"{device.name}-{shape.name}.parquet"
+    model = model_of(shape, device, config.weights)
+    utilization = check(config.memory_utilization, float, "memory_utilization")
+    given = build(LimitSettings, config.limits, "limits")
+    limits, _ = limits_and_plan(model, device, given, _jobs(model, job)[0], utilization)
+    file = ProfileFile(path, _about(model, device, limits, job, settings, launch), _provenance(model, device))
+    if not settings.restart:
+        limits = replace(limits, kv_tokens=file.resume(open_kv=config.limits.kv_tokens is None))
+
+    def rig() -> Rig:
+        adapters = _adapters(model, job.lora, settings.adapters)
+        assemble = partial(assemble_engine, launching=launch.on(model))
+        return Rig(model, limits, _jobs(model, job), adapters, assemble)
+
+    timing = Timing(rig, settings.repeats)
+    _time_points(timing, file, settings)
+    left_out = _settle(timing, file)
+    return {"file": str(path), "points": settings.points, "left_out": left_out}
+
+
+class ProfileFile:
+    """The rows so far, and the file that always holds them."""
+
+    def __init__(self, path: Path, about: dict[str, Any], provenance: Provenance) -> None:
+        self.path = path
+        self.rows: list[dict[str, float]] = []
+        self.passed = 0
+        """Points of the design that need no more time: timed, or the same work as another."""
+        self._about = about
+        self._provenance = provenance
+
+    def resume(self, open_kv: bool) -> int:
+        """Take over the rows of the file if there is one; ValueError if it is of something else.
+
+        Returns the K/V room to use: with `open_kv`, where it depends on the free memory, that of the file.
+        """
+        own_kv: int = self._about["limits"]["kv_tokens"]
+        if not self.path.exists():
+            return own_kv
+        profile = read_profile(self.path)
+        found = profile.collected
+        if found is None:
+            raise ValueError(f"{self.path} was not collected here; restart=true begins anew")
+        if open_kv:
+            self._about["limits"]["kv_tokens"] = found["limits"]["kv_tokens"]
+        for key in (
+            "device",
+            "hardware",
+            "model",
+            "commit",
+            "versions",
+            "dtype",
+            "limits",
+            "job",
+            "launch",
+            "adapters",
+        ):
+            if found[key] != self._about[key]:
+                raise ValueError(
+                    f"{self.path} was collected with {key} {_short(found[key])}, this is {_short(self._about[key])}; "
+                    "restart=true begins anew, out=FILE keeps both"
+                )
+        self.passed = found["passed"]
+        columns = profile.columns
+        self.rows = [
+            {name: float(values[n]) for name, values in columns.items()} for n in range(len(profile.seconds))
+        ]
+        return int(self._about["limits"]["kv_tokens"])
+
+    def add(self, row: dict[str, float]) -> None:
+        """A row, unless its work is there already."""
+        if not any(all(row[name] == old[name] for name in WORK_COLUMNS) for old in self.rows):
+            self.rows.append(row)
+
+    def columns(self) -> dict[str, Floats]:
+        names = (*COLUMNS, *MORE_COLUMNS)
+        return {name: np.array([row[name] for row in self.rows], dtype=np.float64) for name in names}
+
+    def write(self) -> None:
+        about = {**self._about, "passed": self.passed}
+        write_profile(self.path, self.columns(), self._provenance, about)
+
+
+class Timing:
+    """A rig, made anew when a point was too large for the device's memory."""
+
+    def __init__(self, make: Callable[[], Rig], repeats: int) -> None:
+        self._make = make
+        self._repeats = repeats
+        self._rig: Rig | None = make()
+        self.space = self._rig.space
+
+    def row(self, point: Point, index: int) -> dict[str, float] | None:
+        """One row; None for a point that the memory does not hold."""
+        if self._rig is None:
+            self._rig = self._make()
+        try:
+            return _flat(self._rig.time(point, self._repeats, ahead=True), index)
+        except torch.OutOfMemoryError:
+            print(f"note: point {index} does not fit into memory and is left out: {point}", file=sys.stderr)
+        # It stopped midway: what it left half done goes with the rig.
+        self._rig = None
+        release()
+        return None
+
+
+def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> None:
+    """The points that the file lacks, until the time is over."""
+    started_s = time.perf_counter()
+    rest = itertools.islice(design(timing.space), file.passed, settings.points)
+    with tqdm(total=settings.points, initial=file.passed, unit="point", leave=False, disable=None) as bar:
+        for point in rest:
+            if time.perf_counter() - started_s > settings.seconds:
+                break
+            row = timing.row(point, file.passed)
+            file.passed += 1
+            if row is not None:
+                file.add(row)
+                file.write()
+            bar.update()
+
+
+def _flat(timed: Timed, index: int) -> dict[str, float]:
+    low, mid, high = np.quantile(timed.seconds, (0.2, 0.5, 0.8))
+    times = dict(zip(("seconds_p20", "seconds_p50", "seconds_p80"), (low, mid, high), strict=True))
+    return {
+        **dict(zip(WORK_COLUMNS, map(float, work_row(timed.work)), strict=True)),
+        **{name: float(value) for name, value in times.items()},
+        "point": float(index),
+        "repeats": float(len(timed.seconds)),
+        "host_s": float(np.median(timed.host_s)),
+        "ahead_s": timed.ahead_s,
+    }
+
+
+def _settle(timing: Timing, file: ProfileFile) -> int:
+    """Time rows that contradict others again; those that go on doing so are left out. Returns how many."""
+    left_out, tries = 0, dict.fromkeys((row["point"] for row in file.rows), 0)
+    while (found := contradiction(file.columns())) is not None:
+        _, slow = found
+        index = int(file.rows[slow]["point"])
+        point = next(itertools.islice(design(timing.space), index, None))
+        tries[index] += 1
+        again = timing.row(point, index) if tries[index] <= AGAIN else None
+        if again is None:
+            del file.rows[slow]
+            left_out += 1
+        elif again["seconds_p50"] < file.rows[slow]["seconds_p50"]:
+            file.rows[slow] = again
+        file.write()
+    return left_out
+
+
+def _jobs(model: Model, job: JobSettings) -> list[TrainingJob]:
+    """The job that was asked for, and one of the other order."""
+    other = "window_major" if job.order == "layer_major" else "layer_major"
+    kinds = [(job.order, job.memory), (other, "recompute" if other == "window_major" else "stash")]
+    return [
+        TrainingJob(
+            id=order,
+            samples=(),
+            max_sample_tokens=job.sample_tokens,
+            adapter=new_adapter(job.lora, model.config.shape, model.compute, model.device, seed),
+            optimizer=OptimizerSettings(schedule="constant", learning_rate=1e-6),
+            order=order,
+            memory=memory,
+        )
+        for seed, (order, memory) in enumerate(kinds)
+    ]
+
+
+def _adapters(model: Model, lora: LoraSpec, count: int) -> dict[str, Any]:
+    return {
+        f"adapter_{n}": new_adapter(lora, model.config.shape, model.compute, model.device, 2 + n)
+        for n in range(count)
+    }
+
+
+def _about(
+    model: Model,
+    device: DeviceSpec,
+    limits: Limits,
+    job: JobSettings,
+    settings: Settings,
+    launch: LaunchSettings,
+) -> dict[str, Any]:
+    """What makes two calls measure the same thing, and the command."""
+    manifest = make_manifest(seed=None, device=device.name, wall_s=0.0)
+    return {
+        "device": device.name,
+        "hardware": _hardware(model.device),
+        "model": asdict(model.config.shape),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "commit": manifest["commit"],
+        "dirty": manifest["dirty"],
+        "versions": _versions(),
+        "limits": asdict(limits),
+        "job": {**asdict(job), "lora": {**asdict(job.lora), "targets": list(job.lora.targets)}},
+        "launch": asdict(launch),
+        "adapters": settings.adapters,
+        "command": manifest["command"],
+    }
+
+
+def _provenance(model: Model, device: DeviceSpec) -> Provenance:
+    manifest = make_manifest(seed=None, device=device.name, wall_s=0.0)
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
+    return Provenance(
+        device=device.name,
+        model=model.config.shape.name,
+        tp=1,
+        source=f"coserve profile collect on {_hardware(model.device)}",
+        date=date.today().isoformat(),
+        how="one iteration from the end of the last to its own, through the engine; wall clock, and device "
+        "events for the host's share",
+        licence="of whoever measured it",
+        versions=f"coserve {manifest['commit'] or 'unknown'}, {versions}",
+    )
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return processor() or machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {"torch": str(torch.__version__)}
+    try:
+        found["triton"] = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        found["triton"] = "none"
+    if torch.version.cuda is not None:
+        found["cuda"] = str(torch.version.cuda)
+    return found
+
+
+def _short(value: object) -> str:
+    text = str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    return text if len(text) < 90 else text[:87] + "..."
+
+
+def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+    """What the profile holds and how well a table fits it."""
+    from profiles.program import describe
+
+    for row in rows:
+        profile = read_profile(Path(row["file"]))
+        assert profile.collected is not None
+        done, c = profile.collected["passed"], profile.columns
+        if len(profile.seconds) < LEAST_ROWS:
+            print(f"{len(profile.seconds)} rows: a fit needs {LEAST_ROWS}")
+        else:
+            describe(profile)
+        spread = (c["seconds_p80"] - c["seconds_p20"]) / c["seconds_p50"]
+        print(f"spread of repeats (p80 - p20 over median): {100 * np.median(spread):.1f} % in the median row")
+        print(f"host, not hidden: {1e3 * np.median(c['host_s']):.2f} ms an iteration in the median row")
+        ahead = np.nanmedian(1 - c["ahead_s"] / c["seconds_p50"])
+        print(f"launched one ahead: {100 * ahead:.1f} % shorter in the median row")
+        if row["left_out"]:
+            print(f"left out: {row['left_out']} rows that contradict others each time they are measured")
+        if done < row["points"]:
+            print(f"points: {done} of {row['points']}; the same command goes on")
+        print(f"file: {row['file']}")

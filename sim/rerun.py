@@ -1,0 +1,213 @@
+"""Running the loop of a recorded run again: with its own times, or in the simulator with a cost model's.
+
+Rows alone do not say under what a run was decided. What else it takes lies beside them in `rerun.json`: the
+limits as they came out, where the finetuning jobs stood at time 0, and the predictor, number by number. With it
+
+- a *replay* answers every wait with the recorded time: the same plans must come out, all of them;
+- a *simulation* lets a cost model say how long iterations take: what would have been predicted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from omegaconf import DictConfig, OmegaConf
+
+from sim.assemble import policy_of, seed_of, slos_of
+from sim.checked import build
+from sim.cluster import PipelineSpec, simulate_cluster
+from sim.core.arrivals import Arrivals
+from sim.core.cost import CostModel
+from sim.core.finetune import Job, JobSpec
+from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
+from sim.core.plan import Limits, Policy
+from sim.core.request import Request, Slo
+from sim.core.rows import WORK_COLUMNS, Recorder
+from sim.core.state import PipelineState
+from sim.cost.iteration import IterationCost
+from sim.cost.saved import from_plain, to_plain
+from sim.results import Run
+from sim.routing import LeastTokens
+from sim.workload.workload import Workload
+
+FILE = "rerun.json"
+COMPARED = (*WORK_COLUMNS, "predicted_s", "running", "waiting", "kv_blocks_used", "preempted")
+"""Columns in which equal plans from equal states agree."""
+
+_PROGRESS = (
+    "sample_tokens",
+    "forward_tokens",
+    "backward_layer_tokens",
+    "accumulated_samples",
+    "accumulated_tokens",
+    "steps",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rerun:
+    """A recorded run of one pipeline with all that it was decided under."""
+
+    run: Run
+    limits: Limits
+    predictor: IterationCost
+    slos: dict[str, Slo]
+    workload: Workload
+    horizon: Horizon
+    _config: DictConfig
+    _jobs: list[dict[str, Any]]
+
+    @property
+    def seed(self) -> int:
+        return int(self._config.seed)
+
+    def policy(self) -> Policy:
+        node = {str(key): value for key, value in self._config.policy.items() if key != "name"}
+        return policy_of(node, self.predictor, self.slos)
+
+    def jobs(self) -> list[Job]:
+        """The jobs as they stood at time 0; anew each time, since running uses them up."""
+        return [_job(plain) for plain in self._jobs]
+
+
+def write_rerun(
+    folder: Path, limits: Limits, jobs: Iterable[Job], sample_tokens: int, predictor: IterationCost
+) -> None:
+    """Write FILE before the run starts; `sample_tokens` is the length of every sample that is still to come."""
+    plain = {
+        "limits": asdict(limits),
+        "jobs": [
+            {
+                "spec": asdict(job.spec),
+                "following_tokens": sample_tokens,
+                "progress": {name: getattr(job, name) for name in _PROGRESS},
+            }
+            for job in jobs
+        ],
+        "predictor": to_plain(predictor),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(plain), encoding="utf-8")
+
+
+def read_rerun(run: Run) -> Rerun:
+    """ValueError when the run was not written by `coserve bench`."""
+    path = run.folder / FILE
+    if run.summary.get("source") != "engine":
+        raise ValueError(
+            f"{run.folder} is not a run of the engine: its source is {run.summary.get('source')}"
+        )
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing: an older run; coserve bench writes it") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    config = OmegaConf.create(run.config)
+    slos = slos_of(config)
+    workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos))
+    return Rerun(
+        run=run,
+        limits=Limits(**plain["limits"]),
+        predictor=from_plain(plain["predictor"]),
+        slos=slos,
+        workload=workload,
+        horizon=Horizon(duration_s=workload.duration_s, drain_s=float(config.run.drain_s)),
+        _config=config,
+        _jobs=plain["jobs"],
+    )
+
+
+def replay(rerun: Rerun) -> Recorder:
+    """The loop under the recorded times; it ends early where it asks for more than were recorded."""
+    policy, recorder = rerun.policy(), Recorder()
+    state = PipelineState(limits=rerun.limits, slos=rerun.slos, recorder=recorder, jobs=rerun.jobs())
+    arrivals: Arrivals = rerun.workload.arrivals() if policy.serves else _Nobody()
+    loop = run_loop(state, policy, arrivals, rerun.horizon)
+    rows = rerun.run.table("iterations")
+    _answer(loop, rows["start_s"].tolist(), rows["end_s"].tolist())
+    return recorder
+
+
+def simulate(rerun: Rerun, world: CostModel) -> Recorder:
+    """The same pipeline in the simulator, where `world` says how long an iteration takes."""
+    recorder = Recorder()
+    spec = PipelineSpec(
+        policy=rerun.policy(),
+        world=world,
+        predictor=rerun.predictor,
+        limits=rerun.limits,
+        jobs=tuple(rerun.jobs()),
+    )
+    simulate_cluster(
+        pipelines=[spec],
+        arrivals=rerun.workload.arrivals(),
+        router=LeastTokens(),
+        slos=rerun.slos,
+        horizon=rerun.horizon,
+        recorder=recorder,
+    )
+    return recorder
+
+
+def same_plans(recorded: Mapping[str, Any], again: Recorder) -> NDArray[np.bool_]:
+    """For each recorded iteration, whether the one with its number is the same in `again`."""
+    rows = again.iterations.arrays()
+    count = len(recorded["iteration"])
+    same = np.zeros(count, dtype=bool)
+    both = min(count, len(again.iterations))
+    own = np.column_stack([np.asarray(recorded[name], np.float64)[:both] for name in COMPARED])
+    other = np.column_stack([rows[name][:both] for name in COMPARED])
+    same[:both] = ((own == other) | (np.isnan(own) & np.isnan(other))).all(axis=1)
+    return same
+
+
+def _answer(loop: Generator[Command, Done, None], start_s: Sequence[float], end_s: Sequence[float]) -> None:
+    """Every wait gets the next recorded end, every sleep the next start."""
+    executed = waited = 0
+    reply: Done | None = None
+    while True:
+        try:
+            command = loop.send(reply)  # type: ignore[arg-type]
+        except StopIteration:
+            return
+        if isinstance(command, Execute):
+            executed += 1
+            reply = Done(0.0)
+        elif isinstance(command, Sleep):
+            # A sleep on the wall clock ends a little after its time.
+            reply = Done(start_s[executed] if executed < len(start_s) else command.until_s)
+        elif waited < len(end_s):
+            reply = Done(end_s[waited])
+            waited += 1
+        else:
+            return
+
+
+def _job(plain: Mapping[str, Any]) -> Job:
+    progress = plain["progress"]
+    lengths = chain([progress["sample_tokens"]], repeat(plain["following_tokens"]))
+    job = Job(JobSpec(**plain["spec"]), lengths)
+    for name in _PROGRESS:
+        setattr(job, name, progress[name])
+    return job
+
+
+class _Nobody:
+    """No requests, for a policy that does not serve. Implements `Arrivals`."""
+
+    def next_s(self) -> float | None:
+        return None
+
+    def due(self, now_s: float) -> Sequence[Request]:
+        return ()
+
+    def ended(self, request_id: int, now_s: float) -> None:
+        raise AssertionError("there are no requests")

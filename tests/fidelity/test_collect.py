@@ -1,0 +1,175 @@
+"""What is timed is what the design says, a profile grows where it stopped, and the loop of programs closes."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from engine.assemble import TrainingJob
+from engine.bench import main as bench
+from engine.design import Point, Space, design
+from engine.lora import new_adapter
+from engine.optimizer import OptimizerSettings
+from engine.rig import Rig
+from profiles.fidelity import main as fidelity
+from profiles.program import main as program
+from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile
+from sim.core.plan import Limits
+from sim.core.specs import LoraSpec
+from tests.engine.tiny import CONFIGS, adapter_of, tiny_model
+
+ORDERS = ("layer_major", "window_major")
+LIMITS = Limits(kv_tokens=2048, block_tokens=8, max_sequences=6, max_tokens=40, max_sequence_tokens=200)
+
+
+def space(limits: Limits = LIMITS, orders: tuple[str, ...] = ORDERS, overlap: bool = False) -> Space:
+    return Space(
+        limits=limits,
+        layers=3,
+        sample_tokens=48,
+        window_tokens=24,
+        orders=orders,
+        adapters=2,
+        overlap=overlap,
+    )
+
+
+def kind(p: Point) -> tuple[bool, ...]:
+    parts = (p.decodes, p.prefill, p.forward, p.backward, p.step, p.adapters, p.overlap)
+    return tuple(bool(part) for part in parts)
+
+
+def test_any_beginning_of_the_design_covers_all_that_comes_later() -> None:
+    points = list(islice(design(space(overlap=True)), 2000))
+    assert points == list(islice(design(space(overlap=True)), 2000))
+    alone = {kind(p) for p in points[:60] if sum(kind(p)) == 1}
+    assert len(alone) == 5, "decodes, prefill, windows, backward and steps, each by itself"
+    assert {p.job for p in points[:20]} == {0, 1} and any(p.overlap for p in points[:20])
+    first, later = points[:100], points[100:]
+    for size in (
+        lambda p: p.decodes,
+        lambda p: p.context,
+        lambda p: sum(c.tokens for c in p.prefill),
+        lambda p: p.forward.tokens if p.forward else 0,
+        lambda p: p.backward.layer_tokens if p.backward else 0,
+    ):
+        assert max(map(size, later)) <= max(map(size, first)), "the corners come first"
+    assert not any(p.overlap for p in islice(design(space()), 500))
+    assert not any(p.forward or p.backward or p.step for p in islice(design(space(orders=())), 200))
+
+
+def rig_of(limits: Limits, orders: tuple[str, ...] = ORDERS) -> Rig:
+    shape = CONFIGS["llama"].shape
+    jobs = [
+        TrainingJob(
+            id=order,
+            samples=(),
+            max_sample_tokens=48,
+            adapter=new_adapter(LoraSpec(rank=2), shape, torch.float32, "cpu", 0),
+            optimizer=OptimizerSettings(schedule="constant"),
+            order=order,
+            memory="stash" if order == "layer_major" else "recompute",
+        )
+        for order in orders
+    ]
+    adapters = {f"adapter_{n}": adapter_of("llama", 2, ["down_proj"], seed=n) for n in range(2)}
+    return Rig(tiny_model("llama"), limits, jobs, adapters)
+
+
+@pytest.mark.parametrize("order", [(), ("window_major",), ORDERS])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        LIMITS,
+        Limits(kv_tokens=240, block_tokens=16, max_sequences=2, max_tokens=2, max_sequence_tokens=120),
+        Limits(kv_tokens=64, block_tokens=64, max_sequences=1, max_tokens=9, max_sequence_tokens=64),
+    ],
+)
+def test_the_engine_does_what_the_design_says(limits: Limits, order: tuple[str, ...]) -> None:
+    """Counts of the work that was timed, as the loop's own accounts have them; nothing is left behind."""
+    rig = rig_of(limits, order)
+    free = rig.engine.tables.free
+    for n, point in enumerate(islice(design(rig.space), 45)):
+        timed = rig.time(point, repeats=1, ahead=n % 3 == 0, warm_ups=0)
+        work = timed.work
+        assert work.decode_count == point.decodes
+        assert work.decode_context_tokens == point.decodes * point.context
+        assert work.prefill == point.prefill
+        assert work.sampled_tokens == point.decodes + (len(point.prefill) if point.ends else 0)
+        assert work.forward == (() if point.forward is None else (point.forward,))
+        assert work.backward_layer_tokens == (point.backward.layer_tokens if point.backward else 0)
+        if point.job == 1 or order == ("window_major",):
+            assert work.recompute_tokens * rig.space.layers == work.backward_layer_tokens
+        assert bool(work.optimizer_params) == point.step and work.adapters == point.adapters
+        assert (
+            (timed.seconds > 0).all() and (timed.host_s >= 0).all() and (timed.host_s < timed.seconds).all()
+        )
+        assert rig.engine.tables.free == free and not rig.engine._live
+    assert all(np.isfinite(record.loss) for record in rig.engine.steps)
+
+
+SMALL = ["limits.max_sequences=6", "limits.kv_tokens=2048", "job.sample_tokens=64"]
+
+
+def collect(path: Path, *overrides: str) -> int:
+    return program(["collect", f"out={path}", "repeats=3", *SMALL, *overrides])
+
+
+def test_collect_fit_bench_fidelity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One loop of programs on this machine, whatever its times are."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "own.parquet"
+    assert collect(path, "points=70") == 0
+    profile = read_profile(path)
+    assert list(profile.columns) == [*COLUMNS, *MORE_COLUMNS] and contradiction(profile.columns) is None
+    about, of = profile.collected, profile.provenance
+    assert about is not None and of is not None
+    assert (of.device, of.model, about["passed"], about["dtype"]) == ("cpu", "tiny", 70, "float32")
+    assert about["model"]["layers"] == 4 and about["versions"]["torch"] == str(torch.__version__)
+    for command in (["fit", str(path)], ["show", str(path)]):
+        assert program(command) == 0
+    assert "cross-validated" in capsys.readouterr().out
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    settings = ["workload.duration_s=2", "peak_s=0", "limits.max_sequences=6", "job.sample_tokens=64"]
+    assert bench([f"predictor={path}", f"hydra.run.dir={run}", *settings]) == 0
+    assert fidelity([str(run), f"profile={path}", f"out={out}", "seeds=2"]) == 0
+    plans = pd.read_parquet(out / "plans.parquet")
+    assert plans["replayed"].tolist() == [1.0]
+    assert {"measured", "predicted", "predicted_low"} <= set(pd.read_parquet(out / "metrics.parquet"))
+    rows = pd.read_parquet(out / "iterations.parquet")
+    assert (rows["predicted_s"] > 0).all() and (rows["measured_s"] > 0).all()
+
+
+def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "own.parquet"
+    assert collect(path, "points=12") == 0
+    first = read_profile(path).columns
+    assert collect(path, "points=20") == 0
+    second = read_profile(path)
+    assert second.collected is not None and second.collected["passed"] == 20
+    kept = np.isin(second.columns["point"], first["point"])
+    assert 0 < kept.sum() <= len(first["point"]) < len(kept)
+    assert second.columns["point"].max() < 20 and (np.diff(second.columns["point"]) > 0).all()
+    capsys.readouterr()
+    before = path.read_bytes()
+    for override, words in (
+        ("job.sample_tokens=32", "was collected with job"),
+        ("adapters=2", "was collected with adapters 4, this is 2"),
+        ("limits.max_tokens=64", "was collected with limits"),
+    ):
+        assert collect(path, "points=30", override) == 2
+        error = capsys.readouterr().err
+        assert words in error and "restart=true begins anew" in error and error.count("\n") == 1
+    assert path.read_bytes() == before
+    assert program(["collect", "repeats=2"]) == 2
+    assert "repeats must be from 3 to" in capsys.readouterr().err

@@ -1,0 +1,134 @@
+"""A run against its simulation: where the profile is right they agree, where it is wrong the part is named."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from profiles.against import METRICS, against
+from profiles.diagnosis import OTHERS, PARTS, diagnose
+from profiles.fidelity import findings_of, main, report
+from profiles.schema import read_profile
+from sim.cli import main as coserve
+from sim.rerun import read_rerun, replay, same_plans, simulate
+from sim.results import read_run
+from tests.fidelity.conftest import Bench, truth
+
+
+def test_a_right_profile_predicts_the_run_and_has_no_part_off(
+    run_folder: Path, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder), f"profile={profile_file}", f"out={tmp_path}"]) == 0
+    out = capsys.readouterr().out
+    assert "no part is off" in out and "100.00% of the replay" in out
+    metrics = pd.read_parquet(tmp_path / "metrics.parquet").set_index("metric")
+    assert list(metrics.index) == list(METRICS)
+    summary = read_run(run_folder).summary
+    assert all(metrics.loc[name, "measured"] == summary[name] for name in METRICS)
+    assert (metrics["predicted_low"] <= metrics["predicted"]).all()
+    assert (metrics["predicted"] <= metrics["predicted_high"]).all()
+    for name in ("tpot_p50_s", "finetune_tok_s", "inference_tok_s", "iteration_mean_s"):
+        assert abs(metrics.loc[name, "error"]) < 0.05, name
+    rows = pd.read_parquet(tmp_path / "iterations.parquet")
+    error = rows["predicted_s"] / rows["measured_s"] - 1
+    assert len(rows) == len(read_run(run_folder).table("iterations"))
+    assert np.median(np.abs(error)) < 0.05
+    parts = [name for names in PARTS.values() for name in names if name in rows]
+    np.testing.assert_allclose(rows[parts].sum(axis=1), rows["predicted_s"])
+    for name in ("metrics", "iterations", "parts", "plans"):
+        assert len(pd.read_csv(tmp_path / f"{name}.csv")) == len(
+            pd.read_parquet(tmp_path / f"{name}.parquet")
+        )
+    assert (tmp_path / "fidelity.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("part", ["backward", "forward pass", "decode attention", "prefill attention"])
+def test_a_part_of_the_profile_that_is_wrong_by_two_is_found_and_named(
+    part: str, run_folder: Path, doubled: Callable[[tuple[str, ...]], Path]
+) -> None:
+    wrong = read_profile(doubled(tuple(name for name in PARTS[part] if name != "collective")))
+    found = [against(read_rerun(read_run(run_folder)), wrong, "run", seeds=1)]
+    findings = findings_of(found)
+    text = report(found, findings, wrong, 1)
+    assert [finding.part for finding in findings if finding.off] == [part], text
+    named = next(finding for finding in findings if finding.off)
+    assert named.low <= named.factor <= named.high and named.factor == pytest.approx(0.5, abs=0.08)
+    assert text.endswith(f"off by more than 1.2x: {part}")
+
+
+def test_factors_of_many_rows_are_those_of_all() -> None:
+    """Two parts that are wrong at once, under noise and hiccups; and a machine that is slower all over."""
+    random = np.random.default_rng(3)
+    parts = {name: random.lognormal(size=20_000) for name in ("backward", "forward pass", "decode attention")}
+    noise = np.exp(0.05 * random.standard_normal(20_000)) * np.where(random.random(20_000) < 0.02, 5, 1)
+    wrong = (0.5 * parts["backward"] + 2 * parts["forward pass"] + parts["decode attention"]) * noise
+    found = {finding.part: finding for finding in diagnose(parts, wrong)}
+    assert found["backward"].factor == pytest.approx(0.5, abs=0.02) and found["backward"].off
+    assert found["forward pass"].factor == pytest.approx(2, abs=0.04) and found["forward pass"].off
+    assert not found["decode attention"].freed
+    slow = diagnose(parts, 1.5 * noise * sum(parts.values()))
+    assert [finding.part for finding in slow if finding.off] == [OTHERS]
+    assert slow[0].factor == pytest.approx(1.5, abs=0.02)
+    assert not any(finding.freed for finding in diagnose(parts, noise * sum(parts.values())))
+
+
+@pytest.mark.parametrize(
+    ("policy", "lookahead"), [("coserving_slack", 1), ("temporal_dynamic", 0), ("finetune_only", 0)]
+)
+def test_a_run_can_be_replayed_and_simulated_from_its_folder(
+    policy: str, lookahead: int, bench: Bench, tmp_path: Path
+) -> None:
+    """After a warm-up, that is with the job in the midst of a sample."""
+    settings = (
+        f"policy={policy}",
+        f"limits.lookahead={lookahead}",
+        "run.warm_up_s=1",
+        "workload.duration_s=3",
+    )
+    folder = bench.run(tmp_path / "run", *settings, spread=0.0)
+    rerun = read_rerun(read_run(folder))
+    table = rerun.run.table("iterations")
+    rows = {name: table[name].to_numpy() for name in table if name != "source"}
+    assert len(table) > 30
+    assert same_plans(rows, replay(rerun)).all()
+    again = simulate(rerun, truth())
+    assert same_plans(rows, again).all() and len(again.iterations) == len(table)
+    assert main([str(folder), f"profile={bench.profile_file}", f"out={tmp_path / 'out'}", "seeds=1"]) == 0
+    late = {**rows, "decode_count": rows["decode_count"] + (rows["iteration"] == 7)}
+    assert np.flatnonzero(~same_plans(late, again)).tolist() == [7]
+
+
+def test_mistakes_are_told_in_one_line(
+    run_folder: Path, profile_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: str) -> str:
+        assert coserve(["fidelity", *arguments]) == 2
+        error = capsys.readouterr().err.splitlines()
+        assert len(error) == 1, error
+        return error[0]
+
+    profile = f"profile={profile_file}"
+    assert "needs folders of engine runs and profile=FILE" in refused(profile)
+    assert "does not exist" in refused(str(tmp_path / "nowhere"), profile)
+    assert "no run there" in refused(str(profile_file.parent), profile)
+    assert "no profile named 'absent'" in refused(str(run_folder), "profile=absent")
+    assert "no setting named 'seed'; did you mean 'seeds'?" in refused(str(run_folder), profile, "seed=3")
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run_folder, copy)
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("  name: tiny\n", "  name: large\n"))
+    assert "measured for tiny on 1 x cpu; asked for large" in refused(str(copy), profile)
+    (copy / "rerun.json").unlink()
+    assert "rerun.json is missing" in refused(str(copy), profile)
+    summary = json.loads((copy / "summary.json").read_text())
+    (copy / "summary.json").write_text(json.dumps({**summary, "source": "sim"}))
+    assert "no run of the engine" in refused(str(copy), profile)
+    assert coserve(["fidelity", "--help"]) == 0
+    assert "measured and predicted side by side" in capsys.readouterr().out
