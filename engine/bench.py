@@ -47,6 +47,7 @@ from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.state import PipelineState
+from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
 from sim.metrics import PipelineFacts, summarize
 from sim.results import make_manifest, write_run
@@ -157,7 +158,10 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     write_adapter(engine.adapter("job"), folder / "adapter", config.weights)
     losses = [record.loss for record in engine.steps]
-    return {**summary, "folder": str(folder), "losses": losses}
+    row = {**summary, "folder": str(folder), "losses": losses}
+    if engine.failures:
+        raise FailedInPart("; ".join(record.failure for record in engine.failures.values()), row)
+    return row
 
 
 def _run(

@@ -80,6 +80,12 @@ class Jobs:
         self._refresh()
         return tuple.__new__(FinetuneWork, (forward, backward, recompute, params, steps))
 
+    def give_up(self, ids: Iterable[str]) -> None:
+        """Jobs whose step failed: no policy sees them any more. One that has just finished is gone already."""
+        for id in ids:
+            self.active.pop(id, None)
+        self._refresh()
+
     def _refresh(self) -> None:
         active = self.active
         if len(active) == 1:

@@ -239,7 +239,8 @@ class EngineRun:
         loop = run_loop(self.state, self.policy, source, horizon or Horizon())
         launch = self.engine.launch
         self.engine.launch = self._launch(launch)  # type: ignore[method-assign]
-        Driver(self.engine, VirtualClock(world or LinearCost())).run(loop)
+        self.driver = Driver(self.engine, VirtualClock(world or LinearCost()))
+        self.driver.run(loop)
 
     def _build(self, limits: Limits, adapters: Mapping[str, Adapter], jobs: Sequence[JobSetup]) -> None:
         self.engine, self.jobs = assemble_engine(
