@@ -270,7 +270,9 @@ class Trainer:
         norm = self.optimizer.step(self._count)
         loss = self._loss / self._count
         largest = torch.stack(torch._foreach_norm(masters, math.inf)).sum()
-        self._sound &= torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(largest)
+        finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(largest)
+        # All ranks decide the same: what one of them cannot use, none does.
+        self._sound &= self._model.group.all_reduce((~finite).to(loss.dtype)) == 0
         for master, old in zip(masters, before_step, strict=True):
             torch.where(self._sound, master, old, out=master)
         self._loss.zero_()

@@ -27,7 +27,6 @@ from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
 from engine.training import CONFIGS, DTYPES
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
@@ -70,7 +69,6 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve generate`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(generate, argv, prog="coserve generate", config_name="generate", config_dir=CONFIGS)
 
 
@@ -78,7 +76,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
     """Answer prompts from a file or from standard input, a line each."""
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
-    policy: Policy = build(None, {k: v for k, v in node.pop("policy").items() if k != "name"}, "policy")
+    policy: Policy = build(None, node.pop("policy"), "policy")
     settings: Settings = build(Settings, node, "generate")
     prompts = _prompts(settings)
     rows = answer(settings, policy, prompts)

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from sim.core.specs import LoraSpec, ModelShape
 
@@ -103,7 +104,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
         for kind, stacked in (("A", adapter.a[target]), ("B", adapter.b[target])):
             for layer, tensor in enumerate(stacked):
                 tensors[_name(layer, target, kind)] = tensor.detach().cpu().contiguous().clone()
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -118,7 +119,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
         "inference_mode": True,
     }
     text = json.dumps(config, indent=2)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _write(folder / "adapter_config.json", f"{text}\n".encode())
 
 
 class AdapterBank:
@@ -190,6 +191,18 @@ class AdapterBank:
                 tensors[target] = torch.cat((old, torch.zeros_like(old)), dim=1)
         self.ranks = torch.cat((self.ranks, torch.zeros_like(self.ranks)))
         self.scales = torch.cat((self.scales, torch.zeros_like(self.scales)))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put a file in place at once: a kill leaves the old one or the new. A full disk is an OSError, which
+    safetensors' own writing does not give."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _name(layer: int, target: str, kind: str) -> str:

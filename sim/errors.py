@@ -24,6 +24,7 @@ EXTRAS = {
     "transformers": "engine",
     "safetensors": "engine",
     "liger_kernel": "engine",
+    "tensorboard": "tensorboard",
 }
 """Package -> the extra of coserve that brings it."""
 

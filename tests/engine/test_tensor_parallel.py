@@ -40,12 +40,12 @@ from sim.core.specs import DeviceSpec, ModelShape
 from sim.results import read_run
 from tests.engine.test_finetune_gradients import ALL, MODES, Splits, traffic
 from tests.engine.test_inference import prompts_of
-from tests.engine.test_programs import arguments, log_of, model_folder
 from tests.engine.tiny import (
     EngineRun,
     JobSetup,
     adapter_of,
     config_of,
+    log_of,
     sample_of,
     tiny_model,
     tokens_of,
@@ -53,8 +53,6 @@ from tests.engine.tiny import (
 )
 from tests.support import LinearCost, build_policy, limits_of
 
-__all__ = ["arguments", "model_folder"]
-"""Fixtures of other programs' tests."""
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=192, vocab=256)
 GQA = ("llama", {})

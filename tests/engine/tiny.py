@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -153,6 +154,17 @@ def sample_of(count: int, seed: int, ignored: int = 0) -> Sample:
     labels = tokens.astype(np.int64)
     labels[:ignored] = -100
     return Sample(tokens, labels)
+
+
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a finetuning run's log, without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "tok_s")} for row in rows]
+
+
+def without_notes(text: str) -> list[str]:
+    """Lines of standard error that are not notes."""
+    return [line for line in text.splitlines() if not line.startswith("note: ")]
 
 
 class RecordingModel(Model):
