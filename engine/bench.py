@@ -55,6 +55,8 @@ from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).parent / "configs"
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
+FIRST = "job"
+"""Id of the job that the `job` node describes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,9 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSettings:
-    """The `job` node."""
+    """The `job` node, or it with the changes of one of `more_jobs`."""
 
+    weight: float
     data: str | None
     sample_tokens: int
     accumulation: int
@@ -95,41 +98,49 @@ def bench(config: DictConfig) -> dict[str, Any]:
     device = build(DeviceSpec, config.device, "device")
     shape = _shape(config)
     with replica(shape.tp, _place(device)) as ranks:
-        return _bench(config, ranks, shape, device)
+        row, failures = _bench(config, ranks, shape, device)
+    if failures:
+        raise FailedInPart("; ".join(failures), row)
+    return row
 
 
-def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: DeviceSpec) -> dict[str, Any]:
+def _bench(
+    config: DictConfig, ranks: Replica, shape: ModelShape, device: DeviceSpec
+) -> tuple[dict[str, Any], list[str]]:
+    """The summary row, and what failed."""
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     limits = build(Limits, config.limits, "limits")
-    settings = build(JobSettings, config.job, "job")
+    settings = _jobs(config)
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    samples = packed_samples(_tokens(config, settings), settings.sample_tokens)
+    samples = {id: packed_samples(_tokens(config, job), job.sample_tokens) for id, job in settings.items()}
     model = _model(config, ranks, shape, seed)
 
-    def job() -> TrainingJob:
+    def training(id: str) -> TrainingJob:
+        job = settings[id]
         return TrainingJob(
-            id="job",
-            samples=passes(samples, seed),
-            max_sample_tokens=settings.sample_tokens,
-            adapter=new_adapter(settings.lora, shape, model.compute, model.device, seed),
-            optimizer=settings.optimizer,
-            accumulation=settings.accumulation,
-            order=settings.order,
-            memory=settings.memory,
+            id=id,
+            samples=passes(samples[id], seed),
+            max_sample_tokens=job.sample_tokens,
+            adapter=new_adapter(job.lora, shape, model.compute, model.device, seed),
+            optimizer=job.optimizer,
+            accumulation=job.accumulation,
+            weight=job.weight,
+            order=job.order,
+            memory=job.memory,
         )
 
     measure_s = check(config.measure_s, float, "measure_s")
-    predictor = measure(model, limits, job(), measure_s, seed, ranks.assemble)
+    predictor = measure(model, limits, training(FIRST), measure_s, seed, ranks.assemble)
     policy = _policy(config, predictor, slos)
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
-        name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
+        name: new_adapter(settings[FIRST].lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
-    engine, jobs = ranks.assemble(model, limits, [job()], adapters)
+    engine, jobs = ranks.assemble(model, limits, [training(id) for id in settings], adapters)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = _run(engine, jobs, policy, limits, workload, slos, horizon, seed)
 
@@ -156,12 +167,28 @@ def _bench(config: DictConfig, ranks: Replica, shape: ModelShape, device: Device
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(engine.adapter("job"), folder / "adapter", config.weights)
-    losses = [record.loss for record in engine.steps]
-    row = {**summary, "folder": str(folder), "losses": losses}
-    if engine.failures:
-        raise FailedInPart("; ".join(record.failure for record in engine.failures.values()), row)
-    return row
+    for id in settings:
+        write_adapter(engine.adapter(id), folder / _adapter_folder(id), config.weights)
+    losses = {id: [record.loss for record in engine.steps if record.job == id] for id in settings}
+    failures = [record.failure for record in engine.failures.values()]
+    return {**summary, "folder": str(folder), "losses": losses}, failures
+
+
+def _jobs(config: DictConfig) -> dict[str, JobSettings]:
+    """Job -> its settings; the first is `job` itself."""
+    found = {FIRST: build(JobSettings, config.job, "job")}
+    for name, changes in (config.more_jobs or {}).items():
+        if str(name) == FIRST or str(name).startswith("adapter_"):
+            raise ValueError(f"more_jobs.{name}: a name must not be {FIRST}, nor begin with adapter_")
+        if not isinstance(changes, DictConfig):
+            raise ValueError(f"more_jobs.{name} must be a group of keys of job, got {changes!r}")
+        node = OmegaConf.merge(OmegaConf.to_container(config.job, resolve=True), changes)
+        found[str(name)] = build(JobSettings, node, f"more_jobs.{name}")
+    return found
+
+
+def _adapter_folder(job: str) -> str:
+    return "adapter" if job == FIRST else f"adapter_{job}"
 
 
 def _run(
@@ -252,9 +279,10 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
 
     print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
     for row in rows:
-        losses = row["losses"]
-        if losses:
-            name = row["name"] or row["policy"]
-            print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
+        for job, losses in row["losses"].items():
+            if losses:
+                name = row["name"] or row["policy"]
+                who = name if len(row["losses"]) == 1 else f"{name}, {job}"
+                print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({who})")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")

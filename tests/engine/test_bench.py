@@ -69,6 +69,10 @@ def _model_shape() -> ModelShape:
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy=separate", "is for several pipelines; coserve bench runs one"),
         ("device=h100", "needs a CUDA device"),
+        ("+more_jobs.second.weight=0", "weight must be above 0, got 0"),
+        ("+more_jobs.second.rank=4", "more_jobs.second has no key 'rank'"),
+        ("+more_jobs.job.weight=2", "more_jobs.job: a name must not be job"),
+        ("+more_jobs.second=3", "more_jobs.second must be a group of keys of job, got 3"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number, got 'few'"),
     ],
 )
@@ -79,6 +83,21 @@ def test_a_mistake_is_told_in_one_line(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (folder / "summary.json").exists()
+
+
+def test_two_jobs_share_the_finetuning_by_weight(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of samples that no iteration can finish, the job with three times the weight trains three times as many,
+    give or take what is in flight and cut with the budget."""
+    second = ["+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1"]
+    long = ["job.sample_tokens=256", "policy.budget_s=0.02", "workload.duration_s=4"]
+    assert main([*SHORT, *second, *long, f"hydra.run.dir={folder}"]) == 0
+    counts = read_run(folder).table("steps")["job"].value_counts()
+    assert counts["job"] > 1 and counts["second"] == pytest.approx(3 * counts["job"], rel=0.2, abs=4)
+    shape = _model_shape()
+    ranks = {name: read_adapter(folder / name, shape).rank for name in ("adapter", "adapter_second")}
+    assert ranks == {"adapter": 8, "adapter_second": 4}
+    out = capsys.readouterr().out
+    assert ", job)" in out and ", second)" in out
 
 
 def test_the_bundled_text_becomes_samples_of_bytes(tmp_path: Path) -> None:
