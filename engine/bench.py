@@ -83,6 +83,8 @@ class JobSettings:
     def __post_init__(self) -> None:
         if self.sample_tokens < 2:
             raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
+        if not self.weight > 0:
+            raise ValueError(f"job.weight must be above 0, got {self.weight}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -234,6 +234,7 @@ def test_a_bench_with_a_spoilt_job_serves_on_writes_everything_and_says_so(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short = ["workload.duration_s=2", "run.drain_s=10", "measure_s=3", "job.sample_tokens=32"]
+    short += ["policy=temporal", "policy.interval=4"]  # finetunes on the slowest machine
     spoilt = ["job.optimizer.kind=sgd", "job.optimizer.learning_rate=1.0e+37", "job.optimizer.warmup_steps=0"]
     assert bench([*short, *spoilt, "hydra.run.dir=out"]) == 2
     said = capsys.readouterr()
