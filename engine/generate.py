@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
-from engine.load import load_model
+from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
@@ -56,15 +56,16 @@ class Settings:
     limits: Limits
 
     def __post_init__(self) -> None:
+        check_model_folder(self.model_name_or_path)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
-        for key in ("tp", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key, least in (("tp", 1), ("max_new_tokens", 1), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,10 +92,15 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
-    longest = settings.limits.max_sequence_tokens
+    limits = settings.limits
+    blocks = limits.kv_tokens // limits.block_tokens
+    longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
     for n, tokens in enumerate(encoded, 1):
         if not tokens or len(tokens) >= longest:
-            raise ValueError(f"prompt {n} must have 1..{longest - 1} tokens, got {len(tokens)}")
+            raise ValueError(
+                f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens and max_sequence_tokens), "
+                f"got {len(tokens)}"
+            )
     stops = frozenset[int]() if settings.ignore_eos else _stops(settings.model_name_or_path, tokenizer)
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops

@@ -36,7 +36,7 @@ from engine.datasets import Dataset, read_dataset
 from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import StepRecord
 from engine.finetune import Sample
-from engine.load import load_model
+from engine.load import check_model_folder, load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.optimizer import KINDS, SCHEDULES, OptimizerSettings
 from engine.replica import replica
@@ -135,6 +135,7 @@ class Settings:
     memory: str
 
     def __post_init__(self) -> None:
+        check_model_folder(self.model_name_or_path)
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")

@@ -228,11 +228,12 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
 
 
 REFUSED = {
-    "model_name_or_path": ["3"],
+    "model_name_or_path": ["3", "nowhere"],
     "dataset": ["3", "nowhere.jsonl"],
     "output_dir": ["3"],
     "resume": ["maybe"],
     "device": ["tpu"],
+    "tp": ["0", "1.5"],
     "dtype": ["float16"],
     "seed": ["-1", "1.5"],
     "cutoff_len": ["-4", "1", "long"],
@@ -275,3 +276,27 @@ def test_every_option_of_finetune_is_checked_and_named(
     assert finetune([*arguments, "warmup_steps=2", "warmup_ratio=0.1"]) == 2
     assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("model_name_or_path=nowhere", "model_name_or_path must be a folder with a Hugging Face model"),
+        ("limits.kv_tokens=16", "prompt 1 must have 1..15 tokens (limits.kv_tokens"),
+        ("limits.max_sequence_tokens=9", "prompt 1 must have 1..8 tokens"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("top_p=0", "top_p must be in (0, 1], got 0.0"),
+        ("temperature=-1", "temperature must be at least 0"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1"),
+        ("adapter_name_or_path=nowhere", "nowhere/adapter_config.json is missing"),
+        ("prompts=nowhere", "nowhere does not exist"),
+        ("device=tpu", "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_a_mistake_in_generate_is_told_in_one_line(
+    change: str, words: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.txt").write_text("The harbour at Lowmouth has two clocks, and only one of them is right. " * 2)
+    assert generate([arguments[0], "prompts=p.txt", "chat=false", change]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
