@@ -46,7 +46,7 @@ from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.replica import Replica, replica
-from engine.room import limits_and_plan
+from engine.room import limits_and_plans
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
@@ -59,6 +59,7 @@ from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
 from sim.cost.table import FittedCost
+from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.rerun import write_rerun
@@ -67,6 +68,8 @@ from sim.results import SUMMARY, make_manifest, read_run, write_run
 CONFIGS = Path(__file__).parent / "configs"
 RANDOM = "random"
 RANDOM_SAMPLES = 64
+FIRST = "job"
+"""Id of the job that the `job` node describes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +88,9 @@ class RunSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobSettings:
-    """The `job` node."""
+    """The `job` node, or it with the changes of one of `more_jobs`."""
 
+    weight: float
     data: str | None
     sample_tokens: int
     accumulation: int
@@ -98,6 +102,8 @@ class JobSettings:
     def __post_init__(self) -> None:
         if self.sample_tokens < 2:
             raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
+        if not self.weight > 0:
+            raise ValueError(f"job.weight must be above 0, got {self.weight}")
 
 
 class Before(NamedTuple):
@@ -134,12 +140,15 @@ def bench(config: DictConfig) -> dict[str, Any]:
     shape = shape_of(config.model, config.weights)
     try:
         with replica(shape.tp, place_of(device)) as ranks:
-            return _bench(config, resolved, folder, ranks, shape, device)
+            row, failures = _bench(config, resolved, folder, ranks, shape, device)
     except Exception as error:
         # The error is kept until the sweep ends, its frames with it: they must not hold the pages.
         traceback.clear_frames(error.__traceback__)
         release()
         raise
+    if failures:
+        raise FailedInPart("; ".join(failures), row)
+    return row
 
 
 def _bench(
@@ -149,46 +158,51 @@ def _bench(
     ranks: Replica,
     shape: ModelShape,
     device: DeviceSpec,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], list[str]]:
+    """The summary row, and what failed."""
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    settings = build(JobSettings, config.job, "job")
+    settings = _jobs(config)
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     split = _split_of(config, shape)
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    samples = _samples(config, settings, shape)
+    samples = {id: _samples(config, job, shape) for id, job in settings.items()}
     model = model_of(shape, device, config.weights, ranks)
     given = build(LimitSettings, config.limits, "limits")
 
-    def job(of_seed: int, plan: CompilePlan | None) -> TrainingJob:
-        return TrainingJob(
-            id="job",
-            samples=passes(samples, of_seed),
-            max_sample_tokens=settings.sample_tokens,
-            adapter=new_adapter(settings.lora, shape, model.compute, model.device, of_seed),
-            optimizer=settings.optimizer,
-            accumulation=settings.accumulation,
-            order=settings.order,
-            memory=settings.memory,
-            plan=plan,
-        )
+    def training(of_seed: int, plans: Mapping[str, CompilePlan]) -> list[TrainingJob]:
+        return [
+            TrainingJob(
+                id=id,
+                samples=passes(samples[id], of_seed),
+                max_sample_tokens=job.sample_tokens,
+                adapter=new_adapter(job.lora, shape, model.compute, model.device, of_seed),
+                optimizer=job.optimizer,
+                accumulation=job.accumulation,
+                weight=job.weight,
+                order=job.order,
+                memory=job.memory,
+                plan=plans.get(id),
+            )
+            for id, job in settings.items()
+        ]
 
     utilization = check(config.memory_utilization, float, "memory_utilization")
-    limits, plan = limits_and_plan(model, device, given, job(0, None), utilization)
-
+    limits, plans = limits_and_plans(model, device, given, training(0, {}), utilization)
     assemble = partial(ranks.assemble, launching=launch.on(model))
 
     def measured() -> Before:
-        predictor = _predictor(config, model, limits, device, job(0, plan), assemble)
+        predictor = _predictor(config, model, limits, device, training(0, plans)[0], assemble)
         peak_s = check(config.peak_s, float, "peak_s")
         if not peak_s:
             return Before(predictor, None)
         release()
         alone = _policy(_named_policy("finetune_only"), predictor, slos)
-        peak = finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s, assemble)
-        return Before(predictor, peak)
+        return Before(
+            predictor, finetune_peak_tok_s(model, limits, training(0, plans), alone, peak_s, assemble)
+        )
 
     parts = (
         "model",
@@ -197,6 +211,7 @@ def _bench(
         "limits",
         "memory_utilization",
         "job",
+        "more_jobs",
         "launch",
         "predictor",
         "measure_s",
@@ -206,13 +221,13 @@ def _bench(
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
-        name: new_adapter(settings.lora, shape, model.compute, model.device, seed + n)
+        name: new_adapter(settings[FIRST].lora, shape, model.compute, model.device, seed + n)
         for n, name in enumerate(names, 1)
     }
     setting = Setting(
         model=model,
         limits=limits,
-        job=job(seed, plan),
+        jobs=training(seed, plans),
         adapters=adapters,
         slos=slos,
         device=device,
@@ -227,7 +242,8 @@ def _bench(
     if run.warm_up_s:
         bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
     if isinstance(bench, Single):
-        write_rerun(folder, limits, bench.jobs, settings.sample_tokens, before.predictor)
+        following = {id: job.sample_tokens for id, job in settings.items()}
+        write_rerun(folder, limits, bench.jobs, following, before.predictor)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = bench.run(workload, horizon)
 
@@ -252,9 +268,30 @@ def _bench(
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    write_adapter(bench.trainer.adapter("job"), folder / "adapter", config.weights)
-    losses = [record.loss for record in bench.trainer.steps]
-    return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
+    trainer = bench.trainer
+    for id in settings:
+        write_adapter(trainer.adapter(id), folder / _adapter_folder(id), config.weights)
+    losses = {id: [record.loss for record in trainer.steps if record.job == id] for id in settings}
+    memory = {id: plan.describe() for id, plan in plans.items()}
+    failures = [record.failure for record in trainer.failures.values()]
+    return {**summary, "folder": str(folder), "losses": losses, "plans": memory}, failures
+
+
+def _jobs(config: DictConfig) -> dict[str, JobSettings]:
+    """Job -> its settings; the first is `job` itself."""
+    found = {FIRST: build(JobSettings, config.job, "job")}
+    for name, changes in (config.more_jobs or {}).items():
+        if str(name) == FIRST or str(name).startswith("adapter_"):
+            raise ValueError(f"more_jobs.{name}: a name must not be {FIRST}, nor begin with adapter_")
+        if not isinstance(changes, DictConfig):
+            raise ValueError(f"more_jobs.{name} must be a group of keys of job, got {changes!r}")
+        node = OmegaConf.merge(OmegaConf.to_container(config.job, resolve=True), changes)
+        found[str(name)] = build(JobSettings, node, f"more_jobs.{name}")
+    return found
+
+
+def _adapter_folder(job: str) -> str:
+    return "adapter" if job == FIRST else f"adapter_{job}"
 
 
 def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
@@ -276,7 +313,7 @@ def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
     found = read_run(folder)
     if _compared(resolved) != _compared(found.config):
         raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
-    return {**found.summary, "folder": str(folder), "losses": [], "plan": None}
+    return {**found.summary, "folder": str(folder), "losses": {}, "plans": {}}
 
 
 def _compared(config: Mapping[str, Any]) -> str:
@@ -363,13 +400,14 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k not in ("losses", "plan")} for row in rows])
+    print_table([{k: v for k, v in row.items() if k not in ("losses", "plans")} for row in rows])
     for row in rows:
-        losses = row["losses"]
-        if losses:
-            name = row["name"] or row["policy"]
-            print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
-    for text in dict.fromkeys(row["plan"] for row in rows if row["plan"] is not None):
+        for job, losses in row["losses"].items():
+            if losses:
+                name = row["name"] or row["policy"]
+                who = name if len(row["losses"]) == 1 else f"{name}, {job}"
+                print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({who})")
+    for text in dict.fromkeys(text for row in rows for text in row["plans"].values()):
         print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")

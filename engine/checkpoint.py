@@ -2,19 +2,22 @@
 
     checkpoint-N/adapter_config.json, adapter_model.safetensors   PEFT's; float32 masters
     checkpoint-N/optimizer.pt                                     state of the optimizer
-    checkpoint-N/state.json                                       step, samples trained, settings
+    checkpoint-N/state.json                                       step, samples, settings, hashes of the others
 
 A checkpoint is written under another name, synced to disk and renamed, so a name `checkpoint-N` is a
-promise. Data order follows from the seed and the number of samples trained, so nothing random is stored, and
-adapter and optimizer are whole, so training may go on with another `tp`.
+promise; the hashes find what was damaged or half copied later. Data order follows from the seed and the number
+of samples trained, so nothing random is stored, and adapter and optimizer are whole, so training may go on with
+another `tp`.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,8 @@ import torch
 
 from engine.engine import Engine
 from engine.lora import write_adapter
+
+STATE = "state.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,26 +39,44 @@ class Progress:
     """Samples trained so far; the next step begins with the one after."""
     settings: Mapping[str, Any]
     """What must be the same for training to go on."""
+    unlogged: Sequence[float] = ()
+    """Losses of the steps since the last row of the log."""
 
 
 def save_checkpoint(
-    folder: str | Path, engine: Engine, job: str, progress: Progress, base_model: str | None
+    folder: str | Path,
+    engine: Engine,
+    job: str,
+    progress: Progress,
+    base_model: str | None,
+    keep: int | None = None,
 ) -> Path:
-    """Write `folder`/checkpoint-N of a job. On an OSError nothing of it is left, and older ones are untouched."""
+    """Write `folder`/checkpoint-N of a job, then leave only the `keep` latest (None: all).
+
+    On an OSError nothing of it is left, and older ones are untouched.
+    """
     folder = Path(folder)
     final = folder / f"checkpoint-{progress.step}"
-    partial = folder / f".{final.name}.partial"
+    partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
         write_adapter(engine.adapter(job), partial, base_model)
-        torch.save(engine.optimizer_state(job), partial / "optimizer.pt")
-        state = {"step": progress.step, "samples": progress.samples, "settings": dict(progress.settings)}
-        (partial / "state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+        # torch.save itself reports a full disk as a mistake of the program.
+        buffer = io.BytesIO()
+        torch.save(engine.optimizer_state(job), buffer)
+        (partial / "optimizer.pt").write_bytes(buffer.getbuffer())
+        state = {
+            "step": progress.step,
+            "samples": progress.samples,
+            "unlogged": list(progress.unlogged),
+            "settings": dict(progress.settings),
+            "sha256": {path.name: _hash(path) for path in sorted(partial.iterdir())},
+        }
+        (partial / STATE).write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             _sync(path)
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         os.rename(partial, final)
         _sync(folder)
     except OSError as error:
@@ -61,29 +84,86 @@ def save_checkpoint(
         raise OSError(
             error.errno, f"checkpoint of step {progress.step}: {error.strerror}", str(final)
         ) from error
+    if keep is not None:
+        for old in checkpoints(folder)[keep:]:
+            _remove(old)
     return final
 
 
-def last_checkpoint(folder: str | Path) -> Path | None:
-    """The checkpoint of the latest step in `folder`; None without any."""
+def checkpoints(folder: str | Path) -> list[Path]:
+    """All folders named checkpoint-N, the latest step first."""
     found = [p for p in Path(folder).glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdecimal()]
-    return max(found, key=lambda p: int(p.name.removeprefix("checkpoint-")), default=None)
+    return sorted(found, key=lambda p: -int(p.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(folder: str | Path, warn: Callable[[str], None]) -> Path | None:
+    """The latest whole checkpoint in `folder`, None without any; `warn` gets a line for each passed over.
+
+    Raises ValueError when there are some and none is whole.
+    """
+    found = checkpoints(folder)
+    for path in found:
+        try:
+            _check_whole(path)
+        except ValueError as error:
+            warn(f"{error}; it is passed over")
+        else:
+            return path
+    if found:
+        raise ValueError(f"{folder} has no whole checkpoint to go on from; choose another output_dir")
+    return None
 
 
 def read_progress(checkpoint: str | Path) -> Progress:
     """Where a checkpoint stands. ValueError for a folder that is none."""
-    path = Path(checkpoint) / "state.json"
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{checkpoint} is not a checkpoint: {error}") from None
-    return Progress(step=state["step"], samples=state["samples"], settings=state["settings"])
+    state = _read_state(Path(checkpoint))
+    return Progress(**{key: state[key] for key in ("step", "samples", "settings", "unlogged")})
 
 
 def restore(checkpoint: str | Path, engine: Engine, job: str) -> None:
     """Optimizer state and step count of a checkpoint; the job was made with its adapter."""
     state = torch.load(Path(checkpoint) / "optimizer.pt", map_location="cpu", weights_only=True)
     engine.restore(job, state, read_progress(checkpoint).step)
+
+
+def _check_whole(checkpoint: Path) -> None:
+    for name, expected in _read_state(checkpoint)["sha256"].items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise ValueError(f"{checkpoint} is not a whole checkpoint: {name} is missing")
+        if _hash(path) != expected:
+            raise ValueError(f"{checkpoint} is not a whole checkpoint: {name} is damaged")
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE}: {error.strerror}") from None
+    except ValueError:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE} is damaged") from None
+    keys = ("step", "samples", "settings", "unlogged", "sha256")
+    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
+    if missing:
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE} has no {missing[0]}")
+    return dict(state)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Take its name away first: a kill in between leaves nothing that looks like a checkpoint."""
+    if checkpoint.exists():
+        gone = checkpoint.with_name(f".{checkpoint.name}.removed")
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(checkpoint, gone)
+        shutil.rmtree(gone)
+
+
+def _partial(checkpoint: Path) -> Path:
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
+
+
+def _hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -2,7 +2,7 @@
 
     text                        plain text
     prompt, completion          a prompt and what follows it
-    instruction, input, output  alpaca; one exchange
+    instruction, input, output  alpaca; one exchange, after those of a `history` if there is one
     conversations               sharegpt: a list of {from: human | gpt | system, value}
     messages                    OpenAI: a list of {role: user | assistant | system, content}
 
@@ -12,8 +12,10 @@ prompts are asked for: the tokens that the template adds when an answer is appen
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -46,24 +48,34 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
-def read_samples(
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dataset:
+    """Samples to train on, and what became of the rest."""
+
+    samples: Sequence[Sample]
+    note: str | None
+    """How many were cut or left out; None when none was."""
+
+
+def read_dataset(
     path: str | Path,
     tokenizer: Tokenizer,
     *,
     cutoff_len: int,
+    max_samples: int | None = None,
     train_on_prompt: bool = False,
     packing: bool = False,
-) -> list[Sample]:
-    """Samples of at most `cutoff_len` tokens, in the file's order.
+) -> Dataset:
+    """Samples of at most `cutoff_len` tokens of the first `max_samples` rows, in the file's order.
 
     With `packing` they are laid one after the other and cut into pieces of `cutoff_len`, the last of which
-    may be shorter; without it each longer one is cut. What then has no token to train on is left out. Raises
-    ValueError for a row that does not fit.
+    may be shorter; without it each longer one loses its end. What then has no token to train on is left out.
+    Raises ValueError for a row that does not fit.
     """
     path = Path(path)
     samples: list[Sample] = []
     kind: str | None = None
-    for row, record in _records(path):
+    for row, record in itertools.islice(_records(path), max_samples):
         where = f"{path}: row {row}"
         kind = kind or _format(record, where)
         tokens, trained = _encode(record, kind, tokenizer, where)
@@ -73,11 +85,21 @@ def read_samples(
         raise ValueError(f"{path}: holds no rows")
     if packing:
         samples = _packed(samples, cutoff_len)
+    long = sum(len(s.tokens) > cutoff_len for s in samples)
     cut = [Sample(s.tokens[:cutoff_len], s.labels[:cutoff_len]) for s in samples]
     kept = [s for s in cut if (s.labels[1:] != IGNORE_LABEL).any()]
     if not kept:
         raise ValueError(f"{path}: no row has a token to train on within cutoff_len {cutoff_len}")
-    return kept
+    return Dataset(samples=kept, note=_note(path, len(cut), cutoff_len, long, len(cut) - len(kept)))
+
+
+def _note(path: Path, count: int, cutoff_len: int, long: int, left_out: int) -> str | None:
+    parts = []
+    if long:
+        parts.append(f"{long} of {count} samples are longer than cutoff_len {cutoff_len} and lose their end")
+    if left_out:
+        parts.append(f"{left_out} of {count} samples are left out, with no token to train on")
+    return f"{path}: {'; '.join(parts)}" if parts else None
 
 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -86,6 +108,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"dataset {path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"dataset {path} is not UTF-8 at byte {error.start}") from None
     if path.suffix == ".jsonl":
         lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
         rows: list[tuple[int, Any]] = [(n, _json(line, f"{path}: row {n}")) for n, line in lines]
@@ -135,7 +159,7 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
         user = _text(record, "instruction", where)
         if record.get("input"):
             user += "\n" + _text(record, "input", where)
-        found = [{"role": "user", "content": user}]
+        found = [*_history(record, where), {"role": "user", "content": user}]
         found.append({"role": "assistant", "content": _text(record, "output", where)})
     else:
         column, role, content = (
@@ -151,6 +175,18 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
         found.insert(0, {"role": "system", "content": _text(record, "system", where)})
     if not any(message["role"] == "assistant" for message in found):
         raise ValueError(f"{where}: has no answer to train on")
+    return found
+
+
+def _history(record: Mapping[str, Any], where: str) -> list[Message]:
+    """Earlier exchanges of an alpaca row."""
+    found: list[Message] = []
+    history = record.get("history") or []
+    pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
+    if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
+        raise ValueError(f"{where}: history must be a list of [instruction, output], got {history!r}")
+    for user, answer in history:
+        found += [{"role": "user", "content": user}, {"role": "assistant", "content": answer}]
     return found
 
 

@@ -177,9 +177,9 @@ class Driver:
                     clock.sleep(command.until_s)
                     reply = Done(clock.now_s(), (), self._gone())
                 else:
-                    ended = engine.collect()
+                    ended, failed = engine.collect()
                     clock.done()
-                    reply = Done(clock.now_s(), ended, self._gone())
+                    reply = Done(clock.now_s(), ended, self._gone(), failed)
                 command = loop.send(reply)
         except StopIteration:
             return

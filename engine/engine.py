@@ -13,6 +13,7 @@ takes the sum of its parts. Optimizer steps always come first: they may move the
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -43,9 +44,22 @@ class StepRecord(NamedTuple):
     grad_norm: float
     learning_rate: float
 
+    @property
+    def failure(self) -> str:
+        """What to say of a step after which its job was given up."""
+        numbers = f"loss {self.loss:g}, gradient norm {self.grad_norm:g}"
+        if math.isfinite(self.loss) and math.isfinite(self.grad_norm):
+            numbers += ", weights that are not finite"
+        return f"job {self.job}: step {self.step} gave {numbers}; the job stopped before it"
 
-class NotFiniteLoss(RuntimeError):
-    """A finetuning step whose loss is not a number: its adapter is spoilt."""
+
+class Collected(NamedTuple):
+    """What an iteration brought to light."""
+
+    ended: tuple[int, ...] = ()
+    """Requests whose token is one of their stop tokens."""
+    failed: tuple[str, ...] = ()
+    """Jobs whose step was not sound."""
 
 
 class _Live:
@@ -71,7 +85,7 @@ class _InFlight(NamedTuple):
     tokens: torch.Tensor | None
     steps: list[StepResult]
     numbers: torch.Tensor | None
-    """Loss and gradient norm of each step."""
+    """Loss, gradient norm and soundness of each step."""
     event: torch.cuda.Event | None
 
 
@@ -98,7 +112,9 @@ class Engine:
         self.tables = BlockTables(limits)
         self.trainers = {trainer.spec.id: trainer for trainer in trainers}
         self.steps: list[StepRecord] = []
-        """Optimizer steps so far."""
+        """Optimizer steps so far; those of a job that failed end with the last good one."""
+        self.failures: dict[str, StepRecord] = {}
+        """Job -> the step after which it was given up. Its adapter stays at the version before."""
         self.on_token = on_token
         self.on_step = on_step
         self._pages = pages
@@ -193,18 +209,14 @@ class Engine:
             self._backward(plan)
         self._launched.append(self._in_flight(ids, tokens, steps))
 
-    def collect(self) -> tuple[int, ...]:
-        """Wait for the oldest iteration, hand out its tokens and publish its steps.
-
-        Returns the requests whose token is one of their stop tokens. Raises NotFiniteLoss.
-        """
+    def collect(self) -> Collected:
+        """Wait for the oldest iteration, hand out its tokens and publish its steps."""
         done = self._launched.popleft()
         if done.event is not None:
             done.event.synchronize()
-        if done.numbers is not None:
-            self._publish(done.steps, done.numbers.tolist())
+        failed = () if done.numbers is None else self._publish(done.steps, done.numbers.tolist())
         if done.tokens is None:
-            return ()
+            return Collected((), failed)
         ended = []
         for id, token in zip(done.ids, done.tokens.tolist(), strict=True):
             live = self._live.get(id)
@@ -215,7 +227,7 @@ class Engine:
                 self.on_token(id, token)
             if token in live.sampling.stop_tokens:
                 ended.append(id)
-        return tuple(ended)
+        return Collected(tuple(ended), failed)
 
     @property
     def overlaps(self) -> bool:
@@ -361,7 +373,9 @@ class Engine:
     def _in_flight(self, ids: list[int], tokens: torch.Tensor | None, steps: list[StepResult]) -> _InFlight:
         numbers = None
         if steps:
-            numbers = torch.stack([torch.stack((s.loss, s.grad_norm.to(s.loss.dtype))) for s in steps])
+            kind = steps[0].loss.dtype
+            columns = [(s.loss, s.grad_norm.to(kind), s.sound.to(kind)) for s in steps]
+            numbers = torch.stack([torch.stack(column) for column in columns])
         if self.model.device.type == "cpu":
             return _InFlight(ids, tokens, steps, numbers, None)
         host = None if tokens is None else tokens.to("cpu", non_blocking=True)
@@ -370,16 +384,25 @@ class Engine:
         event.record()
         return _InFlight(ids, host, steps, host_numbers, event)
 
-    def _publish(self, steps: Sequence[StepResult], numbers: Sequence[Sequence[float]]) -> None:
+    def _publish(self, steps: Sequence[StepResult], numbers: Sequence[Sequence[float]]) -> tuple[str, ...]:
+        """New requests get what sound steps made; the jobs of the others."""
         assert self._bank is not None
-        for result, (loss, norm) in zip(steps, numbers, strict=True):
-            if not np.isfinite(loss):
-                raise NotFiniteLoss(f"job {result.job}: the loss of step {result.step} is {loss}")
-            self.steps.append(StepRecord(result.job, result.step, loss, norm, result.learning_rate))
+        failed = []
+        for result, (loss, norm, sound) in zip(steps, numbers, strict=True):
+            record = StepRecord(result.job, result.step, loss, norm, result.learning_rate)
+            if not sound:
+                self._bank.drop(result.slot)
+                # The next step of a job may have been launched before the loop gave it up.
+                if result.job not in self.failures:
+                    self.failures[result.job] = record
+                    failed.append(result.job)
+                continue
+            self.steps.append(record)
             self._bank.drop(self._versions[result.job])
-            self._versions[result.job] = self._bank.hold(self.trainers[result.job].slot)
+            self._versions[result.job] = result.slot
             if self.on_step is not None:
-                self.on_step(self.steps[-1])
+                self.on_step(record)
+        return tuple(failed)
 
 
 _NO_INFERENCE = Placement((), ())

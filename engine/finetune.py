@@ -11,6 +11,7 @@ step, so that a step is the mean over its tokens however they are spread over sa
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -78,7 +79,11 @@ class StepResult(NamedTuple):
     loss: torch.Tensor
     """Mean over the step's labels."""
     grad_norm: torch.Tensor
+    sound: torch.Tensor
+    """False when loss, gradient or new weights are not finite, in this step or an earlier one."""
     learning_rate: float
+    slot: int
+    """The bank's slot of the weights after it, held for whoever publishes them."""
 
 
 class Trainer:
@@ -128,6 +133,7 @@ class Trainer:
         self._loss = torch.zeros((), dtype=model.compute, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         assert self.held_bytes == plan.held_bytes
+        self._sound = torch.ones((), dtype=torch.bool, device=device)
 
         self._sample: Sample | None = None
         self._labels = np.zeros(0, np.int64)
@@ -266,15 +272,30 @@ class Trainer:
     # Steps
 
     def step(self) -> StepResult:
-        """Update the masters and put them into a slot of their own; `slot` is that one from now on."""
+        """Update the masters and put them into a slot of their own; `slot` is that one from now on.
+
+        A step that is not sound leaves the masters as they were, and so do all after it: the host learns of
+        it later, perhaps with the next step under way, and finds the last good weights.
+        """
         rate = self.optimizer.settings.rate(self.optimizer.steps)
+        masters = [*self.masters.tensors()]
+        before_step = [master.clone() for master in masters]
         norm = self.optimizer.step(self._count)
         loss = self._loss / self._count
+        largest = torch.stack(torch._foreach_norm(masters, math.inf)).sum()
+        finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(largest)
+        # All ranks decide the same: what one of them cannot use, none does.
+        self._sound &= self._model.group.all_reduce((~finite).to(loss.dtype)) == 0
+        for master, old in zip(masters, before_step, strict=True):
+            torch.where(self._sound, master, old, out=master)
         self._loss.zero_()
         self._count.zero_()
         before, self.slot = self.slot, self._bank.put(self.masters)
         self._bank.drop(before)
-        return StepResult(self.spec.id, self.optimizer.steps, loss, norm, rate)
+        published = self._bank.hold(self.slot)
+        return StepResult(
+            self.spec.id, self.optimizer.steps, loss, norm, self._sound.clone(), rate, published
+        )
 
     def stand(self, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool) -> None:
         """Be so far in `sample`, as if all before had been computed. For timing: what comes out means nothing.

@@ -23,12 +23,11 @@ from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.launching import LaunchSettings
-from engine.load import load_model
+from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
 from engine.training import CONFIGS, DTYPES
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
@@ -59,20 +58,20 @@ class Settings:
     launch: LaunchSettings
 
     def __post_init__(self) -> None:
+        check_model_folder(self.model_name_or_path)
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in ("cpu", "cuda"):
             raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
-        for key in ("tp", "max_new_tokens"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
+        for key, least in (("tp", 1), ("max_new_tokens", 1), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
 def main(argv: Sequence[str]) -> int:
     """`coserve generate`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(generate, argv, prog="coserve generate", config_name="generate", config_dir=CONFIGS)
 
 
@@ -80,7 +79,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
     """Answer prompts from a file or from standard input, a line each."""
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
-    policy: Policy = build(None, {k: v for k, v in node.pop("policy").items() if k != "name"}, "policy")
+    policy: Policy = build(None, node.pop("policy"), "policy")
     settings: Settings = build(Settings, node, "generate")
     prompts = _prompts(settings)
     rows = answer(settings, policy, prompts)
@@ -95,10 +94,15 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
-    longest = settings.limits.max_sequence_tokens
+    limits = settings.limits
+    blocks = limits.kv_tokens // limits.block_tokens
+    longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
     for n, tokens in enumerate(encoded, 1):
         if not tokens or len(tokens) >= longest:
-            raise ValueError(f"prompt {n} must have 1..{longest - 1} tokens, got {len(tokens)}")
+            raise ValueError(
+                f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens and max_sequence_tokens), "
+                f"got {len(tokens)}"
+            )
     stops = frozenset[int]() if settings.ignore_eos else _stops(settings.model_name_or_path, tokenizer)
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops

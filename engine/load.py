@@ -24,6 +24,14 @@ from sim.core.specs import ModelShape
 INDEX = "model.safetensors.index.json"
 
 
+def check_model_folder(folder: str) -> None:
+    """Before anything else is tried with it: `model_name_or_path` of a command."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"model_name_or_path must be a folder with a Hugging Face model and its config.json, got {folder!r}"
+        )
+
+
 def load_model(
     folder: str | Path, dtype: torch.dtype, device: torch.device | str, group: Group = ALONE
 ) -> Model:

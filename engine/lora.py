@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from sim.core.specs import LoraSpec, ModelShape
 
@@ -99,7 +100,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in peft_tensors(adapter)}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _write(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -114,7 +115,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
         "inference_mode": True,
     }
     text = json.dumps(config, indent=2)
-    (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+    _write(folder / "adapter_config.json", f"{text}\n".encode())
 
 
 def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
@@ -202,6 +203,18 @@ class AdapterBank:
                 tensors[target] = torch.cat((old, torch.zeros_like(old)), dim=1)
         self.ranks = torch.cat((self.ranks, torch.zeros_like(self.ranks)))
         self.scales = torch.cat((self.scales, torch.zeros_like(self.scales)))
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Put a file in place at once: a kill leaves the old one or the new. A full disk is an OSError, which
+    safetensors' own writing does not give."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _name(layer: int, target: str, kind: str) -> str:

@@ -9,7 +9,7 @@ a profile instead and needs no time for this.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -72,17 +72,17 @@ def measure(
 def finetune_peak_tok_s(
     model: Model,
     limits: Limits,
-    job: TrainingJob,
+    training: Sequence[TrainingJob],
     policy: Policy,
     seconds: float,
     assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> float:
-    """Trained tokens per second of `job` alone under `policy`, between its first and its last optimizer step.
+    """Trained tokens per second of jobs alone under `policy`, between its first and its last optimizer step.
 
     Raises ValueError when the time was too short for two steps.
     """
     least = replace(limits, kv_tokens=limits.block_tokens)
-    engine, jobs = assemble(model, least, [job])
+    engine, jobs = assemble(model, least, training)
     recorder = Recorder()
     state = PipelineState(limits=least, slos={}, recorder=recorder, jobs=jobs)
     loop = run_loop(state, policy, GivenArrivals(), Horizon(duration_s=seconds, drain_s=0.0))

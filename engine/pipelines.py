@@ -6,7 +6,7 @@ job goes on from where it stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -40,7 +40,7 @@ class Setting:
 
     model: Model
     limits: Limits
-    job: TrainingJob
+    jobs: Sequence[TrainingJob]
     adapters: Mapping[str, Adapter]
     slos: Mapping[str, Slo]
     device: DeviceSpec
@@ -54,8 +54,8 @@ class Setting:
         return random.integers(0, self.model.config.shape.vocab, request.prompt_tokens).tolist(), Sampling()
 
     def engine(self, limits: Limits, trains: bool, serves: bool = True) -> tuple[Engine, list[Job]]:
-        """An engine with the job, if it trains, and the requests' adapters, if it serves."""
-        jobs, adapters = [self.job] if trains else [], self.adapters if serves else None
+        """An engine with the jobs, if it trains, and the requests' adapters, if it serves."""
+        jobs, adapters = self.jobs if trains else (), self.adapters if serves else None
         engine, counted = self.assemble(self.model, limits, jobs, adapters)
         engine.warm_up()
         return engine, counted

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from engine.assemble import TrainingJob, assemble_engine, plan_jobs
-from engine.engine import Engine
+from engine.engine import Collected, Engine
 from engine.finetune import Sample, SampleFeed
 from engine.launching import Launching
 from engine.lora import Adapter
@@ -106,7 +106,7 @@ class Leader(Engine):
         self._tell("engine", "launch", plan._replace(memory=None))
         super().launch(plan)
 
-    def collect(self) -> tuple[int, ...]:
+    def collect(self) -> Collected:
         self._tell("engine", "collect")
         return super().collect()
 

@@ -6,6 +6,7 @@ the plan may take as much of what is free as the simulator lets it, and the cach
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from engine.assemble import TrainingJob, plan_jobs
@@ -17,22 +18,22 @@ from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.cost.memory import free_bytes as room_bytes
-from sim.finetune_plans import AUTO_SHARE
+from sim.finetune_plans import AUTO_SHARE, FinetunePlans
 
 ROOM_STEP_TOKENS = 4096
 
 
-def limits_and_plan(
-    model: Model, device: DeviceSpec, given: LimitSettings, job: TrainingJob, utilization: float
-) -> tuple[Limits, CompilePlan]:
-    """The limits with the room that memory leaves where none is given, and the job's plan."""
+def limits_and_plans(
+    model: Model, device: DeviceSpec, given: LimitSettings, jobs: Sequence[TrainingJob], utilization: float
+) -> tuple[Limits, dict[str, CompilePlan]]:
+    """The limits with the room that memory leaves where none is given, and the plan of each job by its id."""
     if given.kv_tokens is not None:
         limits = _limits(given, given.kv_tokens, model.config.shape)
-        (plan,) = plan_jobs(model, limits, [job])
-        return limits, plan
+        return limits, _by_id(jobs, plan_jobs(model, limits, jobs))
     if model.device.type == "cpu":
         raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
-    shape, batch_tokens = model.config.shape, given.max_tokens + job.max_sample_tokens
+    shape = model.config.shape
+    batch_tokens = given.max_tokens + max(job.max_sample_tokens for job in jobs)
     seen = device_of(device, shape, free_bytes(model.device))
     free = room_bytes(
         device=seen,
@@ -43,7 +44,7 @@ def limits_and_plan(
         batch_sequences=given.max_sequences,
     )
     none = _limits(given, given.block_tokens, shape)
-    (plan,) = plan_jobs(model, none, [job], AUTO_SHARE * free)
+    plans = _by_id(jobs, plan_jobs(model, none, jobs, AUTO_SHARE * free))
     room = kv_room_tokens(
         device=seen,
         model=shape,
@@ -51,9 +52,13 @@ def limits_and_plan(
         utilization=utilization,
         batch_tokens=batch_tokens,
         batch_sequences=given.max_sequences,
-        finetune_bytes=plan.total_bytes() + plan.adapter_bytes,
+        finetune_bytes=FinetunePlans(plans=plans).held_bytes,
     )
-    return _limits(given, whole_steps(room), shape), plan
+    return _limits(given, whole_steps(room), shape), plans
+
+
+def _by_id(jobs: Sequence[TrainingJob], plans: Sequence[CompilePlan]) -> dict[str, CompilePlan]:
+    return {job.id: plan for job, plan in zip(jobs, plans, strict=True)}
 
 
 def device_of(device: DeviceSpec, shape: ModelShape, free: int) -> DeviceSpec:

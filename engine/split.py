@@ -24,7 +24,9 @@ class Device(Protocol):
 
     def launch(self, plan: Plan) -> None: ...
 
-    def collect(self) -> tuple[int, ...]: ...
+    def collect(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Requests that ended, jobs that failed."""
+        ...
 
 
 class SharedClock(Protocol):
@@ -152,7 +154,7 @@ class SplitDriver:
     def _collect(self) -> None:
         """Wait for the oldest iteration and charge its pipeline for it."""
         part = self._in_flight.popleft()
-        ended = part.device.collect()
+        ended, failed = part.device.collect()
         self._clock.done()
         end_s = self._clock.now_s()
         assert part.launched_s is not None
@@ -161,7 +163,7 @@ class SplitDriver:
         part.used_s += used_s
         part.clock_s += used_s / part.share
         part.launched_s, self._end_s = None, end_s
-        if _send(part, Done(end_s, ended)) is not None:
+        if _send(part, Done(end_s, ended, (), failed)) is not None:
             self._waiting.append(part)
 
 

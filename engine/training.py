@@ -3,17 +3,18 @@
     coserve finetune model_name_or_path=FOLDER dataset=data.jsonl output_dir=adapter
 
 The same engine and loop as everywhere, without requests. `output_dir` gets the adapter as PEFT has it,
-`checkpoint-N` folders and `trainer_log.jsonl`, a line per optimizer step. With resume=true training goes on
-from the last checkpoint, as if it had never stopped.
+`checkpoint-N` folders and `trainer_log.jsonl`, a line every `logging_steps`. With resume=true training goes on
+from the last whole checkpoint, as if it had never stopped. What stops it, a step whose loss is not a number or
+a full disk, is said in one line, and the checkpoints before it stay.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import math
 import sys
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,27 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
-from engine.checkpoint import Progress, last_checkpoint, read_progress, restore, save_checkpoint
+from engine.checkpoint import (
+    Progress,
+    checkpoints,
+    last_checkpoint,
+    read_progress,
+    restore,
+    save_checkpoint,
+)
 from engine.config import read_config
-from engine.datasets import read_samples
+from engine.datasets import Dataset, read_dataset
 from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import StepRecord
-from engine.load import load_model
+from engine.finetune import Sample
+from engine.load import check_model_folder, load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
-from engine.optimizer import OptimizerSettings
+from engine.optimizer import KINDS, SCHEDULES, OptimizerSettings
 from engine.replica import replica
 from engine.text import passes
-from sim.assemble import CONFIGS as SIMULATOR
+from engine.training_log import TrainingLog, check_tensorboard
 from sim.checked import build
+from sim.core.finetune import MEMORIES, ORDERS
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
@@ -41,7 +51,8 @@ from sim.core.specs import LoraSpec
 from sim.core.state import PipelineState
 from sim.hydra_app import hydra_main
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parent / "programs"
+"""Apart from those of `coserve bench`, among which `device` is a group and no key."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = (
     "output_dir",
@@ -49,12 +60,42 @@ MAY_CHANGE = (
     "device",
     "tp",
     "save_steps",
+    "save_total_limit",
+    "report_to",
     "order",
     "memory",
     "dataset",
     "model_name_or_path",
 )
 """Settings that a resumed run may state differently; paths may have moved."""
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+CHOICES = {
+    "device": ("cpu", "cuda"),
+    "dtype": tuple(DTYPES),
+    "optim": KINDS,
+    "lr_scheduler_type": SCHEDULES,
+    "order": ORDERS,
+    "memory": MEMORIES,
+    "report_to": ("none", "tensorboard"),
+}
+LEAST = {
+    "tp": 1,
+    "cutoff_len": 2,  # a token is trained on to follow from another
+    "max_samples": 1,
+    "lora_rank": 1,
+    "gradient_accumulation_steps": 1,
+    "num_train_epochs": 1,
+    "max_steps": 1,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_steps": 1,
+    "save_total_limit": 1,
+    "seed": 0,
+    "weight_decay": 0,
+}
+ABOVE_0 = ("learning_rate", "lora_alpha", "max_grad_norm")
+OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm")
+"""May be null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,11 +111,12 @@ class Settings:
     dtype: str
     seed: int
     cutoff_len: int
+    max_samples: int | None
     packing: bool
     train_on_prompt: bool
     lora_rank: int
     lora_alpha: float
-    lora_target: tuple[str, ...]
+    lora_target: tuple[str, ...] | str
     gradient_accumulation_steps: int
     num_train_epochs: int
     max_steps: int | None
@@ -84,22 +126,70 @@ class Settings:
     max_grad_norm: float | None
     lr_scheduler_type: str
     warmup_steps: int
+    warmup_ratio: float
+    logging_steps: int
+    report_to: str
     save_steps: int
+    save_total_limit: int | None
     order: str
     memory: str
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
-        if self.device not in ("cpu", "cuda"):
-            raise ValueError(f"device must be cpu or cuda, got {self.device!r}")
+        check_model_folder(self.model_name_or_path)
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+        for key, least in LEAST.items():
+            self._require(key, f"at least {least}", least, math.inf)
+        for key in ABOVE_0:
+            self._require(key, "above 0", math.ulp(0.0), math.inf)
+        self._require("warmup_ratio", "between 0 and 1", 0, 1)
+        if self.warmup_steps and self.warmup_ratio:
+            raise ValueError(
+                "only one of warmup_steps and warmup_ratio may be given, "
+                f"got {self.warmup_steps} and {self.warmup_ratio}"
+            )
+        unknown = [target for target in self.targets if target not in TARGETS]
+        if unknown or not self.targets:
+            raise ValueError(
+                f"lora_target must be all, or a list of {', '.join(TARGETS)}, got {self.lora_target!r}"
+            )
+        if self.memory == "recompute" and self.order != "window_major":
+            raise ValueError(f"memory=recompute needs order=window_major, got {self.order}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
-        for key in ("tp", "gradient_accumulation_steps", "num_train_epochs", "save_steps", "cutoff_len"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1 or null, got {self.max_steps}")
+
+    def _require(self, key: str, rule: str, least: float, most: float) -> None:
+        value = getattr(self, key)
+        if value is None and key in OPTIONAL:
+            return
+        if not (math.isfinite(value) and least <= value <= most):
+            or_null = " or null" if key in OPTIONAL else ""
+            raise ValueError(f"{key} must be {rule}{or_null}, got {value}")
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        given = self.lora_target
+        if given == "all":
+            return TARGETS
+        return (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+
+    @property
+    def lora(self) -> LoraSpec:
+        return LoraSpec(rank=self.lora_rank, alpha=self.lora_alpha, targets=self.targets)
+
+    def optimizer(self, total_steps: int) -> OptimizerSettings:
+        """Of a run of so many steps."""
+        return OptimizerSettings(
+            kind=self.optim,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            schedule=self.lr_scheduler_type,
+            # As transformers rounds the ratio.
+            warmup_steps=self.warmup_steps or math.ceil(total_steps * self.warmup_ratio),
+            total_steps=total_steps,
+        )
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -111,7 +201,6 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve finetune`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         finetune, argv, prog="coserve finetune", config_name="finetune", config_dir=CONFIGS, at_end=_show
     )
@@ -121,56 +210,36 @@ def finetune(config: DictConfig) -> dict[str, Any]:
     """Train a LoRA adapter on a dataset and write it as PEFT has it."""
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
-    policy: Policy = build(None, {k: v for k, v in node.pop("policy").items() if k != "name"}, "policy")
+    policy: Policy = build(None, node.pop("policy"), "policy")
     settings: Settings = build(Settings, node, "finetune")
     return train(settings, policy)
 
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     """Train to the end; `steps`, `loss` of the last step, `folder` and the compile plan in a line."""
-    from transformers import AutoTokenizer
-
     folder = Path(settings.output_dir)
-    found = last_checkpoint(folder)
-    if found is not None and not settings.resume:
-        raise ValueError(
-            f"output_dir {folder} has {found.name}; resume=true goes on, or choose another folder"
-        )
+    if settings.report_to == "tensorboard":
+        check_tensorboard()
+    found = _start(folder, settings)
     before = None if found is None else _checked_progress(found, settings)
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
-    samples = read_samples(
-        settings.dataset,
-        tokenizer,
-        cutoff_len=settings.cutoff_len,
-        train_on_prompt=settings.train_on_prompt,
-        packing=settings.packing,
-    )
+    done = 0 if before is None else before.samples
+    data = _data(settings)
     accumulation = settings.gradient_accumulation_steps
-    all_samples = len(samples) * settings.num_train_epochs
+    all_samples = len(data.samples) * settings.num_train_epochs
     if settings.max_steps is not None:
         all_samples = min(all_samples, settings.max_steps * accumulation)
     total = -(-all_samples // accumulation)
-    done = 0 if before is None else before.samples
 
     shape = read_config(settings.model_name_or_path).shape
     shape.check_tp(settings.tp)
-    lora = LoraSpec(rank=settings.lora_rank, alpha=settings.lora_alpha, targets=settings.lora_target)
-    fresh = new_adapter(lora, shape, torch.float32, "cpu", settings.seed)
-    optimizer = OptimizerSettings(
-        kind=settings.optim,
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        max_grad_norm=settings.max_grad_norm,
-        schedule=settings.lr_scheduler_type,
-        warmup_steps=settings.warmup_steps,
-        total_steps=total,
-    )
+    fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
+    feed = _Counted(itertools.islice(passes(data.samples, settings.seed), done, all_samples))
     job = TrainingJob(
-        id="job",
-        samples=itertools.islice(passes(samples, settings.seed), done, all_samples),
-        max_sample_tokens=max(len(sample.tokens) for sample in samples),
+        id=folder.resolve().name,
+        samples=feed,
+        max_sample_tokens=max(len(sample.tokens) for sample in data.samples),
         adapter=fresh if found is None else read_adapter(found, shape),
-        optimizer=optimizer,
+        optimizer=settings.optimizer(total),
         accumulation=accumulation,
         order=settings.order,
         memory=settings.memory,
@@ -179,25 +248,83 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     with replica(settings.tp, settings.device) as ranks:
         model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
         engine, jobs = ranks.assemble(model, limits, [job])
-        trainer = engine.trainers["job"]
+        trainer = engine.trainers[job.id]
         if found is not None:
             restore(found, engine, job.id)
-        log = _Log(folder / "trainer_log.jsonl", total, trainer.optimizer.steps)
+        log = TrainingLog(
+            folder / "trainer_log.jsonl",
+            total=total,
+            done=trainer.optimizer.steps,
+            every=settings.logging_steps,
+            epoch_samples=len(data.samples),
+            unlogged=() if before is None else before.unlogged,
+            tensorboard=folder / "runs" if settings.report_to == "tensorboard" else None,
+        )
 
         def on_step(record: StepRecord) -> None:
-            samples_done = min(all_samples, record.step * accumulation)
-            log.add(record, samples_done)
+            samples = min(all_samples, record.step * accumulation)
+            log.add(record, samples, sum(feed.lengths[: samples - done]))
             if record.step % settings.save_steps == 0 or record.step == total:
-                progress = Progress(step=record.step, samples=samples_done, settings=settings.fixed)
-                save_checkpoint(folder, engine, job.id, progress, settings.model_name_or_path)
+                progress = Progress(
+                    step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
+                )
+                base = settings.model_name_or_path
+                save_checkpoint(folder, engine, job.id, progress, base, settings.save_total_limit)
 
         engine.on_step = on_step
         state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
         with log:
             Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
+        for failure in engine.failures.values():
+            kept = ", ".join(path.name for path in checkpoints(folder)[:1]) or "no checkpoint"
+            raise ValueError(f"{failure.failure}; {folder} has {kept}")
         write_adapter(engine.adapter(job.id), folder, settings.model_name_or_path)
         steps, plan = trainer.optimizer.steps, trainer.plan.describe()
         return {"steps": steps, "loss": log.last_loss, "folder": str(folder), "plan": plan}
+
+
+class _Counted:
+    """Samples in training order, whose lengths are remembered."""
+
+    def __init__(self, samples: Iterator[Sample]) -> None:
+        self._samples = samples
+        self.lengths: list[int] = []
+
+    def __iter__(self) -> Iterator[Sample]:
+        for sample in self._samples:
+            self.lengths.append(len(sample.tokens))
+            yield sample
+
+
+def _start(folder: Path, settings: Settings) -> Path | None:
+    """The checkpoint to go on from; ValueError when there is one and nobody asked to go on."""
+    if settings.resume:
+        return last_checkpoint(folder, _note)
+    for found in checkpoints(folder):
+        raise ValueError(
+            f"output_dir {folder} has {found.name}; resume=true goes on, or choose another folder"
+        )
+    return None
+
+
+def _data(settings: Settings) -> Dataset:
+    from transformers import AutoTokenizer
+
+    data = read_dataset(
+        settings.dataset,
+        AutoTokenizer.from_pretrained(settings.model_name_or_path),
+        cutoff_len=settings.cutoff_len,
+        max_samples=settings.max_samples,
+        train_on_prompt=settings.train_on_prompt,
+        packing=settings.packing,
+    )
+    if data.note is not None:
+        _note(data.note)
+    return data
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
 
 
 def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
@@ -210,55 +337,6 @@ def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
                 f"{checkpoint} was made with {key}={had!r}, got {value!r}; training cannot go on"
             )
     return progress
-
-
-class _Log:
-    """A line of JSON per step, and a bar for a person who waits."""
-
-    def __init__(self, path: Path, total: int, done: int) -> None:
-        self._path = path
-        self._total = total
-        self._done = done
-        self._started_s = time.perf_counter()
-        self.last_loss: float | None = None
-
-    def __enter__(self) -> _Log:
-        from tqdm import tqdm
-
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        # What was logged after the checkpoint is trained again.
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= self._done]
-        self._path.write_text("".join(kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(total=self._total, initial=self._done, unit="step", leave=False, disable=quiet)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bar.close()
-        self._file.close()
-
-    def add(self, record: StepRecord, samples: int) -> None:
-        self.last_loss = record.loss
-        row = {
-            "step": record.step,
-            "loss": record.loss,
-            "learning_rate": record.learning_rate,
-            "grad_norm": record.grad_norm,
-            "samples": samples,
-            "elapsed_s": round(time.perf_counter() - self._started_s, 3),
-        }
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        self._bar.set_postfix(loss=f"{record.loss:.4f}", lr=f"{record.learning_rate:.2e}")
-        self._bar.update(1)
-
-    def _lines(self) -> list[str]:
-        if not self._path.exists():
-            return []
-        # A kill may have cut the last line short.
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        return [line for line in lines if line.endswith("\n")]
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -38,7 +38,7 @@ from engine.machine import model_of, place_of, release
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig, Timed
-from engine.room import limits_and_plan
+from engine.room import limits_and_plans
 from profiles.fit import LEAST_ROWS
 from profiles.schema import (
     COLUMNS,
@@ -119,7 +119,7 @@ def collect(config: DictConfig) -> dict[str, Any]:
     model = model_of(shape, device, config.weights)
     utilization = check(config.memory_utilization, float, "memory_utilization")
     given = build(LimitSettings, config.limits, "limits")
-    limits, _ = limits_and_plan(model, device, given, _jobs(model, job)[0], utilization)
+    limits, _ = limits_and_plans(model, device, given, _jobs(model, job), utilization)
     file = ProfileFile(path, _about(model, device, limits, job, settings, launch), _provenance(model, device))
     if not settings.restart:
         limits = replace(limits, kv_tokens=file.resume(open_kv=config.limits.kv_tokens is None))

@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 """Exit codes; 130 is what a shell gives a program that Ctrl-C ended."""
@@ -23,8 +24,18 @@ EXTRAS = {
     "transformers": "engine",
     "safetensors": "engine",
     "liger_kernel": "engine",
+    "tensorboard": "tensorboard",
 }
 """Package -> the extra of coserve that brings it."""
+
+
+class FailedInPart(ValueError):
+    """Something in a run failed, the rest of it went on, and all that came of it is written."""
+
+    def __init__(self, line: str, row: Mapping[str, Any]) -> None:
+        """`row` is the run's summary."""
+        super().__init__(line)
+        self.row = dict(row)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

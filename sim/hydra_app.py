@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from sim.errors import BUG, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
-from sim.usage import usage
+from sim.usage import all_groups, usage
 
 VERSION_BASE = "1.3"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -199,9 +199,7 @@ def _refused_key(text: str, argv: Sequence[str]) -> str | None:
 
 def _known_keys(argv: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
     """Groups, and the dotted keys of the config with the choices of `argv` that can be composed."""
-    groups = [
-        folder.relative_to(config_dir).as_posix() for folder in config_dir.rglob("*") if folder.is_dir()
-    ]
+    groups = list(all_groups(config_dir, config_name))
     choices = [arg for arg in argv if arg.partition("=")[0] in groups and "," not in arg]
     with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
         try:

@@ -68,6 +68,7 @@ DEFINITIONS: dict[str, str] = {
     "ended by duration_s) per second of duration_s",
     "finetune_fwd_tok_s": "finetuning tokens whose forward ended by duration_s, per second of duration_s: "
     "the paper's count",
+    "jobs_failed": "finetuning jobs given up at any time because a step's loss or gradient was not finite",
     "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else, counted to the end of "
     "their last optimizer step",
     "finetune_share_of_peak": "finetune_tok_s / peak_finetune_tok_s",
@@ -330,7 +331,8 @@ def _system_row(
     rows, steps = column_views(recorder.iterations), column_views(recorder.steps)
     ended = rows["end_s"] <= duration_s
     took_s = (rows["end_s"] - rows["start_s"])[ended]
-    trained = float(steps["tokens"][steps["end_s"] <= duration_s].sum())
+    lost = steps["failed"] > 0
+    trained = float(steps["tokens"][(steps["end_s"] <= duration_s) & ~lost].sum())
     generated = float(tokens.counts_by(duration_s).sum())
     peak = math.nan if peak_finetune_tok_s is None else float(peak_finetune_tok_s)
     decodes = rows["decode_count"][ended]
@@ -342,6 +344,7 @@ def _system_row(
         "prefill_tok_s": float(rows["prefill_tokens"][ended].sum()) / duration_s,
         "finetune_tok_s": trained / duration_s,
         "finetune_fwd_tok_s": float(rows["forward_tokens"][ended].sum()) / duration_s,
+        "jobs_failed": len(np.unique(np.stack([steps["pipeline"], steps["job"]])[:, lost], axis=1).T),
         "peak_finetune_tok_s": peak,
         "finetune_share_of_peak": _ratio(trained / duration_s, peak),
         "iterations": int(ended.sum()),

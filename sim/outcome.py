@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sim.errors import debugging
+from sim.errors import FailedInPart, debugging
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,16 +17,16 @@ class Outcome:
     overrides: tuple[str, ...]
     """As given for this run, Hydra's own left out."""
     row: dict[str, Any] | None = None
-    """The task's summary; None when it failed."""
+    """The task's summary; None when there is none."""
     error: str | None = None
-    """One line, or the traceback of a mistake of ours."""
+    """One line, or the traceback of a mistake of ours; None when all went well."""
     user_caused: bool = False
     exception: BaseException | None = None
     """The error itself, where it happened in this process."""
 
     @property
     def failed(self) -> bool:
-        return self.row is None
+        return self.error is not None
 
     @property
     def failure(self) -> str:
@@ -39,6 +39,7 @@ def caught(error: Exception, overrides: Sequence[str], line: str | None) -> Outc
     text = "".join(traceback.format_exception(error)) if line is None or debugging() else ""
     return Outcome(
         overrides=tuple(overrides),
+        row=error.row if isinstance(error, FailedInPart) else None,
         error=text + (line or ""),
         user_caused=line is not None,
         exception=error,

@@ -57,7 +57,7 @@ class SimulatedPipeline:
                 left_s = ends.popleft() - now_s
                 yield Timeout(env, left_s if left_s > 0.0 else 0.0)
             now_s = env.now
-            reply = tuple.__new__(Done, (now_s, (), ()))
+            reply = tuple.__new__(Done, (now_s, (), (), ()))
 
     def _sleep(self, until_s: float) -> simpy.Event:
         """An event at `until_s` or at the next `wake`, whichever is first."""

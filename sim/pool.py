@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import get_context
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -97,6 +97,8 @@ def _serve(pipe: Connection, prepare: Callable[..., Callable[[Any], Any]], args:
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
     """A process started inside never sees Ctrl-C; here it is delivered at the end."""
+    # The first start would also start this, which unblocks the signal again (CPython 3.11).
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -78,15 +78,20 @@ class Rerun:
 
 
 def write_rerun(
-    folder: Path, limits: Limits, jobs: Iterable[Job], sample_tokens: int, predictor: IterationCost
+    folder: Path,
+    limits: Limits,
+    jobs: Iterable[Job],
+    following_tokens: Mapping[str, int],
+    predictor: IterationCost,
 ) -> None:
-    """Write FILE before the run starts; `sample_tokens` is the length of every sample that is still to come."""
+    """Write FILE before the run starts; `following_tokens` is the length of every sample that is still to come,
+    by job."""
     plain = {
         "limits": asdict(limits),
         "jobs": [
             {
                 "spec": asdict(job.spec),
-                "following_tokens": sample_tokens,
+                "following_tokens": following_tokens[job.spec.id],
                 "progress": {name: getattr(job, name) for name in _PROGRESS},
             }
             for job in jobs

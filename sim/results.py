@@ -230,7 +230,7 @@ def _column(name: str, values: Floats, labels: Mapping[str, list[str]]) -> pa.Ar
         codes = _from_numpy(pa.int32(), whole.astype(np.int32), known)
         return pa.DictionaryArray.from_arrays(codes, _strings(labels[name]))
     assert (whole == values)[~unknown].all(), f"column {name} must hold whole numbers"
-    if name == "overlap":
+    if name in ("overlap", "failed"):
         bits = np.packbits(whole.astype(bool), bitorder="little")
         return _from_numpy(pa.bool_(), bits, known, length=whole.size)
     return _from_numpy(pa.int64(), whole, known)

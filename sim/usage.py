@@ -1,80 +1,146 @@
-"""`coserve NAME --help` of a command whose options are a Hydra config: what can be chosen and set."""
+"""`coserve NAME --help` of a command whose options are a Hydra config: what can be chosen and set.
+
+All of it is read from the config file that the command runs: the groups that it chooses from, its keys with what
+is said beside them, and as example the command in its header.
+"""
 
 from __future__ import annotations
 
 import inspect
-import itertools
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
+_GROUPS = "Any key of a chosen file can be set too: `{prog} --cfg job` prints them all with their values."
 _FOOT = """\
-Any key of a chosen file can be set too: `{prog} --cfg job` prints them all with their values.
-
-  -m                         run every combination of values: KEY=A,B  KEY=range(1,6)  GROUP=glob(*)
-  hydra/launcher=NAME        how a sweep runs: processes (hydra.launcher.workers=N), basic, ...
-  hydra.run.dir=FOLDER       where the run is written; hydra.sweep.dir=FOLDER for a sweep
+  -m                         run every combination of values: KEY=A,B  KEY=range(1,6)
   --cfg job                  print the config and run nothing; --info for where it comes from
 """
+_FOOT_FOLDERS = """\
+  hydra.run.dir=FOLDER       where the run is written; hydra.sweep.dir=FOLDER for a sweep
+"""
+_FOOT_LAUNCHER = """\
+  hydra/launcher=NAME        how a sweep runs: processes (hydra.launcher.workers=N), basic, ...
+"""
+_COMMENT = re.compile(r"^( *)([\w-]+):[^#]*?(?:\s#\s*(.*))?$")
+_HIDDEN = ("defaults", "hydra")
 
 
 def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: str) -> str:
-    """The text; the first line of the task's docstring says what the command does, the comment at the head of
-    its config what else there is to say, and its last line is the example."""
+    """The text; the first line of the task's docstring says what the command does."""
     path = config_dir / f"{config_name}.yaml"
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
-    groups = _groups(config_dir)
-    chosen = {
-        key: value
-        for entry in config.get("defaults", [])
-        if isinstance(entry, DictConfig)
-        for key, value in entry.items()
-    }
+    chosen = _chosen(config)
+    groups = all_groups(config_dir, config_name)
     about = (inspect.getdoc(task) or "").partition("\n")[0]
-    said, commands = _head(path, prog)
-    lines = [f"usage: {prog} [GROUP=NAME | KEY=VALUE]... [-m]", "", about, *said, ""]
-    lines.append("Groups (* is the default):")
-    width = max((len(group) for group in groups), default=0)
-    for group, names in groups.items():
-        marked = [f"{name}*" if name == chosen.get(group) else name for name in names]
-        lines.append(f"  {group:<{width}}  {', '.join(marked)}")
-    lines += ["", "Keys:"]
-    own = [str(key) for key in config if key not in ("defaults", "hydra")]
-    lines += [f"  {line}" for key in own for line in _keys(key, config[key])]
-    example = [f"\nExample: {command}" for command in commands] or [_example(prog, groups, chosen)]
-    return "\n".join([*lines, "", _FOOT.format(prog=prog) + "\n".join(example)])
+    options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
+    lines = [f"usage: {prog} {options} [-m]", "", about, ""]
+    if groups:
+        width = max(map(len, groups))
+        lines.append("Groups (* is the default):")
+        for group, names in groups.items():
+            marked = [f"{name}*" if name == chosen.get(group) else name for name in names]
+            lines.append(f"  {group:<{width}}  {', '.join(marked)}")
+        lines.append("")
+    comments = _comments(path.read_text(encoding="utf-8"))
+    keys = [pair for key in map(str, config) if key not in _HIDDEN for pair in _keys(key, config)]
+    width = min(40, max((len(text) for _, text in keys), default=0))
+    lines += ["Keys:", *(_key_line(text, comments.get(key), width) for key, text in keys), ""]
+    foot = _FOOT + (_FOOT_LAUNCHER if groups else "")
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    if plain.get("hydra", {}).get("run", {}).get("dir", ".") != ".":
+        foot += _FOOT_FOLDERS
+    lines += [_GROUPS.format(prog=prog), ""] if groups else []
+    return "\n".join([*lines, foot, _example(prog, path, groups, chosen)])
 
 
-def _head(path: Path, prog: str) -> tuple[list[str], list[str]]:
-    """What the comment at the head of a config says, and the commands in it."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    head = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines)]
-    commands = [line for line in head if line.startswith(f"{prog} ")]
-    return [line for line in head if line not in commands], commands
-
-
-def _groups(config_dir: Path) -> dict[str, list[str]]:
-    """Group -> names of its files, Hydra's own groups left out."""
+def all_groups(config_dir: Path, config_name: str) -> dict[str, list[str]]:
+    """Group -> names of its files, in `config_dir` and on the search path: groups that the config uses."""
+    config = OmegaConf.load(config_dir / f"{config_name}.yaml")
+    assert isinstance(config, DictConfig)
+    used = _chosen(config)
     groups: dict[str, list[str]] = {}
-    for path in sorted(config_dir.rglob("*.yaml")):
-        group = path.parent.relative_to(config_dir).as_posix()
+    entries = OmegaConf.select(config, "hydra.searchpath", default=())
+    for folder in (config_dir, *(Path(str(entry).removeprefix("file://")) for entry in entries)):
+        for group, names in _groups(folder).items():
+            if group in used or group.partition("/")[0] in used:
+                groups[group] = list(dict.fromkeys([*groups.get(group, ()), *names]))
+    return dict(sorted(groups.items()))
+
+
+def _groups(folder: Path) -> dict[str, list[str]]:
+    """Hydra's own groups left out."""
+    groups: dict[str, list[str]] = {}
+    for path in sorted(folder.rglob("*.yaml")):
+        group = path.parent.relative_to(folder).as_posix()
         if group != "." and not group.startswith("hydra/"):
             groups.setdefault(group, []).append(path.stem)
     return groups
 
 
-def _keys(key: str, value: Any) -> list[str]:
+def _chosen(config: DictConfig) -> dict[str, str]:
+    """Group -> the default, without Hydra's own."""
+    entries = [entry for entry in config.get("defaults", []) if isinstance(entry, DictConfig)]
+    pairs = [(str(key), value) for entry in entries for key, value in entry.items()]
+    return {key: value for key, value in pairs if not key.startswith("override ")}
+
+
+def _keys(key: str, node: DictConfig, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, KEY=VALUE) of a node and all below it."""
+    dotted = f"{prefix}{key}"
+    if OmegaConf.is_missing(node, key):
+        yield dotted, f"{dotted}=... (must be given)"
+        return
+    value = node[key]
     if isinstance(value, DictConfig):
-        return [line for name in map(str, value) for line in _keys(f"{key}.{name}", value[name])]
-    return [f"{key}={'null' if value is None else value}"]
+        for name in map(str, value):
+            if name != "_target_":
+                yield from _keys(name, value, f"{dotted}.")
+    else:
+        yield dotted, f"{dotted}={_as_typed(value)}"
 
 
-def _example(prog: str, groups: dict[str, list[str]], chosen: dict[Any, Any]) -> str:
-    """A command that sweeps the first group, made of names that exist."""
-    group = next((group for group, names in groups.items() if group in chosen and len(names) > 1), None)
-    if group is None:
-        return f"\nExample: {prog} seed=1\n"
-    return f"\nExample: {prog} -m {group}={','.join(groups[group][:2])} seed=1,2\n"
+def _as_typed(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, ListConfig):
+        return f"[{','.join(map(_as_typed, value))}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _key_line(text: str, comment: str | None, width: int) -> str:
+    return f"  {text}" if comment is None else f"  {text:<{width}}  {comment}"
+
+
+def _comments(text: str) -> dict[str, str]:
+    """Dotted key -> what is said of it, behind it or on the line above."""
+    found: dict[str, str] = {}
+    parents: list[tuple[int, str]] = []
+    above = None
+    for line in text.splitlines():
+        match = _COMMENT.match(line)
+        if match is not None:
+            indent, key, behind = len(match[1]), match[2], match[3]
+            parents = [*(p for p in parents if p[0] < indent), (indent, key)]
+            said = behind or above
+            if said:
+                found[".".join(name for _, name in parents)] = said
+        above = line.strip().removeprefix("# ") if line.strip().startswith("# ") else None
+    return found
+
+
+def _example(prog: str, path: Path, groups: dict[str, list[str]], chosen: dict[str, str]) -> str:
+    """The command in the file's header, or a sweep over the first group, made of names that exist."""
+    header = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()[:3]]
+    command = next((line for line in header if line.startswith(f"{prog} ")), None)
+    if command is None:
+        group = next((group for group, names in groups.items() if group in chosen and len(names) > 1), None)
+        choice = f"-m {group}={','.join(groups[group][:2])} seed=1,2" if group else "seed=1"
+        command = f"{prog} {choice}"
+    return f"Example: {command}\n"

@@ -286,6 +286,7 @@ class Answer(NamedTuple):
 
     ended: tuple[int, ...] = ()
     aborted: tuple[int, ...] = ()
+    failed: tuple[str, ...] = ()
 
 
 @dataclass
@@ -308,7 +309,8 @@ def drive(
     on_done: Callable[[Done], None] | None = None,
 ) -> Log:
     """Drive the loop to its end on a virtual clock. `iteration_s(index, work)` says how long one takes,
-    `answer(index)` which requests ended by themselves or were aborted with it."""
+    `answer(index)` which requests ended by themselves or were aborted with it,
+    and which jobs failed."""
     log = Log()
     ends: deque[float] = deque()
     now_s = free_s = start_s

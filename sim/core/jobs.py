@@ -37,7 +37,8 @@ class Jobs:
         self.views: tuple[JobView, ...] = ()
         """Active jobs, the one furthest behind first."""
         self.view_of: dict[str, JobView] = {}
-        self._future = sorted(jobs, key=lambda job: (job.spec.start_s, job.spec.id))
+        with_data = [job for job in jobs if not job.finished]
+        self._future = sorted(with_data, key=lambda job: (job.spec.start_s, job.spec.id))
         self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
         """When the next job starts; `inf` when none waits."""
 
@@ -48,8 +49,7 @@ class Jobs:
             job = self._future.pop(0)
             # A late job shares from now on; it does not claim the time before it started.
             job.virtual_s = floor
-            if not job.finished:
-                self.active[job.spec.id] = job
+            self.active[job.spec.id] = job
         self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
         self._refresh()
 
@@ -79,6 +79,12 @@ class Jobs:
                 del self.active[piece.job]
         self._refresh()
         return tuple.__new__(FinetuneWork, (forward, backward, recompute, params, steps))
+
+    def give_up(self, ids: Iterable[str]) -> None:
+        """Jobs whose step failed: no policy sees them any more. One that has just finished is gone already."""
+        for id in ids:
+            self.active.pop(id, None)
+        self._refresh()
 
     def _refresh(self) -> None:
         active = self.active

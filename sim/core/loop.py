@@ -52,6 +52,8 @@ class Done(NamedTuple):
     """Requests whose token of this iteration was a stop token."""
     aborted: tuple[int, ...] = ()
     """Requests whose client has gone."""
+    failed: tuple[str, ...] = ()
+    """Jobs whose optimizer step of this iteration is worthless: they are given up."""
 
 
 Command = Execute | Wait | Sleep
@@ -107,9 +109,9 @@ def run_loop(
         elif over and in_flight == 0:
             break
         if in_flight:
-            now_s, ended, aborted = yield wait
+            now_s, ended, aborted, failed = yield wait
             in_flight -= 1
-            gone = commit(now_s, ended, aborted)
+            gone = commit(now_s, ended, aborted, failed)
         else:
             done = yield Sleep(_next_event_s(state, arrivals, horizon, now_s))
             now_s = done.now_s

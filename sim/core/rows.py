@@ -88,8 +88,10 @@ STEP_COLUMNS = (
     "samples",
     "tokens",
     "end_s",
+    "failed",
 )
-"""One row per optimizer step; `step` counts from 1 and is the adapter version that it publishes."""
+"""One row per optimizer step; `step` counts from 1 and is the adapter version that it publishes. One that
+`failed` (its loss or gradient is not finite) publishes nothing, trained nothing, and is its job's last."""
 
 
 class Outcome(IntEnum):

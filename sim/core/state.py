@@ -83,6 +83,8 @@ class PipelineState:
         """Of all requests that have ended; a router learns from them how long requests are."""
         self.jobs = Jobs(jobs)
         self.adapter_versions: dict[str, int] = {}
+        self._failed: set[str] = set()
+        """Jobs that were given up."""
         self.memory: Any = None
 
         self._slos = slos
@@ -338,11 +340,18 @@ class PipelineState:
         """The device did something else until then: the oldest launched iteration has begun no earlier."""
         self._last_end_s = max(self._last_end_s, end_s)
 
-    def commit(self, end_s: float, ended: Iterable[int] = (), aborted: Iterable[int] = ()) -> list[int]:
+    def commit(
+        self,
+        end_s: float,
+        ended: Iterable[int] = (),
+        aborted: Iterable[int] = (),
+        failed: tuple[str, ...] = (),
+    ) -> list[int]:
         """Give the oldest launched iteration its end time; return the ids of requests that ended.
 
         `ended` lists sequences whose token of this iteration was their last by themselves (a stop
-        token), `aborted` those whose client has gone, running or waiting.
+        token), `aborted` those whose client has gone, running or waiting, `failed` jobs whose step of this
+        iteration publishes nothing. What an iteration launched meanwhile does for such a job is done in vain.
         """
         work, predicted_s, launch_s, tick, scheduled, sampled, finishing, segments, steps, counts = (
             self._launched.popleft()
@@ -385,12 +394,23 @@ class PipelineState:
                     gone.append(sequence.id)
         if steps:
             for job, step, samples, tokens in steps:
-                self.adapter_versions[job] = step
-                recorder.steps.append((pipeline, recorder.jobs.code(job), step, samples, tokens, end_s))
+                if job in self._failed:
+                    continue  # launched before its job was given up
+                lost = job in failed
+                if not lost:
+                    self.adapter_versions[job] = step
+                recorder.steps.append((pipeline, recorder.jobs.code(job), step, samples, tokens, end_s, lost))
+        if failed:
+            self._give_up(failed, steps)
         if ended or aborted:
             gone += [id for id in ended if self._end_early(id, Outcome.FINISHED, tick, end_s)]
             gone += [id for id in aborted if self._end_early(id, Outcome.ABORTED, tick, end_s)]
         return gone
+
+    def _give_up(self, failed: tuple[str, ...], steps: Iterable[PublishedStep]) -> None:
+        assert set(failed) <= {step.job for step in steps}, f"{failed} have no step in this iteration"
+        self._failed.update(failed)
+        self.jobs.give_up(failed)
 
     def abort(self, ids: Iterable[int]) -> list[int]:
         """Drop requests whose client has gone while nothing runs; return the ids that were still here."""

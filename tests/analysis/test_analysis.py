@@ -66,7 +66,7 @@ def write(folder: Path, policy: str, rate: float = 2.0, tokens: int = 50, seed: 
         values = {**dict.fromkeys(ITERATION_COLUMNS, 0), "start_s": i, "end_s": i + 1.0, "predicted_s": NAN}
         values |= {"iteration": i, "sampled_tokens": 1, "running": 1, "forward_tokens": 10}
         recorder.iterations.append([values[c] for c in ITERATION_COLUMNS])
-    recorder.steps.append((0, recorder.jobs.code("job"), 1, 8, tokens, 2.5))
+    recorder.steps.append((0, recorder.jobs.code("job"), 1, 8, tokens, 2.5, 0))
     labels = {
         "name": policy, "policy": policy, "model": "tiny", "device": "a100_80gb", "workload": "fixed",
         "rate_rps": rate, "seed": seed,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine import load, room
 from engine.assemble import TrainingJob
-from engine.bench import CONFIGS, main
+from engine.bench import CONFIGS, _jobs, main
 from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
@@ -177,7 +178,8 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
     )  # fmt: skip
     free = int(device.memory_bytes - weight_bytes(shape, 1) - RUNTIME_BYTES)
     monkeypatch.setattr(room, "free_bytes", lambda _: free)
-    limits, plan = room.limits_and_plan(model, device, given, job, 0.9)
+    limits, plans = room.limits_and_plans(model, device, given, [job], 0.9)
+    plan = plans[job.id]
     expected = kv_room_tokens(
         device=device,
         model=shape,
@@ -188,7 +190,7 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
     assert 0 <= expected - limits.kv_tokens <= room.ROOM_STEP_TOKENS
     assert limits.kv_tokens % room.ROOM_STEP_TOKENS == 0
     monkeypatch.setattr(room, "free_bytes", lambda _: free - 2**33)
-    less, _ = room.limits_and_plan(model, device, given, job, 0.9)
+    less, _ = room.limits_and_plans(model, device, given, [job], 0.9)
     assert less.kv_tokens < limits.kv_tokens - 50_000
 
 
@@ -203,6 +205,10 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
         ("launch.graphs=on", "launch.graphs=on: graphs need a CUDA device, the model is on cpu"),
         ("launch.streams=3", "launch.streams must be 1 or 2, got 3"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
+        ("+more_jobs.second.weight=0", "weight must be above 0, got 0"),
+        ("+more_jobs.second.rank=4", "more_jobs.second has no key 'rank'"),
+        ("+more_jobs.job.weight=2", "more_jobs.job: a name must not be job"),
+        ("+more_jobs.second=3", "more_jobs.second must be a group of keys of job, got 3"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(
@@ -212,6 +218,25 @@ def test_a_mistake_is_told_in_one_line(
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
     assert not (folder / "summary.json").exists()
+
+
+def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
+    config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
+    first, second = _jobs(config).values()
+    assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 8, 1)
+    assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
+
+
+def test_two_jobs_leave_an_adapter_each(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    second = ["+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1"]
+    assert main([*SHORT, *second, "policy=temporal", "policy.interval=4", f"hydra.run.dir={folder}"]) == 0
+    counts = read_run(folder).table("steps")["job"].value_counts()
+    assert counts["job"] > 0 and counts["second"] > 0
+    shape = _model_shape()
+    ranks = {name: read_adapter(folder / name, shape).rank for name in ("adapter", "adapter_second")}
+    assert ranks == {"adapter": 8, "adapter_second": 4}
+    out = capsys.readouterr().out
+    assert ", job)" in out and ", second)" in out
 
 
 def test_the_bundled_text_becomes_samples_of_bytes(tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from engine.assemble import assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
-from engine.engine import NotFiniteLoss
 from engine.sampling import Sampling
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.finetune import Job, JobSpec
@@ -177,43 +174,3 @@ def test_an_aborted_request_stops_and_frees_its_blocks() -> None:
     rows = run.recorder.requests.arrays()
     assert sorted(rows["outcome"].tolist()) == [Outcome.FINISHED, Outcome.ABORTED]
     assert run.engine.tables.free == 256
-
-
-def test_a_loss_that_is_not_a_number_names_its_job_and_step() -> None:
-    adapter = adapter_of("llama", 2, ["down_proj"])
-    adapter.a["down_proj"][0, 0, 0] = float("nan")
-    job = JobSetup(samples=[sample_of(10, seed=0)] * 4, adapter=adapter)
-    with pytest.raises(NotFiniteLoss, match="job job: the loss of step 1 is nan"):
-        EngineRun(tiny_model("llama"), build_policy("finetune_only"), limits_of(), {}, jobs=[job])
-
-
-def test_nothing_grows_with_time() -> None:
-    """Live tensors, their bytes, and what the engine remembers, between two moments of one long run."""
-    seen: list[tuple[int, int]] = []
-
-    class Counting(Watched):
-        def plan(self, view: Any) -> Plan:
-            if len(self.plans) in (100, 1000):
-                gc.collect()
-                tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
-                seen.append((len(tensors), sum(t.nbytes for t in tensors)))
-            return super().plan(view)
-
-    prompt = tokens_of(9, seed=1)
-    prompts = {id: (Request(id, 0.08 * id, 9, 12, "chat", "job"), prompt, Sampling()) for id in range(400)}
-    samples = (sample_of(24, seed=n % 3) for n in range(10**6))
-    job = JobSetup(samples=samples, adapter=adapter_of("qwen2", 2, ["down_proj"]), accumulation=1)
-    run = EngineRun(
-        tiny_model("qwen2"),
-        Counting(build_policy("coserving", predictor=WORLD)),
-        limits_of(),
-        prompts,
-        jobs=[job],
-        horizon=Horizon(duration_s=32.0, drain_s=5.0),
-        world=WORLD,
-        keep_logits=False,
-    )
-    assert len(run.policy.plans) > 1000 and len(run.engine.steps) > 100
-    early, late = seen
-    assert early == late
-    assert not run.engine._live and not run.engine._launched

@@ -368,7 +368,7 @@ def test_two_jobs_train_in_the_same_iterations_as_if_alone() -> None:
         )
     }
     both = EngineRun(
-        tiny_model(family),
+        tiny_model(family, torch.float64),
         Splits([4], [5]),
         limits_of(),
         traffic(),
@@ -377,11 +377,18 @@ def test_two_jobs_train_in_the_same_iterations_as_if_alone() -> None:
     assert any(len(plan.finetune) == 2 for plan in both.policy.plans)
     for name, setup in setups.items():
         alone = EngineRun(
-            tiny_model(family), Splits([1000], [1000]), limits_of(), {}, jobs=[JobSetup(**setup)]
+            tiny_model(family, torch.float64),
+            Splits([1000], [1000]),
+            limits_of(),
+            {},
+            jobs=[JobSetup(**setup)],
         )
         own = [record.loss for record in both.engine.steps if record.job == name]
-        assert own == pytest.approx([record.loss for record in alone.engine.steps], rel=1e-4)
+        assert own == pytest.approx([record.loss for record in alone.engine.steps], rel=1e-12)
         assert len(own) == 3
+        trained = both.engine.trainers[name].masters.tensors()
+        for tensor, other in zip(trained, alone.engine.trainers[name].masters.tensors(), strict=True):
+            torch.testing.assert_close(tensor, other, rtol=1e-9, atol=1e-12)
 
 
 def test_the_simulators_own_policy_drives_the_same_training() -> None:

@@ -23,7 +23,7 @@ import engine.finetune
 import engine.packing
 import engine.sampling
 from engine.driver import Driver, EngineArrivals, VirtualClock
-from engine.engine import Engine
+from engine.engine import Collected, Engine
 from engine.graphs import Body
 from engine.kernels.jit import Launch
 from engine.launching import Launching, SecondStream
@@ -149,13 +149,13 @@ def serve(policy: str, order: str, memory: str, launching: Launching) -> Engine:
         with Lists(), Waiting():
             launch(plan)
 
-    def collect() -> tuple[int, ...]:
+    def collect() -> Collected:
         done = ours._launched.popleft()
-        ours._publish(done.steps, [(1.0, 1.0)] * len(done.steps))
+        ours._publish(done.steps, [(1.0, 1.0, 1.0)] * len(done.steps))
         for id in done.ids:
             if id in ours._live:
                 ours._live[id].tokens.append(0)
-        return ()
+        return Collected()
 
     ours.launch, ours.collect = watched, collect  # type: ignore[method-assign]
     given = {"predictor": LinearCost(optimizer_s=0.0), "budget_s": 0.02} if policy == "coserving" else {}

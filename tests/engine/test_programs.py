@@ -4,70 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from omegaconf import OmegaConf
 
-from engine.checkpoint import last_checkpoint
-from engine.config import ModelConfig
-from engine.datasets import read_samples
+from engine import training
+from engine.datasets import read_dataset
 from engine.generate import main as generate
-from engine.load import random_model, save_model
-from engine.text import BUNDLED, read_text
 from engine.training import main as finetune
-from sim.core.specs import ModelShape
-
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder: random weights, a byte-pair tokenizer trained on the bundled text."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("model")
-    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
-    tokenizer.train_from_iterator([read_text(BUNDLED)], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)
-    fast.save_pretrained(folder)
-    shape = ModelShape(
-        name="t",
-        layers=2,
-        hidden=32,
-        heads=2,
-        kv_heads=1,
-        head_dim=16,
-        ffn=48,
-        vocab=400,
-        max_context_tokens=256,
-    )
-    save_model(random_model(ModelConfig(family="llama", shape=shape), torch.float32, "cpu", 3, 0.1), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def tokenizer(model_folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_folder)
-
+from tests.engine.tiny import log_of, without_notes
 
 QUESTION, ANSWER = "When does the water come?", "It always comes."
 CHAT = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
@@ -91,26 +39,58 @@ def test_a_format_is_known_by_its_columns_and_trains_on_the_answer(
     kind: str, tokenizer: Any, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "d.jsonl", [ROWS[kind]])
-    (sample,) = read_samples(path, tokenizer, cutoff_len=100)
+    (sample,) = read_dataset(path, tokenizer, cutoff_len=100).samples
     trained = tokenizer.decode(sample.tokens[sample.labels != -100])
     assert trained == f"{ANSWER}<|end|>"
     whole = tokenizer.decode(sample.tokens)
     expected = {"text": "", "prompt": QUESTION}.get(kind, f"<|user|>{QUESTION}<|end|><|assistant|>")
     assert whole == expected + trained
-    (every,) = read_samples(path, tokenizer, cutoff_len=100, train_on_prompt=True)
+    (every,) = read_dataset(path, tokenizer, cutoff_len=100, train_on_prompt=True).samples
     assert (every.labels == every.tokens).all()
+
+
+HISTORY = [["Who keeps the clock?", "Marta."]]
+
+
+def test_an_alpaca_row_has_a_system_text_and_a_history(tokenizer: Any, tmp_path: Path) -> None:
+    row = ROWS["alpaca"] | {"input": "Say when.", "system": "Be short.", "history": HISTORY}
+    path = write(tmp_path / "d.jsonl", [row])
+    (sample,) = read_dataset(path, tokenizer, cutoff_len=100).samples
+    earlier = "<|system|>Be short.<|end|><|user|>Who keeps the clock?<|end|><|assistant|>Marta.<|end|>"
+    now = f"<|user|>{QUESTION}\nSay when.<|end|><|assistant|>{ANSWER}<|end|>"
+    assert tokenizer.decode(sample.tokens) == earlier + now
+    assert tokenizer.decode(sample.tokens[sample.labels != -100]) == f"Marta.<|end|>{ANSWER}<|end|>"
 
 
 def test_long_rows_are_cut_and_packed_ones_lose_nothing(tokenizer: Any, tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl", [ROWS["text"], {"text": "The harbour at Lowmouth has two clocks."}] * 3
     )
-    whole = read_samples(path, tokenizer, cutoff_len=1000)
-    assert [len(s.tokens) for s in read_samples(path, tokenizer, cutoff_len=5)] == [5] * 6
-    packed = read_samples(path, tokenizer, cutoff_len=9, packing=True)
-    tokens = list(itertools.chain.from_iterable(s.tokens.tolist() for s in whole))
-    assert list(itertools.chain.from_iterable(s.tokens.tolist() for s in packed)) == tokens
-    assert all(len(s.tokens) == 9 for s in packed[:-1])
+    whole = read_dataset(path, tokenizer, cutoff_len=1000)
+    assert whole.note is None
+    assert read_dataset(path, tokenizer, cutoff_len=1000, max_samples=2).samples[1] is not None
+    assert len(read_dataset(path, tokenizer, cutoff_len=1000, max_samples=2).samples) == 2
+    cut = read_dataset(path, tokenizer, cutoff_len=12)
+    lengths = [min(12, len(s.tokens)) for s in whole.samples]
+    assert [len(s.tokens) for s in cut.samples] == lengths and sum(n == 12 for n in lengths) == 3
+    assert cut.note == f"{path}: 3 of 6 samples are longer than cutoff_len 12 and lose their end"
+    packed = read_dataset(path, tokenizer, cutoff_len=9, packing=True)
+    tokens = list(itertools.chain.from_iterable(s.tokens.tolist() for s in whole.samples))
+    assert list(itertools.chain.from_iterable(s.tokens.tolist() for s in packed.samples)) == tokens
+    assert all(len(s.tokens) == 9 for s in packed.samples[:-1])
+    assert packed.note is None
+
+
+def test_rows_without_an_answer_within_the_cutoff_are_left_out_and_counted(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    long = {"prompt": "When does the water come? " * 20, "completion": ANSWER}
+    path = write(tmp_path / "d.jsonl", [ROWS["prompt"], long])
+    data = read_dataset(path, tokenizer, cutoff_len=40)
+    assert len(data.samples) == 1
+    assert data.note is not None and data.note.endswith(
+        "1 of 2 samples are left out, with no token to train on"
+    )
 
 
 @pytest.mark.parametrize(
@@ -121,41 +101,19 @@ def test_long_rows_are_cut_and_packed_ones_lose_nothing(tokenizer: Any, tmp_path
         (['{"words": "x"}'], "row 1: columns must include messages"),
         (['{"messages": [{"role": "cook", "content": "x"}]}'], "row 1: a turn must be of human"),
         (['{"messages": [{"role": "user", "content": "x"}]}'], "row 1: has no answer to train on"),
+        (['{"instruction": "x", "output": "y", "history": [["x"]]}'], "row 1: history must be a list"),
+        (['{"messages": "x"}'], "row 1: messages must be a list of records"),
+        (['["x"]'], "row 1 must be a record"),
+        (["\udcff"], "is not UTF-8 at byte 0"),
         ([], "holds no rows"),
     ],
 )
 def test_a_malformed_row_is_named(rows: list[str], words: str, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "d.jsonl"
-    path.write_text("\n".join(rows))
+    path.write_text("\n".join(rows), errors="surrogateescape")
     with pytest.raises(ValueError, match=words) as error:
-        read_samples(path, tokenizer, cutoff_len=100)
+        read_dataset(path, tokenizer, cutoff_len=100)
     assert str(path) in str(error.value)
-
-
-@pytest.fixture
-def arguments(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    monkeypatch.chdir(tmp_path)
-    sentences = [s for s in read_text(BUNDLED).replace("\n", " ").split(". ") if s]
-    write(tmp_path / "d.jsonl", [{"text": s} for s in sentences[:24]])
-    return [
-        f"model_name_or_path={model_folder}",
-        "dataset=d.jsonl",
-        "output_dir=out",
-        "cutoff_len=24",
-        "gradient_accumulation_steps=2",
-        "num_train_epochs=2",
-        "learning_rate=5e-3",
-        "save_steps=3",
-    ]
-
-
-def adapter_bytes(folder: Path) -> bytes:
-    return (folder / "adapter_model.safetensors").read_bytes()
-
-
-def log_of(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "elapsed_s"} for row in rows]
 
 
 def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
@@ -172,7 +130,14 @@ def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
     assert {p.name for p in Path("out").glob("checkpoint-*")} == {f"checkpoint-{n}" for n in range(3, 25, 3)}
 
     Path("p.txt").write_text("The harbour\nMarta keeps\n")
-    common = [arguments[0], "prompts=p.txt", "chat=false", "max_new_tokens=12", "ignore_eos=true"]
+    common = [
+        arguments[0],
+        "device=cpu",
+        "prompts=p.txt",
+        "chat=false",
+        "max_new_tokens=12",
+        "ignore_eos=true",
+    ]
     assert generate([*common, "adapter_name_or_path=out"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
@@ -187,61 +152,151 @@ def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
     assert plain != [row["output"] for row in rows]
 
 
-def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(arguments: list[str]) -> None:
-    """Killed at whatever moment it is, twice, and with half a checkpoint left behind."""
-    assert finetune([*arguments, "output_dir=whole"]) == 0
-    for kill_after in (1, 3):
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "sim.cli", "finetune", *arguments, "resume=true"]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and len(list(Path("out").glob("checkpoint-*"))) < kill_after:
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    half = Path("out/.checkpoint-99.partial")
-    half.mkdir()
-    (half / "state.json").write_text("{")
-    last = last_checkpoint("out")
-    assert last is not None and last.name != "checkpoint-99"
-    assert finetune([*arguments, "resume=true"]) == 0
-    assert adapter_bytes(Path("out")) == adapter_bytes(Path("whole"))
-    assert log_of(Path("out")) == log_of(Path("whole"))
-
-
-def test_a_full_disk_leaves_older_checkpoints_and_no_half_one(
-    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("row", ['{"text": 3}', "{broken"])
+def test_a_malformed_row_stops_a_run_before_the_model_is_loaded(
+    row: str, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
-
-    from engine import checkpoint
-
-    save, calls = torch.save, []
-
-    def full(*given: Any, **named: Any) -> None:
-        calls.append(given)
-        if len(calls) == 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(*given, **named)
-
-    monkeypatch.setattr(checkpoint.torch, "save", full)
-    assert finetune(arguments) != 0
+    monkeypatch.setattr(training, "load_model", None)
+    with Path("d.jsonl").open("a") as file:
+        file.write(row + "\n")
+    assert finetune(arguments) == 2
     error = capsys.readouterr().err
-    assert "checkpoint of step 9: No space left on device" in error
-    assert {p.name for p in Path("out").iterdir()} == {"checkpoint-3", "checkpoint-6", "trainer_log.jsonl"}
+    assert "d.jsonl: row 25" in error and error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_long_samples_are_said_once(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert finetune([*arguments, "cutoff_len=8", "max_steps=2"]) == 0
+    error = capsys.readouterr().err
+    assert error.count("note: d.jsonl: ") == 1 and "are longer than cutoff_len 8" in error
+
+
+def test_a_row_of_the_log_stands_for_its_steps(arguments: list[str]) -> None:
+    """The mean of their losses, as transformers logs it; warmup by ratio rounds up as there."""
+    every = [*arguments, "warmup_ratio=0.22", "lr_scheduler_type=linear"]
+    assert finetune([*every, "output_dir=each"]) == 0
+    assert finetune([*every, "output_dir=fifth", "logging_steps=5"]) == 0
+    each, fifth = log_of(Path("each")), log_of(Path("fifth"))
+    assert [row["step"] for row in fifth] == [5, 10, 15, 20, 24]
+    assert [row["epoch"] for row in fifth] == pytest.approx([n * 2 / 24 for n in (5, 10, 15, 20, 24)])
+    losses = [row["loss"] for row in each]
+    for row, steps in zip(fifth, (losses[n : n + 5] for n in range(0, 24, 5)), strict=True):
+        assert row["loss"] == pytest.approx(sum(steps) / len(steps))
+    shared = ("grad_norm", "learning_rate", "samples")
+    assert [[row[key] for key in shared] for row in fifth] == [
+        [each[row["step"] - 1][key] for key in shared] for row in fifth
+    ]
+    warmup = 6  # of 24 steps, 0.22 rounded up
+    rates = [5e-3 * (n / warmup if n < warmup else (24 - n) / (24 - warmup)) for n in range(24)]
+    assert [row["learning_rate"] for row in each] == pytest.approx(rates)
+
+
+def test_tensorboard_gets_the_rows_of_the_log(arguments: list[str]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert finetune([*arguments, "report_to=tensorboard", "logging_steps=4"]) == 0
+    events = EventAccumulator("out/runs")
+    events.Reload()
+    log = log_of(Path("out"))
+    assert len(log) == 6
+    for name in ("loss", "grad_norm", "learning_rate", "epoch"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{name}")]
+        assert found == [(row["step"], pytest.approx(row[name], rel=1e-6)) for row in log]
+    assert all(event.value > 0 for event in events.Scalars("train/tok_s"))
+
+
+def test_tensorboard_that_is_missing_is_told_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    assert finetune([*arguments, "report_to=tensorboard"]) == 2
+    error = capsys.readouterr().err
+    assert "pip install 'coserve[tensorboard]'" in error and error.count("\n") == 1
+    assert not Path("out").exists()
+
+
+def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = ["optim=sgd", "learning_rate=1.0e+37", "lr_scheduler_type=constant", "save_steps=1"]
+    assert finetune([*arguments, *wild]) == 2
+    error = capsys.readouterr().err
+    assert "error: job out: step 2 gave loss" in error and "out has checkpoint-1" in error
+    assert len(without_notes(error)) == 1
+    assert {path.name for path in Path("out").iterdir()} == {"checkpoint-1", "trainer_log.jsonl"}
+    assert [row["step"] for row in log_of(Path("out"))] == [1]
+
+
+REFUSED = {
+    "model_name_or_path": ["3", "nowhere"],
+    "dataset": ["3", "nowhere.jsonl"],
+    "output_dir": ["3"],
+    "resume": ["maybe"],
+    "device": ["tpu"],
+    "tp": ["0", "1.5"],
+    "dtype": ["float16"],
+    "seed": ["-1", "1.5"],
+    "cutoff_len": ["-4", "1", "long"],
+    "max_samples": ["0", "1.5"],
+    "packing": ["2"],
+    "train_on_prompt": ["answers"],
+    "lora_rank": ["0", "eight"],
+    "lora_alpha": ["0", ".nan"],
+    "lora_target": ["[]", "[q_proj,qkv]", "3"],
+    "gradient_accumulation_steps": ["0", "0.5"],
+    "num_train_epochs": ["-1", "1.5"],
+    "max_steps": ["0", "ten"],
+    "optim": ["adam"],
+    "learning_rate": ["0", "-1e-4", ".inf", "fast"],
+    "weight_decay": ["-0.1", "null"],
+    "max_grad_norm": ["0", "-1"],
+    "lr_scheduler_type": ["step"],
+    "warmup_steps": ["-1", "2.5"],
+    "warmup_ratio": ["-0.1", "1.1"],
+    "logging_steps": ["0", "null"],
+    "report_to": ["wandb"],
+    "save_steps": ["0", "1.5"],
+    "save_total_limit": ["0", "all"],
+    "order": ["sideways"],
+    "memory": ["swap", "recompute"],
+}
+
+
+def test_every_option_of_finetune_is_checked_and_named(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Too small, of the wrong kind, or unknown: one line that says which."""
+    keys = set(OmegaConf.load(training.CONFIGS / "finetune.yaml")) - {"defaults", "hydra"}
+    assert set(REFUSED) | {"policy"} == keys
+    for key, values in REFUSED.items():
+        for value in values:
+            assert finetune([*arguments, f"{key}={value}"]) == 2, (key, value)
+            error = capsys.readouterr().err
+            assert key in error and error.count("\n") == 1, (key, value, error)
+    assert finetune([*arguments, "warmup_steps=2", "warmup_ratio=0.1"]) == 2
+    assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
+    assert not Path("out").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("change", "words"),
     [
-        ([], "has checkpoint-3; resume=true goes on"),
-        (["resume=true", "learning_rate=1e-3"], "was made with learning_rate=0.005, got 0.001"),
+        ("model_name_or_path=nowhere", "model_name_or_path must be a folder with a Hugging Face model"),
+        ("limits.kv_tokens=16", "prompt 1 must have 1..15 tokens (limits.kv_tokens"),
+        ("limits.max_sequence_tokens=9", "prompt 1 must have 1..8 tokens"),
+        ("seed=-1", "seed must be at least 0, got -1"),
+        ("top_p=0", "top_p must be in (0, 1], got 0.0"),
+        ("temperature=-1", "temperature must be at least 0"),
+        ("max_new_tokens=0", "max_new_tokens must be at least 1"),
+        ("adapter_name_or_path=nowhere", "nowhere/adapter_config.json is missing"),
+        ("prompts=nowhere", "nowhere does not exist"),
+        ("device=tpu", "device must be cpu or cuda, got 'tpu'"),
     ],
 )
-def test_a_folder_with_a_checkpoint_is_not_overwritten_by_another_run(
-    changes: list[str], words: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_mistake_in_generate_is_told_in_one_line(
+    change: str, words: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert finetune([*arguments, "max_steps=3"]) == 0
-    assert finetune([*arguments, "max_steps=3", *changes]) == 2
-    assert words in capsys.readouterr().err
+    Path("p.txt").write_text("The harbour at Lowmouth has two clocks, and only one of them is right. " * 2)
+    assert generate([arguments[0], "prompts=p.txt", "chat=false", change]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1

@@ -57,7 +57,7 @@ def split_of(share: float, lookahead: int = 0) -> Split:
     setting = Setting(
         model=model,
         limits=limits_of(lookahead=lookahead),
-        job=job,
+        jobs=[job],
         adapters={},
         slos=SLOS,
         device=DEVICE,

@@ -37,16 +37,17 @@ from sim.compile.compiler import bypasses_of, compile_plan
 from sim.compile.parallel import compositions
 from sim.compile.peft import PeftSpec
 from sim.core.plan import Limits, Policy
+from sim.core.rows import Outcome
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.results import read_run
 from tests.engine.test_finetune_gradients import ALL, MODES, Splits, traffic
 from tests.engine.test_inference import prompts_of
-from tests.engine.test_programs import arguments, log_of, model_folder
 from tests.engine.tiny import (
     EngineRun,
     JobSetup,
     adapter_of,
     config_of,
+    log_of,
     sample_of,
     tiny_model,
     tokens_of,
@@ -54,8 +55,6 @@ from tests.engine.tiny import (
 )
 from tests.support import LinearCost, build_policy, limits_of
 
-__all__ = ["arguments", "model_folder"]
-"""Fixtures of other programs' tests."""
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ModelShape(name="tiny", layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=192, vocab=256)
 GQA = ("llama", {})
@@ -367,6 +366,27 @@ def test_serving_and_training_on_ranks_equal_those_on_one(ranks: Replica, tmp_pa
         write_adapter(own.engine.adapter("job"), tmp_path / "own")
         write_adapter(served_alone(dtype).engine.adapter("job"), tmp_path / "alone")
         assert error(peft_logits(tmp_path / "own"), peft_logits(tmp_path / "alone")) < 1e-4
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_ranks_agree_that_a_step_is_spoilt(ranks: Replica, lookahead: int) -> None:
+    """An entry of one rank's own share overflows; all keep the weights of before, and go on."""
+    wild = OptimizerSettings(kind="sgd", learning_rate=3.4e38, max_grad_norm=None, schedule="constant")
+    adapter = adapter_of("llama", 4, ALL)
+    job = JobSetup(samples=[sample_of(9, seed=n) for n in range(6)], adapter=adapter, optimizer=wild)
+    run = RanksRun(
+        ranks,
+        model_on(ranks, "llama", torch.float32, {}),
+        build_policy("coserving", predictor=LinearCost(), budget_s=0.05),
+        limits_of(block_tokens=4, max_tokens=24, max_sequences=8, lookahead=lookahead),
+        prompts_of(4, adapters=(None, "job")),
+        jobs=[job],
+    )
+    assert [failure.step for failure in run.engine.failures.values()] == [1]
+    assert run.recorder.steps.arrays()["failed"].tolist() == [1]
+    assert (run.recorder.requests.arrays()["outcome"] == Outcome.FINISHED).all()
+    for now, before in zip(run.engine.adapter("job").tensors(), adapter.tensors(), strict=True):
+        assert torch.equal(now, before)
 
 
 def peft_logits(folder: Path) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,17 @@ def sample_of(count: int, seed: int, ignored: int = 0) -> Sample:
     return Sample(tokens, labels)
 
 
+def log_of(folder: Path) -> list[dict[str, Any]]:
+    """Rows of a finetuning run's log, without what the clock says."""
+    rows = [json.loads(line) for line in (folder / "trainer_log.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("elapsed_s", "tok_s")} for row in rows]
+
+
+def without_notes(text: str) -> list[str]:
+    """Lines of standard error that are not notes."""
+    return [line for line in text.splitlines() if not line.startswith("note: ")]
+
+
 class RecordingModel(Model):
     """Remembers all logits that it gave."""
 
@@ -250,7 +262,8 @@ class EngineRun:
         loop = run_loop(self.state, self.policy, source, horizon or Horizon())
         launch = self.engine.launch
         self.engine.launch = self._launch(launch)  # type: ignore[method-assign]
-        Driver(self.engine, VirtualClock(world or LinearCost())).run(loop)
+        self.driver = Driver(self.engine, VirtualClock(world or LinearCost()))
+        self.driver.run(loop)
 
     def _build(self, limits: Limits, adapters: Mapping[str, Adapter], jobs: Sequence[JobSetup]) -> None:
         self.engine, self.jobs = assemble_engine(

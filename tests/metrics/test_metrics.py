@@ -136,7 +136,7 @@ def _run_pipeline(
                 waiting.insert(0, i)
         if rng.random() < 0.1:
             job = recorder.jobs.code("job")
-            recorder.steps.append([pipeline, job, 1, 2, rng.randrange(1, 99), now])
+            recorder.steps.append([pipeline, job, 1, 2, rng.randrange(1, 99), now, 0])
     for i in list(running):
         leave(i)
 
@@ -333,7 +333,7 @@ def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:
     recorder = hand_made()
     values = {**dict.fromkeys(ITERATION_COLUMNS, 0), "start_s": 1.0, "end_s": 2.0, "predicted_s": math.nan}
     recorder.iterations.append([values[c] for c in ITERATION_COLUMNS])
-    recorder.steps.append([0, recorder.jobs.code("job"), 1, 1, 95, 3.0])
+    recorder.steps.append([0, recorder.jobs.code("job"), 1, 1, 95, 3.0, 0])
     facts = [PipelineFacts(device=device, devices=2), PipelineFacts(device=device, devices=1)]
     row = summarize(recorder, slos=SLOS, duration_s=4.0, pipelines=facts, peak_finetune_tok_s=95.0)
     # Pipeline 0 busy a quarter of the time: 175 W per device; pipeline 1 idle: 100 W.
@@ -344,8 +344,8 @@ def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:
 def test_a_step_counts_only_if_it_ended_in_the_window() -> None:
     recorder = Recorder()
     job = recorder.jobs.code("job")
-    recorder.steps.append([0, job, 1, 8, 100, 5.0])
-    recorder.steps.append([0, job, 2, 8, 100, 5.1])
+    recorder.steps.append([0, job, 1, 8, 100, 5.0, 0])
+    recorder.steps.append([0, job, 2, 8, 100, 5.1, 0])
     assert summarize(recorder, slos={}, duration_s=5.0)["finetune_tok_s"] == 20.0
 
 

@@ -33,7 +33,7 @@ def recorder(iterations: int = 3) -> Recorder:
     for i in range(iterations):
         values = {**dict.fromkeys(ITERATION_COLUMNS, i), "pipeline": 0, "predicted_s": nan, "overlap": i % 2}
         rows.iterations.append([values[c] for c in ITERATION_COLUMNS])
-    rows.steps.append((0, 0, 1, 8, 4000, 2.5))
+    rows.steps.append((0, 0, 1, 8, 4000, 2.5, 0))
     return rows
 
 
@@ -64,7 +64,8 @@ def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
     assert requests["pipeline"].isna().tolist() == [False, True]
     assert requests["first_token_s"].isna().tolist() == [False, True]
     assert run.table("steps").iloc[0].to_dict() == {
-        "pipeline": 0, "job": "job", "step": 1, "samples": 8, "tokens": 4000, "end_s": 2.5, "source": "sim",
+        "pipeline": 0, "job": "job", "step": 1, "samples": 8, "tokens": 4000, "end_s": 2.5,
+        "failed": False, "source": "sim",
     }  # fmt: skip
     iterations = run.table("iterations")
     assert iterations["overlap"].tolist() == [False, True, False]

@@ -1,0 +1,119 @@
+"""What a finetuning run tells of itself: JSON lines, a bar for a person who waits, and TensorBoard.
+
+A row stands for the steps since the one before: its loss is their mean, as transformers logs it. A resumed
+run writes the rows that it would have written in one go.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.engine import StepRecord
+
+SCALARS = ("loss", "grad_norm", "learning_rate", "epoch", "tok_s")
+"""What TensorBoard gets of a row, under train/."""
+
+
+class TrainingLog:
+    """The log of one run, as a context."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        total: int,
+        done: int,
+        every: int,
+        epoch_samples: int,
+        unlogged: Sequence[float] = (),
+        tensorboard: Path | None = None,
+    ) -> None:
+        """`path` gets a row every `every` steps and after the last of `total`; `done` steps were made before,
+        those of `unlogged` without a row. `epoch_samples` make an epoch; `tensorboard` is a folder for events.
+        """
+        self._path = path
+        self._total = total
+        self._done = done
+        self._every = every
+        self._epoch_samples = epoch_samples
+        self._tensorboard = tensorboard
+        self.unlogged = list(unlogged)
+        """Losses of the steps since the last row."""
+        self.last_loss: float | None = None
+
+    def __enter__(self) -> TrainingLog:
+        from tqdm import tqdm
+
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        # What was logged after the checkpoint is trained again.
+        kept = [line for line in self._lines() if json.loads(line)["step"] <= self._done]
+        self._path.write_text("".join(kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._events = None if self._tensorboard is None else _events(self._tensorboard, self._done)
+        quiet = not sys.stderr.isatty()
+        self._bar = tqdm(total=self._total, initial=self._done, unit="step", leave=False, disable=quiet)
+        self._started_s = self._row_s = time.perf_counter()
+        self._row_tokens = 0
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+    def add(self, record: StepRecord, samples: int, tokens: int) -> None:
+        """A step; `samples` are trained so far, `tokens` by this run."""
+        self.last_loss = record.loss
+        self.unlogged.append(record.loss)
+        now_s = time.perf_counter()
+        tok_s = (tokens - self._row_tokens) / (now_s - self._row_s)
+        shown = {"loss": f"{record.loss:.4f}", "lr": f"{record.learning_rate:.2e}", "tok/s": f"{tok_s:,.0f}"}
+        self._bar.set_postfix(shown)
+        self._bar.update(1)
+        if record.step % self._every and record.step != self._total:
+            return
+        row = {
+            "step": record.step,
+            "loss": sum(self.unlogged) / len(self.unlogged),
+            "grad_norm": record.grad_norm,
+            "learning_rate": record.learning_rate,
+            "epoch": samples / self._epoch_samples,
+            "samples": samples,
+            "tok_s": round(tok_s, 1),
+            "elapsed_s": round(now_s - self._started_s, 3),
+        }
+        self._write(row)
+        self.unlogged.clear()
+        self._row_s, self._row_tokens = now_s, tokens
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name in SCALARS:
+                self._events.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def _lines(self) -> list[str]:
+        if not self._path.exists():
+            return []
+        # A kill may have cut the last line short.
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n")]
+
+
+def check_tensorboard() -> None:
+    """Raise ModuleNotFoundError now if it is missing, and not after the model has been loaded."""
+    import tensorboard  # noqa: F401
+
+
+def _events(folder: Path, done: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    # Events of steps after the checkpoint are hidden: those are made again.
+    return SummaryWriter(str(folder), purge_step=done + 1)

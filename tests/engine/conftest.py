@@ -1,0 +1,77 @@
+"""A model folder with a tokenizer of its own, and the arguments of a short `coserve finetune`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engine.config import ModelConfig
+from engine.load import random_model, save_model
+from engine.text import BUNDLED, read_text
+from sim.core.specs import ModelShape
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder: random weights, a byte-pair tokenizer trained on the bundled text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("model")
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator([read_text(BUNDLED)], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)
+    fast.save_pretrained(folder)
+    shape = ModelShape(
+        name="t",
+        layers=2,
+        hidden=32,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        ffn=48,
+        vocab=400,
+        max_context_tokens=256,
+    )
+    save_model(random_model(ModelConfig(family="llama", shape=shape), torch.float32, "cpu", 3, 0.1), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(model_folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder)
+
+
+@pytest.fixture
+def arguments(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    sentences = [s for s in read_text(BUNDLED).replace("\n", " ").split(". ") if s]
+    rows = [json.dumps({"text": s}) + "\n" for s in sentences[:24]]
+    (tmp_path / "d.jsonl").write_text("".join(rows))
+    return [
+        f"model_name_or_path={model_folder}",
+        "dataset=d.jsonl",
+        "output_dir=out",
+        "device=cpu",
+        "cutoff_len=24",
+        "gradient_accumulation_steps=2",
+        "num_train_epochs=2",
+        "learning_rate=5e-3",
+        "save_steps=3",
+    ]

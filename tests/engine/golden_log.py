@@ -1,0 +1,71 @@
+"""Golden logs: read one, and let the shared loop decide again what it says."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from sim.assemble import policy_of, slos_of
+from sim.core.finetune import Job, JobSpec
+from sim.core.loop import Done, Execute, Horizon, Sleep, run_loop
+from sim.core.plan import Limits, Plan
+from sim.core.request import Request
+from sim.core.rows import Recorder
+from sim.core.state import PipelineState
+from sim.cost.curves import ChunkCost, Curves, DecodeCost
+from sim.cost.table import FittedCost
+from tests.support import ListArrivals
+
+FOLDER = Path(__file__).parent / "golden"
+CHUNKS = ("prefill", "forward", "recompute", "backward")
+
+
+def read_log(path: Path) -> dict[str, Any]:
+    log: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return log
+
+
+def plan_row(plan: Plan) -> list[Any]:
+    """A plan in JSON's own types, without the policy's memory."""
+    slices = [[type(piece).__name__, *piece] for piece in plan.finetune]
+    prefills, preempted = [list(chunk) for chunk in plan.prefills], list(plan.preempted)
+    return [plan.decode, prefills, preempted, slices, plan.overlap, plan.predicted_s]
+
+
+def decide_again(log: dict[str, Any]) -> tuple[list[list[Any]], Recorder]:
+    """The plans that the loop makes now when it is told the recorded times, and its rows."""
+    limits, recorder = Limits(**log["limits"]), Recorder()
+    slos = slos_of(OmegaConf.create({"slo": log["slo"]}))
+    predictor = FittedCost(_curves(log["curves"]), {}, limits.lookahead)
+    policy = policy_of({k: v for k, v in log["policy"].items() if k != "name"}, predictor, slos)
+    job = Job(JobSpec(**log["job"]), itertools.repeat(log["sample_tokens"]))
+    state = PipelineState(limits=limits, slos=slos, recorder=recorder, jobs=[job])
+    arrivals = ListArrivals(Request(*row[:5], row[5] or None) for row in log["requests"])
+    duration_s, drain_s = log["horizon_s"]
+    loop = run_loop(state, policy, arrivals, Horizon(duration_s=duration_s, drain_s=drain_s))
+    plans, replies, reply = [], iter(log["replies"]), None
+    while True:
+        try:
+            command = loop.send(reply)  # type: ignore[arg-type]
+        except StopIteration:
+            assert next(replies, None) is None, "the recorded run went on"
+            return plans, recorder
+        if isinstance(command, Execute):
+            plans.append(plan_row(command.plan))
+            reply = Done(0.0)
+            continue
+        slept, now_s, *ends = next(replies)
+        assert slept == isinstance(command, Sleep), (
+            f"after {len(plans)} plans the recorded loop did otherwise"
+        )
+        reply = Done(now_s, *map(tuple, ends))
+
+
+def _curves(node: dict[str, Any]) -> Curves:
+    named = {name: ChunkCost(*node[name]) for name in CHUNKS}
+    return Curves(**{**node, **named, "decode": DecodeCost(*node["decode"])})

@@ -1,0 +1,260 @@
+"""A finetuning run that is killed, runs out of disk or finds damage goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoint, training
+from engine.checkpoint import last_checkpoint
+from engine.engine import Engine
+from engine.training import main as finetune
+from tests.engine.tiny import log_of, without_notes
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A forked process has no pool of threads; and the same sums need the same threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    yield
+    torch.set_num_threads(before)
+
+
+def adapter_bytes(folder: Path) -> bytes:
+    return (folder / "adapter_model.safetensors").read_bytes()
+
+
+def names(folder: str) -> set[str]:
+    return {path.name for path in Path(folder).iterdir()}
+
+
+# Kills
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at(owner: Any, name: str, count: int, after: bool = False) -> None:
+    """Die in the `count`-th call, before or after it is done."""
+    inner, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*given: Any, **named: Any) -> Any:
+        now = next(calls) == count
+        if now and not after:
+            kill()
+        result = inner(*given, **named)
+        if now:
+            kill()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def half_a_file() -> None:
+    write = Path.write_bytes
+
+    def half(self: Path, data: Any) -> int:
+        if self.name == "optimizer.pt":
+            write(self, data[: len(data) // 2])
+            kill()
+        return write(self, data)
+
+    Path.write_bytes = half  # type: ignore[method-assign, assignment]
+
+
+def while_removing() -> None:
+    remove = shutil.rmtree
+
+    def half(path: Path, *given: Any, **named: Any) -> None:
+        if path.name.endswith(".removed") and path.exists():
+            (path / "optimizer.pt").unlink()
+            kill()
+        remove(path, *given, **named)
+
+    shutil.rmtree = half  # type: ignore[assignment]
+
+
+def between_the_last_files() -> None:
+    write = training.write_adapter
+
+    def last(*given: Any) -> None:
+        at(os, "replace", 1, after=True)
+        write(*given)
+
+    training.write_adapter = last
+
+
+KILLS: dict[str, Callable[[], None]] = {
+    "in an iteration": lambda: at(Engine, "launch", 5),
+    "in the middle of a file": half_a_file,
+    "before a checkpoint has its name": lambda: at(os, "rename", 1),
+    "after a checkpoint has its name": lambda: at(os, "rename", 1, after=True),
+    "while an old checkpoint is removed": while_removing,
+    "waiting for the device": lambda: at(Engine, "collect", 9),
+    "between the files of the last adapter": between_the_last_files,
+}
+
+
+def forked(arguments: list[str], prepare: Callable[[], None]) -> int:
+    """`coserve finetune` in a process of its own; returns its id."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            prepare()
+            finetune([*arguments, "resume=true"])
+        finally:
+            os._exit(1)
+    return pid
+
+
+def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(arguments: list[str]) -> None:
+    """Killed wherever it hurts, one after the other, and at moments that nobody chose."""
+    arguments = [*arguments, "logging_steps=2", "save_total_limit=2"]
+    assert finetune([*arguments, "output_dir=whole"]) == 0
+    random = np.random.default_rng()
+    for where, prepare in KILLS.items():
+        if where.startswith("between"):
+            for _ in range(2):
+                pid = forked(arguments, lambda: None)
+                # The run goes on for a few hundred milliseconds; one that is through is killed too late.
+                time.sleep(float(random.uniform(0.05, 0.4)))
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+        _, status = os.waitpid(forked(arguments, prepare), 0)
+        assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, where
+    assert finetune([*arguments, "resume=true"]) == 0
+    assert adapter_bytes(Path("out")) == adapter_bytes(Path("whole"))
+    assert log_of(Path("out")) == log_of(Path("whole"))
+    kept = {name for name in names("out") if not name.startswith(".")}
+    assert kept == names("whole") and {"checkpoint-21", "checkpoint-24"} < kept
+
+
+# Disks
+
+
+def quota(save: Callable[..., Any]) -> Callable[..., Any]:
+    """The system refuses files above 4,000 bytes."""
+
+    def limited(*given: Any) -> Any:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+        try:
+            return save(*given)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
+
+
+def full(save: Callable[..., Any]) -> Callable[..., Any]:
+    """All is written, and then the disk has no room for it after all."""
+
+    def limited(*given: Any) -> Any:
+        def fsync(handle: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint.os, "fsync", fsync)
+            return save(*given)
+
+    return limited
+
+
+@pytest.mark.parametrize(("refuse", "words"), [(quota, "File too large"), (full, "No space left on device")])
+def test_a_full_disk_stops_training_with_older_checkpoints_whole_and_no_half_one(
+    refuse: Any, words: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    save, calls = training.save_checkpoint, itertools.count(1)
+
+    def third(*given: Any) -> Any:
+        return refuse(save)(*given) if next(calls) == 3 else save(*given)
+
+    monkeypatch.setattr(training, "save_checkpoint", third)
+    assert finetune(arguments) == 2
+    error = capsys.readouterr().err
+    assert f"checkpoint of step 9: {words}" in error and len(without_notes(error)) == 1
+    assert names("out") == {"checkpoint-3", "checkpoint-6", "trainer_log.jsonl"}
+
+
+# Damage
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "state.json: No such file or directory": lambda path: (path / "state.json").unlink(),
+    "state.json is damaged": lambda path: (path / "state.json").write_text('{"step": 6'),
+    "state.json has no sha256": lambda path: (path / "state.json").write_text(
+        '{"step": 6, "samples": 12, "settings": {}, "unlogged": []}'
+    ),
+    "optimizer.pt is missing": lambda path: (path / "optimizer.pt").unlink(),
+    "optimizer.pt is damaged": lambda path: os.truncate(path / "optimizer.pt", 1000),
+    "adapter_model.safetensors is damaged": lambda path: flip(path / "adapter_model.safetensors"),
+}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*arguments, "max_steps=6"]
+    assert finetune(arguments) == 0
+    good = adapter_bytes(Path("out"))
+    shutil.copytree("out", "kept")
+    for words, damage in DAMAGES.items():
+        shutil.rmtree("out")
+        shutil.copytree("kept", "out")
+        damage(Path("out/checkpoint-6"))
+        capsys.readouterr()
+        assert finetune([*arguments, "resume=true"]) == 0
+        error = capsys.readouterr().err
+        assert f"checkpoint-6 is not a whole checkpoint: {words}; it is passed over" in error
+        assert not without_notes(error)
+        assert adapter_bytes(Path("out")) == good
+        assert last_checkpoint("out", pytest.fail) == Path("out/checkpoint-6"), "made anew"
+
+
+def test_without_a_whole_checkpoint_nothing_goes_on(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune([*arguments, "max_steps=3"]) == 0
+    DAMAGES["optimizer.pt is damaged"](Path("out/checkpoint-3"))
+    before = adapter_bytes(Path("out"))
+    assert finetune([*arguments, "max_steps=3", "resume=true"]) == 2
+    assert "out has no whole checkpoint to go on from" in capsys.readouterr().err
+    assert adapter_bytes(Path("out")) == before
+
+
+# Another run's folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ([], "has checkpoint-3; resume=true goes on"),
+        (["resume=true", "learning_rate=1e-3"], "was made with learning_rate=0.005, got 0.001"),
+    ],
+)
+def test_a_folder_with_a_checkpoint_is_not_overwritten_by_another_run(
+    changes: list[str], words: str, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune([*arguments, "max_steps=3"]) == 0
+    assert finetune([*arguments, "max_steps=3", *changes]) == 2
+    assert words in capsys.readouterr().err

@@ -1,0 +1,75 @@
+"""What `--help` offers exists: every choice of every group composes, every key can be set, the example runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from sim import cli
+from sim.assemble import CONFIGS
+from sim.usage import all_groups
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = {
+    "simulate": (CONFIGS, "config"),
+    "compile": (CONFIGS, "compile"),
+    "bench": (ROOT / "engine" / "configs", "bench"),
+    "finetune": (ROOT / "engine" / "programs", "finetune"),
+    "generate": (ROOT / "engine" / "programs", "generate"),
+}
+
+
+def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert cli.main([command, "--help"]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_every_choice_and_key_of_the_help_can_be_given(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(command, capsys)
+    folder, name = COMMANDS[command]
+    groups = all_groups(folder, name)
+    shown = {
+        line.split()[0]: line.split(maxsplit=1)[1]
+        for line in lines
+        if line.startswith("  ") and "=" not in line
+    }
+    assert {
+        group: text.replace("*", "").split(", ") for group, text in shown.items() if group in groups
+    } == groups
+    keys = [
+        line.split()[0] for line in lines[lines.index("Keys:") + 1 :] if line.startswith("  ") and "=" in line
+    ]
+    keys = [key for key in keys if not key.startswith(("-", "hydra"))]
+    assert len(keys) > 5 or command == "simulate"
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        compose(name, [key.replace("=...", "=x") for key in keys])
+        for group, names in (
+            groups.items() if command != "simulate" else ()
+        ):  # its choices are tested elsewhere
+            for choice in names:
+                compose(name, [f"{group}={choice}"])
+
+
+@pytest.mark.parametrize("command", list(COMMANDS))
+def test_the_example_of_the_help_is_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = [line for line in help_of(command, capsys) if line.startswith("Example: ")]
+    words = example.split()[1:]
+    assert words[:2] == ["coserve", command] and len(words) > 2
+    folder, name = COMMANDS[command]
+    with initialize_config_dir(str(folder), version_base="1.3"):
+        compose(name, words[2:])
+
+
+def test_the_help_of_bench_lists_the_simulators_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    groups = all_groups(*COMMANDS["bench"])
+    for group in ("policy", "workload", "slo", "model", "device"):
+        own = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
+        assert own <= set(groups[group])
+    assert "tiny" in groups["model"] and "cpu" in groups["device"]
+    text = "\n".join(help_of("bench", capsys))
+    assert "tiny*" in text and "coserving*" in text
