@@ -137,6 +137,7 @@ def memory() -> str:
         {"LoRA on all linear layers": config(None, "peft", "lora_all")},
         seq_tokens=8192,
         device=config(DeviceSpec, "device", "a100_80gb"),
+        budget_share=0.05,
         window_tokens=128,
     )
     lines = [

@@ -1,9 +1,18 @@
-"""From a model, limits and finetuning jobs to an engine: who gets which pages, one bank for all adapters."""
+"""From a model, limits and finetuning jobs to an engine: who gets which pages, one bank for all adapters, and
+the compile plan of each job.
+
+A plan is compiled from the shipped graph of the model's family, so nothing is captured here. With
+`memory: auto` the free memory chooses it: most of what the device has left beside the weights, less the pages
+of inference, in equal parts for the jobs that ask.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import torch
 
 from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed, Trainer
@@ -11,8 +20,16 @@ from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.shares import own_adapter
-from sim.core.finetune import Job, JobSpec
+from sim.compile.compiler import compile_plan, plan_for_memory
+from sim.compile.peft import PeftSpec
+from sim.compile.plan import CompilePlan
+from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
+from sim.core.specs import ModelShape
+from sim.cost.memory import kv_bytes_per_token
+
+USABLE = 0.9
+"""Share of the free memory that `memory: auto` plans with; the rest is for what operators need as they run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +48,9 @@ class TrainingJob:
     start_s: float = 0.0
     order: str = "layer_major"
     memory: str = "stash"
+    """stash, recompute, or auto: the plan that runs least again of those that fit the free memory."""
+    plan: CompilePlan | None = None
+    """Made before (`plan_jobs`); it decides instead of order and memory."""
 
 
 def assemble_engine(
@@ -44,6 +64,7 @@ def assemble_engine(
     """The engine, and the jobs as the loop counts them; they share their data.
 
     Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
+    Raises ValueError where no plan fits.
     """
     own = {name: own_adapter(model, adapter) for name, adapter in (adapters or {}).items()}
     trained = [own_adapter(model, job.adapter) for job in jobs]
@@ -53,17 +74,19 @@ def assemble_engine(
         count = -(-job.max_sample_tokens // limits.block_tokens)
         ranges.append(range(blocks, blocks + count))
         blocks += count
+    plans = plan_jobs(model, limits, jobs)
     pages = model.new_pages(blocks, limits.block_tokens)
     bank = _bank(model, [*own.values(), *trained])
     counted, trainers = [], []
-    for job, adapter, pages_of in zip(jobs, trained, ranges, strict=True):
+    for job, adapter, pages_of, plan in zip(jobs, trained, ranges, plans, strict=True):
         assert bank is not None
         feed = job.samples if isinstance(job.samples, SampleFeed) else SampleFeed(job.samples)
-        spec = _spec(job, model)
+        spec = _spec(job, plan)
         counted.append(Job(spec, feed.lengths()))
         trainers.append(
             Trainer(
                 spec=spec,
+                plan=plan,
                 model=model,
                 pages=pages,
                 blocks=pages_of,
@@ -85,6 +108,57 @@ def assemble_engine(
     return engine, counted
 
 
+def plan_jobs(
+    model: Model, limits: Limits, jobs: Sequence[TrainingJob], memory_bytes: float | None = None
+) -> list[CompilePlan]:
+    """The compile plan of each job, for samples up to a whole number of pages.
+
+    `memory_bytes` are left on the device beside the weights; unless given, the device is asked as soon as a
+    job with `memory: auto` needs it.
+    """
+    for job in jobs:
+        if job.memory not in (*MEMORIES, AUTO):
+            allowed = ", ".join((*MEMORIES, AUTO))
+            raise ValueError(f"finetune job {job.id}: memory must be one of {allowed}, got {job.memory!r}")
+    plans = {job.id: job.plan or _plan(model, limits, job) for job in jobs if job.plan or job.memory != AUTO}
+    asking = [job for job in jobs if job.id not in plans]
+    if asking:
+        free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
+        free -= limits.kv_tokens * kv_bytes_per_token(_shape(model), model.group.size)
+        free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
+        plans |= {job.id: _plan(model, limits, job, free / len(asking)) for job in asking}
+    return [plans[job.id] for job in jobs]
+
+
+def free_memory_bytes(device: torch.device) -> float:
+    """What may be planned with of the memory that nobody uses now. ValueError where the system does not say."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return USABLE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    try:
+        return USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:
+        raise ValueError(
+            "memory=auto: this system does not say how much memory is free; choose stash or recompute"
+        ) from None
+
+
+def _plan(model: Model, limits: Limits, job: TrainingJob, free_bytes: float | None = None) -> CompilePlan:
+    """The plan of one job: its own mode, or with `free_bytes` the one that these allow."""
+    adapter = job.adapter
+    spec = PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
+    tokens = -(-job.max_sample_tokens // limits.block_tokens) * limits.block_tokens
+    shape, tp = _shape(model), model.group.size
+    if free_bytes is None:
+        return compile_plan(shape, spec, seq_tokens=tokens, tp=tp, mode=job.memory, order=job.order)
+    return plan_for_memory(shape, spec, free_bytes, seq_tokens=tokens, tp=tp, order=job.order)
+
+
+def _shape(model: Model) -> ModelShape:
+    """Of the whole model, with the bytes of the weights that it runs on."""
+    return replace(model.whole.shape, dtype_bytes=model.dtype.itemsize)
+
+
 def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
     """Room for the largest rank and for all linear layers that any adapter has."""
     if not adapters:
@@ -94,14 +168,14 @@ def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
     return AdapterBank(model.config.shape, targets, rank, model.dtype, model.device)
 
 
-def _spec(job: TrainingJob, model: Model) -> JobSpec:
+def _spec(job: TrainingJob, plan: CompilePlan) -> JobSpec:
     return JobSpec(
         id=job.id,
-        layers=model.config.shape.layers,
+        layers=plan.layers,
         optimizer_params=sum(tensor.numel() for tensor in job.adapter.tensors()),
         accumulation=job.accumulation,
         weight=job.weight,
         start_s=job.start_s,
-        order=job.order,
-        memory=job.memory,
+        order=plan.order,
+        memory=plan.mode,
     )

@@ -4,134 +4,138 @@ Written by hand because autograd would hold what it saved until the whole sequen
 pass one at a time, in either order, and free what they used. Windows must go right to left within a layer:
 the gradient of a window's keys and values is final only when every query to its right has passed.
 
+Which forward tensors are at hand and which gradients are wanted is the compile plan's: of the lowest layer only
+what its own adapter needs, as no gradient goes below it.
+
 Shapes as in `engine.model`, with N the tokens of the window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
-from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from engine.elementwise import rms_norm_backward, rotate, swiglu_backward
 from engine.kernels.attention_backward import attention_backward
 from engine.kernels.grouped_lora import grouped_lora, lora_weight_grad
-from engine.lora import Adapter, AdapterBank
-from engine.model import Kept, Model, Pages
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainedLora:
-    """The adapter that a window trains: its weights in the bank, and where its gradients are summed."""
-
-    bank: AdapterBank
-    slot: int
-    segment_adapter: torch.Tensor
-    """[1] int32: the slot, on the device."""
-    grads: Adapter
+from engine.model import Model
+from engine.recall import LayerTensors
 
 
 def backward_layer(
     model: Model,
-    index: int,
-    kept: Kept,
-    at: slice,
+    saved: LayerTensors,
     dx: torch.Tensor,
-    pages: Pages,
-    block_table: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    lora: TrainedLora,
-    *,
-    start: int,
+    dk: torch.Tensor | None,
+    dv: torch.Tensor | None,
 ) -> None:
-    """Take dx [N, E] from the output of block `index` to its input, in place.
+    """Take dx [N, E] from the output of a block to its input, in place, as far as the plan wants it.
 
-    `kept` holds the window's activations at `at`; `start` is the window's first position in the sample;
     dk, dv [>= start + N, K, D] of the sample in this layer are modified, and final for the window's own
-    tokens afterwards. Gradients of A and B are added to `lora.grads`.
+    tokens afterwards; None for a layer whose attention wants no gradient. Gradients of A and B are added.
     """
-    shape, w, eps = model.config.shape, model.weights.layers[index], model.config.norm_eps
-    tokens = dx.shape[0]
-    bypass = _Bypass(lora, index, tokens)
+    w, eps = model.weights.layers[saved.index], model.config.norm_eps
+    bypass = _Bypass(saved)
 
     # The MLP: down(silu(gate) * up)
-    middle = kept.middle[index, at]
-    gate, up = kept.gate_up[index, at].chunk(2, dim=1)
-    d_active = dx @ w.down
-    if bypass.has("down_proj"):
-        bypass.run("down_proj", d_active, dx, swiglu(gate, up))
-    d_gate_up = swiglu_backward(d_active, gate, up)
-    d_gate, d_up = d_gate_up.chunk(2, dim=1)
-    dh = d_gate_up @ w.gate_up
-    if bypass.has("gate_proj", "up_proj"):
-        h = rms_norm(middle, w.mlp_norm, eps)
-        bypass.run("gate_proj", dh, d_gate, h)
-        bypass.run("up_proj", dh, d_up, h)
+    d_product = dx @ w.down if saved.wants("product") else None
+    bypass.run("down_proj", d_product, dx)
+    if d_product is None:
+        return
+    dh = _gate_up(w.gate_up, saved, bypass, d_product)
+    if dh is None:
+        return
     model.group.all_reduce(dh)
-    dx += rms_norm_backward(dh, middle, w.mlp_norm, eps)
+    dx += rms_norm_backward(dh, saved["mid"], w.mlp_norm, eps)
 
     # Attention: o(attend(rotate(q), rotate(k), v))
-    attention = kept.attention[index, at]
-    flat = attention.view(tokens, shape.q_dim)
-    d_attention = dx @ w.o
-    bypass.run("o_proj", d_attention, dx, flat)
+    d_attention = dx @ w.o if saved.wants("attention") else None
+    bypass.run("o_proj", d_attention, dx)
+    if d_attention is None:
+        return
+    assert dk is not None and dv is not None
+    d_qkv = _attention(model, saved, d_attention, dk, dv)
+    dh = d_qkv @ w.qkv if saved.wants("attention norm") else None
+    kv_dim = dk[0].numel()
+    parts = torch.split(d_qkv, [d_qkv.shape[1] - 2 * kv_dim, kv_dim, kv_dim], dim=1)
+    for target, dy in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+        bypass.run(target, dh, dy)
+    if dh is not None:
+        model.group.all_reduce(dh)
+        dx += rms_norm_backward(dh, saved["x"], w.input_norm, eps)
+
+
+def _gate_up(
+    weight: torch.Tensor, saved: LayerTensors, bypass: _Bypass, d_product: torch.Tensor
+) -> torch.Tensor | None:
+    """The gradient at the norm before the MLP, None if it is not wanted."""
+    if not saved.wants("gate"):
+        bypass.run("up_proj", None, d_product * saved["silu"])
+        return None
+    d_gate_up = swiglu_backward(d_product, saved["gate"], saved["up"])
+    dh = d_gate_up @ weight if saved.wants("ffn norm") else None
+    for target, dy in zip(("gate_proj", "up_proj"), d_gate_up.chunk(2, dim=1), strict=True):
+        bypass.run(target, dh, dy)
+    return dh
+
+
+def _attention(
+    model: Model, saved: LayerTensors, d_attention: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor
+) -> torch.Tensor:
+    """The gradient at [q, k, v] before rotation, [N, Q + 2 K D]; parts that are not wanted are undefined."""
+    q = saved["q"]
+    d_attention = d_attention.view(q.shape)
     dq = attention_backward(
-        d_attention.view(attention.shape),
-        kept.q[index, at],
-        attention,
-        kept.lse[index, at],
-        pages.k[index],
-        pages.v[index],
-        block_table,
+        d_attention,
+        q,
+        # dV alone does not depend on the output: then any tensor of its shape will do.
+        saved["attention"] if saved.wants("q", "k") else q,
+        saved["lse"],
+        saved.k,
+        saved.v,
+        saved.block_table,
         dk,
         dv,
-        start=start,
+        start=saved.start,
         scale=model.scale,
     )
-    own = slice(start, start + tokens)
-    cos, sin = model.rotation(torch.arange(start, start + tokens, device=dx.device))
+    own = slice(saved.start, saved.start + saved.tokens)
+    cos, sin = saved.rotation()
     parts = (rotate(dq, cos, -sin), rotate(dk[own], cos, -sin), dv[own])
-    d_qkv = torch.cat([part.flatten(1).to(dx.dtype) for part in parts], dim=1)
-    dh = d_qkv @ w.qkv
-    x = kept.x[index, at]
-    if bypass.has("q_proj", "k_proj", "v_proj"):
-        h = rms_norm(x, w.input_norm, eps)
-        d_parts = torch.split(d_qkv, [shape.q_dim, shape.kv_dim, shape.kv_dim], dim=1)
-        for target, dy in zip(("q_proj", "k_proj", "v_proj"), d_parts, strict=True):
-            bypass.run(target, dh, dy, h)
-    model.group.all_reduce(dh)
-    dx += rms_norm_backward(dh, x, w.input_norm, eps)
+    return torch.cat([part.flatten(1).to(d_attention.dtype) for part in parts], dim=1)
 
 
 class _Bypass:
     """Backward of one adapter's bypasses in one layer."""
 
-    def __init__(self, lora: TrainedLora, index: int, tokens: int) -> None:
-        self._lora = lora
-        self._index = index
-        self._start = torch.zeros(2, dtype=torch.int32, device=lora.segment_adapter.device)
-        self._start[1:].fill_(tokens)
+    def __init__(self, saved: LayerTensors) -> None:
+        self._saved = saved
+        self._lora = saved.lora
+        self._start = torch.zeros(2, dtype=torch.int32, device=saved.lora.segment_adapter.device)
+        self._start[1:].fill_(saved.tokens)
 
-    def has(self, *targets: str) -> bool:
-        return any(target in self._lora.grads.a for target in targets)
-
-    def run(self, target: str, dx: torch.Tensor, dy: torch.Tensor, x: torch.Tensor) -> None:
-        """dx += scale (dy B) A, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing if not trained."""
-        if not self.has(target):
+    def run(self, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
+        """dx += scale (dy B) A unless it is None, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing
+        if `target` is not trained."""
+        grads, index = self._lora.grads, self._saved.index
+        if target not in grads.a:
             return
-        bank, slot, grads = self._lora.bank, self._lora.slot, self._lora.grads
-        a, b = bank.a[target][self._index], bank.b[target][self._index]
-        u = grouped_lora(
+        u = self._through(target, dx, dy)
+        s = self._saved[f"low {target}"].to(u.dtype)
+        lora_weight_grad(grads.a[target][index], u, self._saved.input_of(target), grads.scale)
+        lora_weight_grad(grads.b[target][index].T, s, dy, grads.scale)
+
+    def _through(self, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> torch.Tensor:
+        """dy B [N, >= r] in the type of the gradients; adds scale (dy B) A to dx."""
+        lora, index = self._lora, self._saved.index
+        if dx is None:
+            return (dy @ lora.b(target, index)).to(lora.grads.b[target].dtype)
+        return grouped_lora(
             dx,
             dy,
-            b.transpose(1, 2),
-            a.transpose(1, 2),
-            bank.ranks,
-            bank.scales,
+            lora.bank.b[target][index].transpose(1, 2),
+            lora.bank.a[target][index].transpose(1, 2),
+            lora.bank.ranks,
+            lora.bank.scales,
             self._start,
-            self._lora.segment_adapter,
+            lora.segment_adapter,
         )
-        s = (x @ a[slot, : grads.rank].T).to(u.dtype)
-        lora_weight_grad(grads.a[target][self._index], u, x, grads.scale)
-        lora_weight_grad(grads.b[target][self._index].T, s, dy, grads.scale)

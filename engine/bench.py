@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
-import torch
 from hydra.core.hydra_config import HydraConfig
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
@@ -37,20 +36,21 @@ from omegaconf import DictConfig, OmegaConf
 from engine.assemble import TrainingJob
 from engine.finetune import Sample
 from engine.lora import new_adapter, write_adapter
-from engine.machine import Last, free_bytes, kv_tokens_of, model_of, place_of, release, shape_of
+from engine.machine import Last, model_of, place_of, release, shape_of
 from engine.measure import finetune_peak_tok_s, measure
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.replica import Replica, replica
+from engine.room import limits_and_plan
 from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
 from sim.checked import build, check, locate
+from sim.compile.plan import CompilePlan
 from sim.core.loop import Horizon
-from sim.core.plan import Limits, Policy
+from sim.core.plan import Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.cost.memory import FinetuneReservation
 from sim.cost.table import FittedCost
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
@@ -151,9 +151,8 @@ def _bench(
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     samples = _samples(config, settings, shape)
     model = model_of(shape, device, config.weights, ranks)
-    limits = _limits(config, settings, shape, device, model.device)
 
-    def job(of_seed: int) -> TrainingJob:
+    def job(of_seed: int, plan: CompilePlan | None = None) -> TrainingJob:
         return TrainingJob(
             id="job",
             samples=passes(samples, of_seed),
@@ -163,19 +162,26 @@ def _bench(
             accumulation=settings.accumulation,
             order=settings.order,
             memory=settings.memory,
+            plan=plan,
         )
+
+    given = build(LimitSettings, config.limits, "limits")
+    utilization = check(config.memory_utilization, float, "memory_utilization")
+    limits, plan = limits_and_plan(model, shape, device, given, job(0), utilization)
 
     def measured() -> Before:
         measure_s, peak_s = (check(config[key], float, key) for key in ("measure_s", "peak_s"))
-        predictor = measure(model, limits, job(0), measure_s, 0, ranks.assemble)
+        predictor = measure(model, limits, job(0, plan), measure_s, 0, ranks.assemble)
         if not peak_s:
             return Before(predictor, None)
         release()
         alone = _policy(_named_policy("finetune_only"), predictor, slos)
-        return Before(predictor, finetune_peak_tok_s(model, limits, job(0), alone, peak_s, ranks.assemble))
+        return Before(
+            predictor, finetune_peak_tok_s(model, limits, job(0, plan), alone, peak_s, ranks.assemble)
+        )
 
     parts = ("model", "weights", "device", "limits", "memory_utilization", "job", "measure_s", "peak_s")
-    before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
+    before = _BEFORE.get(json.dumps([*(resolved[part] for part in parts), plan.describe()]), measured)
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
@@ -185,7 +191,7 @@ def _bench(
     setting = Setting(
         model=model,
         limits=limits,
-        job=job(seed),
+        job=job(seed, plan),
         adapters=adapters,
         slos=slos,
         device=device,
@@ -225,7 +231,7 @@ def _bench(
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     write_adapter(bench.trainer.adapter("job"), folder / "adapter", config.weights)
     losses = [record.loss for record in bench.trainer.steps]
-    return {**summary, "folder": str(folder), "losses": losses}
+    return {**summary, "folder": str(folder), "losses": losses, "plan": plan.describe()}
 
 
 def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
@@ -247,46 +253,12 @@ def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
     found = read_run(folder)
     if _compared(resolved) != _compared(found.config):
         raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
-    return {**found.summary, "folder": str(folder), "losses": []}
+    return {**found.summary, "folder": str(folder), "losses": [], "plan": None}
 
 
 def _compared(config: Mapping[str, Any]) -> str:
     run = {key: value for key, value in config["run"].items() if key != "resume"}
     return json.dumps({**config, "run": run}, sort_keys=True)
-
-
-def _limits(
-    config: DictConfig, settings: JobSettings, shape: ModelShape, device: DeviceSpec, place: torch.device
-) -> Limits:
-    """`limits`, with the room that memory leaves where none is given."""
-    given = build(LimitSettings, config.limits, "limits")
-    longest, kv_tokens = given.max_sequence_tokens, given.kv_tokens
-    if kv_tokens is None:
-        if place.type == "cpu":
-            raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
-        kv_tokens = kv_tokens_of(
-            shape,
-            device,
-            settings.lora,
-            utilization=check(config.memory_utilization, float, "memory_utilization"),
-            batch_tokens=given.max_tokens + settings.sample_tokens,
-            batch_sequences=given.max_sequences,
-            finetune=FinetuneReservation(
-                sample_tokens=settings.sample_tokens,
-                memory=settings.memory,
-                window_tokens=settings.sample_tokens,
-            ),
-            free_bytes=free_bytes(place),
-        )
-    return Limits(
-        kv_tokens=kv_tokens,
-        block_tokens=given.block_tokens,
-        max_sequences=given.max_sequences,
-        max_tokens=given.max_tokens,
-        max_sequence_tokens=shape.max_context_tokens if longest is None else longest,
-        admission=given.admission,
-        lookahead=given.lookahead,
-    )
 
 
 def _samples(config: DictConfig, settings: JobSettings, shape: ModelShape) -> list[Sample]:
@@ -342,12 +314,14 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k != "losses"} for row in rows])
+    print_table([{k: v for k, v in row.items() if k not in ("losses", "plan")} for row in rows])
     for row in rows:
         losses = row["losses"]
         if losses:
             name = row["name"] or row["policy"]
             print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({name})")
+    for text in dict.fromkeys(row["plan"] for row in rows if row["plan"] is not None):
+        print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
     print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
     scenes = varied(rows, SCENE)

@@ -1,6 +1,7 @@
 """Token-level finetuning of one adapter: forward windows, backward slices, optimizer steps.
 
-`sim.core.finetune.Job` decides what is legal and counts; a `Trainer` does it. It learns what to do from the
+`sim.core.finetune.Job` decides what is legal and counts, the compile plan what a sample keeps in memory; a
+`Trainer` does both. It learns what to do from the
 slices of the plan alone, takes its samples in the order in which the job drew their lengths, and keeps its
 own page range, which inference never touches.
 
@@ -18,14 +19,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.backward import TrainedLora, backward_layer
+from engine.backward import backward_layer
 from engine.elementwise import rms_norm_backward
+from engine.kept import Kept
 from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from engine.lora import Adapter, AdapterBank
-from engine.model import Batch, Kept, LoraBatch, Model, Pages, Window
+from engine.model import Batch, LoraBatch, Model, Pages, Window
 from engine.optimizer import MasterOptimizer, OptimizerSettings
 from engine.packing import upload
+from engine.recall import LayerTensors, TrainedLora
 from engine.shares import shares_of
+from sim.compile.plan import CompilePlan
 from sim.core.finetune import JobSpec, JobView, backward_chunks
 
 
@@ -84,6 +88,7 @@ class Trainer:
         self,
         *,
         spec: JobSpec,
+        plan: CompilePlan,
         model: Model,
         pages: Pages,
         blocks: range,
@@ -92,8 +97,10 @@ class Trainer:
         feed: SampleFeed,
         optimizer: OptimizerSettings,
     ) -> None:
-        """`adapter` is copied as the masters; `blocks` are the job's own pages and bound its samples."""
+        """`adapter` is copied as the masters; `blocks` are the job's own pages, for `plan.seq_tokens` tokens."""
+        assert (plan.mode, plan.order, plan.layers) == (spec.memory, spec.order, spec.layers)
         self.spec = spec
+        self.plan = plan
         self._model = model
         self._pages = pages
         self._bank = bank
@@ -103,6 +110,7 @@ class Trainer:
         device = model.device
         self._table = torch.from_numpy(self.table).to(device)
         self.max_tokens = len(blocks) * pages.k.shape[2]
+        assert self.max_tokens == plan.seq_tokens
 
         self.masters = _map(adapter, lambda t: t.to(device, model.compute, copy=True))
         grads = _map(self.masters, torch.zeros_like)
@@ -113,19 +121,29 @@ class Trainer:
         self._grads = grads
 
         shape = model.config.shape
-        whole = spec.memory == "stash"
-        self._kept = Kept(model.config, self.max_tokens, model.dtype, device) if whole else None
-        layers = shape.layers if spec.order == "window_major" else 1
-        size = (layers, self.max_tokens, shape.kv_heads, shape.head_dim)
+        self._kept = None if plan.mode == "recompute" else self._new_kept()
+        size = (plan.accumulator_layers, self.max_tokens, *pages.k.shape[3:])
         self._dk, self._dv = (torch.zeros(size, dtype=model.compute, device=device) for _ in "kv")
         self._dx = torch.empty((self.max_tokens, shape.hidden), dtype=model.dtype, device=device)
         self._loss = torch.zeros((), dtype=model.compute, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
+        assert self.held_bytes == plan.held_bytes
 
         self._sample: Sample | None = None
         self._labels = np.zeros(0, np.int64)
         self._forward_tokens = 0
         self._backward_layer_tokens = 0
+
+    @property
+    def held_bytes(self) -> int:
+        """What a sample has between slices, its pages included."""
+        k = self._pages.k
+        pages = 2 * k.shape[0] * self.max_tokens * k[0, 0, 0].nbytes
+        kept = 0 if self._kept is None else self._kept.nbytes
+        return pages + kept + self._dk.nbytes + self._dv.nbytes + self._dx.nbytes
+
+    def _new_kept(self) -> Kept:
+        return Kept(self.plan, self._model.config.shape.head_dim, self._model.dtype, self._model.device)
 
     # Forward
 
@@ -151,6 +169,7 @@ class Trainer:
             model.final_norm(x),
             model.weights.head,
             labels,
+            chunk_tokens=self.plan.loss_chunk_tokens,
             group=model.group,
             first_row=model.vocab.start,
         )
@@ -186,13 +205,17 @@ class Trainer:
             self._sample = None
 
     def _window(self, start: int, tokens: int) -> None:
-        """One window through all layers, its forward first if it was not kept."""
-        kept, at = self._kept, slice(start, start + tokens)
-        if kept is None:
-            kept, at = self._recompute(start, tokens), slice(0, tokens)
-        lora = self._lora()
-        for layer in reversed(range(self.spec.layers)):
-            self._layer(layer, kept, at, start, tokens, layer, lora)
+        """One window through all layers; where its forward was not kept, in pieces that are run again first."""
+        lora, piece = self._lora(), self.plan.held_tokens
+        kept = self._kept or self._new_kept()
+        for end in range(start + tokens, start, -piece):
+            first = max(start, end - piece)
+            at = slice(first, end)
+            if self._kept is None:
+                at = slice(0, end - first)
+                self._recompute(first, Window(kept, at, at))
+            for layer in reversed(range(self.spec.layers)):
+                self._layer(layer, kept, at, first, lora)
 
     def _rectangle(self, layers: int, start: int, tokens: int, length: int) -> None:
         """The same tokens in each of the next `layers` layers."""
@@ -203,30 +226,22 @@ class Trainer:
             if start + tokens == length:
                 self._dk.zero_()
                 self._dv.zero_()
-            self._layer(layer, self._kept, slice(start, start + tokens), start, tokens, 0, lora)
+            self._layer(layer, self._kept, slice(start, start + tokens), start, lora)
 
-    def _layer(
-        self, layer: int, kept: Kept, at: slice, start: int, tokens: int, sums: int, lora: TrainedLora
-    ) -> None:
-        backward_layer(
-            self._model,
-            layer,
-            kept,
-            at,
-            self._dx[start : start + tokens],
-            self._pages,
-            self._table,
-            self._dk[sums],
-            self._dv[sums],
-            lora,
-            start=start,
-        )
+    def _layer(self, layer: int, kept: Kept, at: slice, start: int, lora: TrainedLora) -> None:
+        """The tokens from `start` on, whose kept tensors lie at `at`, through one layer."""
+        saved = LayerTensors(self._model, self.plan, layer, kept, at, start, self._pages, self._table, lora)
+        dk = dv = None
+        if saved.wants("q", "k", "v"):
+            # One pair for every layer that wants it, the last for the highest, or one for all.
+            sums = max(0, layer - self.spec.layers + len(self._dk))
+            dk, dv = self._dk[sums], self._dv[sums]
+        backward_layer(self._model, saved, self._dx[start : start + saved.tokens], dk, dv)
 
-    def _recompute(self, start: int, tokens: int) -> Kept:
+    def _recompute(self, start: int, window: Window) -> None:
         """Run a window's forward again, alone; its keys and values are still in the pages."""
         assert self._sample is not None
-        model = self._model
-        kept = Kept(model.config, tokens, model.dtype, model.device)
+        model, tokens = self._model, window.at.stop
         ids = upload(torch.from_numpy(self._sample.tokens[start : start + tokens]), model.device)
         ends = torch.zeros(2, dtype=torch.int32, device=model.device)
         ends[1:].fill_(tokens)
@@ -242,9 +257,7 @@ class Trainer:
             max_keys=start + tokens,
             lora=LoraBatch(self._bank, ends, lora.segment_adapter),
         )
-        every = slice(0, tokens)
-        model.forward(batch, self._pages, [Window(kept, every, every)])
-        return kept
+        model.forward(batch, self._pages, [window])
 
     def _lora(self) -> TrainedLora:
         slot = torch.full((1,), self.slot, dtype=torch.int32, device=self._model.device)

@@ -1,4 +1,4 @@
-"""The machine that a program runs on: where tensors live, the model there, and the room beside it.
+"""The machine that a program runs on: where tensors live, the model there, and the memory beside it.
 
 A sweep runs its configurations one after the other in one process, and weights of billions of parameters take
 longer to make than a short run: the last model stays until another one is asked for.
@@ -19,16 +19,13 @@ from engine.model import Model
 from engine.parallel import ALONE
 from engine.replica import Replica
 from sim.checked import build
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.cost.memory import RUNTIME_BYTES, FinetuneReservation, kv_room_tokens, weight_bytes
+from sim.core.specs import DeviceSpec, ModelShape
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 LLAMA_3_1 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
 """From config.json of meta-llama/Llama-3.1-8B."""
-ROOM_STEP_TOKENS = 4096
-
 T = TypeVar("T")
 
 
@@ -115,35 +112,6 @@ def random_config(shape: ModelShape) -> ModelConfig:
     stretched = shape.max_context_tokens > LLAMA_3_1.original_max_position_embeddings
     scaling = LLAMA_3_1 if stretched else None
     return ModelConfig(family="llama", shape=shape, norm_eps=1e-5, rope_theta=5e5, rope_scaling=scaling)
-
-
-def kv_tokens_of(
-    shape: ModelShape,
-    device: DeviceSpec,
-    lora: LoraSpec,
-    *,
-    utilization: float,
-    batch_tokens: int,
-    batch_sequences: int,
-    finetune: FinetuneReservation,
-    free_bytes: int,
-) -> int:
-    """Room for K/V by the simulator's formula, with what is free beside the weights as the device's memory.
-
-    In whole steps, so that runs of a sweep have the same room although not the same bytes are free.
-    """
-    memory_bytes = free_bytes + weight_bytes(shape, shape.tp) + RUNTIME_BYTES
-    room = kv_room_tokens(
-        device=replace(device, memory_bytes=memory_bytes),
-        model=shape,
-        tp=shape.tp,
-        lora=lora,
-        utilization=utilization,
-        batch_tokens=batch_tokens,
-        batch_sequences=batch_sequences,
-        finetune=finetune,
-    )
-    return room - room % ROOM_STEP_TOKENS if room > ROOM_STEP_TOKENS else room
 
 
 def free_bytes(place: Any) -> int:

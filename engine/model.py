@@ -2,7 +2,7 @@
 
 Decodes, prefill chunks and finetuning windows lie one after the other in one batch. They share every matrix
 product; attention finds its sequence through block tables, LoRA its adapter through segments. A finetuning
-window differs in one thing: what its backward will need is kept, row by row, as it passes.
+window differs in one thing: what its backward will need is kept, row by row, as it passes (`engine.kept`).
 
 Shapes: T packed tokens, S sequences, E hidden, H query heads, K key/value heads, D head size, Q = H * D,
 F MLP, V vocabulary, P pages of B tokens, M pages of a table row, L tokens of a finetuning sample.
@@ -19,6 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from engine.config import ModelConfig
 from engine.elementwise import compute_dtype, rms_norm, rotate, swiglu
+from engine.kept import Kept
 from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
@@ -74,30 +75,6 @@ class Batch(NamedTuple):
     decodes: int
     max_keys: int
     lora: LoraBatch | None
-
-
-class Kept:
-    """What the backward of a sample needs of its forward, for up to L tokens.
-
-    The least that spares every matrix product and the attention: norms, activations and LoRA's inputs
-    follow element by element from these. Keys and values are in the pages.
-    """
-
-    def __init__(self, config: ModelConfig, tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        s = config.shape
-        compute = compute_dtype(dtype)
-
-        def buffer(*shape: int, kind: torch.dtype = dtype) -> torch.Tensor:
-            return torch.empty((s.layers, tokens, *shape), dtype=kind, device=device)
-
-        self.x = buffer(s.hidden)
-        """Input of the block."""
-        self.q = buffer(s.heads, s.head_dim)
-        self.attention = buffer(s.heads, s.head_dim)
-        self.lse = buffer(s.heads, kind=compute)
-        self.middle = buffer(s.hidden)
-        """After attention, before the MLP."""
-        self.gate_up = buffer(2 * s.ffn)
 
 
 class Window(NamedTuple):
@@ -180,8 +157,9 @@ class Model:
         h = rms_norm(x, w.input_norm, eps)
         qkv = F.linear(h, w.qkv, w.qkv_bias)
         q_flat, k_flat, v_flat = torch.split(qkv, [q_dim, kv_dim, kv_dim], dim=1)
+        made = {"x": x, "attention norm": h}
         for target, y in (("q_proj", q_flat), ("k_proj", k_flat), ("v_proj", v_flat)):
-            _add_lora(y, h, target, index, batch.lora)
+            _add_lora(y, h, target, index, batch.lora, made)
         q = rotate(q_flat.view(tokens, shape.heads, shape.head_dim), cos, sin)
         k = rotate(k_flat.view(tokens, shape.kv_heads, shape.head_dim), cos, sin)
         v = v_flat.view(tokens, shape.kv_heads, shape.head_dim)
@@ -200,37 +178,40 @@ class Model:
         )
         flat = attention.view(tokens, q_dim)
         out = flat @ w.o.T
-        _add_lora(out, flat, "o_proj", index, batch.lora)
+        _add_lora(out, flat, "o_proj", index, batch.lora, made)
         self.group.all_reduce(out)
         middle = x + out
+        made |= {"q": q, "attention": attention, "lse": lse, "mid": middle}
 
         h = rms_norm(middle, w.mlp_norm, eps)
         gate_up = h @ w.gate_up.T
         gate, up = gate_up.chunk(2, dim=1)
-        _add_lora(gate, h, "gate_proj", index, batch.lora)
-        _add_lora(up, h, "up_proj", index, batch.lora)
+        _add_lora(gate, h, "gate_proj", index, batch.lora, made)
+        _add_lora(up, h, "up_proj", index, batch.lora, made)
         active = swiglu(gate, up)
         down = active @ w.down.T
-        _add_lora(down, active, "down_proj", index, batch.lora)
+        _add_lora(down, active, "down_proj", index, batch.lora, made)
         self.group.all_reduce(down)
+        made |= {"ffn norm": h, "gate": gate, "up": up, "product": active}
 
-        for window in windows:
-            kept, rows, at = window
-            kept.x[index, at] = x[rows]
-            kept.q[index, at] = q[rows]
-            kept.attention[index, at] = attention[rows]
-            kept.lse[index, at] = lse[rows]
-            kept.middle[index, at] = middle[rows]
-            kept.gate_up[index, at] = gate_up[rows]
+        for kept, rows, at in windows:
+            kept.put(index, at, rows, made)
         return middle + down
 
 
-def _add_lora(y: torch.Tensor, x: torch.Tensor, target: str, layer: int, lora: LoraBatch | None) -> None:
-    """Add the adapters' share of linear layer `target` to y, in place."""
+def _add_lora(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    target: str,
+    layer: int,
+    lora: LoraBatch | None,
+    made: dict[str, torch.Tensor],
+) -> None:
+    """Add the adapters' share of linear layer `target` to y, in place, and its low-rank product to `made`."""
     if lora is None or target not in lora.bank.a:
         return
     bank = lora.bank
-    grouped_lora(
+    made[f"low {target}"] = grouped_lora(
         y,
         x,
         bank.a[target][layer],

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from engine.assemble import TrainingJob, assemble_engine
+from engine.assemble import TrainingJob, assemble_engine, plan_jobs
 from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed
 from engine.lora import Adapter
@@ -73,6 +73,9 @@ class Replica:
         tell = self._tell
         if tell is None:
             return assemble_engine(model, limits, jobs, adapters, on_token)
+        # This rank's free memory decides for all.
+        plans = plan_jobs(model, limits, jobs)
+        jobs = [replace(job, plan=plan) for job, plan in zip(jobs, plans, strict=True)]
         told = [replace(job, samples=(), adapter=_on_host(job.adapter)) for job in jobs]
         tell("assemble", limits, told, {n: _on_host(a) for n, a in (adapters or {}).items()})
         jobs = [replace(job, samples=_telling(tell, job)) for job in jobs]

@@ -127,7 +127,7 @@ def finetune(config: DictConfig) -> dict[str, Any]:
 
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:
-    """Train to the end; `steps`, `loss` of the last step and `folder`."""
+    """Train to the end; `steps`, `loss` of the last step, `folder` and the compile plan in a line."""
     from transformers import AutoTokenizer
 
     folder = Path(settings.output_dir)
@@ -196,7 +196,8 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
         with log:
             Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
         write_adapter(engine.adapter(job.id), folder, settings.model_name_or_path)
-        return {"steps": trainer.optimizer.steps, "loss": log.last_loss, "folder": str(folder)}
+        steps, plan = trainer.optimizer.steps, trainer.plan.describe()
+        return {"steps": steps, "loss": log.last_loss, "folder": str(folder), "plan": plan}
 
 
 def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
@@ -264,3 +265,4 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         loss = "nothing was left to do" if row["loss"] is None else f"loss {row['loss']:.4f}"
         print(f"{row['folder']}: {row['steps']} steps, {loss}")
+        print(f"memory: {row['plan']}")

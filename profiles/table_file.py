@@ -30,7 +30,9 @@ class TableFile:
         name = self.path if self.path is not None else f"{context.device.name}-{context.model.name}"
         profile = read_profile(find_profile(name))
         _check_match(profile, context)
-        return fit(self._part(profile), context).table.model(context.lookahead)
+        table = fit(self._part(profile), context).table
+        curves = table.curves.with_again(context.model.layers, context.again_gemm, context.again_attention)
+        return replace(table, curves=curves).model(context.lookahead)
 
     def _part(self, profile: Profile) -> Profile:
         count = len(profile.seconds)

@@ -23,8 +23,9 @@ from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.core.work import Chunk, Work
 from sim.cost.context import CostBuilder, CostContext
-from sim.cost.memory import FinetuneReservation, kv_room_tokens
+from sim.cost.memory import free_bytes, kv_bytes_per_token, kv_room_tokens
 from sim.errors import nearest
+from sim.finetune_plans import FinetunePlans, plans_of
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
 from sim.routing import Router
@@ -133,8 +134,8 @@ def assemble(config: DictConfig) -> Assembly:
     pipelines, facts = [], []
     for group in groups:
         for index in group.members:
-            jobs = finetune.build(group.model, index, seed, count)
-            limits = group.limits(policies[index], finetune)
+            jobs = group.plans.settle(finetune).build(group.model, index, seed, count)
+            limits = group.limits(policies[index])
             pipelines.append(
                 PipelineSpec(
                     policy=policies[index],
@@ -185,9 +186,10 @@ class _Group:
     predictor: Predictor
     cluster: ClusterSettings
     kv_tokens: int | None
+    plans: FinetunePlans
     world_builder: CostBuilder
 
-    def limits(self, policy: Policy, finetune: Finetune) -> Limits:
+    def limits(self, policy: Policy) -> Limits:
         """What a pipeline of this group can hold under `policy`; only one that finetunes keeps room for it."""
         limits, kv_tokens = self.cluster.limits, self.kv_tokens
         if kv_tokens is None and not policy.serves:
@@ -197,11 +199,10 @@ class _Group:
                 device=self.device,
                 model=self.model,
                 tp=self.context.tp,
-                lora=self.context.lora,
                 utilization=self.cluster.memory_utilization,
                 batch_tokens=limits.max_tokens,
                 batch_sequences=limits.max_sequences,
-                finetune=_reservation(finetune) if policy.finetunes else None,
+                finetune_bytes=self.plans.held_bytes if policy.finetunes else 0.0,
             )
         longest = limits.max_sequence_tokens
         return Limits(
@@ -263,13 +264,18 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
     for settings in members:
         own = device if settings.device is None else _named_device(settings.device)
         tp = cluster.tp if settings.tp is None else settings.tp
+        tp = model.tp if tp is None else tp
+        kv_tokens = cluster.limits.kv_tokens if settings.kv_tokens is None else settings.kv_tokens
+        plans = _plans(finetune, model, own, tp, cluster, kv_tokens)
         context = CostContext(
             device=own,
             model=model,
-            tp=model.tp if tp is None else tp,
+            tp=tp,
             lora=finetune.lora,
             seed=seed,
             lookahead=cluster.limits.lookahead,
+            again_gemm=plans.again_gemm,
+            again_attention=plans.again_attention,
         )
         world = build(None, config.cost.world, "cost.world")
         predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
@@ -281,7 +287,8 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
                 context=context,
                 predictor=predictor,
                 cluster=cluster,
-                kv_tokens=cluster.limits.kv_tokens if settings.kv_tokens is None else settings.kv_tokens,
+                kv_tokens=kv_tokens,
+                plans=plans,
                 world_builder=world,
             )
         )
@@ -289,15 +296,26 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
     return groups, cluster.router
 
 
-def _reservation(finetune: Finetune) -> FinetuneReservation | None:
-    """Room for the longest sample of every job at once: each has one in flight."""
-    jobs = finetune.jobs.values()
-    if not jobs:
-        return None
-    return FinetuneReservation(
-        sample_tokens=sum(job.cutoff_len for job in jobs),
-        memory="stash" if any(job.memory == "stash" for job in jobs) else "recompute",
+def _plans(
+    finetune: Finetune,
+    model: ModelShape,
+    device: DeviceSpec,
+    tp: int,
+    cluster: ClusterSettings,
+    kv_tokens: int | None,
+) -> FinetunePlans:
+    """What finetuning may hold depends on what serving needs."""
+    model.check_tp(tp)
+    free = free_bytes(
+        device=device,
+        model=model,
+        tp=tp,
+        utilization=cluster.memory_utilization,
+        batch_tokens=cluster.limits.max_tokens,
+        batch_sequences=cluster.limits.max_sequences,
     )
+    kv_bytes = None if kv_tokens is None else float(kv_tokens * kv_bytes_per_token(model, tp))
+    return plans_of(finetune, model, device, tp, free, kv_bytes)
 
 
 def _named_device(name: str) -> DeviceSpec:

@@ -1,6 +1,7 @@
 """`coserve compile`: what a finetuning sample keeps in memory, and what it would cost to keep less.
 
 coserve compile model=llama_3_1_8b peft=lora_all finetune.seq_len=8192 tp=1
+coserve compile peft=ia3 finetune.flops_budget=0.05   keep less, for at most 5 % extra FLOPs
 coserve compile --all           every model with LoRA, Adapter and (IA)^3
 coserve compile --placements    the bypass under tensor parallelism, by rank and degree
 coserve compile --published     FlexLLM's published counts, term by term
@@ -36,7 +37,7 @@ class FinetuneSettings:
 
     seq_len: int
     mode: str
-    flops_budget: float
+    flops_budget: float | None
     window_tokens: int
 
 

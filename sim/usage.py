@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ Any key of a chosen file can be set too: `{prog} --cfg job` prints them all with
 
 
 def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: str) -> str:
-    """The text; the first line of the task's docstring says what the command does."""
-    config = OmegaConf.load(config_dir / f"{config_name}.yaml")
+    """The text; the first line of the task's docstring says what the command does, the comment at the head of
+    its config what else there is to say, and its last line is the example."""
+    path = config_dir / f"{config_name}.yaml"
+    config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     groups = _groups(config_dir)
     chosen = {
@@ -31,7 +34,9 @@ def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: st
         for key, value in entry.items()
     }
     about = (inspect.getdoc(task) or "").partition("\n")[0]
-    lines = [f"usage: {prog} [GROUP=NAME | KEY=VALUE]... [-m]", "", about, "", "Groups (* is the default):"]
+    said, commands = _head(path, prog)
+    lines = [f"usage: {prog} [GROUP=NAME | KEY=VALUE]... [-m]", "", about, *said, ""]
+    lines.append("Groups (* is the default):")
     width = max((len(group) for group in groups), default=0)
     for group, names in groups.items():
         marked = [f"{name}*" if name == chosen.get(group) else name for name in names]
@@ -39,7 +44,16 @@ def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: st
     lines += ["", "Keys:"]
     own = [str(key) for key in config if key not in ("defaults", "hydra")]
     lines += [f"  {line}" for key in own for line in _keys(key, config[key])]
-    return "\n".join([*lines, "", _FOOT.format(prog=prog) + _example(prog, groups, chosen)])
+    example = [f"\nExample: {command}" for command in commands] or [_example(prog, groups, chosen)]
+    return "\n".join([*lines, "", _FOOT.format(prog=prog) + "\n".join(example)])
+
+
+def _head(path: Path, prog: str) -> tuple[list[str], list[str]]:
+    """What the comment at the head of a config says, and the commands in it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = [line[1:].removeprefix(" ") for line in itertools.takewhile(lambda line: line[:1] == "#", lines)]
+    commands = [line for line in head if line.startswith(f"{prog} ")]
+    return [line for line in head if line not in commands], commands
 
 
 def _groups(config_dir: Path) -> dict[str, list[str]]:

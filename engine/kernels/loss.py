@@ -41,8 +41,9 @@ def linear_cross_entropy(
         loss = sum -log p_c        d_hidden = (p - onehot(c)) @ weight
 
     Returns loss [] (float32; float64 for float64), count [] int64 of tokens with a label and d_hidden
-    [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time.
-    On a `group` of several ranks `weight` are this rank's rows, from `first_row` on; all get the same.
+    [T, E] of hidden's type, the gradient of the *sum*. At most chunk_tokens x V logits exist at a time, once
+    in the type of the loss and once in hidden's where that is another. On a `group` of several ranks
+    `weight` are this rank's rows, from `first_row` on; all get the same.
     Raises ValueError for tensors that do not fit together.
     """
     check_shape("hidden", hidden, (None, None))
@@ -72,13 +73,16 @@ def _chunk(
     d_hidden: torch.Tensor,
     compute: torch.dtype,
 ) -> torch.Tensor:
-    """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place."""
+    """Loss of one chunk; writes d_hidden. The logits turn into their own gradient in place (logsumexp would
+    make another tensor of their size)."""
     logits = (hidden @ weight.T).to(compute)
     used = (labels != IGNORE_LABEL)[:, None]
     at = labels.where(used[:, 0], 0)[:, None]
-    log_total = logits.logsumexp(1, keepdim=True)
-    loss = (log_total - logits.gather(1, at)).where(used, 0.0).sum()
-    logits.sub_(log_total).exp_()
+    logits.sub_(logits.amax(1, keepdim=True))
+    own = logits.gather(1, at)
+    total = logits.exp_().sum(1, keepdim=True)
+    loss = (total.log() - own).where(used, 0.0).sum()
+    logits.div_(total)
     logits.scatter_add_(1, at, logits.new_full((1, 1), -1.0).expand_as(at))
     logits.masked_fill_(~used, 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)
@@ -101,10 +105,12 @@ def _split_chunk(
     own = used & (at >= 0) & (at < weight.shape[0])
     at = at.where(own, 0)[:, None]
     picked = logits.gather(1, at)[:, 0].where(own, 0.0)
-    every = group.all_gather(torch.stack((logits.logsumexp(1), picked)))
+    top = logits.amax(1)
+    total = logits.sub_(top[:, None]).exp_().sum(1)
+    every = group.all_gather(torch.stack((total.log() + top, picked)))
     log_total = every[:, 0].logsumexp(0)
     loss = (log_total - every[:, 1].sum(0)).where(used, 0.0).sum()
-    logits.sub_(log_total[:, None]).exp_()
+    logits.mul_((top - log_total).exp_()[:, None])
     logits.scatter_add_(1, at, -own[:, None].to(compute))
     logits.masked_fill_(~used[:, None], 0.0)
     torch.matmul(logits.to(hidden.dtype), weight, out=d_hidden)

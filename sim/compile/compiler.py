@@ -1,18 +1,19 @@
 """From a model shape and a PEFT configuration to a plan: prune, choose a Pareto point, place bypasses.
 
-The choice of the memory plan is one number, the share of extra FLOPs allowed (`budget_share`), or the
-free memory (`plan_for_memory`): then the plan with the fewest extra FLOPs that fits.
+The choice of the memory plan is one number, the share of extra FLOPs allowed (`budget_share`), or none: then
+what runs again is element-wise or of a bypass's rank, as fused kernels do it anyway. Or the free memory
+decides (`plan_for_memory`): the plan with the fewest extra FLOPs that fits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from sim.compile.bypass import S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
 from sim.compile.families import head_graph, layer_graph
-from sim.compile.ir import Graph
-from sim.compile.parallel import Composition, compositions
+from sim.compile.ir import Graph, Op
+from sim.compile.parallel import MASTER_BYTES, Composition, compositions
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import (
     DROP,
@@ -20,6 +21,7 @@ from sim.compile.plan import (
     MODES,
     PIN,
     RECOMPUTE,
+    Again,
     BypassPlan,
     CompilePlan,
     ParetoPoint,
@@ -27,9 +29,24 @@ from sim.compile.plan import (
 )
 from sim.compile.prune import Need, autograd, kept_bytes, prune, wanted
 from sim.compile.remat import Point, pareto
-from sim.compile.roles import ROW_PARALLEL, keys_and_values, kind_of, layer_of, roles_of
+from sim.compile.roles import ROW_PARALLEL, keepable, keys_and_values, kind_of, layer_of, roles_of
 from sim.compile.rules import backward_flops, forward_flops
 from sim.core.specs import DeviceSpec, ModelShape
+
+WINDOW_TOKENS = 1024
+"""Of a window that runs again: enough rows to keep a device busy, an eighth of a long sample's bytes."""
+LOSS_CHUNK_TOKENS = 512
+
+REFERENCE = DeviceSpec(
+    name="reference",
+    peak_flops=312e12,
+    memory_bandwidth_bytes_s=2.039e12,
+    memory_bytes=80 * 2**30,
+    link_bandwidth_bytes_s=300e9,
+    sms=108,
+    source="A100 80GB SXM datasheet",
+)
+"""Prices the placement of bypasses where no device is given: only the proportions count."""
 
 COLLECTIVE_LATENCY_S = 9e-6
 """Small NCCL collectives between two A100 (ai-dynamo/aiconfigurator, nccl 2.27.3: 9 us); a device
@@ -41,23 +58,26 @@ def compile_plan(
     spec: PeftSpec,
     *,
     seq_tokens: int,
-    device: DeviceSpec,
+    device: DeviceSpec = REFERENCE,
     tp: int = 1,
     mode: str = "stash",
-    budget_share: float = 0.05,
-    window_tokens: int = 256,
-    loss_chunk_tokens: int = 128,
+    order: str | None = None,
+    budget_share: float | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
     accumulation: int = 8,
 ) -> CompilePlan:
     """The plan of `mode` with at most `budget_share` extra FLOPs for the kept set.
 
-    Raises ValueError for a tp that does not divide the model, or options outside their range.
+    `order` is layer_major for stash and window_major for recompute unless given; `device` prices the
+    placement of bypasses and nothing else. Raises ValueError for a tp that does not divide the model, or
+    options outside their range.
     """
     analysis = Analysis(
         model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
         loss_chunk_tokens=loss_chunk_tokens, accumulation=accumulation,
     )  # fmt: skip
-    return analysis.plan(mode, budget_share)
+    return analysis.plan(mode, budget_share, order)
 
 
 def plan_for_memory(
@@ -66,23 +86,35 @@ def plan_for_memory(
     free_bytes: float,
     *,
     seq_tokens: int,
-    device: DeviceSpec,
+    device: DeviceSpec = REFERENCE,
     tp: int = 1,
-    window_tokens: int = 256,
+    order: str | None = None,
+    window_tokens: int = WINDOW_TOKENS,
+    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> CompilePlan:
-    """The plan with the fewest extra FLOPs whose total fits `free_bytes` per device: stash along the
-    Pareto list, or recompute. Raises ValueError where none fits."""
-    analysis = Analysis(model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens)
-    shares = [p.extra_flops / analysis.step_flops for p in analysis.points]
-    plans = [analysis.plan(mode, share) for mode in MODES for share in shares]
-    fitting = [p for p in plans if p.total_bytes() <= free_bytes]
+    """The plan with the fewest extra FLOPs whose total and adapter fit `free_bytes` per device: stash along
+    the Pareto list, or recompute where `order` allows it (None: any). Raises ValueError where none fits."""
+    analysis = Analysis(
+        model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
+        loss_chunk_tokens=loss_chunk_tokens,
+    )  # fmt: skip
+    shares = [None, *(p.extra_share for p in analysis.pareto)]
+    modes = [mode for mode in MODES if mode == "stash" or order != "layer_major"]
+    plans = [analysis.plan(mode, share, order) for mode in modes for share in shares]
+    fitting = [p for p in plans if p.total_bytes() + p.adapter_bytes <= free_bytes]
     if not fitting:
-        least = min(p.total_bytes() for p in plans)
+        least = min(p.total_bytes() + p.adapter_bytes for p in plans)
         raise ValueError(
             f"finetuning {model.name} on samples of {seq_tokens} tokens needs at least {least:,} bytes per "
             f"device, free are {free_bytes:,.0f}"
         )
-    return min(fitting, key=lambda p: (p.extra_flops_share, p.total_bytes()))
+    return min(fitting, key=_least_work)
+
+
+def _least_work(plan: CompilePlan) -> tuple[float, int]:
+    """FLOPs of products and attention that run again, then bytes: element-wise work is not worth memory."""
+    forward = plan.layer_forward_flops if plan.mode == "recompute" else 0.0
+    return forward + plan.mean_again.flops, plan.total_bytes()
 
 
 class Analysis:
@@ -94,10 +126,10 @@ class Analysis:
         spec: PeftSpec,
         *,
         seq_tokens: int,
-        device: DeviceSpec,
+        device: DeviceSpec = REFERENCE,
         tp: int = 1,
-        window_tokens: int = 256,
-        loss_chunk_tokens: int = 128,
+        window_tokens: int = WINDOW_TOKENS,
+        loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
         accumulation: int = 8,
     ) -> None:
         for key, value in (("seq_len", seq_tokens), ("window_tokens", window_tokens)):
@@ -120,20 +152,25 @@ class Analysis:
             for p in self.points
         )
         self.needs = prune(self.graph), prune(self.graph, input_grad=False)
-        self.forward_flops = sum(forward_flops(self.graph, op, self.context_tokens) for op in self.graph.ops)
+        self.forward_flops = sum(self._flops(self.graph.ops).values())
+        self._attention = self._flops(op for op in self.graph.ops if op.kind == "attention")
+        self._products = self._flops(
+            op for op in self.graph.ops if op.kind == "linear" and op.inputs[1] not in self.graph.trainable
+        )
+        self._wanted = wanted(self.graph), wanted(self.graph, input_grad=False)
+        self._roles, self._pinned = roles_of(self.graph), keys_and_values(self.graph)
         self.bypasses = tuple(
-            _bypass_plan(bypass, tp, window_tokens, accumulation * seq_tokens, device)
+            _bypass_plan(bypass, tp, window_tokens, accumulation * seq_tokens, device, model.dtype_bytes)
             for bypass in bypasses_of(model, spec)
         )
 
-    def plan(self, mode: str, budget_share: float) -> CompilePlan:
-        """The plan with the fewest kept bytes within `budget_share` extra FLOPs."""
-        if not budget_share >= 0:
-            raise ValueError(f"finetune.flops_budget must be at least 0, got {budget_share}")
-        model, local, graph, step = self.model, self.local, self.graph, self.step_flops
-        limit = budget_share * step * (1 + 1e-12)
-        chosen = [p for p in self.points if p.extra_flops <= limit][-1]
-        first = [p for p in self.first_points if p.extra_flops <= limit][-1]
+    def plan(self, mode: str, budget_share: float | None = None, order: str | None = None) -> CompilePlan:
+        """The plan with the fewest kept bytes within `budget_share` extra FLOPs, or, with None, without
+        running a matrix product of the backbone or attention again."""
+        if budget_share is not None and not budget_share >= 0:
+            raise ValueError(f"finetune.flops_budget must be at least 0 or null, got {budget_share}")
+        model, local = self.model, self.local
+        chosen, first = (self._chosen(points, budget_share) for points in (self.points, self.first_points))
         return CompilePlan(
             model=model.name,
             method=self.spec.method,
@@ -144,32 +181,84 @@ class Analysis:
             window_tokens=self.window_tokens,
             loss_chunk_tokens=self.loss_chunk_tokens,
             mode=mode,
+            order=order or ("window_major" if mode == "recompute" else "layer_major"),
             budget_share=budget_share,
-            tensors=_tensor_plans(graph, self.needs[0], chosen),
-            first_tensors=_tensor_plans(graph, self.needs[1], first),
+            tensors=self._tensor_plans(self.needs[0], self._wanted[0], chosen),
+            first_tensors=self._tensor_plans(self.needs[1], self._wanted[1], first),
             pareto=self.pareto,
             bypasses=self.bypasses,
             kv_bytes=2 * local.kv_dim * local.dtype_bytes,
             kv_elements=local.kv_dim,
             hidden_bytes=model.hidden * model.dtype_bytes,
-            logits_bytes=local.vocab * (local.dtype_bytes + 8),
+            accumulator_bytes=max(4, local.dtype_bytes),
+            logits_bytes=local.vocab * (max(4, local.dtype_bytes) + (2 if local.dtype_bytes == 2 else 0)),
+            adapter_bytes=model.layers * sum(b.weight_bytes for b in self.bypasses),
             layer_forward_flops=self.forward_flops,
-            layer_step_flops=step,
+            layer_step_flops=self.step_flops,
             extra_flops=chosen.extra_flops,
+            again=self._again(chosen),
+            first_again=self._again(first),
         )
+
+    def _chosen(self, points: list[Point], budget_share: float | None) -> Point:
+        """The list's smallest point that is allowed."""
+        if budget_share is None:
+            return [p for p in points if not self._again(p).heavy][-1]
+        limit = budget_share * self.step_flops * (1 + 1e-12)
+        allowed = [p for p in points if p.extra_flops <= limit]
+        return allowed[-1] if allowed else points[0]
+
+    def _again(self, point: Point) -> Again:
+        made = set(point.recomputed)
+        products = sum(flops for out, flops in self._products.items() if out in made)
+        attention = sum(flops for out, flops in self._attention.items() if out in made)
+        return Again(
+            gemm=products / sum(self._products.values()),
+            attention=float(attention > 0),
+            flops=products + attention,
+        )
+
+    def _tensor_plans(self, needs: dict[str, Need], grads: set[str], point: Point) -> tuple[TensorPlan, ...]:
+        kept, again = set(point.kept), set(point.recomputed)
+        plans = []
+        for name, need in needs.items():
+            if name in self._pinned:
+                action, why = PIN, "K or V of the sample, read by every later window"
+            elif name in kept:
+                action = KEEP
+                why = need.why if need.kept else "others are recomputed from it"
+            elif name in again:
+                action = RECOMPUTE
+                why = need.why if need.kept else "on the way to one that is recomputed"
+            else:
+                action, why = DROP, need.why
+            plans.append(
+                TensorPlan(
+                    name=name,
+                    kind=kind_of(name),
+                    role=self._roles.get(name, ""),
+                    action=action,
+                    bytes_per_token=need.bytes_per_token,
+                    gradient=name in grads,
+                    why=why,
+                )
+            )
+        return tuple(plans)
+
+    def _flops(self, ops: Iterable[Op]) -> dict[str, float]:
+        """Output -> FLOPs per token."""
+        return {op.out: forward_flops(self.graph, op, self.context_tokens) for op in ops}
 
 
 def local_shape(model: ModelShape, tp: int) -> ModelShape:
     """What one device of `tp` has of the model. K/V heads fewer than devices are repeated."""
     model.check_tp(tp)
-    if model.vocab % tp:
-        raise ValueError(f"tp must divide vocab {model.vocab} of model {model.name}, got {tp}")
     return replace(
         model,
         heads=model.heads // tp,
         kv_heads=max(1, model.kv_heads // tp),
         ffn=model.ffn // tp,
-        vocab=model.vocab // tp,
+        vocab=-(-model.vocab // tp),
         tp=1,
     )
 
@@ -179,7 +268,8 @@ def frontier(
 ) -> tuple[float, list[Point]]:
     """FLOPs per token of the layer's forward and backward, and its Pareto list, K and V pinned.
 
-    With tp > 1 row-parallel layers never run again: it would repeat their all-reduce.
+    Tensors that exist only inside a fused kernel are never kept (`roles.keepable`). With tp > 1 row-parallel
+    layers never run again: it would repeat their all-reduce.
     """
     grads = wanted(graph, input_grad)
     step = sum(
@@ -192,6 +282,7 @@ def frontier(
         needed,
         context_tokens,
         pinned=keys_and_values(graph),
+        may_keep=keepable(graph),
         may_recompute=(lambda op: layer_of(op.out) not in ROW_PARALLEL) if tp > 1 else None,
     )
     return step, points
@@ -232,46 +323,21 @@ def price_bypass(
 
 
 def _bypass_plan(
-    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec
+    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec, item_bytes: int
 ) -> BypassPlan:
     best = price_bypass(bypass, tp, tokens, tokens_per_step, device)[0]
+    trained = [stage.params for stage in bypass.stages if stage.params]
+    params = sum(n // (1 if w == R else tp) for n, w in zip(trained, best.weights, strict=True))
     return BypassPlan(
         target=bypass.name,
         composition=best.label,
         input_state=bypass.input_state if tp > 1 else R,
         output_state=bypass.output_state if tp > 1 else R,
         weights=best.weights,
+        weight_bytes=params * (item_bytes + MASTER_BYTES),
         collectives=best.collectives,
         reduced_stages=best.reduced,
         flops=best.flops,
         collective_bytes=best.collective_bytes,
         seconds=best.seconds,
     )
-
-
-def _tensor_plans(graph: Graph, needs: dict[str, Need], point: Point) -> tuple[TensorPlan, ...]:
-    roles = roles_of(graph)
-    pinned, kept, again = keys_and_values(graph), set(point.kept), set(point.recomputed)
-    plans = []
-    for name, need in needs.items():
-        if name in pinned:
-            action, why = PIN, "K or V of the sample, read by every later window"
-        elif name in kept:
-            action = KEEP
-            why = need.why if need.kept else "others are recomputed from it"
-        elif name in again:
-            action = RECOMPUTE
-            why = need.why if need.kept else "on the way to one that is recomputed"
-        else:
-            action, why = DROP, need.why
-        plans.append(
-            TensorPlan(
-                name=name,
-                kind=kind_of(name),
-                role=roles.get(name, ""),
-                action=action,
-                bytes_per_token=need.bytes_per_token,
-                why=why,
-            )
-        )
-    return tuple(plans)

@@ -56,4 +56,6 @@ def bind(graph: Graph, model: ModelShape, spec: PeftSpec | None, eps: float = 1e
     values: dict[str, float] = {**dims_of(model), "eps": eps, "attention_scale": model.head_dim**-0.5}
     if spec is not None:
         values |= {"r": spec.rank, "lora_scale": spec.scaling}
-    return graph.bind(values, {"model": dtype, "adapter": adapter})
+    # What is float32 in the graph, norms and the log-sum-exp, is float64 in a float64 model.
+    wide = "float64" if dtype == "float64" else "float32"
+    return graph.bind(values, {"model": dtype, "adapter": adapter, "float32": wide})

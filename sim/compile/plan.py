@@ -4,14 +4,19 @@ All bytes and FLOPs are per device; under tensor parallelism the graph is bound 
 the heads and of the ffn, so nothing is divided afterwards. The lowest layer has its own list: no gradient
 leaves it downwards, so it keeps less.
 
-What is live at once (`stash_bytes`, `recompute_bytes`) for a sample of T tokens and windows of w:
+What is there for a sample of T tokens between its first window and its last backward (`live_bytes`):
 
-    stash, layer-major     T * kept of all layers (K and V among it)   + dK, dV of one layer
-    recompute, window-major  T * K and V of all layers + dK, dV of all layers + w * kept of all layers
+    stash      T * kept of all layers (K and V among it)     + dK, dV
+    recompute  T * K and V of all layers + w * kept of all layers beside K and V + dK, dV
+
+w is `window_tokens`: the backward of a longer window is taken in pieces of so many. dK and dV are there for
+one layer in layer-major order and for all in window-major; not for a lowest layer whose attention wants no
+gradient. Both have the gradient of the last hidden state, T * h. A recomputed window and the logits of one
+chunk of the loss are there only while a slice runs, and not together: `passing_bytes`, which several jobs
+share. What an operator needs while it runs is not counted.
 
 A recomputed window runs the whole forward of the layers again (its K and V too, though they are cached;
 not the loss); under tensor parallelism that repeats the all-reduces, whose time no FLOP count shows.
-and with both the gradient of the last hidden state, T * h, and the loss of one chunk of tokens.
 """
 
 from __future__ import annotations
@@ -20,12 +25,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sim.core.finetune import ORDERS
+
 KEEP, PIN, RECOMPUTE, DROP = "keep", "pin", "recompute", "drop"
 MODES = ("stash", "recompute")
-
-ACCUMULATOR_BYTES = 4
-"""dK and dV are sums over all later windows: fp32 elements."""
-TOKEN_ID_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,11 +40,13 @@ class TensorPlan:
     """Class of the table: residual, norm, query key value, attention, gate up, swiglu, bypass."""
     role: str
     """What an engine calls it (`roles.roles_of`): x, q, k, v, attention, lse, mid, gate, up, silu, product,
-    attention norm, ffn norm, and of bypasses low, before adapter, activated, unscaled TARGET; empty for
-    the rest."""
+    attention norm, ffn norm, and of bypasses low, before adapter, activated, unscaled, dropped, mask TARGET;
+    empty for the rest, which is inside a fused kernel and never kept."""
     action: str
     """keep; pin (K and V: later windows read them); recompute; drop (no gradient reads it)."""
     bytes_per_token: int
+    gradient: bool
+    """Whether the backward computes the gradient of this tensor."""
     why: str
 
 
@@ -56,6 +61,23 @@ class ParetoPoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Again:
+    """What of a layer's forward runs again for the tensors marked recompute, as shares of the forward's."""
+
+    gemm: float
+    """Of the FLOPs of the backbone's matrix products."""
+    attention: float
+    """1 where attention runs again."""
+    flops: float
+    """Of both, per token and layer."""
+
+    @property
+    def heavy(self) -> bool:
+        """Whether anything runs again that is neither element-wise nor of a bypass's rank."""
+        return self.flops > 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BypassPlan:
     """How the bypass of one target is placed (`parallel.Composition`, chosen)."""
 
@@ -65,6 +87,8 @@ class BypassPlan:
     input_state: str
     output_state: str
     weights: tuple[str, ...]
+    weight_bytes: int
+    """Of one layer: in the model's dtype, and fp32 master, gradient and two moments."""
     collectives: tuple[str, ...]
     reduced_stages: tuple[int, ...]
     flops: float
@@ -85,8 +109,11 @@ class CompilePlan:
     window_tokens: int
     loss_chunk_tokens: int
     mode: str
-    budget_share: float
-    """Extra FLOPs allowed, as share of a layer's forward and backward."""
+    order: str
+    """Of the backward: `sim.core.finetune.ORDERS`."""
+    budget_share: float | None
+    """Extra FLOPs allowed, as share of a layer's forward and backward; None: what runs again is
+    element-wise or of a bypass's rank."""
     tensors: tuple[TensorPlan, ...]
     """Of a layer with a layer below it that trains too."""
     first_tensors: tuple[TensorPlan, ...]
@@ -96,23 +123,39 @@ class CompilePlan:
     kv_bytes: int
     """K and V per token and layer."""
     kv_elements: int
+    accumulator_bytes: int
+    """Of an element of dK and dV, which are sums over all later windows: fp32 (fp64 for fp64)."""
     hidden_bytes: int
     """One hidden state per token."""
     logits_bytes: int
-    """Logits of one token in the model's dtype, in fp32, and their gradient."""
+    """Of one token in the loss: in fp32, where softmax and gradient overwrite them, and in the model's
+    dtype, in which they come and go."""
+    adapter_bytes: int
+    """Parameters of all layers' bypasses: in the model's dtype, and fp32 master, gradient and two moments."""
     layer_forward_flops: float
     """Per token, at the mean context of the sample."""
     layer_step_flops: float
     """Forward and backward per token."""
     extra_flops: float
-    """Per token and layer for the tensors marked recompute."""
+    """Per token and inner layer for the tensors marked recompute."""
+    again: Again
+    """Of an inner layer."""
+    first_again: Again
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"finetune.mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"finetune.order must be one of {', '.join(ORDERS)}, got {self.order!r}")
+        if self.mode == "recompute" and self.order != "window_major":
+            raise ValueError(f"memory=recompute needs order=window_major, got {self.order}")
         for key in ("seq_tokens", "window_tokens", "loss_chunk_tokens", "layers", "tp"):
             if getattr(self, key) < 1:
                 raise ValueError(f"finetune.{key} must be at least 1, got {getattr(self, key)}")
+
+    def layer(self, index: int) -> tuple[TensorPlan, ...]:
+        """The tensors of layer `index`, 0 the lowest."""
+        return self.tensors if index else self.first_tensors
 
     @property
     def kept_names(self) -> tuple[str, ...]:
@@ -133,40 +176,74 @@ class CompilePlan:
         return (self.layers - 1) * _kept(self.tensors) + _kept(self.first_tensors)
 
     @property
+    def accumulator_layers(self) -> int:
+        """Layers with a dK and dV of their own at a time."""
+        lowest = any(t.gradient for t in self.first_tensors if t.role in ("q", "k", "v"))
+        layers = self.layers - 1 + lowest
+        return layers if self.order == "window_major" else min(1, layers)
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens of the sample for which the kept tensors have room at a time."""
+        return self.seq_tokens if self.mode == "stash" else min(self.window_tokens, self.seq_tokens)
+
+    @property
     def extra_flops_share(self) -> float:
         """Extra FLOPs of this plan's mode over a forward and backward without any."""
         forward = self.layer_forward_flops if self.mode == "recompute" else 0.0
         return (self.extra_flops + forward) / self.layer_step_flops
 
-    def stash_bytes(self, seq_tokens: int) -> dict[str, int]:
-        """Live bytes at the peak of a layer-major sample, by part."""
+    @property
+    def mean_again(self) -> Again:
+        """`again` over all layers, the lowest with its own."""
+        inner, first = self.layers - 1, self.first_again
+        return Again(
+            gemm=(inner * self.again.gemm + first.gemm) / self.layers,
+            attention=(inner * self.again.attention + first.attention) / self.layers,
+            flops=(inner * self.again.flops + first.flops) / self.layers,
+        )
+
+    def live_bytes(self) -> dict[str, int]:
+        """Bytes held for a sample of `seq_tokens`, by part."""
+        tokens, kv_bytes = self.seq_tokens, self.layers * self.kv_bytes
+        sums = self.accumulator_layers * 2 * self.kv_elements * self.accumulator_bytes
         return {
-            "kept": seq_tokens * self.kept_bytes_per_token,
-            "hidden gradient": seq_tokens * self.hidden_bytes,
-            "dK dV": seq_tokens * 2 * self.kv_elements * ACCUMULATOR_BYTES,
-            "loss chunk": min(self.loss_chunk_tokens, seq_tokens) * self.logits_bytes,
+            "K V": tokens * kv_bytes,
+            "kept": self.held_tokens * (self.kept_bytes_per_token - kv_bytes),
+            "dK dV": tokens * sums,
+            "hidden gradient": tokens * self.hidden_bytes,
+            "loss chunk": min(self.loss_chunk_tokens, tokens) * self.logits_bytes,
         }
 
-    def recompute_bytes(self, seq_tokens: int) -> dict[str, int]:
-        """Live bytes at the peak of a window-major sample, by part."""
-        window = min(self.window_tokens, seq_tokens)
-        return {
-            "K V": seq_tokens * self.layers * self.kv_bytes,
-            "token ids": seq_tokens * TOKEN_ID_BYTES,
-            "hidden gradient": seq_tokens * self.hidden_bytes,
-            "dK dV": seq_tokens * self.layers * 2 * self.kv_elements * ACCUMULATOR_BYTES,
-            "window": window * (self.kept_bytes_per_token - self.layers * self.kv_bytes),
-            "loss chunk": min(self.loss_chunk_tokens, seq_tokens) * self.logits_bytes,
-        }
+    @property
+    def passing_bytes(self) -> int:
+        """What is there only while a slice of the job runs: the larger of the loss chunk, in the forward, and
+        the recomputed window, in the backward."""
+        parts = self.live_bytes()
+        return max(parts["loss chunk"], parts["kept"] if self.mode == "recompute" else 0)
 
-    def live_bytes(self, seq_tokens: int | None = None) -> dict[str, int]:
-        """Live bytes of this plan's mode; the plan's own sample length if none is given."""
-        tokens = self.seq_tokens if seq_tokens is None else seq_tokens
-        return self.stash_bytes(tokens) if self.mode == "stash" else self.recompute_bytes(tokens)
+    @property
+    def held_bytes(self) -> int:
+        """What stays between slices."""
+        parts = self.live_bytes()
+        return sum(parts.values()) - parts["loss chunk"] - (parts["kept"] if self.mode == "recompute" else 0)
 
-    def total_bytes(self, seq_tokens: int | None = None) -> int:
-        """Sum of `live_bytes`: an upper bound, since the loss chunk and dK, dV do not live together."""
-        return sum(self.live_bytes(seq_tokens).values())
+    def total_bytes(self) -> int:
+        """The most at a time."""
+        return self.held_bytes + self.passing_bytes
+
+    def describe(self) -> str:
+        """One line: what is held, what a layer keeps and what of it runs again."""
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in self.live_bytes().items())
+        kept = ", ".join(t.role for t in self.tensors if t.action == KEEP) or "nothing"
+        products = f"{self.again.gemm:.0%} of the products" if self.again.gemm else "no product"
+        again = f"{products} and {'' if self.again.attention else 'no '}attention run again"
+        if self.mode == "recompute":
+            again = "windows run again whole, and of a layer " + again
+        return (
+            f"{self.mode}, {self.order}: {_size(self.total_bytes())} for {self.seq_tokens} tokens ({parts}); "
+            f"a layer keeps {kept}; {again}"
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -184,9 +261,14 @@ class CompilePlan:
         try:
             for key, kind in nested.items():
                 data[key] = tuple(kind(**{k: _tuple(v) for k, v in row.items()}) for row in data[key])
+            data |= {key: Again(**data[key]) for key in ("again", "first_again")}
             return cls(**{k: _tuple(v) for k, v in data.items()})
         except (TypeError, KeyError) as error:
             raise ValueError(f"not a compile plan: {error}") from error
+
+
+def _size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.2f} MiB"
 
 
 def _kept(tensors: tuple[TensorPlan, ...]) -> int:

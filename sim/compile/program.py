@@ -1,6 +1,6 @@
 """`coserve compile`: the memory plan of finetuning beside a model, as a table and a figure.
 
-    coserve compile model=llama31_8b peft=lora_all finetune.seq_len=8192 tp=1
+    coserve compile model=llama_3_1_8b peft=lora_all finetune.seq_len=8192 tp=1
     coserve compile --all
 
 Columns, in bytes per token and layer: every forward tensor (unpruned); what PyTorch saves with `peft` as
@@ -19,12 +19,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sim.compile.compiler import Analysis, autograd_bytes, local_shape
+from sim.compile.compiler import WINDOW_TOKENS, Analysis, autograd_bytes, local_shape
 from sim.compile.console import wide_console
 from sim.compile.families import layer_graph
 from sim.compile.ir import Graph
 from sim.compile.peft import PeftSpec
-from sim.compile.plan import ACCUMULATOR_BYTES, KEEP, MODES, PIN, CompilePlan
+from sim.compile.plan import KEEP, MODES, PIN, CompilePlan
 from sim.compile.prune import autograd, prune, unpruned
 from sim.compile.roles import KINDS, kind_of
 from sim.core.specs import DeviceSpec, ModelShape
@@ -74,8 +74,8 @@ def run_compile(
     device: DeviceSpec,
     tp: int = 1,
     mode: str = "stash",
-    budget_share: float = 0.05,
-    window_tokens: int = 256,
+    budget_share: float | None = None,
+    window_tokens: int = WINDOW_TOKENS,
     memory_fraction: float = 0.9,
 ) -> CompileReport:
     """Compile and account. `memory_fraction` of the device is ours to use.
@@ -99,7 +99,7 @@ def run_compile(
         totals_bytes=tuple(totals),
         peft_bytes=seq_tokens * (saved + head),
         checkpoint_bytes=seq_tokens * (inputs + max(inner, head)),
-        kv_room_tokens=_kv_room(model, spec, plan, device, memory_fraction),
+        kv_room_tokens=_kv_room(model, plan, device, memory_fraction),
         compile_s=time.perf_counter() - start,
     )
 
@@ -136,8 +136,8 @@ def memory_table(
     *,
     seq_tokens: int,
     device: DeviceSpec,
-    budget_share: float = 0.05,
-    window_tokens: int = 256,
+    budget_share: float | None = None,
+    window_tokens: int = WINDOW_TOKENS,
 ) -> list[MemoryRow]:
     """Every model at its own `tp` with every PEFT configuration (name -> spec)."""
     found = []
@@ -258,7 +258,7 @@ def _rows(plan: CompilePlan, graph: Graph, peft_graph: Graph) -> list[ClassRow]:
     ]
     # What token-level finetuning holds in exchange; the other columns' gradients in flight are not
     # kept tensors and are left out.
-    gradients = 2 * plan.kv_elements * ACCUMULATOR_BYTES + plan.hidden_bytes / plan.layers
+    gradients = 2 * plan.kv_elements * plan.accumulator_bytes + plan.hidden_bytes / plan.layers
     extra = ClassRow(kind=GRADIENTS, unpruned=0, autograd=0, pruned=0, remat=0, token_level=gradients)
     return [r for r in rows if any(r.values)] + [extra]
 
@@ -271,13 +271,11 @@ def _by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _kv_room(
-    model: ModelShape, spec: PeftSpec, plan: CompilePlan, device: DeviceSpec, fraction: float
-) -> int | None:
-    """Weights in the model's dtype; adapter with fp32 master, gradient and two moments beside it."""
+def _kv_room(model: ModelShape, plan: CompilePlan, device: DeviceSpec, fraction: float) -> int | None:
+    """Beside weights in the model's dtype, the adapter and the sample in flight."""
     local = local_shape(model, plan.tp)
-    adapter = model.layers * spec.layer_params(model) * (model.dtype_bytes + 16) / plan.tp
-    free = fraction * device.memory_bytes - model.weight_bytes / plan.tp - adapter - plan.total_bytes()
+    free = fraction * device.memory_bytes - model.weight_bytes / plan.tp
+    free -= plan.adapter_bytes + plan.total_bytes()
     tokens = int(free // (model.layers * 2 * local.kv_dim * local.dtype_bytes))
     return tokens if tokens > 0 else None
 
@@ -285,6 +283,8 @@ def _kv_room(
 def _lines(report: CompileReport) -> list[str]:
     plan = report.plan
     parts = ", ".join(f"{k} {_gib(v)}" for k, v in plan.live_bytes().items())
+    if plan.mode == "recompute":
+        parts += ", the last and the kept window in turn"
     room = "none" if report.kv_room_tokens is None else f"{report.kv_room_tokens:,} tokens"
     saving = 1 - plan.total_bytes() / report.peft_bytes
     lines = [

@@ -66,13 +66,15 @@ def pareto(
     context_tokens: float,
     *,
     pinned: Collection[str] = (),
+    may_keep: Collection[str] | None = None,
     may_recompute: Callable[[Op], bool] | None = None,
     max_flops: float = math.inf,
 ) -> list[Point]:
     """All undominated (kept bytes, extra FLOPs), most bytes first.
 
     `needed` are the owners that the backward reads (`prune`); `pinned` are kept in any case (K and V of
-    the sample, which later windows read); operators for which `may_recompute` is false never run again.
+    the sample, which later windows read); of the rest only those in `may_keep` are ever kept (None: any);
+    operators for which `may_recompute` is false never run again.
     """
     producer = graph.producer
     nodes = nodes_of(graph, context_tokens)
@@ -88,7 +90,9 @@ def pareto(
             continue
         grown: dict[frozenset[str], list[_Entry]] = {}
         for live, entries in table.items():
-            for there, kept_bytes, flops, choice in _choices(node, live, needed, pinned, allowed[i], size):
+            for there, kept_bytes, flops, choice in _choices(
+                node, live, needed, pinned, may_keep, allowed[i], size
+            ):
                 state = frozenset(n for n in live | there if last_reader.get(n, -1) > i)
                 moved = [
                     (b + kept_bytes, f + flops, (choice, trail))
@@ -122,6 +126,7 @@ def _choices(
     live: frozenset[str],
     needed: Collection[str],
     pinned: Collection[str],
+    may_keep: Collection[str] | None,
     allowed: bool,
     size: dict[str, int],
 ) -> list[tuple[frozenset[str], int, float, _Choice]]:
@@ -132,7 +137,7 @@ def _choices(
         again = tuple(n for n in node.outputs if n not in must)
         if again:
             found.append((frozenset(node.outputs), sum(size[n] for n in must), node.flops, (must, again)))
-    free = [n for n in node.outputs if n not in must]
+    free = [n for n in node.outputs if n not in must and (may_keep is None or n in may_keep)]
     for mask in range(1 << len(free)):
         kept = must + tuple(n for k, n in enumerate(free) if mask >> k & 1)
         if all(n in kept for n in node.outputs if n in needed):
@@ -174,6 +179,7 @@ def min_cut(
     context_tokens: float,
     bytes_per_flop: float,
     pinned: Collection[str] = (),
+    may_keep: Collection[str] | None = None,
 ) -> float:
     """The least of kept bytes + `bytes_per_flop` * extra FLOPs, as the value of a minimum cut.
 
@@ -188,7 +194,8 @@ def min_cut(
         for name in node.inputs:
             flow.edge(name, run, math.inf)
         for name in node.outputs:
-            flow.edge(run, name, graph.tensors[name].bytes_per_token)
+            keepable = may_keep is None or name in may_keep
+            flow.edge(run, name, graph.tensors[name].bytes_per_token if keepable else math.inf)
             if name in needed and name not in pinned:
                 flow.edge(name, "sink", math.inf)
     fixed = 0

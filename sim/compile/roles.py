@@ -39,6 +39,12 @@ def keys_and_values(graph: Graph) -> tuple[str, str]:
     return owner[attention.inputs[1]], owner[attention.inputs[2]]
 
 
+def keepable(graph: Graph) -> set[str]:
+    """Owners of memory that an engine with fused kernels can keep: those with a role, but for silu, which
+    SwiGLU and its backward make from the gate as they run."""
+    return {name for name, role in roles_of(graph).items() if role != "silu"}
+
+
 def roles_of(graph: Graph) -> dict[str, str]:
     """Owner of memory -> what an engine calls it, found by what reads and makes it."""
     owner, roles = storage(graph), {graph.input: "x"}
@@ -66,4 +72,7 @@ def roles_of(graph: Graph) -> dict[str, str]:
                 roles.setdefault(owner[op.inputs[0]], f"before adapter {op.out.split('.')[1]}")
         elif op.kind == "mul" and owner[op.inputs[1]].endswith(".ia3_l"):
             roles.setdefault(owner[op.inputs[0]], f"unscaled {layer_of(op.out)}")
+        elif op.kind == "dropout":
+            names = (f"dropped {op.out.split('.')[1]}", f"mask {op.out.split('.')[1]}")
+            roles |= dict(zip(op.outputs, names, strict=True))
     return roles

@@ -22,6 +22,8 @@ from sim.core.work import Chunk, LayerChunk
 
 ORDERS = ("layer_major", "window_major")
 MEMORIES = ("stash", "recompute")
+AUTO = "auto"
+"""What a config may say instead: the compile plan and the free memory choose one of MEMORIES."""
 
 
 class Forward(NamedTuple):

@@ -136,7 +136,7 @@ class DeviceSpec:
     idle_power_w: float | None = None
     price_per_hour: float | None = None
     """Currency per device and hour; whoever states it chooses the currency."""
-    extras: dict[str, float] = field(default_factory=dict)
+    extras: dict[str, float] = field(default_factory=dict, hash=False)
     """Efficiencies and latencies that a cost model reads by name."""
 
     def __post_init__(self) -> None:

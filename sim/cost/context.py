@@ -20,10 +20,18 @@ class CostContext:
     seed: int
     lookahead: int = 0
     """Iterations that the loop plans ahead: with 1, host time hides behind the GPU's."""
+    again_gemm: float = 0.0
+    """Share of a layer's matrix products that its backward runs again (compile plan)."""
+    again_attention: float = 0.0
 
     def __post_init__(self) -> None:
         self.model.check_tp(self.tp)
         self.lora.layer_params(self.model)  # refuses targets that the model does not have
+        if not (0 <= self.again_gemm <= 1 and 0 <= self.again_attention <= 1):
+            raise ValueError(
+                "shares of the forward that run again must be in [0, 1], "
+                f"got {self.again_gemm} and {self.again_attention}"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
         if self.lookahead not in (0, 1):

@@ -6,8 +6,8 @@ A cost model is made by filling in curves, from formulas (`roofline`) or from ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 
@@ -26,6 +26,10 @@ class ChunkCost(NamedTuple):
         """Written out again where it is called per iteration; the order of operations is the same."""
         compute_s = tokens * self.token_s + self.pair_s * (tokens * (context + (tokens + 1) * 0.5))
         return self.fixed_s + max(compute_s, self.read_s * (context + tokens))
+
+    def plus(self, other: ChunkCost, share: float) -> ChunkCost:
+        """With `share` of `other` after it; exact where both are bound by the same of the two."""
+        return ChunkCost(*(a + share * b for a, b in zip(self, other, strict=True)))
 
 
 class DecodeCost(NamedTuple):
@@ -85,6 +89,22 @@ class Curves:
                 raise ValueError(f"curve {name} must start at 0 and never decrease")
         if not 0 <= self.overlap_contention <= 1:
             raise ValueError(f"overlap_contention must be in [0, 1], got {self.overlap_contention}")
+
+    def with_again(self, layers: int, gemm: float, attention: float) -> Curves:
+        """With a backward that runs shares of its layer's forward again: of the matrix products, priced as a
+        window's recompute without its all-reduces, and of the attention. Nothing changes with shares of 0."""
+        if gemm == attention == 0:
+            return self
+        collective_s = [0.0] * len(self.token_s) if self.collective_s is None else self.collective_s
+        products_s = [
+            gemm / layers * max(0.0, s - c) for s, c in zip(self.recompute_s, collective_s, strict=True)
+        ]
+        seconds = (a + b for a, b in zip(self.backward_layer_s, products_s, strict=True))
+        return replace(
+            self,
+            backward_layer_s=list(accumulate(seconds, max)),
+            backward=self.backward.plus(self.recompute, attention / layers),
+        )
 
 
 LISTS = (

@@ -82,7 +82,10 @@ class LaunchBound:
             )
 
     def build(self, context: CostContext) -> IterationCost:
-        return IterationCost(self.curves(context), context.lookahead)
+        curves = self.curves(context).with_again(
+            context.model.layers, context.again_gemm, context.again_attention
+        )
+        return IterationCost(curves, context.lookahead)
 
     def curves(self, context: CostContext) -> Curves:
         model, device, tp = context.model, context.device, context.tp

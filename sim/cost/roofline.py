@@ -83,7 +83,10 @@ class Roofline:
             )
 
     def build(self, context: CostContext) -> IterationCost:
-        return IterationCost(self.curves(context), context.lookahead)
+        curves = self.curves(context).with_again(
+            context.model.layers, context.again_gemm, context.again_attention
+        )
+        return IterationCost(curves, context.lookahead)
 
     def curves(self, context: CostContext) -> Curves:
         return _Terms(self, context).curves()

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sim.core.finetune import MEMORIES, ORDERS, JobSpec
+from sim.core.finetune import AUTO, MEMORIES, ORDERS, JobSpec
 from sim.core.specs import LoraSpec, ModelShape
 from sim.workload.checks import check_choice, check_number, check_whole
 from sim.workload.files import find_file
@@ -88,6 +88,7 @@ class FinetuneJob:
     start_s: float = 0.0
     order: str = "layer_major"
     memory: str = "stash"
+    """One of MEMORIES, or auto: the compile plan and the free memory choose."""
 
     def __post_init__(self) -> None:
         if self.epochs is not None:
@@ -99,7 +100,7 @@ class FinetuneJob:
         check_number("finetune: weight", self.weight, above=0)
         check_number("finetune: start_s", self.start_s, at_least=0)
         check_choice("finetune: order", self.order, ORDERS)
-        check_choice("finetune: memory", self.memory, MEMORIES)
+        check_choice("finetune: memory", self.memory, (*MEMORIES, AUTO))
 
     def samples(self, name: str, pipeline: int, pipelines: int, seed: int) -> Iterator[int]:
         """Tokens of each sample that `pipeline` trains on, in order."""

@@ -14,7 +14,7 @@ from sim.compile.ir import Graph, Op, Tensor
 from sim.compile.peft import PeftSpec
 from sim.compile.prune import prune
 from sim.compile.remat import min_cut, nodes_of, pareto
-from sim.compile.roles import keys_and_values
+from sim.compile.roles import keepable, keys_and_values
 from sim.core.specs import ModelShape
 
 LLAMA_8B = ModelShape(
@@ -92,7 +92,7 @@ def test_a_real_layer_agrees_with_its_minimum_cuts(spec: PeftSpec) -> None:
     needed = {n for n, need in prune(graph).items() if need.kept}
     for price in (0.0, 1e-6, 1e-4, 1e-3, 1e-2, 1.0, 1e3):
         best = min(p.kept_bytes + price * p.extra_flops for p in points)
-        cut = min_cut(graph, needed, 2048.5, price, keys_and_values(graph))
+        cut = min_cut(graph, needed, 2048.5, price, keys_and_values(graph), keepable(graph))
         assert cut == pytest.approx(best, rel=1e-9)
 
 

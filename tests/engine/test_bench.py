@@ -9,18 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+from engine import load, room
+from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, main
-from engine.lora import read_adapter
-from engine.machine import ROOM_STEP_TOKENS, kv_tokens_of
+from engine.lora import new_adapter, read_adapter
+from engine.machine import random_config
+from engine.model import Model
+from engine.optimizer import OptimizerSettings
+from engine.parallel import ALONE
 from engine.text import BUNDLED, byte_tokens, packed_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
+from sim.assemble import LimitSettings
 from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.cost.memory import RUNTIME_BYTES, FinetuneReservation, kv_room_tokens, weight_bytes
+from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.results import read_run
 
 SHORT = [
@@ -156,18 +163,34 @@ def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
         assert config.job.lora.rank == 16 and len(config.job.lora.targets) == targets
 
 
-def test_the_room_beside_the_weights_is_the_simulators() -> None:
+@pytest.mark.parametrize("memory", ["stash", "auto"])
+def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device's memory free but for weights and runtime, bench and simulator size the cache alike."""
     config = _config("model=llama_3_1_8b", "device=h200")
     device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
-    lora = build(LoraSpec, config.job.lora, "lora")
-    finetune = FinetuneReservation(sample_tokens=4096)
-    sizes = {"utilization": 0.9, "batch_tokens": 512, "batch_sequences": 256, "finetune": finetune}
+    given = build(LimitSettings, config.limits, "limits")
+    config_of = random_config(shape)
+    model = Model(config_of, load._empty(shape, torch.bfloat16, torch.device("meta"), ALONE))
+    adapter = new_adapter(LoraSpec(rank=16), shape, torch.float32, "meta", 0)
+    job = TrainingJob(
+        id="job", samples=(), max_sample_tokens=4096, adapter=adapter, optimizer=OptimizerSettings(schedule="constant"),
+        memory=memory, order="layer_major",
+    )  # fmt: skip
     free = int(device.memory_bytes - weight_bytes(shape, 1) - RUNTIME_BYTES)
-    room = kv_tokens_of(shape, device, lora, free_bytes=free, **sizes)
-    expected = kv_room_tokens(device=device, model=shape, tp=1, lora=lora, **sizes)
-    assert 0 <= expected - room < ROOM_STEP_TOKENS and room % ROOM_STEP_TOKENS == 0
-    assert kv_tokens_of(shape, device, lora, free_bytes=free - 2**33, **sizes) < room - 50_000
+    monkeypatch.setattr(room, "free_bytes", lambda _: free)
+    limits, plan = room.limits_and_plan(model, shape, device, given, job, 0.9)
+    expected = kv_room_tokens(
+        device=device,
+        model=shape,
+        tp=1,
+        batch_tokens=512 + 4096,
+        finetune_bytes=plan.total_bytes() + plan.adapter_bytes,
+    )
+    assert 0 <= expected - limits.kv_tokens <= room.ROOM_STEP_TOKENS
+    assert limits.kv_tokens % room.ROOM_STEP_TOKENS == 0
+    monkeypatch.setattr(room, "free_bytes", lambda _: free - 2**33)
+    less, _ = room.limits_and_plan(model, shape, device, given, job, 0.9)
+    assert less.kv_tokens < limits.kv_tokens - 50_000
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import multiprocessing
 import os
 import shutil
@@ -32,7 +33,7 @@ from engine.replica import Replica, replica
 from engine.sampling import Sampling
 from engine.shares import Shares
 from engine.training import main as finetune
-from sim.compile.compiler import bypasses_of
+from sim.compile.compiler import bypasses_of, compile_plan
 from sim.compile.parallel import compositions
 from sim.compile.peft import PeftSpec
 from sim.core.plan import Limits, Policy
@@ -56,7 +57,7 @@ from tests.support import LinearCost, build_policy, limits_of
 __all__ = ["arguments", "model_folder"]
 """Fixtures of other programs' tests."""
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ModelShape(name="tiny", layers=4, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=192, vocab=256)
+TINY = ModelShape(name="tiny", layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=192, vocab=256)
 GQA = ("llama", {})
 """Two key and value heads: each on two of four ranks."""
 ODD = ("qwen2", {"kv_heads": 1, "vocab": 99})
@@ -80,7 +81,7 @@ def test_a_bench_on_two_ranks_serves_every_request_and_trains(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     short = ["workload.duration_s=1.5", "run.drain_s=20", "measure_s=4", "policy=coserving_static"]
-    short += ["limits.max_sequences=8", "limits.max_tokens=32"]
+    short += ["model.layers=1", "limits.max_sequences=8", "limits.max_tokens=32"]
     short += ["job.sample_tokens=24", "job.accumulation=1", "job.optimizer.warmup_steps=0"]
     assert bench([*short, "model.tp=2", "hydra.run.dir=out"]) == 0
     run = read_run(Path("out"))
@@ -141,7 +142,7 @@ def add_up_with_rank_one() -> None:
 def test_a_failing_rank_ends_all_with_its_own_words() -> None:
     with pytest.raises(RankFailed, match=r"^rank 1 of 2 failed: ValueError: no weights here$"):
         add_up_with_rank_one()
-    assert not multiprocessing.active_children()
+    assert not ranks_left()
 
 
 def sleep_while_rank_one_is_killed() -> None:
@@ -173,7 +174,11 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Replica]:
     with replica(request.param, "cpu") as started:
         yield started
     torch.set_num_threads(threads)
-    assert not multiprocessing.active_children(), "no process is left"
+    assert not ranks_left(), "no process is left"
+
+
+def ranks_left() -> list[str]:
+    return [p.name for p in multiprocessing.active_children() if p.name.startswith("coserve-rank")]
 
 
 class RanksRun(EngineRun):
@@ -271,6 +276,43 @@ def test_gradients_on_ranks_equal_those_on_one(ranks: Replica) -> None:
         after = (run.engine.adapter("job").tensors() for run in (own, alone))
         for start, end, other in zip(before.tensors(), *after, strict=True):
             assert error(end - start, other - start) < 1e-9
+
+
+def planned_run(ranks: Replica | None, targets: Sequence[str], share: float | None, mode: str) -> RanksRun:
+    """One step with a plan along the list of its own number of ranks."""
+    shape = replace(config_of("llama").shape, dtype_bytes=8)
+    spec = PeftSpec(targets=tuple(targets), rank=4, alpha=8.0)
+    tp = 1 if ranks is None else ranks.group.size
+    plan = compile_plan(shape, spec, seq_tokens=24, tp=tp, mode=mode, budget_share=share, window_tokens=7)
+    job = JobSetup(
+        samples=[sample_of(23, seed=1)],
+        adapter=adapter_of("llama", 4, targets),
+        optimizer=OptimizerSettings(kind="sgd", learning_rate=1.0, max_grad_norm=None, schedule="constant"),
+        accumulation=1,
+        max_tokens=24,
+        plan=plan,
+    )
+    model = model_on(ranks, "llama", torch.float64, {})
+    run = RanksRun(ranks, model, Splits([9, 14], [11]), limits_of(block_tokens=4), {}, jobs=[job])
+    assert run.trainers[0].plan == plan
+    return run
+
+
+def test_plans_that_run_again_do_so_on_ranks(ranks: Replica) -> None:
+    """The far end makes everything again but the residual, whose all-reduce a rank never repeats."""
+    for targets, share, mode in (
+        (ALL, math.inf, "stash"),
+        (("v_proj", "up_proj"), 0.2, "recompute"),
+        (("down_proj",), None, "stash"),
+    ):
+        own, alone = (planned_run(on, targets, share, mode) for on in (ranks, None))
+        before = adapter_of("llama", 4, targets)
+        after = (run.engine.adapter("job").tensors() for run in (own, alone))
+        for start, end, other in zip(before.tensors(), *after, strict=True):
+            assert error(end - start, other - start) < 1e-9
+        if share == math.inf:
+            kept = {t.role for t in own.trainers[0].plan.tensors if t.action == "keep"}
+            assert kept == {"x", "mid"}
 
 
 # Serving and training

@@ -22,6 +22,7 @@ from engine.model import LayerWeights, Model, Weights
 from engine.optimizer import OptimizerSettings
 from engine.parallel import ALONE, Group
 from engine.sampling import Sampling
+from sim.compile.plan import CompilePlan
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, Policy, View
 from sim.core.request import Request
@@ -196,6 +197,7 @@ class JobSetup:
     memory: str = "stash"
     max_tokens: int = 64
     id: str = "job"
+    plan: CompilePlan | None = None
 
     def of(self) -> TrainingJob:
         return TrainingJob(
@@ -207,6 +209,7 @@ class JobSetup:
             accumulation=self.accumulation,
             order=self.order,
             memory=self.memory,
+            plan=self.plan,
         )
 
 

@@ -1,0 +1,168 @@
+"""The forward tensors that the backward of a layer reads, for one window: kept, or made again from what is.
+
+The compile plan says which. The rules below are its operators in the engine's own terms; a tensor that the plan
+neither keeps nor makes again is one that no gradient reads, and asking for it is a mistake.
+
+Shapes as in `engine.model`, with N the tokens of the window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from engine.elementwise import rms_norm, rotate
+from engine.kept import Kept
+from engine.kernels.paged_attention import paged_attention
+from engine.lora import Adapter, AdapterBank
+from engine.model import Model, Pages
+from sim.compile.plan import RECOMPUTE, CompilePlan
+
+INPUTS = {
+    "q_proj": "attention norm",
+    "k_proj": "attention norm",
+    "v_proj": "attention norm",
+    "o_proj": "attention",
+    "gate_proj": "ffn norm",
+    "up_proj": "ffn norm",
+    "down_proj": "product",
+}
+"""Linear layer -> the role of what it reads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainedLora:
+    """The adapter that a window trains: its weights in the bank, and where its gradients are summed."""
+
+    bank: AdapterBank
+    slot: int
+    segment_adapter: torch.Tensor
+    """[1] int32: the slot, on the device."""
+    grads: Adapter
+
+    def a(self, target: str, index: int) -> torch.Tensor:
+        """[r, in]"""
+        return self.bank.a[target][index, self.slot, : self.grads.rank]
+
+    def b(self, target: str, index: int) -> torch.Tensor:
+        """[out, r]"""
+        return self.bank.b[target][index, self.slot, :, : self.grads.rank]
+
+
+class LayerTensors:
+    """Layer `index` of one window: `start` is its first position in the sample, `at` where it lies in `kept`."""
+
+    def __init__(
+        self,
+        model: Model,
+        plan: CompilePlan,
+        index: int,
+        kept: Kept,
+        at: slice,
+        start: int,
+        pages: Pages,
+        block_table: torch.Tensor,
+        lora: TrainedLora,
+    ) -> None:
+        self.index = index
+        self.start = start
+        self.tokens = at.stop - at.start
+        self.lora = lora
+        self.k, self.v = pages.k[index], pages.v[index]
+        self.block_table = block_table
+        self._model = model
+        self._weights = model.weights.layers[index]
+        self._have = {role: buffer[at] for role, buffer in kept.layers[index].items()}
+        self._again = {t.role for t in plan.layer(index) if t.action == RECOMPUTE}
+        self._wanted = {t.role for t in plan.layer(index) if t.gradient}
+
+    def wants(self, *roles: str) -> bool:
+        """Whether the plan computes the gradient of any of these tensors."""
+        return not self._wanted.isdisjoint(roles)
+
+    def __getitem__(self, role: str) -> torch.Tensor:
+        """[N, ...]"""
+        if role not in self._have:
+            assert role in self._again, (
+                f"the plan neither keeps {role} of layer {self.index} nor makes it again"
+            )
+            self._have[role] = RULES[role](self)
+        return self._have[role]
+
+    def input_of(self, target: str) -> torch.Tensor:
+        """What linear layer `target` reads: [N, in]."""
+        return self[INPUTS[target]].flatten(1)
+
+    # Rules
+
+    def _norm(self, role: str, weight: torch.Tensor) -> torch.Tensor:
+        return rms_norm(self[role], weight, self._model.config.norm_eps)
+
+    def _q(self) -> torch.Tensor:
+        w, width = self._weights, self._weights.o.shape[1]
+        bias = None if w.qkv_bias is None else w.qkv_bias[:width]
+        q = F.linear(self["attention norm"], w.qkv[:width], bias)
+        q = self._bypassed("q_proj", q).view(self.tokens, -1, self.k.shape[3])
+        return rotate(q, *self.rotation())
+
+    def _attention(self) -> torch.Tensor:
+        device, end = self.block_table.device, self.start + self.tokens
+        ends = torch.zeros(2, dtype=torch.int32, device=device)
+        ends[1:].fill_(self.tokens)
+        attention, self._have["lse"] = paged_attention(
+            self["q"],
+            self.k,
+            self.v,
+            self.block_table[None],
+            ends,
+            torch.full((1,), self.start, dtype=torch.int32, device=device),
+            scale=self._model.scale,
+            max_keys=end,
+        )
+        return attention
+
+    def _lse(self) -> torch.Tensor:
+        self._have["attention"] = self._attention()
+        return self._have["lse"]
+
+    def _mid(self) -> torch.Tensor:
+        return self["x"] + self._bypassed("o_proj", self.input_of("o_proj") @ self._weights.o.T)
+
+    def _gate_or_up(self, target: str, half: int) -> torch.Tensor:
+        weight = self._weights.gate_up.chunk(2)[half]
+        return self._bypassed(target, self.input_of(target) @ weight.T)
+
+    def _low(self, target: str) -> torch.Tensor:
+        return self.input_of(target) @ self.lora.a(target, self.index).T
+
+    def _bypassed(self, target: str, y: torch.Tensor) -> torch.Tensor:
+        """y + scale * low B^T, if `target` has a bypass."""
+        if target not in self.lora.grads.a:
+            return y
+        b = self.lora.b(target, self.index)
+        return torch.addmm(y, self[f"low {target}"], b.T, alpha=self.lora.grads.scale)
+
+    def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the window's angles."""
+        end = self.start + self.tokens
+        return self._model.rotation(torch.arange(self.start, end, device=self.block_table.device))
+
+
+RULES: dict[str, Callable[[LayerTensors], torch.Tensor]] = {
+    "attention norm": lambda t: t._norm("x", t._weights.input_norm),
+    "q": LayerTensors._q,
+    "attention": LayerTensors._attention,
+    "lse": LayerTensors._lse,
+    "mid": LayerTensors._mid,
+    "ffn norm": lambda t: t._norm("mid", t._weights.mlp_norm),
+    "gate": lambda t: t._gate_or_up("gate_proj", 0),
+    "up": lambda t: t._gate_or_up("up_proj", 1),
+    "silu": lambda t: F.silu(t["gate"]),
+    "product": lambda t: t["silu"] * t["up"],
+    **{f"low {target}": partial(LayerTensors._low, target=target) for target in INPUTS},
+}
+"""Not held by the object itself, which would outlive its use as a cycle, with all that it has made."""

@@ -1,0 +1,87 @@
+"""Memory of a bench: what the K/V cache gets beside the weights and a sample in flight, by the simulator's formula.
+
+What a sample holds is the compile plan's to say. Where both are open (`limits.kv_tokens: null`, `memory: auto`)
+the plan may take as much of what is free as the simulator lets it, and the cache has the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from engine.assemble import TrainingJob, plan_jobs
+from engine.machine import free_bytes
+from engine.model import Model
+from sim.assemble import LimitSettings
+from sim.compile.plan import CompilePlan
+from sim.core.plan import Limits
+from sim.core.specs import DeviceSpec, ModelShape
+from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
+from sim.cost.memory import free_bytes as room_bytes
+from sim.finetune_plans import AUTO_SHARE
+
+ROOM_STEP_TOKENS = 4096
+
+
+def limits_and_plan(
+    model: Model,
+    shape: ModelShape,
+    device: DeviceSpec,
+    given: LimitSettings,
+    job: TrainingJob,
+    utilization: float,
+) -> tuple[Limits, CompilePlan]:
+    """The limits with the room that memory leaves where none is given, and the job's plan.
+
+    `shape` says on how many devices the model lies; each of them holds `kv_tokens`.
+    """
+    if given.kv_tokens is not None:
+        limits = _limits(given, given.kv_tokens, shape)
+        (plan,) = plan_jobs(model, limits, [job])
+        return limits, plan
+    if model.device.type == "cpu":
+        raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
+    batch_tokens = given.max_tokens + job.max_sample_tokens
+    seen = device_of(device, shape, free_bytes(model.device))
+    free = room_bytes(
+        device=seen,
+        model=shape,
+        tp=shape.tp,
+        utilization=utilization,
+        batch_tokens=batch_tokens,
+        batch_sequences=given.max_sequences,
+    )
+    none = _limits(given, given.block_tokens, shape)
+    (plan,) = plan_jobs(model, none, [job], AUTO_SHARE * free)
+    room = kv_room_tokens(
+        device=seen,
+        model=shape,
+        tp=shape.tp,
+        utilization=utilization,
+        batch_tokens=batch_tokens,
+        batch_sequences=given.max_sequences,
+        finetune_bytes=plan.total_bytes() + plan.adapter_bytes,
+    )
+    return _limits(given, whole_steps(room), shape), plan
+
+
+def device_of(device: DeviceSpec, shape: ModelShape, free: int) -> DeviceSpec:
+    """The device with the memory that is free beside the weights, which are there already."""
+    return replace(device, memory_bytes=free + weight_bytes(shape, shape.tp) + RUNTIME_BYTES)
+
+
+def whole_steps(tokens: int) -> int:
+    """So that runs of a sweep have the same room although not the same bytes are free."""
+    return tokens - tokens % ROOM_STEP_TOKENS if tokens > ROOM_STEP_TOKENS else tokens
+
+
+def _limits(given: LimitSettings, kv_tokens: int, shape: ModelShape) -> Limits:
+    longest = given.max_sequence_tokens
+    return Limits(
+        kv_tokens=kv_tokens,
+        block_tokens=given.block_tokens,
+        max_sequences=given.max_sequences,
+        max_tokens=given.max_tokens,
+        max_sequence_tokens=shape.max_context_tokens if longest is None else longest,
+        admission=given.admission,
+        lookahead=given.lookahead,
+    )

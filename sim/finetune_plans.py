@@ -1,0 +1,96 @@
+"""The compile plans of a pipeline's finetuning jobs: what they hold beside serving, and what they run again.
+
+A job with `memory: auto` gets the plan that runs least again of those that fit its share of the free memory:
+what is left beside the KV cache where its size is given, else at most AUTO_SHARE of what weights and activations
+leave, so that the KV cache has the rest. Jobs divide it equally, after those that do not ask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+
+from sim.compile.compiler import compile_plan, plan_for_memory
+from sim.compile.peft import PeftSpec
+from sim.compile.plan import CompilePlan
+from sim.core.finetune import AUTO
+from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.workload.finetune import Finetune
+
+AUTO_SHARE = 0.5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinetunePlans:
+    """The plan of each job, by its name."""
+
+    plans: Mapping[str, CompilePlan]
+
+    @property
+    def held_bytes(self) -> int:
+        """Per device: each job has one sample in flight, of the longest, and an adapter of its own; their
+        slices run one after the other."""
+        plans = self.plans.values()
+        passing = max((plan.passing_bytes for plan in plans), default=0)
+        return sum(plan.held_bytes + plan.adapter_bytes for plan in plans) + passing
+
+    @property
+    def again_gemm(self) -> float:
+        """Share of a layer's products that the backward runs again. A cost model does not see whose backward
+        it is: the job that repeats most decides for all."""
+        return max((plan.mean_again.gemm for plan in self.plans.values()), default=0.0)
+
+    @property
+    def again_attention(self) -> float:
+        return max((plan.mean_again.attention for plan in self.plans.values()), default=0.0)
+
+    def settle(self, finetune: Finetune) -> Finetune:
+        """`finetune` with the memory that the plans chose."""
+        jobs = {name: replace(job, memory=self.plans[name].mode) for name, job in finetune.jobs.items()}
+        return replace(finetune, jobs=jobs)
+
+
+def plans_of(
+    finetune: Finetune,
+    model: ModelShape,
+    device: DeviceSpec,
+    tp: int,
+    free_bytes: float,
+    kv_bytes: float | None,
+) -> FinetunePlans:
+    """Compile every job. `free_bytes` per device are left beside weights and activations, `kv_bytes` of them
+    are the KV cache's (None: not said). Raises ValueError where nothing fits a job that asks."""
+    finetune.lora.layer_params(model)  # refuses targets that the model does not have
+    fixed = {name: job for name, job in finetune.jobs.items() if job.memory != AUTO}
+    plans = {
+        name: _compiled(model, finetune.lora, device, tp, job.cutoff_len, job.order, job.memory)
+        for name, job in fixed.items()
+    }
+    left = free_bytes * AUTO_SHARE if kv_bytes is None else free_bytes - kv_bytes
+    left -= FinetunePlans(plans=plans).held_bytes
+    asking = {name: job for name, job in finetune.jobs.items() if job.memory == AUTO}
+    for name, job in asking.items():
+        try:
+            plans[name] = _fitting(
+                model, finetune.lora, device, tp, job.cutoff_len, job.order, left / len(asking)
+            )
+        except ValueError as error:
+            raise ValueError(f"finetune.jobs.{name}.memory=auto: {error}") from None
+    return FinetunePlans(plans={name: plans[name] for name in finetune.jobs})
+
+
+@cache
+def _compiled(
+    model: ModelShape, lora: LoraSpec, device: DeviceSpec, tp: int, tokens: int, order: str, memory: str
+) -> CompilePlan:
+    spec = PeftSpec.from_lora(lora)
+    return compile_plan(model, spec, seq_tokens=tokens, device=device, tp=tp, mode=memory, order=order)
+
+
+@cache
+def _fitting(
+    model: ModelShape, lora: LoraSpec, device: DeviceSpec, tp: int, tokens: int, order: str, free_bytes: float
+) -> CompilePlan:
+    spec = PeftSpec.from_lora(lora)
+    return plan_for_memory(model, spec, free_bytes, seq_tokens=tokens, device=device, tp=tp, order=order)
