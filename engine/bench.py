@@ -217,7 +217,8 @@ def _bench(
         "measure_s",
         "peak_s",
     )
-    before = _BEFORE.get(json.dumps([resolved[part] for part in parts]), measured)
+    told = [plan.describe() for plan in plans.values()]
+    before = _BEFORE.get(json.dumps([*(resolved[part] for part in parts), *told]), measured)
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {

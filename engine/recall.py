@@ -15,7 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from engine.elementwise import rms_norm, rotate, swiglu
+from engine.elementwise import rms_norm, rotate
 from engine.kept import Kept
 from engine.kernels.paged_attention import paged_attention
 from engine.lora import Adapter, AdapterBank
@@ -162,7 +162,7 @@ RULES: dict[str, Callable[[LayerTensors], torch.Tensor]] = {
     "gate": lambda t: t._gate_or_up("gate_proj", 0),
     "up": lambda t: t._gate_or_up("up_proj", 1),
     "silu": lambda t: F.silu(t["gate"]),
-    "product": lambda t: swiglu(t["gate"], t["up"]),
+    "product": lambda t: t["silu"] * t["up"],
     **{f"low {target}": partial(LayerTensors._low, target=target) for target in INPUTS},
 }
 """Not held by the object itself, which would outlive its use as a cycle, with all that it has made."""

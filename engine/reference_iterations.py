@@ -16,6 +16,7 @@ import numpy as np
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.engine import Engine
+from engine.launching import Launching, LaunchSettings
 from engine.lora import new_adapter
 from engine.machine import release
 from engine.model import Model
@@ -192,7 +193,10 @@ def _rig(model: Model, sequences: list[int], max_tokens: int = 1, job: TrainingJ
         max_tokens=max(count, max_tokens),
         max_sequence_tokens=max(sequences, default=1),
     )
-    engine, jobs = assemble_engine(model, limits, [] if job is None else [job])
+    # Captured graphs take memory that is none of a sample's: without sequences there is nothing to capture.
+    launching = LaunchSettings().on(model) if sequences else Launching()
+    engine, jobs = assemble_engine(model, limits, [] if job is None else [job], launching=launching)
+    engine.warm_up()
     for pages in engine._pages:
         # Layer by layer: all of them at once may take as much memory again.
         for layer in pages:

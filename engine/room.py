@@ -26,19 +26,22 @@ ROOM_STEP_TOKENS = 4096
 def limits_and_plans(
     model: Model, device: DeviceSpec, given: LimitSettings, jobs: Sequence[TrainingJob], utilization: float
 ) -> tuple[Limits, dict[str, CompilePlan]]:
-    """The limits with the room that memory leaves where none is given, and the plan of each job by its id."""
+    """The limits with the room that memory leaves where none is given, and the plan of each job by its id.
+
+    Under tensor parallelism each device holds `kv_tokens`.
+    """
+    shape, tp = model.whole.shape, model.group.size
     if given.kv_tokens is not None:
-        limits = _limits(given, given.kv_tokens, model.config.shape)
+        limits = _limits(given, given.kv_tokens, shape)
         return limits, _by_id(jobs, plan_jobs(model, limits, jobs))
     if model.device.type == "cpu":
         raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
-    shape = model.config.shape
     batch_tokens = given.max_tokens + max(job.max_sample_tokens for job in jobs)
-    seen = device_of(device, shape, free_bytes(model.device))
+    seen = device_of(device, shape, tp, free_bytes(model.device))
     free = room_bytes(
         device=seen,
         model=shape,
-        tp=1,
+        tp=tp,
         utilization=utilization,
         batch_tokens=batch_tokens,
         batch_sequences=given.max_sequences,
@@ -48,7 +51,7 @@ def limits_and_plans(
     room = kv_room_tokens(
         device=seen,
         model=shape,
-        tp=1,
+        tp=tp,
         utilization=utilization,
         batch_tokens=batch_tokens,
         batch_sequences=given.max_sequences,
@@ -61,9 +64,9 @@ def _by_id(jobs: Sequence[TrainingJob], plans: Sequence[CompilePlan]) -> dict[st
     return {job.id: plan for job, plan in zip(jobs, plans, strict=True)}
 
 
-def device_of(device: DeviceSpec, shape: ModelShape, free: int) -> DeviceSpec:
+def device_of(device: DeviceSpec, shape: ModelShape, tp: int, free: int) -> DeviceSpec:
     """The device with the memory that is free beside the weights, which are there already."""
-    return replace(device, memory_bytes=free + weight_bytes(shape, 1) + RUNTIME_BYTES)
+    return replace(device, memory_bytes=free + weight_bytes(shape, tp) + RUNTIME_BYTES)
 
 
 def whole_steps(tokens: int) -> int:

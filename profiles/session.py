@@ -23,6 +23,7 @@ import sys
 import tarfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -268,15 +269,12 @@ def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
         pass
-    for sent in (signal.SIGINT, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, sent)
-            process.wait(GRACE_S)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-        break
+    os.killpg(process.pid, signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(GRACE_S)
+    with suppress(ProcessLookupError):
+        # Also what it has started: nothing may hold the device when the next step begins.
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     return None
 

@@ -21,6 +21,7 @@ from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
+from engine.parallel import ALONE
 from engine.text import BUNDLED, byte_tokens, packed_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings
@@ -170,7 +171,7 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
     device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
     given = build(LimitSettings, config.limits, "limits")
     config_of = random_config(shape)
-    model = Model(config_of, load._empty(config_of, torch.bfloat16, torch.device("meta")))
+    model = Model(config_of, load._empty(shape, torch.bfloat16, torch.device("meta"), ALONE))
     adapter = new_adapter(LoraSpec(rank=16), shape, torch.float32, "meta", 0)
     job = TrainingJob(
         id="job", samples=(), max_sample_tokens=4096, adapter=adapter, optimizer=OptimizerSettings(schedule="constant"),
@@ -223,7 +224,7 @@ def test_a_mistake_is_told_in_one_line(
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
     config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
     first, second = _jobs(config).values()
-    assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 8, 1)
+    assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 16, 1)
     assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
 
 
@@ -234,7 +235,7 @@ def test_two_jobs_leave_an_adapter_each(folder: Path, capsys: pytest.CaptureFixt
     assert counts["job"] > 0 and counts["second"] > 0
     shape = _model_shape()
     ranks = {name: read_adapter(folder / name, shape).rank for name in ("adapter", "adapter_second")}
-    assert ranks == {"adapter": 8, "adapter_second": 4}
+    assert ranks == {"adapter": 16, "adapter_second": 4}
     out = capsys.readouterr().out
     assert ", job)" in out and ", second)" in out
 

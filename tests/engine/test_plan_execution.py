@@ -233,7 +233,8 @@ def test_bytes_held_for_a_sample_are_those_of_the_plan(
             trainer, engine = trainer_of(model, adapter, plan)
         job = (*trainer.masters.tensors(), *trainer._grads.tensors(), trainer._loss)
         bank = (*trainer._bank.a.values(), *trainer._bank.b.values(), trainer._bank.ranks)
-        others = [*job, *bank, trainer._bank.scales, trainer._count, engine._last_token, *engine._pages]
+        flags = (trainer._count, trainer._sound)
+        others = [*job, *bank, *flags, trainer._bank.scales, engine._last_token, *engine._pages]
         held = counted.live_bytes() - sum(t.untyped_storage().nbytes() for t in others)
         sample_pages = 2 * engine._pages.k[:, 3 : 3 + PAGES].nbytes
         assert held + sample_pages == plan.held_bytes == trainer.held_bytes
