@@ -236,20 +236,19 @@ def row_seconds(curves: Curves, columns: dict[str, Floats]) -> Floats:
 
 def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     """GPU seconds of a flat row, without overlap, by the terms of fitted curves."""
-    layer_tokens, pairs = row["backward_layer_tokens"], row["backward_pairs"]
+    layer_tokens = row["backward_layer_tokens"]
     tokens = int(row["prefill_tokens"] + row["decode_count"])
     windows = int(row["forward_tokens"])
     seconds = _at(c.token_s, tokens + windows) + _at(c.sampled_s, int(row["sampled_tokens"]))
     seconds += _at(c.loss_s, windows) + _at(c.recompute_s, int(row["recompute_tokens"]))
-    seconds += row["prefill_chunks"] * c.prefill.fixed_s + row["prefill_pairs"] * c.prefill.pair_s
-    seconds += row["forward_windows"] * c.forward.fixed_s + row["forward_pairs"] * c.forward.pair_s
-    seconds += row["prefill_tokens"] * c.prefill.token_s + windows * c.forward.token_s
-    seconds += row["backward_layers"] * c.backward.fixed_s + layer_tokens * c.backward.token_s
+    seconds += _flat_chunks_s(c.prefill, row["prefill_chunks"], row["prefill_tokens"], row["prefill_pairs"])
+    seconds += _flat_chunks_s(c.forward, row["forward_windows"], windows, row["forward_pairs"])
+    seconds += _flat_chunks_s(c.backward, row["backward_layers"], layer_tokens, row["backward_pairs"])
     if layer_tokens > 0:
         # A flat row has the sums of its rectangles: take them all to be as long as their mean.
         layers = row["backward_layers"]
         seconds += layers * _at(c.backward_layer_s, layer_tokens / layers)
-    seconds += pairs * c.backward.pair_s + row["recompute_pairs"] * c.recompute.pair_s
+    seconds += row["recompute_pairs"] * c.recompute.pair_s
     seconds += row["recompute_tokens"] * c.recompute.token_s
     seconds += row["decode_count"] * c.decode.sequence_s + row["decode_context_tokens"] * c.decode.context_s
     seconds += c.decode.fixed_s * (row["decode_count"] > 0) + c.backward_start_s * (layer_tokens > 0)
@@ -258,6 +257,17 @@ def _flat_gpu_s(c: Curves, row: dict[str, float]) -> float:
     if windows:
         seconds += c.lora_fixed_s + c.lora_token_s * windows
     return seconds + row["optimizer_params"] * c.optimizer_param_s
+
+
+def _flat_chunks_s(chunk: ChunkCost, count: float, tokens: float, pairs: float) -> float:
+    """Attention of `count` chunks, all taken to be as long as their mean."""
+    if not tokens:
+        return 0.0
+    compute_s = tokens * chunk.token_s + pairs * chunk.pair_s
+    # One chunk of n tokens after c has n (c + (n + 1) / 2) pairs, and c + n keys.
+    reading_s = count * (pairs / tokens + (tokens / count - 1) / 2) * chunk.read_s
+    longer_s, shorter_s = max(compute_s, reading_s), min(compute_s, reading_s)
+    return count * chunk.fixed_s + longer_s + chunk.unhidden * shorter_s
 
 
 def _at(values: list[float], tokens: float) -> float:
