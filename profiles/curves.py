@@ -6,7 +6,7 @@ Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, sh
 few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
 and times, robust against outliers. The table has three errors for each: in sample, of shapes that were
 left out (a model's shapes at a time: for GEMM all rows of one n, for attention all of one number of heads)
-and of the other device with its own datasheet and these constants.
+and of the other device with its own datasheet, these constants and FACTS.
 """
 
 from __future__ import annotations
@@ -31,8 +31,11 @@ ROWS = 4000
 SOFT = 0.08
 """Relative error from which a row pulls less than its square."""
 FOLDS = 4
-LIMITS = {"gemm_split_k_bandwidth": 25.0, "decode_sm_bandwidth": 10.0, "gemm_small_tile": 1.16}
-"""Beyond these a constant no longer matters."""
+FACTS = ("attention_generation", "nccl_fixed_s", "allreduce_eager_s")
+"""What a device held out keeps of its own: which kernel it runs, and two latencies of its host and links that
+no datasheet has, each one message's time."""
+LIMITS = {"decode_sm_bandwidth": 10.0}
+"""Beyond it a constant no longer matters."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,13 +56,11 @@ FAMILIES = (
         prefixes=("gemm",),
         constants=(
             "gemm_flops",
-            "gemm_small_tile",
             "gemm_l2_bandwidth",
             "gemm_read_bandwidth",
             "gemm_write_bandwidth",
             "gemm_smoothness",
-            "gemm_tile_s",
-            "gemm_split_k_bandwidth",
+            "gemm_tile_steps",
             "gemm_split_k_s",
             "gemm_fixed_s",
         ),
@@ -69,9 +70,7 @@ FAMILIES = (
         name="context attention",
         prefixes=("context attention",),
         constants=(
-            "attention_flops",
-            "attention_head64",
-            "attention_head256",
+            "attention_softmax_flops",
             "attention_wide_head",
             "attention_tile_s",
             "attention_tail",
@@ -107,7 +106,7 @@ FAMILIES = (
             "nccl_fixed_s",
             "nccl_hop_s",
             "nccl_low_latency",
-            "nccl_simple_s",
+            "nccl_simple",
             "nccl_bandwidth",
             "nccl_few_devices",
             "nccl_switch",
@@ -131,6 +130,21 @@ FAMILIES = (
             "allreduce_eager_s",
         ),
         group="bytes",
+    ),
+    Family(
+        name="product",
+        prefixes=("product",),
+        constants=(
+            "layer_flops",
+            "layer_l2_bandwidth",
+            "layer_read_bandwidth",
+            "layer_write_bandwidth",
+            "layer_smoothness",
+            "layer_tile_steps",
+            "layer_split_k_s",
+            "layer_fixed_s",
+        ),
+        group="tp",
     ),
     *(
         Family(name=kind, prefixes=(kind,), constants=(f"{kind}_bandwidth", f"{kind}_fixed_s"), group="tp")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 VIDUR_OPERATORS = {
-    "attn_pre_proj": "gemm",
-    "attn_post_proj": "gemm",
-    "mlp_up_proj": "gemm",
-    "mlp_down_proj": "gemm",
+    "attn_pre_proj": "product",
+    "attn_post_proj": "product",
+    "mlp_up_proj": "product",
+    "mlp_down_proj": "product",
     "input_layernorm": "norm",
     "post_attention_layernorm": "norm",
     "add": "add",
@@ -31,7 +31,7 @@ VIDUR_OPERATORS = {
     "attn_rope": "rotary",
     "emb": "embedding",
 }
-"""Column of vidur's operator profiles -> kind of operator."""
+"""Column of vidur's operator profiles -> kind of operator; a product is a GEMM of a running layer."""
 VIDUR_SHAPE = (
     "n_head",
     "n_kv_head",
@@ -275,13 +275,28 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
         time = f"time_stats.{name}.median"
         if time not in frame:
             continue
-        if kind == "gemm":
+        if kind == "product":
             k, n = products[name]
             columns = {"m": tokens, "n": n, "k": k, "tp": tp}
         else:
             columns = {"m": tokens, "values": values[name], "tp": tp}
         result.append(_measured(file, frame, name, kind, columns, time))
     return result
+
+
+def whole_layer(operators: Sequence[Measured], seconds: Sequence[Floats]) -> tuple[Measured, Floats] | None:
+    """All operators of a layer in an operator profile, added up: as measured, and `seconds` of each. The
+    embedding is not in it, additions are there twice. None for other files."""
+    times = {"add": 2.0, "emb": 0.0}
+    own = [(m, s, times.get(m.operator, 1.0)) for m, s in zip(operators, seconds, strict=True)]
+    layer = [item for item in own if "tp" in item[0].columns and item[2]]
+    if not layer:
+        return None
+    first = layer[0][0]
+    shape = {"tokens": first.columns["m"], "tp": first.columns["tp"]}
+    measured_s = np.sum([count * m.seconds for m, _, count in layer], axis=0)
+    whole = replace(first, operator="whole layer", columns=shape, seconds=measured_s)
+    return whole, np.sum([count * s for _, s, count in layer], axis=0)
 
 
 def _check_tp(file: str, shape: dict[str, Floats]) -> None:
@@ -367,7 +382,7 @@ LAYOUTS = (
         name="operator profile",
         keys=VIDUR_SHAPE,
         seconds=tuple(
-            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "gemm"
+            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "product"
         ),
         read=_vidur,
         mark=frozenset({"n_embd", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"}),

@@ -17,13 +17,17 @@ Floats = NDArray[np.float64]
 
 
 def predicted_s(
-    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str = "curve"
+    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str | None = None
 ) -> Floats:
-    """Seconds of each row of `measured`; the device's own efficiency unless another is given."""
+    """Seconds of each row of `measured`; the device's own efficiency unless another is given.
+
+    `gemm` None: products of a layer as such, GEMMs by the curve.
+    """
     e = Efficiency.of(device) if efficiency is None else efficiency
     c, kind = measured.columns, measured.kind
-    if kind == "gemm":
-        return product_rows_s(c["m"], c["k"], c["n"], device, e, gemm)
+    if kind in ("gemm", "product"):
+        how = gemm or ("layer" if kind == "product" else "curve")
+        return product_rows_s(c["m"], c["k"], c["n"], device, e, how)
     if kind == "attention":
         shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
         return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])

@@ -2,7 +2,7 @@
 
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
-    coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=table|curve] [cost=roofline|table]
+    coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=layer|table|curve] [cost=roofline|table]
                           [bound_median=8] [bound_p90=20]
     coserve profile curves DATA_FOLDER
 
@@ -19,7 +19,8 @@ from pathlib import Path
 
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
-from profiles.curves import fitted, operators_in, table
+from profiles.curves import FACTS, Line, fitted, operators_in, table
+from profiles.layers import layer_table
 from profiles.measured import Measured, read_frame, read_measured
 from profiles.named import device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
@@ -115,9 +116,10 @@ def _check(arguments: Sequence[str]) -> int:
     model = model_named(settings["model"]) if "model" in settings else None
     tp = _tp(settings, model.tp if model is not None else 1)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
-    cost, gemm = _choice(settings, "cost", COSTS), _choice(settings, "gemm", GEMMS)
+    cost = _choice(settings, "cost", COSTS)
+    gemm = _choice(settings, "gemm", GEMMS) if "gemm" in settings else None
     lines = check_file(path, device, model, tp, cost, gemm)
-    print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if cost == "roofline" else ""))
+    print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if gemm is not None else ""))
     _print_lines(lines)
     found = above(lines, *bounds)
     for text in found:
@@ -221,18 +223,23 @@ def _curves(arguments: Sequence[str]) -> int:
         rows[name] = operators_in(where.parent, where.name)
         if not rows[name]:
             raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
-    heads = " ".join(f"{name:>16}" for name in ("in sample", "shapes held out", "device held out"))
-    print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
     for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
-        borrowed = replace(own[other], attention_generation=starts[name].attention_generation)
-        for line in table(device_named(name), rows[name], starts[name], borrowed):
-            cells = [f"{100 * a:.1f} / {100 * b:.1f} %" for a, b in line.errors.values()]
-            print(
-                f"{name:<10} {line.operator:<22} {line.rows:>6} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16}"
-            )
+        borrowed = replace(own[other], **{fact: getattr(own[name], fact) for fact in FACTS})
+        _print_errors(list(table(device_named(name), rows[name], starts[name], borrowed)))
+    _print_errors(layer_table(folder / "kernel-profiles"))
     return 0
+
+
+def _print_errors(lines: Sequence[Line]) -> None:
+    if not lines:
+        return
+    heads = " ".join(f"{name:>18}" for name in lines[0].errors)
+    print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
+    for line in lines:
+        cells = " ".join(f"{f'{100 * a:.1f} / {100 * b:.1f} %':>18}" for a, b in line.errors.values())
+        print(f"{line.device:<10} {line.operator:<22} {line.rows:>6} {cells}")
 
 
 if __name__ == "__main__":

@@ -132,6 +132,8 @@ class DeviceSpec:
     sms: int
     source: str
     """Where the numbers come from."""
+    vector_flops: float | None = None
+    """Single precision outside the tensor cores; None is a sixteenth of `peak_flops`, as on an A100."""
     power_w: float | None = None
     idle_power_w: float | None = None
     price_per_hour: float | None = None
@@ -143,3 +145,5 @@ class DeviceSpec:
         for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {getattr(self, key)}")
+        if self.vector_flops is not None and not 0 < self.vector_flops < math.inf:
+            raise ValueError(f"device.vector_flops must be above 0 and finite, got {self.vector_flops}")

@@ -9,7 +9,9 @@ tiles of 64:
     total   t = t_fixed + (W^p + C^p)^(1/p) + y (K_last - K) f / s
 
 N tiles on S multiprocessors, K the keys that a tile reads on average (causal, or within the window), f =
-4 * 128 d S / (P e_flops) seconds per key, s the splits of the keys when there are few tiles. Tiles run side
+128 S (4 d / P + v / P_32) seconds per key: the products run at the tensor cores' peak P, the softmax takes v
+operations per score at P_32, in single precision. s the splits of the keys when there are few tiles. That
+one v explains the rates of heads of 64, 128 and 256, and an Ada card's by an Ampere's. Tiles run side
 by side, so the longest and all of them together are nearly a maximum (p = 6); what the causal triangle adds
 is its unequal tiles, of which the longest come last. A chunk after a long context has equal ones. Decodes are
 bound by reading the cache, few of them by how fast one multiprocessor reads:
@@ -77,13 +79,10 @@ def prefill_s(
     per_head = np.ceil(rows / QUERY_TILE)
     tiles = batch * (kv_heads if packs else heads) * per_head
     mean, longest = _keys(tokens, per_head, context, reach)
-    head = np.where(
-        head_dim < 128, e.attention_head64, e.attention_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
-    )
-    head = np.where(head_dim > 256, e.attention_wide_head, 1.0) * head
-    key_s = (
-        FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
-    )
+    wide = np.where(head_dim > 256, e.attention_wide_head, 1.0)
+    products_s = FORWARD_FLOPS * head_dim / (device.peak_flops * wide)
+    softmax_s = e.attention_softmax_flops / vector_flops(device)
+    key_s = QUERY_TILE * device.sms * (products_s + softmax_s)
     grouped = group > 1
     query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
     kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
@@ -132,6 +131,11 @@ def decode_s(
     if e.attention_generation == 2:
         seconds += np.where((group > 1) & (kv_heads > 1) & (batch > 1), e.decode_regroup_s, 0.0)
     return seconds
+
+
+def vector_flops(device: DeviceSpec) -> float:
+    """FLOP/s of the softmax."""
+    return device.peak_flops / 16 if device.vector_flops is None else device.vector_flops
 
 
 def local_kv_heads(model: ModelShape, tp: int) -> int:

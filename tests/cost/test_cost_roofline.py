@@ -100,7 +100,7 @@ def test_an_extra_tile_costs_an_extra_wave(monkeypatch: pytest.MonkeyPatch) -> N
     context = load("a100_80gb", "llama_3_1_8b")
     spec = context.device
     monkeypatch.setattr("sim.cost.gemm.TILES", ((256, 128),))
-    fed = Efficiency(gemm_l2_bandwidth=1e9, gemm_tile_s=1e-15, gemm_split_k_s=1e-15)
+    fed = Efficiency(gemm_l2_bandwidth=1e9, gemm_tile_steps=1e-12, gemm_split_k_s=1e-15)
     columns = 128 * spec.sms
     one, two = wave_s(np.array([256.0, 257.0]), 4096, columns, spec, fed)
     assert one == pytest.approx(2 * 256 * 4096 * columns / (spec.peak_flops * fed.gemm_flops))
@@ -112,10 +112,10 @@ def test_a_tile_starved_by_the_l2_takes_its_operands_time(monkeypatch: pytest.Mo
     spec = load("a100_80gb", "llama_3_1_8b").device
     monkeypatch.setattr("sim.cost.gemm.TILES", ((128, 128),))
     monkeypatch.setattr("sim.cost.gemm.SPLITS", (1,))
-    starved = Efficiency(gemm_l2_bandwidth=0.1, gemm_tile_s=1e-15)
+    starved = Efficiency(gemm_l2_bandwidth=1e-3, gemm_tile_steps=1e-12)
     seconds = wave_s(np.array([128.0]), 4096, 128 * spec.sms, spec, starved)[0]
     loaded_bytes = spec.sms * 2 * (128 + 128) * 4096
-    assert seconds == pytest.approx(loaded_bytes / (0.1 * spec.memory_bandwidth_bytes_s))
+    assert seconds == pytest.approx(loaded_bytes / (1e-3 * spec.peak_flops))
 
 
 @pytest.mark.parametrize("device", DEVICES)
