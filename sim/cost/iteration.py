@@ -54,6 +54,11 @@ class IterationCost:
         """The last `largest_forward` that the budget decided, where the next search starts: successive
         windows are alike. Only the number of steps depends on it."""
 
+    @property
+    def region(self) -> dict[str, tuple[float, float]]:
+        """What the curves were made for: name of a count (`sim.metrics`) -> least and largest value."""
+        return {"pass_tokens": (0.0, float(self.known_tokens))}
+
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
         prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, overlap = work
@@ -285,8 +290,8 @@ class IterationCost:
             for layers, n, c in backward:
                 if n > largest:
                     largest = n
-                    if n >= len(self._token_s):
-                        self._reach(n)
+                if n >= len(self._token_s):
+                    self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
                 chunk_s = fixed_s + (
@@ -300,8 +305,8 @@ class IterationCost:
             for n, c in recompute:
                 if n > largest:
                     largest = n
-                    if n >= len(self._token_s):
-                        self._reach(n)
+                if n >= len(self._token_s):
+                    self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
                 recompute_s += self._recompute_s[n] + (
