@@ -10,10 +10,11 @@ stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a 
 What a run folder does not tell is not simulated. It has no tokens, so what two prompts have in common is
 computed twice here and once by an engine with prefix caching; workloads made by LLMServingSim's ShareGPT
 generator have such pairs, since each turn of a conversation carries the turns before it. On the recorded run
-of Llama-3.1-8B on an RTX 4090 that shows: from its second second on, before any request is preempted, the
-engine holds 19 blocks fewer than its replay and grows by as many; 30 to 40 blocks more (of 2,588) would bring
-all figures within 3 %, while half a per cent more or less of kernel time moves none of them by half a per cent
-more. Nor does a folder tell of the warm-up that can hold the first batch back by some tenths of a second.
+of Llama-3.1-8B on an RTX 4090 that shows: in its third to fifth second, before any request is preempted, the
+engine holds 19 blocks fewer than a replay whose first batch is held back as it was, and both grow alike; 30 to
+40 blocks more (of 2,588) would bring all figures within 3 %, while half a per cent more or less of kernel time
+moves none by more than a point. Nor does a folder tell of the warm-up that held that first batch back by half a
+second.
 
 Data parallelism is simulated as several engines, tensor parallelism with the times of its degree in the
 profile (a folder tpN) and the links in `config.json`; LoRA, speculation, pipelines and mixtures of experts are
