@@ -66,12 +66,13 @@ def check_file(
         return _check_profile(path, device, model, tp, cost)
     if cost != "roofline":
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
-    operators = read_measured(path)
+    operators = read_measured(path, model, tp)
     lines = []
     for measured in operators:
         seconds = predicted_s(measured, device, gemm=gemm or ("table" if measured.kind == "gemm" else None))
         lines.append(_line(measured, seconds))
         own = own_shapes(measured, model, tp) if model is not None else None
+        own = None if own is not None and own.all() else own
         if own is not None and own.any():
             lines.append(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])

@@ -23,6 +23,7 @@ from profiles.measured import Measured, read_measured
 from profiles.predict import predicted_s, relative_errors
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import SHARES, Efficiency
+from sim.cost.elementwise import IN_L2
 
 Floats = NDArray[np.float64]
 
@@ -74,7 +75,7 @@ FAMILIES = (
             "attention_wide_head",
             "attention_tile_s",
             "attention_tail",
-            "attention_bandwidth",
+            "attention_clock_bytes",
             "attention_query_weight",
             "attention_kv_weight",
             "attention_split_s",
@@ -147,7 +148,12 @@ FAMILIES = (
         group="tp",
     ),
     *(
-        Family(name=kind, prefixes=(kind,), constants=(f"{kind}_bandwidth", f"{kind}_fixed_s"), group="tp")
+        Family(
+            name=kind,
+            prefixes=(kind,),
+            constants=(f"{kind}_clock_bytes" if kind in IN_L2 else f"{kind}_bandwidth", f"{kind}_fixed_s"),
+            group="tp",
+        )
         for kind in ("norm", "add", "rotary", "activation", "embedding")
     ),
 )

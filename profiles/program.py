@@ -3,16 +3,21 @@
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
     coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=layer|table|curve] [cost=roofline|table]
-                          [bound_median=8] [bound_p90=20]
+                          [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
     coserve profile curves DATA_FOLDER
 
-Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
+Settings are key=value, as in `coserve simulate`. NAME of a device or model may be a YAML file of the form of
+`configs/device` or `configs/model`. A device may be changed, or without a NAME be described, by numbers of its
+datasheet: device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
+device.link_bandwidth_bytes_s or an efficiency (`sim.cost.efficiency`), e.g. device.attention_generation=3 for
+Hopper. Exit code 2 with one line for a broken file or setting, 1
 when a bound is exceeded.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -22,7 +27,7 @@ from profiles.check import COSTS, CheckLine, above, check_file
 from profiles.curves import FACTS, Line, fitted, operators_in, table
 from profiles.layers import layer_table
 from profiles.measured import Measured, read_frame, read_measured
-from profiles.named import device_named, model_named
+from profiles.named import device_described, device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
 from sim.core.specs import LoraSpec
 from sim.cost.context import CostContext
@@ -49,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if {"--help", "-h"} & set(rest):
             print(one_usage())
             return 0
-        return programs[name](rest)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            code = programs[name](rest)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            print(f"note: {text}", file=sys.stderr)
+        return code
     except (ValueError, OSError, ArithmeticError) as error:
         return report("coserve profile", error, message(error) or one_line(str(error)))
 
@@ -68,8 +78,11 @@ def _settings(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str]
             names.append(argument)
             continue
         key = key.replace("-", "_")
-        if key not in known:
-            raise ValueError(f"no setting named {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        if key not in known and not (key.startswith("device.") and "device." in known):
+            names_known = [name for name in known if name != "device."]
+            raise ValueError(
+                f"no setting named {key!r}{nearest(key, names_known)}; known: {', '.join(names_known)}"
+            )
         settings[key] = value
     return names, settings
 
@@ -107,12 +120,13 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 
 def _check(arguments: Sequence[str]) -> int:
-    known = ("device", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
+    known = ("device", "device.", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
     names, settings = _settings(arguments, known)
     path = _one_file(names, "check")
-    if "device" not in settings:
-        raise ValueError("check needs device=NAME; see configs/device")
-    device = device_named(settings["device"])
+    numbers = {k.removeprefix("device."): v for k, v in settings.items() if k.startswith("device.")}
+    if "device" not in settings and not numbers:
+        raise ValueError("check needs device=NAME, see configs/device, or a device's numbers")
+    device = device_described(settings.get("device"), numbers)
     model = model_named(settings["model"]) if "model" in settings else None
     tp = _tp(settings, model.tp if model is not None else 1)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")

@@ -4,17 +4,19 @@ Prefill of B chunks of n tokens after c cached ones, H query and G key-value hea
 by query tiles of 128 rows (of one head; generation 3 of FlashAttention packs a group's heads) and key
 tiles of 64:
 
-    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (B_mem e)
+    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (S h e)
     longest C = t_tile + x K_last f / s
     total   t = t_fixed + (W^p + C^p)^(1/p) + y (K_last - K) f / s
 
 N tiles on S multiprocessors, K the keys that a tile reads on average (causal, or within the window), f =
 128 S (4 d / P + v / P_32) seconds per key: the products run at the tensor cores' peak P, the softmax takes v
-operations per score at P_32, in single precision. s the splits of the keys when there are few tiles. That
-one v explains the rates of heads of 64, 128 and 256, and an Ada card's by an Ampere's. Tiles run side
-by side, so the longest and all of them together are nearly a maximum (p = 6); what the causal triangle adds
-is its unequal tiles, of which the longest come last. A chunk after a long context has equal ones. Decodes are
-bound by reading the cache, few of them by how fast one multiprocessor reads:
+operations per score at P_32, in single precision; one v explains the rates of heads of 64, 128 and 256, and an
+Ada card's by an Ampere's. Queries, keys, values and results come through the L2 at e bytes per multiprocessor
+and clock h: 6.0 on an A100, 5.9 on an H200. s are the splits of the keys when there are few tiles. Tiles run
+side by side, so the longest and all of them together are nearly a maximum (p = 6); what the causal triangle
+adds is its unequal tiles, of which the longest come last. A chunk after a long context has equal ones.
+
+Decodes are bound by reading the cache, few of them by how fast one multiprocessor reads:
 
     mean    W = N s/S t_tile + 4 d (G sum(L) + H B) / (B_mem e)
     longest C = t_tile + L/s 4 d S / (B_mem e_sm)
@@ -81,12 +83,12 @@ def prefill_s(
     mean, longest = _keys(tokens, per_head, context, reach)
     wide = np.where(head_dim > 256, e.attention_wide_head, 1.0)
     products_s = FORWARD_FLOPS * head_dim / (device.peak_flops * wide)
-    softmax_s = e.attention_softmax_flops / vector_flops(device)
+    softmax_s = e.attention_softmax_flops / device.softmax_flops
     key_s = QUERY_TILE * device.sms * (products_s + softmax_s)
     grouped = group > 1
     query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
     kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
-    rate = device.memory_bandwidth_bytes_s * e.attention_bandwidth
+    rate = device.sm_clocks_hz * e.attention_clock_bytes
     splits = np.ones_like(tiles)
     if packs:
         splits = _splits(tiles, np.ceil(longest / KEY_TILE), device.sms)
@@ -131,11 +133,6 @@ def decode_s(
     if e.attention_generation == 2:
         seconds += np.where((group > 1) & (kv_heads > 1) & (batch > 1), e.decode_regroup_s, 0.0)
     return seconds
-
-
-def vector_flops(device: DeviceSpec) -> float:
-    """FLOP/s of the softmax."""
-    return device.peak_flops / 16 if device.vector_flops is None else device.vector_flops
 
 
 def local_kv_heads(model: ModelShape, tp: int) -> int:

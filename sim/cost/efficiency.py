@@ -60,9 +60,10 @@ class Efficiency:
     only chunks after a context tell it, and it is 0.51 for an RTX 4090 (casys-kaist/LLMServingSim 5daddb2)."""
     attention_tail: float = 0.823
     """Share of what the longest tile has more than the mean one that comes at the end."""
-    attention_bandwidth: float = 0.45
+    attention_clock_bytes: float = 6.02
+    """Query, key, value and output bytes per multiprocessor and clock, through the L2."""
     attention_query_weight: float = 0.314
-    """Query and output bytes of grouped heads, as counted against `attention_bandwidth`."""
+    """Query and output bytes of grouped heads, as counted against that."""
     attention_kv_weight: float = 3.34
     """Key and value bytes of grouped heads, likewise: they are read by every head or tile."""
     attention_split_s: float = 1e-6
@@ -114,11 +115,11 @@ class Efficiency:
     elementwise_bandwidth: float = 0.8
     """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
     a100_sxm.yaml and h200_sxm.yaml."""
-    norm_bandwidth: float = 0.346
+    norm_clock_bytes: float = 4.63
     add_bandwidth: float = 0.902
-    rotary_bandwidth: float = 0.418
-    activation_bandwidth: float = 0.488
-    embedding_bandwidth: float = 0.146
+    rotary_clock_bytes: float = 5.6
+    activation_clock_bytes: float = 6.53
+    embedding_clock_bytes: float = 1.95
     elementwise_fixed_s: float = 3e-6
     norm_fixed_s: float = 1.83e-6
     add_fixed_s: float = 0.968e-6
@@ -163,7 +164,6 @@ SHARES = (
     "layer_flops",
     "layer_read_bandwidth",
     "layer_write_bandwidth",
-    "attention_bandwidth",
     "decode_bandwidth",
     "allreduce_one_shot",
     "allreduce_two_shot",
@@ -171,9 +171,5 @@ SHARES = (
     "nccl_alltoall_low_latency",
     "nccl_bandwidth",
     "elementwise_bandwidth",
-    "norm_bandwidth",
     "add_bandwidth",
-    "rotary_bandwidth",
-    "activation_bandwidth",
-    "embedding_bandwidth",
 )
