@@ -21,6 +21,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from sim.core.specs import ModelShape
+from sim.cost.collective import OPERATIONS
 
 Floats = NDArray[np.float64]
 
@@ -266,8 +267,16 @@ def _nccl(file: str, frame: pd.DataFrame) -> list[Measured]:
             f"{file}: row {row + 1}: nccl_dtype is {frame['nccl_dtype'].iloc[row]}; "
             f"allowed: {', '.join(element_bytes)}"
         )
+    known = frame["op_name"].isin(OPERATIONS)
+    if not known.any():
+        raise ValueError(
+            f"{file}: op_name is {frame['op_name'].iloc[0]}; allowed: some of {', '.join(OPERATIONS)}"
+        )
+    if not known.all():
+        others = ", ".join(map(str, frame["op_name"][~known].unique()[:4]))
+        warnings.warn(f"{file}: {int((~known).sum())} rows of {others} left out", stacklevel=2)
     result = []
-    for name, part in frame.groupby("op_name", sort=True):
+    for name, part in frame[known].groupby("op_name", sort=True):
         size = _floats(part, "message_size") * part["nccl_dtype"].map(element_bytes).to_numpy(np.float64)
         columns = {"bytes": size, "devices": _floats(part, "num_gpus")}
         result.append(_measured(file, part, f"nccl {name}", f"nccl {name}", columns, "latency"))

@@ -1,6 +1,6 @@
 """Seconds of collectives inside one node.
 
-One kernel for messages below 8 MiB (vLLM's custom all-reduce, its limits on one and two shots):
+One kernel for messages below 8 MiB over NVLink (vLLM's custom all-reduce, its limits on one and two shots):
 
     one shot   t = t_fixed + t_hop (g - 1) + (g - 1) b / (L e1)                  g = 2, or b small
     two shots  t = t_fixed + t_hop (g - 1) + t_2 + 2 (g - 1)/g b / (L e2)
@@ -29,6 +29,8 @@ LARGE_BYTES = 8 * 2**20
 """The one-kernel all-reduce takes smaller messages (vLLM's default limit)."""
 ONE_SHOT_BYTES = {2: LARGE_BYTES, 4: 512 * 2**10, 8: 256 * 2**10}
 """Up to so many devices -> messages below it go in one shot (vLLM's custom_all_reduce.cuh)."""
+NVLINK_BYTES_S = 1e11
+"""More than two devices with slower links have no one-kernel all-reduce (vLLM's rule for PCIe)."""
 PROTOCOLS = 3.0
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall")
 
@@ -37,8 +39,10 @@ def allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Eff
     """Seconds for each message size inside a captured graph; zeros when there is one device."""
     if tp == 1:
         return np.zeros_like(size_bytes)
-    small_s = custom_s(size_bytes, tp, device, efficiency)
     large_s = nccl_s(size_bytes, tp, "all_reduce", device, efficiency)
+    if tp > 2 and device.link_bandwidth_bytes_s < NVLINK_BYTES_S:
+        return large_s
+    small_s = custom_s(size_bytes, tp, device, efficiency)
     return np.where(size_bytes < LARGE_BYTES, small_s, large_s)
 
 

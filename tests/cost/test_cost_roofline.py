@@ -57,10 +57,12 @@ def test_a_pass_is_never_faster_than_its_bytes_and_flops(device: str, model: str
     flop_s = 2 * tokens * weights / spec.peak_flops
     byte_s = weights * shape.dtype_bytes / spec.memory_bandwidth_bytes_s
     floor_s = shape.layers * max(flop_s, byte_s)
-    # Furthest from the roof is a batch of a few hundred tokens on four H100: a third of its time is GEMMs
-    # at half their rate, the rest all-reduces and short kernels.
-    assert floor_s < curves.token_s[tokens] < 4 * floor_s
-    assert floor_s / shape.layers < curves.backward_layer_s[tokens] < 4 * floor_s / shape.layers
+    collective_s, backward_collective_s = curves.collective_s[tokens], curves.backward_collective_s[tokens]
+    # Furthest from the roof is a batch of a few hundred tokens on four H100: half of its time is GEMMs
+    # at half their rate, the rest short kernels. What links take is another roof.
+    assert floor_s < curves.token_s[tokens] - collective_s < 4 * floor_s
+    backward_s = curves.backward_layer_s[tokens] - backward_collective_s
+    assert floor_s / shape.layers < backward_s < 4 * floor_s / shape.layers
 
 
 @pytest.mark.parametrize(("device", "model"), PAIRS)
@@ -208,7 +210,7 @@ def test_collectives_are_no_faster_than_their_bytes_and_switch_at_eight_megabyte
     floor_s = 2 * (tp - 1) / tp * size / spec.link_bandwidth_bytes_s
     seconds = allreduce_s(size, tp, spec, efficiency)
     assert (seconds > floor_s).all() and (np.diff(seconds) >= 0).all()
-    small = size < 8 * 2**20
+    small = size < 8 * 2**20 if tp == 2 or spec.link_bandwidth_bytes_s > 1e11 else size < 0
     np.testing.assert_array_equal(seconds[small], custom_s(size, tp, spec, efficiency)[small])
     nccl = nccl_s(size, tp, "all_reduce", spec, efficiency)
     np.testing.assert_array_equal(seconds[~small], nccl[~small])
