@@ -19,12 +19,12 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
-from profiles.curves import FACTS, Line, fitted, operators_in, table
+from profiles.curves import Line, fitted, operators_in, table
 from profiles.layers import layer_table
 from profiles.measured import Measured, read_frame, read_measured
 from profiles.named import device_described, device_named, model_named
@@ -240,8 +240,7 @@ def _curves(arguments: Sequence[str]) -> int:
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
     for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
-        borrowed = replace(own[other], **{fact: getattr(own[name], fact) for fact in FACTS})
-        _print_errors(list(table(device_named(name), rows[name], starts[name], borrowed)))
+        _print_errors(list(table(device_named(name), rows[name], starts[name], own[other])))
     _print_errors(layer_table(folder / "kernel-profiles"))
     return 0
 

@@ -9,12 +9,12 @@ stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a 
 
 What a run folder does not tell is not simulated. It has no tokens, so what two prompts have in common is
 computed twice here and once by an engine with prefix caching; workloads made by LLMServingSim's ShareGPT
-generator have such pairs, since each turn of a conversation carries the turns before it. On the recorded run
-of Llama-3.1-8B on an RTX 4090 that shows: in its third to fifth second, before any request is preempted, the
-engine holds 19 blocks fewer than a replay whose first batch is held back as it was, and both grow alike; 30 to
-40 blocks more (of 2,588) would bring all figures within 3 %, while half a per cent more or less of kernel time
-moves none by more than a point. Nor does a folder tell of the warm-up that held that first batch back by half a
-second.
+generator have such pairs, since each turn of a conversation carries the turns before it. The recorded run of
+Llama-3.1-8B on an RTX 4090 looks like that: in its second to fourth second, before any request is preempted, the
+engine holds 19 blocks fewer than a replay whose first batch is held back as it was, and both grow alike. Given
+30 or 40 blocks more (of 2,588) that replay has all figures within 3 %; half a per cent more or less of kernel
+time moves none by more than a point. The tokens that would prove it are not in the folder. Nor does a folder
+tell of the warm-up that held that first batch back by half a second.
 
 Data parallelism is simulated as several engines, tensor parallelism with the times of its degree in the
 profile (a folder tpN) and the links in `config.json`; LoRA, speculation, pipelines and mixtures of experts are
