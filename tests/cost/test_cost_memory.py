@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import (
     activation_bytes,
-    free_bytes,
     kv_bytes_per_token,
     kv_room_tokens,
     weight_bytes,
