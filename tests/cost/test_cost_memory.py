@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import (
     activation_bytes,
+    free_bytes,
     kv_bytes_per_token,
     kv_room_tokens,
     weight_bytes,
@@ -40,6 +41,7 @@ def test_the_room_fills_the_memory_and_no_more(card: str, name: str) -> None:
     tp = shape.tp if spec.memory_bytes > 64 * 2**30 else 8
     tokens = kv_room_tokens(device=spec, model=shape, tp=tp, finetune_bytes=held)
     used = weight_bytes(shape, tp) + activation_bytes(shape, tp, 2048, 256) + 551 * 2**20
+    assert free_bytes(device=spec, model=shape, tp=tp) == 0.9 * spec.memory_bytes - used
     used += held
     each = kv_bytes_per_token(shape, tp)
     assert used + tokens * each <= 0.9 * spec.memory_bytes < used + (tokens + 1) * each
