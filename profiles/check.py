@@ -1,11 +1,12 @@
 """Measured rows against what is predicted for a device: the errors of every operator.
 
-    coserve profile check FILE device=a100_80gb [model=llama_3_1_8b] [tp=1] [gemm=table]
+    coserve profile check FILE device=a100_80gb [model=llama_3_1_8b] [tp=1] [gemm=layer|table|curve]
                           [cost=roofline] [bound_median=8] [bound_p90=20]
 
 FILE has the columns of a public kernel file (`profiles.measured`) or of a profile (`profiles.schema`). With
-a model, the operators of its own shapes have lines of their own. Bounds are per cent, on every line that
-FILE has rows for; above one the exit code is 1.
+a model, the operators of its own shapes have lines of their own. Without `gemm=`, the products of an operator
+profile are those of a running layer, and those of a kernel file are alone, corrected. Bounds are per cent, on
+every line that FILE has rows for; above one the exit code is 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.fit import by_regime
-from profiles.measured import Measured, read_frame, read_measured
+from profiles.measured import Measured, read_frame, read_measured, whole_layer
 from profiles.predict import predicted_s
 from profiles.schema import is_profile, read_profile
 from profiles.table_file import TableFile
@@ -53,7 +54,7 @@ def check_file(
     model: ModelShape | None,
     tp: int,
     cost: str = "roofline",
-    gemm: str = "table",
+    gemm: str | None = None,
 ) -> list[CheckLine]:
     """One line per operator or regime; ValueError for a broken file, or a profile without a model."""
     if model is not None:
@@ -64,12 +65,13 @@ def check_file(
         return _check_profile(path, device, model, tp, cost)
     if cost != "roofline":
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
-    operators = read_measured(path)
+    operators = read_measured(path, model, tp)
     lines = []
     for measured in operators:
-        seconds = predicted_s(measured, device, gemm=gemm)
+        seconds = predicted_s(measured, device, gemm=gemm or ("table" if measured.kind == "gemm" else None))
         lines.append(_line(measured, seconds))
         own = own_shapes(measured, model, tp) if model is not None else None
+        own = None if own is not None and own.all() else own
         if own is not None and own.any():
             lines.append(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
@@ -119,19 +121,10 @@ def own_shapes(measured: Measured, model: ModelShape, tp: int) -> NDArray[np.boo
     return np.asarray(np.logical_or.reduce(rows))
 
 
-def _whole_layer(operators: list[Measured], device: DeviceSpec, gemm: str) -> list[CheckLine]:
-    """All operators of a layer in an operator profile, added up: the embedding is not in it, additions and
-    norms are there twice."""
-    times = {"add": 2.0, "emb": 0.0}
-    layer = [m for m in operators if "tp" in m.columns and times.get(m.operator, 1.0)]
-    if not layer:
-        return []
-    measured_s = sum(times.get(m.operator, 1.0) * m.seconds for m in layer)
-    seconds = sum(times.get(m.operator, 1.0) * predicted_s(m, device, gemm=gemm) for m in layer)
-    shape = {"tokens": layer[0].columns["m"], "tp": layer[0].columns["tp"]}
-    assert isinstance(measured_s, np.ndarray) and isinstance(seconds, np.ndarray)
-    whole = replace(layer[0], operator="whole layer", columns=shape, seconds=measured_s)
-    return [_line(whole, seconds)]
+def _whole_layer(operators: list[Measured], device: DeviceSpec, gemm: str | None) -> list[CheckLine]:
+    seconds = [predicted_s(m, device, gemm=gemm) for m in operators]
+    whole = whole_layer(operators, seconds)
+    return [] if whole is None else [_line(*whole)]
 
 
 def _line(measured: Measured, seconds: Floats) -> CheckLine:

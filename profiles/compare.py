@@ -96,7 +96,8 @@ def timeline(run: RunFolder, replay: Replay) -> Timeline:
     when the prompt's first token comes, as vLLM counts them.
     """
     ticks, rows, tick_s = run.ticks, replay.iterations, run.tick_s
-    end_s = _on_engine_clock(run)
+    assert ticks is not None
+    end_s = _on_engine_clock(run, ticks)
     prompt_tokens = run.requests.prompt_tokens.astype(np.float64)
     prompts = _sums(replay.first_token_s, prompt_tokens, end_s, tick_s)
     firsts = _sums(replay.first_token_s, np.ones(len(replay.first_token_s)), end_s, tick_s)
@@ -121,9 +122,8 @@ def timeline(run: RunFolder, replay: Replay) -> Timeline:
     )
 
 
-def _on_engine_clock(run: RunFolder) -> Floats:
+def _on_engine_clock(run: RunFolder, ticks: dict[str, Floats]) -> Floats:
     """Ends of the ticks, counted from the engine's first request."""
-    ticks = run.ticks
     busy = (ticks["gen_throughput"] > 0) | (ticks["prompt_throughput"] > 0)
     first_busy_s = float(ticks["t"][int(np.argmax(busy))])
     first_token_tick = math.floor(float(run.requests.first_token_s.min()) / run.tick_s)

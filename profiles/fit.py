@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from profiles.schema import Profile
 from sim.cost.context import CostContext
-from sim.cost.curves import ChunkCost
 from sim.cost.flat import row_seconds
 from sim.cost.roofline import Roofline
 from sim.cost.table import Table, timed_table
@@ -160,7 +159,7 @@ def _completed(table: Table, missing: tuple[str, ...], context: CostContext) -> 
     changes: dict[str, Any] = {name: _extended(getattr(ours, name), length) for name in lists}
     times = {name: [factor * s for s in getattr(theirs, name)] for name in lists}
     if "prefill" in missing:
-        changes["prefill"] = _scaled(theirs.prefill, factor)
+        changes["prefill"] = theirs.prefill.times(factor)
     if "decode" in missing:
         changes["decode"] = type(theirs.decode)(*(factor * s for s in theirs.decode))
     if "windows" in missing:
@@ -169,7 +168,7 @@ def _completed(table: Table, missing: tuple[str, ...], context: CostContext) -> 
         changes |= {"recompute": changes.get("forward", ours.forward), "recompute_s": times["recompute_s"]}
     if "backward" in missing:
         changes |= {
-            "backward": _scaled(theirs.backward, factor),
+            "backward": theirs.backward.times(factor),
             "backward_layer_s": times["backward_layer_s"],
         }
     if {"adapters", "windows"} <= set(missing):
@@ -194,7 +193,3 @@ def _extended(values: list[float], length: int) -> list[float]:
     slope = (values[-1] - values[start]) / max(1, len(values) - 1 - start)
     more = [values[-1] + slope * (i + 1) for i in range(length - len(values))]
     return [*values, *more][:length]
-
-
-def _scaled(chunk: ChunkCost, factor: float) -> ChunkCost:
-    return ChunkCost(*(factor * value for value in chunk))

@@ -1,15 +1,18 @@
 """Measured operators: the public files' columns, recognised and checked.
 
-A file is recognised by its columns alone. Times are milliseconds in every public file; `Measured` has
-seconds. Sizes of collectives are elements in aiconfigurator's files (a half-precision all-reduce of n takes
-as long as an int8 one of 2 n) and bytes in vidur's.
+A file is recognised by its columns alone. Times are milliseconds, but microseconds in a card's profile
+(`profiles.card`); `Measured` has seconds. Rows of other precisions than half are left out with a warning.
+Sizes of collectives are elements in aiconfigurator's files (a half-precision all-reduce of n takes as long as
+an int8 one of 2 n) and bytes in vidur's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,21 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sim.core.specs import ModelShape
+from sim.cost.collective import OPERATIONS
+
 Floats = NDArray[np.float64]
 
+PRECISION_COLUMNS = ("gemm_dtype", "attn_dtype", "kv_cache_dtype", "allreduce_dtype", "dtype", "quant_mode")
+HALF = ("bfloat16", "float16", "half", "fp16", "bf16", "auto")
+VARIANTS = ("kernel_source", "version", "device")
+"""Columns that tell rows of one shape apart: kernels, libraries or cards that were compared."""
+
 VIDUR_OPERATORS = {
-    "attn_pre_proj": "gemm",
-    "attn_post_proj": "gemm",
-    "mlp_up_proj": "gemm",
-    "mlp_down_proj": "gemm",
+    "attn_pre_proj": "product",
+    "attn_post_proj": "product",
+    "mlp_up_proj": "product",
+    "mlp_down_proj": "product",
     "input_layernorm": "norm",
     "post_attention_layernorm": "norm",
     "add": "add",
@@ -31,7 +42,7 @@ VIDUR_OPERATORS = {
     "attn_rope": "rotary",
     "emb": "embedding",
 }
-"""Column of vidur's operator profiles -> kind of operator."""
+"""Column of vidur's operator profiles -> kind of operator; a product is a GEMM of a running layer."""
 VIDUR_SHAPE = (
     "n_head",
     "n_kv_head",
@@ -86,9 +97,15 @@ class Layout:
     """Rows that may be there more than once; None: none may."""
 
 
-def read_measured(path: Path) -> list[Measured]:
-    """The operators of a public file; ValueError in one line for a file that is not one or is broken."""
+def read_measured(path: Path, model: ModelShape | None = None, tp: int = 1) -> list[Measured]:
+    """The operators of a public file; ValueError in one line for a file that is not one or is broken. Only a
+    card's profile needs the model, whose shapes on one of `tp` devices it does not name."""
+    from profiles.card import is_card, read_card
+
     frame = read_frame(path)
+    if is_card(list(frame.columns)):
+        return read_card(str(path), frame, model, tp)
+    frame = _half(str(path), frame)
     layout = recognise(str(path), list(frame.columns))
     _check(str(path), frame, layout)
     return layout.read(str(path), frame)
@@ -124,35 +141,61 @@ def recognise(file: str, columns: Sequence[str]) -> Layout:
     raise ValueError(f"{file}: row 0 (header): column {absent} is missing; {wanted}")
 
 
+def _half(file: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of half precision, where a column says it."""
+    for name in PRECISION_COLUMNS:
+        if name not in frame:
+            continue
+        half = frame[name].astype(str).str.lower().isin(HALF)
+        if not half.any():
+            found = ", ".join(map(str, sorted(frame[name].astype(str).unique())[:4]))
+            raise ValueError(f"{file}: {name} is {found} in every row; allowed: {', '.join(HALF)}")
+        if not half.all():
+            warnings.warn(f"{file}: {int((~half).sum())} rows of another {name} left out", stacklevel=2)
+        frame = frame[half]
+    return frame
+
+
 def _check(file: str, frame: pd.DataFrame, layout: Layout) -> None:
-    for name in (*layout.keys, *layout.seconds, *(n for n in layout.optional if n in frame)):
-        values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64)
-        # A time is above 0, a size at least 0 (a window of 0 is none), and both are numbers.
-        least = math.ulp(0.0) if name in layout.seconds else 0.0
-        if name in POSITIVE:
-            least = 1.0
-        bad = ~np.isfinite(values) | (values < least)
-        if bad.any():
-            row = int(np.argmax(bad))
-            allowed = "above 0" if name in layout.seconds else f"at least {least:.0f}"
-            raise ValueError(
-                f"{file}: row {row + 1}: {name} is {frame[name].iloc[row]}; allowed: a number {allowed}"
-            )
+    names = (*layout.keys, *layout.seconds, *(n for n in layout.optional if n in frame))
+    check_numbers(file, frame, names, layout.seconds, POSITIVE)
     _check_repeats(file, frame, layout)
     if {"num_heads", "num_key_value_heads"} <= set(frame):
-        heads = frame["num_heads"].to_numpy() % frame["num_key_value_heads"].to_numpy()
-        # Key-value heads are whole groups of query heads, or the last group is short after a tp split.
-        wrong = frame["num_heads"].to_numpy() < frame["num_key_value_heads"].to_numpy()
+        wrong = (frame["num_heads"] < frame["num_key_value_heads"]).to_numpy()
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(
-                f"{file}: row {row + 1}: num_key_value_heads is {frame['num_key_value_heads'].iloc[row]}; "
-                f"allowed: at most num_heads, {frame['num_heads'].iloc[row]} (remainder {heads[row]})"
+                f"{file}: row {frame.index[row] + 1}: num_key_value_heads is "
+                f"{frame['num_key_value_heads'].iloc[row]}; "
+                f"allowed: at most num_heads, {frame['num_heads'].iloc[row]}"
+            )
+
+
+def check_numbers(
+    file: str,
+    frame: pd.DataFrame,
+    names: Sequence[str],
+    times: Collection[str],
+    positive: Collection[str],
+) -> None:
+    """ValueError for the first value that is no number, a time not above 0, or a size below 0 (or 1)."""
+    for name in names:
+        values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64)
+        # A time is above 0, a size at least 0 (a window of 0 is none), and both are numbers.
+        least = math.ulp(0.0) if name in times else 1.0 if name in positive else 0.0
+        bad = ~np.isfinite(values) | (values < least)
+        if bad.any():
+            row = int(np.argmax(bad))
+            allowed = "above 0" if name in times else f"at least {least:.0f}"
+            raise ValueError(
+                f"{file}: row {frame.index[row] + 1}: {name} is {frame[name].iloc[row]}; "
+                f"allowed: a number {allowed}"
             )
 
 
 def _check_repeats(file: str, frame: pd.DataFrame, layout: Layout) -> None:
-    names = [n for n in (*layout.texts, *layout.keys, *layout.optional) if n in frame]
+    told_apart = (*layout.texts, *layout.keys, *layout.optional, *VARIANTS)
+    names = [n for n in told_apart if n in frame]
     if layout.repeats is None:
         again = frame.duplicated(names)
     else:
@@ -164,7 +207,8 @@ def _check_repeats(file: str, frame: pd.DataFrame, layout: Layout) -> None:
         first = int(np.argmax(same))
         what = ", ".join(f"{n} {frame[n].iloc[row]}" for n in names[:6])
         raise ValueError(
-            f"{file}: row {row + 1}: the same as row {first + 1} ({what}); allowed: one row per shape"
+            f"{file}: row {frame.index[row] + 1}: the same as row {frame.index[first] + 1} ({what}); "
+            "allowed: one row per shape"
         )
 
 
@@ -223,8 +267,16 @@ def _nccl(file: str, frame: pd.DataFrame) -> list[Measured]:
             f"{file}: row {row + 1}: nccl_dtype is {frame['nccl_dtype'].iloc[row]}; "
             f"allowed: {', '.join(element_bytes)}"
         )
+    known = frame["op_name"].isin(OPERATIONS)
+    if not known.any():
+        raise ValueError(
+            f"{file}: op_name is {frame['op_name'].iloc[0]}; allowed: some of {', '.join(OPERATIONS)}"
+        )
+    if not known.all():
+        others = ", ".join(map(str, frame["op_name"][~known].unique()[:4]))
+        warnings.warn(f"{file}: {int((~known).sum())} rows of {others} left out", stacklevel=2)
     result = []
-    for name, part in frame.groupby("op_name", sort=True):
+    for name, part in frame[known].groupby("op_name", sort=True):
         size = _floats(part, "message_size") * part["nccl_dtype"].map(element_bytes).to_numpy(np.float64)
         columns = {"bytes": size, "devices": _floats(part, "num_gpus")}
         result.append(_measured(file, part, f"nccl {name}", f"nccl {name}", columns, "latency"))
@@ -255,7 +307,9 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
     query = shape["n_head"] * head_dim / tp
     kv = np.maximum(1.0, shape["n_kv_head"] / tp) * head_dim
     ffn = shape["n_expanded_embd"] / tp
-    gated = 2.0 if bool(frame.get("use_gated_mlp", pd.Series([True])).iloc[0]) else 1.0
+    gated = np.full(len(frame), 2.0)
+    if "use_gated_mlp" in frame:
+        gated = np.where(frame["use_gated_mlp"].astype(str).str.lower().isin(("true", "1", "1.0")), 2.0, 1.0)
     products = {
         "attn_pre_proj": (hidden, query + 2 * kv),
         "attn_post_proj": (query, hidden),
@@ -273,14 +327,49 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
     result = []
     for name, kind in VIDUR_OPERATORS.items():
         time = f"time_stats.{name}.median"
-        if time not in frame:
+        # A model without this operator has no column, or an empty one.
+        if time not in frame or frame[time].isna().all():
             continue
-        if kind == "gemm":
+        check_numbers(file, frame, (time,), (time,), ())
+        if kind == "product":
             k, n = products[name]
             columns = {"m": tokens, "n": n, "k": k, "tp": tp}
         else:
             columns = {"m": tokens, "values": values[name], "tp": tp}
         result.append(_measured(file, frame, name, kind, columns, time))
+    return result
+
+
+def whole_layer(operators: Sequence[Measured], seconds: Sequence[Floats]) -> tuple[Measured, Floats] | None:
+    """All operators of a layer in an operator profile, added up: as measured, and `seconds` of each. The
+    embedding is not in it, additions are there twice. None for other files."""
+    times = {"add": 2.0, "emb": 0.0, "layernorm": 2.0}
+    own = [(m, s, times.get(m.operator, 1.0)) for m, s in zip(operators, seconds, strict=True)]
+    layer = [item for item in own if "tp" in item[0].columns and item[2]]
+    if not layer:
+        return None
+    tokens = layer[0][0].columns["m"]
+    if not all(np.array_equal(m.columns["m"], tokens) for m, _, _ in layer):
+        layer = _at_common_tokens(layer)
+        if not len(layer[0][1]):
+            return None
+    first = layer[0][0]
+    shape = {"tokens": first.columns["m"], "tp": first.columns["tp"]}
+    measured_s = np.sum([count * m.seconds for m, _, count in layer], axis=0)
+    whole = replace(first, operator="whole layer", columns=shape, seconds=measured_s)
+    return whole, np.sum([count * s for _, s, count in layer], axis=0)
+
+
+def _at_common_tokens(layer: list[tuple[Measured, Floats, float]]) -> list[tuple[Measured, Floats, float]]:
+    """Rows of tokens that every operator has, in rising order; each has them once."""
+    common = reduce(np.intersect1d, [m.columns["m"] for m, _, _ in layer])
+    result = []
+    for measured, seconds, count in layer:
+        order = np.argsort(measured.columns["m"])
+        order = order[np.isin(measured.columns["m"][order], common)]
+        columns = {name: values[order] for name, values in measured.columns.items()}
+        kept = replace(measured, columns=columns, seconds=measured.seconds[order], rows=measured.rows[order])
+        result.append((kept, seconds[order], count))
     return result
 
 
@@ -367,7 +456,7 @@ LAYOUTS = (
         name="operator profile",
         keys=VIDUR_SHAPE,
         seconds=tuple(
-            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "gemm"
+            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "product"
         ),
         read=_vidur,
         mark=frozenset({"n_embd", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"}),

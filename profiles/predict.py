@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from profiles.measured import Measured
 from sim.core.specs import DeviceSpec
-from sim.cost.attention import prefill_s
+from sim.cost.attention import decode_s, prefill_s
 from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
 from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import KINDS, elementwise_s
@@ -17,16 +17,25 @@ Floats = NDArray[np.float64]
 
 
 def predicted_s(
-    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str = "curve"
+    measured: Measured, device: DeviceSpec, efficiency: Efficiency | None = None, gemm: str | None = None
 ) -> Floats:
-    """Seconds of each row of `measured`; the device's own efficiency unless another is given."""
+    """Seconds of each row of `measured`; the device's own efficiency unless another is given.
+
+    `gemm` None: products of a layer as such, GEMMs by the curve.
+    """
     e = Efficiency.of(device) if efficiency is None else efficiency
     c, kind = measured.columns, measured.kind
-    if kind == "gemm":
-        return product_rows_s(c["m"], c["k"], c["n"], device, e, gemm)
+    if kind in ("gemm", "product"):
+        how = gemm or ("layer" if kind == "product" else "curve")
+        return product_rows_s(c["m"], c["k"], c["n"], device, e, how)
     if kind == "attention":
         shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
         return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
+    if kind == "mixed attention":
+        # As an iteration counts it: one after the other.
+        shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
+        chunk_s = prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
+        return chunk_s + decode_s(c["decodes"], c["decode_context"] + 1, *shape, device, e)
     if kind in KINDS:
         return elementwise_s(c["m"], c["values"], kind, device, e)
     return _collective_s(measured, device, e)

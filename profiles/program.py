@@ -3,29 +3,35 @@
     coserve profile collect [device=NAME model=NAME] [seconds=360] [out=FILE] [restart=true]
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
-    coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=table|curve] [cost=roofline|table]
-                          [bound_median=8] [bound_p90=20]
+    coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=layer|table|curve] [cost=roofline|table]
+                          [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
     coserve profile curves DATA_FOLDER
 
 `collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its
-keys. Settings are key=value, as in `coserve simulate`. Exit code 2 with one line for a broken file or setting, 1
+keys. Settings are key=value, as in `coserve simulate`. NAME of a device or model may be a YAML file of the form of
+`configs/device` or `configs/model`. A device may be changed, or without a NAME be described, by numbers of its
+datasheet: device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
+device.link_bandwidth_bytes_s or an efficiency (`sim.cost.efficiency`), e.g. device.attention_generation=3 for
+Hopper. Exit code 2 with one line for a broken file or setting, 1
 when a bound is exceeded.
 """
 
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
-from profiles.curves import fitted, operators_in, table
+from profiles.curves import Line, fitted, operators_in, table
+from profiles.layers import layer_table
 from profiles.measured import Measured, read_frame, read_measured
-from profiles.named import device_named, model_named
+from profiles.named import device_described, device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec
@@ -53,7 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name != "collect" and {"--help", "-h"} & set(rest):
             print(one_usage())
             return 0
-        return programs[name](rest)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            code = programs[name](rest)
+        for text in dict.fromkeys(str(warning.message) for warning in caught):
+            print(f"note: {text}", file=sys.stderr)
+        return code
     except (ValueError, OSError, ArithmeticError) as error:
         return report("coserve profile", error, message(error) or one_line(str(error)))
 
@@ -89,18 +100,20 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 
 def _check(arguments: Sequence[str]) -> int:
-    known = ("device", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
+    known = ("device", "device.", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
     names, settings = settings_of(arguments, known)
     path = _one_file(names, "check")
-    if "device" not in settings:
-        raise ValueError("check needs device=NAME; see configs/device")
-    device = device_named(settings["device"])
+    numbers = {k.removeprefix("device."): v for k, v in settings.items() if k.startswith("device.")}
+    if "device" not in settings and not numbers:
+        raise ValueError("check needs device=NAME, see configs/device, or a device's numbers")
+    device = device_described(settings.get("device"), numbers)
     model = model_named(settings["model"]) if "model" in settings else None
     tp = whole_number(settings, "tp", model.tp if model is not None else 1)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
-    cost, gemm = _choice(settings, "cost", COSTS), _choice(settings, "gemm", GEMMS)
+    cost = _choice(settings, "cost", COSTS)
+    gemm = _choice(settings, "gemm", GEMMS) if "gemm" in settings else None
     lines = check_file(path, device, model, tp, cost, gemm)
-    print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if cost == "roofline" else ""))
+    print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if gemm is not None else ""))
     _print_lines(lines)
     found = above(lines, *bounds)
     for text in found:
@@ -217,18 +230,22 @@ def _curves(arguments: Sequence[str]) -> int:
         rows[name] = operators_in(where.parent, where.name)
         if not rows[name]:
             raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
-    heads = " ".join(f"{name:>16}" for name in ("in sample", "shapes held out", "device held out"))
-    print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
     for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
-        borrowed = replace(own[other], attention_generation=starts[name].attention_generation)
-        for line in table(device_named(name), rows[name], starts[name], borrowed):
-            cells = [f"{100 * a:.1f} / {100 * b:.1f} %" for a, b in line.errors.values()]
-            print(
-                f"{name:<10} {line.operator:<22} {line.rows:>6} {cells[0]:>16} {cells[1]:>16} {cells[2]:>16}"
-            )
+        _print_errors(list(table(device_named(name), rows[name], starts[name], own[other])))
+    _print_errors(layer_table(folder / "kernel-profiles"))
     return 0
+
+
+def _print_errors(lines: Sequence[Line]) -> None:
+    if not lines:
+        return
+    heads = " ".join(f"{name:>18}" for name in lines[0].errors)
+    print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
+    for line in lines:
+        cells = " ".join(f"{f'{100 * a:.1f} / {100 * b:.1f} %':>18}" for a, b in line.errors.values())
+        print(f"{line.device:<10} {line.operator:<22} {line.rows:>6} {cells}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from sim.errors import nearest
 
 
 def settings_of(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Positional arguments and key=value settings; a key may be written with leading dashes."""
+    """Positional arguments and key=value settings; a key may be written with leading dashes. A known `group.`
+    takes every key that begins with it."""
     names, settings = [], {}
     for argument in arguments:
         key, equals, value = argument.lstrip("-").partition("=")
@@ -17,8 +18,9 @@ def settings_of(arguments: Sequence[str], known: Sequence[str]) -> tuple[list[st
             names.append(argument)
             continue
         key = key.replace("-", "_")
-        if key not in known:
-            raise ValueError(f"no setting named {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+        if key not in known and f"{key.partition('.')[0]}." not in known:
+            keys = [name for name in known if not name.endswith(".")]
+            raise ValueError(f"no setting named {key!r}{nearest(key, keys)}; known: {', '.join(keys)}")
         settings[key] = value
     return names, settings
 

@@ -136,10 +136,11 @@ def assemble(config: DictConfig) -> Assembly:
         for index in group.members:
             jobs = group.plans.settle(finetune).build(group.model, index, seed, count)
             limits = group.limits(policies[index])
+            world = group.world(index)
             pipelines.append(
                 PipelineSpec(
                     policy=policies[index],
-                    world=group.world(index),
+                    world=world,
                     predictor=group.predictor,
                     limits=limits,
                     jobs=tuple(Job(spec, samples) for spec, samples in jobs),
@@ -150,6 +151,7 @@ def assemble(config: DictConfig) -> Assembly:
                     kv_blocks=limits.kv_tokens // limits.block_tokens,
                     device=group.device,
                     devices=group.context.tp,
+                    measured=_region(world),
                 )
             )
     asked_rps = config.workload.get("rate_rps")
@@ -217,6 +219,14 @@ class _Group:
 
     def world(self, index: int) -> CostModel:
         return self.world_builder.build(replace(self.context, seed=self.context.seed * 4096 + index))
+
+
+def _region(world: object) -> dict[str, tuple[float, float]] | None:
+    """What a cost model knows seconds for; noise and factors change nothing of it."""
+    while hasattr(world, "inner"):
+        world = world.inner
+    region: dict[str, tuple[float, float]] | None = getattr(world, "region", None)
+    return region
 
 
 def seed_of(config: DictConfig) -> int:

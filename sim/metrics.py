@@ -28,6 +28,9 @@ Bools = NDArray[np.bool_]
 LABELS = ("name", "policy", "model", "device", "workload", "rate_rps", "seed", "source")
 """What a summary row begins with, where the caller knows it."""
 
+PASS_TOKENS = "pass_tokens"
+"""Tokens of a pass: prefill_tokens + decode_count + forward_tokens."""
+
 STATISTICS = {"mean": "mean", "p50": "median", "p90": "90th percentile", "p99": "99th percentile"}
 
 LATENCIES = {
@@ -79,6 +82,8 @@ DEFINITIONS: dict[str, str] = {
     "gpu_busy_share": "time spent in iterations within the window / (duration_s x pipelines)",
     "kv_use_mean": "share of KV blocks in use, mean over the time of those iterations",
     "kv_use_max": "largest share of a pipeline's KV blocks in use in any of those iterations",
+    "extrapolated_share": "share of those iterations whose work lies outside what the cost model of the world "
+    "was measured for or computed in advance; missing where nothing is said of it",
     "prediction_error_p50": "median of abs(predicted / actual - 1) over iterations that the policy predicted",
     "prediction_error_p90": "90th percentile of abs(predicted / actual - 1) over the same iterations",
     "energy_j": "joules over duration_s: per device, idle_power_w + busy share x (power_w - idle_power_w)",
@@ -101,6 +106,8 @@ class PipelineFacts:
     device: DeviceSpec | None = None
     devices: int = 1
     """Accelerators of the pipeline: its tensor-parallel degree."""
+    measured: Mapping[str, tuple[float, float]] | None = None
+    """Column of the iterations, or PASS_TOKENS -> least and largest value that seconds are known for."""
 
     def __post_init__(self) -> None:
         if self.kv_blocks is not None and self.kv_blocks < 1:
@@ -354,6 +361,7 @@ def _system_row(
         "gpu_busy_share": float(busy.mean()),
         "kv_use_mean": _ratio(float(use @ took_s), float(took_s.sum())),
         "kv_use_max": float(use.max()) if use.size else math.nan,
+        "extrapolated_share": _mean(extrapolated(recorder, pipelines)[0][ended]),
         "prediction_error_p50": float(np.percentile(error, 50)) if error.size else math.nan,
         "prediction_error_p90": float(np.percentile(error, 90)) if error.size else math.nan,
         "energy_j": energy_j,
@@ -361,6 +369,37 @@ def _system_row(
         "cost": cost,
         "cost_per_mtoken": _ratio(cost * 1e6, generated + trained),
     }
+
+
+def extrapolated(
+    recorder: Recorder, pipelines: Sequence[PipelineFacts]
+) -> tuple[Floats, dict[str, tuple[float, float, float]]]:
+    """Per iteration whether it lies outside what its pipeline's seconds are known for (1, 0, NaN where that is
+    not said), and column -> least and largest known value, and the value furthest outside."""
+    rows = column_views(recorder.iterations)
+    flags = np.full(len(recorder.iterations), math.nan)
+    found: dict[str, tuple[float, float, float]] = {}
+    for index, facts in enumerate(pipelines):
+        if facts.measured is None:
+            continue
+        own = rows["pipeline"] == index
+        flags[own] = 0.0
+        for name, (low, high) in facts.measured.items():
+            values = _pass_tokens(rows) if name == PASS_TOKENS else rows[name]
+            beyond = np.where(own, np.maximum(low - values, values - high), 0.0)
+            if (beyond > 0).any():
+                flags[beyond > 0] = 1.0
+                found[name] = (low, high, float(values[int(np.argmax(beyond))]))
+    return flags, found
+
+
+def _pass_tokens(rows: Mapping[str, Floats]) -> Floats:
+    return rows["prefill_tokens"] + rows["decode_count"] + rows["forward_tokens"]
+
+
+def _mean(values: Floats) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else math.nan
 
 
 def _busy_shares(rows: dict[str, Floats], duration_s: float, pipelines: int) -> Floats:

@@ -28,7 +28,7 @@ from sim.assemble import CONFIGS, Assembly, assemble
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
 from sim.hydra_app import hydra_main
-from sim.metrics import summarize
+from sim.metrics import extrapolated, summarize
 from sim.results import make_manifest, write_run
 
 
@@ -65,7 +65,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         assembly.labels["name"] = _distinction(hydra.overrides.task)
     peak_tok_s = finetune_peak_tok_s(alone)
     with _progress(assembly, show=single) as on_progress:
-        row = _run(assembly, config, folder, peak_tok_s, on_progress)
+        row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
     if single and config.run.bounds:
         for policy in ("inference_only", "finetune_only"):
             if config.policy.name != policy:
@@ -117,6 +117,7 @@ def _run(
     folder: Path,
     peak_tok_s: float | None,
     on_progress: Callable[[float], None] | None,
+    warn: bool = False,
 ) -> dict[str, Any]:
     started_s = time.perf_counter()
     recorder = run_assembly(assembly, on_progress)
@@ -129,12 +130,23 @@ def _run(
         peak_finetune_tok_s=peak_tok_s,
         labels=assembly.labels,
     )
+    if warn:
+        _warn_of_extrapolation(recorder, assembly, summary["extrapolated_share"])
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim", overwrite=True)
     return {**summary, "folder": str(folder)}
+
+
+def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object) -> None:
+    """One line on stderr when iterations lie outside what the world's seconds are known for."""
+    if not isinstance(share, float) or not share > 0:
+        return
+    _, found = extrapolated(recorder, assembly.facts)
+    where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
+    print(f"note: {share:.1%} of the iterations are extrapolated: {', '.join(where)}", file=sys.stderr)
 
 
 def _distinction(overrides: Sequence[str]) -> str | None:

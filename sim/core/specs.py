@@ -132,6 +132,10 @@ class DeviceSpec:
     sms: int
     source: str
     """Where the numbers come from."""
+    vector_flops: float | None = None
+    """Single precision outside the tensor cores; None is a sixteenth of `peak_flops`, about a datacentre's."""
+    clock_hz: float | None = None
+    """Boost clock; None is what `vector_flops` says of 128 lanes per multiprocessor."""
     power_w: float | None = None
     idle_power_w: float | None = None
     price_per_hour: float | None = None
@@ -143,3 +147,17 @@ class DeviceSpec:
         for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {getattr(self, key)}")
+        for key in ("vector_flops", "clock_hz"):
+            value = getattr(self, key)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"device.{key} must be above 0 and finite, got {value}")
+
+    @property
+    def softmax_flops(self) -> float:
+        """FLOP/s in single precision outside the tensor cores."""
+        return self.peak_flops / 16 if self.vector_flops is None else self.vector_flops
+
+    @property
+    def sm_clocks_hz(self) -> float:
+        """Clocks of all multiprocessors together per second."""
+        return self.softmax_flops / 256 if self.clock_hz is None else self.sms * self.clock_hz

@@ -4,19 +4,25 @@ Prefill of B chunks of n tokens after c cached ones, H query and G key-value hea
 by query tiles of 128 rows (of one head; generation 3 of FlashAttention packs a group's heads) and key
 tiles of 64:
 
-    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (B_mem e)
+    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (S h e)
     longest C = t_tile + x K_last f / s
-    total   t = t_fixed + (W^p + C^p)^(1/p)
+    total   t = t_fixed + (W^p + C^p)^(1/p) + y (K_last - K) f / s
 
 N tiles on S multiprocessors, K the keys that a tile reads on average (causal, or within the window), f =
-4 * 128 d S / (P e_flops) seconds per key, s the splits of the keys when there are few tiles. Decodes are
-bound by reading the cache, few of them by how fast one multiprocessor reads:
+128 S (4 d / P + v / P_32) seconds per key: the products run at the tensor cores' peak P, the softmax takes v
+operations per score at P_32, in single precision; one v explains the rates of heads of 64, 128 and 256, and an
+Ada card's by an Ampere's. Queries, keys, values and results come through the L2 at e bytes per multiprocessor
+and clock h: 6.0 on an A100, 5.9 on an H200. s are the splits of the keys when there are few tiles. Tiles run
+side by side, so the longest and all of them together are nearly a maximum (p = 6); what the causal triangle
+adds is its unequal tiles, of which the longest come last. A chunk after a long context has equal ones.
+
+Decodes are bound by reading the cache, few of them by how fast one multiprocessor reads:
 
     mean    W = N s/S t_tile + 4 d (G sum(L) + H B) / (B_mem e)
     longest C = t_tile + L/s 4 d S / (B_mem e_sm)
 
 `chunk_cost` and `decode_cost` are non-negative least squares (of the relative error) of straight lines to
-these: time per chunk, token and query-key pair; per iteration, sequence and cached token. The backward
+these: time per chunk, token, query-key pair and key; per iteration, sequence and cached token. The backward
 has five products per query-key pair where the forward has two (recomputed scores, dV, dP, dQ, dK) and
 reaches 63/73 of its share of peak: FlashAttention-2 (Dao, 2023, arXiv 2307.08691, section 4.1) reports up
 to 63 % and 73 % on an A100. Nothing measured. Constants: `sim.cost.efficiency`.
@@ -40,13 +46,15 @@ BACKWARD_FLOPS = 10.0
 BACKWARD_SHARE = 63.0 / 73.0
 QUERY_TILE = 128
 KEY_TILE = 64
+SMOOTHNESS = 6.0
+"""p: between a sum (1) and a maximum. Rows with contexts, which tell it from y, are those of the RTX 4090's
+profile alone (casys-kaist/LLMServingSim 5daddb2); there it is a maximum."""
 BUSY = 0.8
 """FlashAttention splits the keys when tiles fill less than this of the multiprocessors."""
 
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-CHUNK_CONTEXTS = (0, 1024, 4096)
-"""The kernels were measured without context alone, so half of the weight is there."""
-CONTEXT_WEIGHTS = (1.0, 0.5, 0.25)
+CHUNK_CONTEXTS = (0, 512, 1024, 2048, 4096, 8192, 16384)
+UNHIDDEN = (0.0, 0.25, 0.5, 0.75, 1.0)
 DECODES = (1, 4, 16, 48, 128, 256)
 DECODE_CONTEXTS = (256, 512, 1024, 2048, 4096, 8192)
 
@@ -73,24 +81,22 @@ def prefill_s(
     per_head = np.ceil(rows / QUERY_TILE)
     tiles = batch * (kv_heads if packs else heads) * per_head
     mean, longest = _keys(tokens, per_head, context, reach)
-    head = np.where(
-        head_dim < 128, e.attention_head64, e.attention_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
-    )
-    head = np.where(head_dim > 256, e.attention_wide_head, 1.0) * head
-    key_s = (
-        FORWARD_FLOPS * QUERY_TILE * device.sms * head_dim / (device.peak_flops * e.attention_flops * head)
-    )
+    wide = np.where(head_dim > 256, e.attention_wide_head, 1.0)
+    products_s = FORWARD_FLOPS * head_dim / (device.peak_flops * wide)
+    softmax_s = e.attention_softmax_flops / device.softmax_flops
+    key_s = QUERY_TILE * device.sms * (products_s + softmax_s)
     grouped = group > 1
     query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
     kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
-    rate = device.memory_bandwidth_bytes_s * e.attention_bandwidth
+    rate = device.sm_clocks_hz * e.attention_clock_bytes
     splits = np.ones_like(tiles)
     if packs:
         splits = _splits(tiles, np.ceil(longest / KEY_TILE), device.sms)
     mean_s = tiles / device.sms * (splits * e.attention_tile_s + mean * key_s)
     mean_s += 4.0 * head_dim * batch * (query + kv) / rate
     longest_s = e.attention_tile_s + longest * key_s * e.attention_critical / splits
-    seconds = e.attention_fixed_s + smooth_maximum(mean_s, longest_s, e.attention_smoothness)
+    seconds = e.attention_fixed_s + smooth_maximum(mean_s, longest_s, SMOOTHNESS)
+    seconds += (longest - mean) * key_s * e.attention_tail / splits
     seconds += np.where(splits > 1, e.attention_split_s, 0.0)
     alone = decode_s(batch, context + tokens, heads, kv_heads, head_dim, window, device, efficiency)
     return np.where(tokens == 1, alone, seconds)
@@ -142,18 +148,36 @@ def chunk_cost(
     tokens, context = (axis.ravel() for axis in grid)
     shape = _shape(tokens, model, tp)
     seconds = prefill_s(np.ones_like(tokens), tokens, *shape, device, efficiency, context)
-    pairs = tokens * (context + (tokens + 1) / 2)
-    # A few tokens after a long context: the longest tile, which is what reading the context costs.
-    few = tokens == CHUNK_TOKENS[0]
-    read_s = float(np.polyfit(context[few], seconds[few], 1)[0])
-    fixed_s = float(seconds[0]) - read_s * CHUNK_TOKENS[0]
-    moved_s = seconds - fixed_s
-    # Where reading the context is all there is, the larger of the two is the reading.
-    many = moved_s > 1.3 * read_s * (context + tokens)
-    weight = np.repeat(CONTEXT_WEIGHTS, len(CHUNK_TOKENS))[many] / seconds[many]
-    terms = np.column_stack([tokens, pairs])[many]
-    token_s, pair_s = nnls(terms * weight[:, None], moved_s[many] * weight).tolist()
-    return ChunkCost(layers * fixed_s, layers * token_s, layers * pair_s, layers * read_s)
+    # The kernels were measured without context alone, so half of the weight is there.
+    weight = np.where(context > 0, (len(CHUNK_CONTEXTS) - 1) ** -0.5, 1.0) / seconds
+    tried = [_chunk_line(tokens, context, seconds, weight, unhidden) for unhidden in UNHIDDEN]
+    return min(tried, key=lambda line: line[0])[1].times(layers)
+
+
+def _chunk_line(
+    tokens: Floats, context: Floats, seconds: Floats, weight: Floats, unhidden: float
+) -> tuple[float, ChunkCost]:
+    """The best of `ChunkCost` with this `unhidden`, and its squared error.
+
+    Which of the two terms is the larger at a point decides what it says about them, so guess and fit are
+    repeated: first as if both counted in full.
+    """
+    keys = context + tokens
+    work = np.column_stack([tokens, tokens * (context + (tokens + 1) / 2)])
+    more, less = np.ones_like(tokens), np.ones_like(tokens)
+    best_error, best = np.inf, ChunkCost()
+    for _ in range(8):
+        terms = np.column_stack([np.ones_like(tokens), work * more[:, None], keys * less])
+        fixed_s, token_s, pair_s, read_s = nnls(terms * weight[:, None], seconds * weight).tolist()
+        compute, reading = work @ (token_s, pair_s), keys * read_s
+        longer, shorter = np.maximum(compute, reading), np.minimum(compute, reading)
+        off = (fixed_s + longer + unhidden * shorter - seconds) * weight
+        error = float(off @ off)
+        if error < best_error:
+            best_error, best = error, ChunkCost(fixed_s, token_s, pair_s, read_s, unhidden)
+        more = np.where(compute > reading, 1.0, unhidden)
+        less = np.where(compute > reading, unhidden, 1.0)
+    return best_error, best
 
 
 def backward_cost(model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency) -> ChunkCost:

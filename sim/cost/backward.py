@@ -116,7 +116,7 @@ def _part(
     About `room_s` are left without it and `excess_s` missing with `most` + 1 tokens: where the search
     starts depends on them, its answer does not.
     """
-    fixed_s, each_s, pair_s, read_s = cost._backward
+    fixed_s, each_s, pair_s, read_s, unhidden = cost._backward
     list_s = cost._backward_s
     reading_s = read_s * right
     low, high, step = 0, most + 1, 0
@@ -124,7 +124,14 @@ def _part(
     n = max(1, min(n, most))
     while low + 1 < high:
         compute_s = n * each_s + pair_s * (n * (right - n + (n + 1) * 0.5))
-        more_s = list_s[n] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
+        more_s = list_s[n] + (
+            fixed_s
+            + (
+                compute_s + unhidden * reading_s
+                if compute_s > reading_s
+                else reading_s + unhidden * compute_s
+            )
+        )
         over_s = over(b + more_s, r)
         if over_s <= 0.0:
             low = n

@@ -1,18 +1,18 @@
 """Seconds of collectives inside one node.
 
-One kernel for messages below 8 MiB (vLLM's custom all-reduce, its limits on one and two shots):
+One kernel for messages below 8 MiB over NVLink (vLLM's custom all-reduce, its limits on one and two shots):
 
     one shot   t = t_fixed + t_hop (g - 1) + (g - 1) b / (L e1)                  g = 2, or b small
     two shots  t = t_fixed + t_hop (g - 1) + t_2 + 2 (g - 1)/g b / (L e2)
 
 and NCCL above, or for other collectives:
 
-    t = t_nccl + t_hop h (g - 1) + min(x / (L e_ll), t_simple + x / (L e)),  x = h (g - 1)/g b
+    t = t_nccl + t_hop h (g - 1) + min3(x / (L e_ll), z t_nccl + x / (L e)),  x = h (g - 1)/g b
 
 b bytes of the whole message, g devices, L the link bandwidth per direction; h = 2 for an all-reduce, else
 1. h (g - 1)/g b is what each device must send in any bandwidth-optimal algorithm (Patarasuk and Yuan, J.
-Parallel Distrib. Comput. 69, 2009). The minimum is NCCL's choice of protocol. Constants:
-`sim.cost.efficiency`.
+Parallel Distrib. Comput. 69, 2009). The minimum is NCCL's choice of protocol, rounded off since a third one
+lies between: min3(a, b) = (a^-3 + b^-3)^(-1/3). Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ LARGE_BYTES = 8 * 2**20
 """The one-kernel all-reduce takes smaller messages (vLLM's default limit)."""
 ONE_SHOT_BYTES = {2: LARGE_BYTES, 4: 512 * 2**10, 8: 256 * 2**10}
 """Up to so many devices -> messages below it go in one shot (vLLM's custom_all_reduce.cuh)."""
+NVLINK_BYTES_S = 1e11
+"""More than two devices with slower links have no one-kernel all-reduce (vLLM's rule for PCIe)."""
+PROTOCOLS = 3.0
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall")
 
 
@@ -36,8 +39,10 @@ def allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Eff
     """Seconds for each message size inside a captured graph; zeros when there is one device."""
     if tp == 1:
         return np.zeros_like(size_bytes)
-    small_s = custom_s(size_bytes, tp, device, efficiency)
     large_s = nccl_s(size_bytes, tp, "all_reduce", device, efficiency)
+    if tp > 2 and device.link_bandwidth_bytes_s < NVLINK_BYTES_S:
+        return large_s
+    small_s = custom_s(size_bytes, tp, device, efficiency)
     return np.where(size_bytes < LARGE_BYTES, small_s, large_s)
 
 
@@ -72,10 +77,11 @@ def nccl_s(size_bytes: Floats, tp: int, operation: str, device: DeviceSpec, e: E
     }[operation]
     sent = size_bytes * (rounds * (tp - 1) / tp)
     simple = link * e.nccl_bandwidth * relative / (1.0 + e.nccl_few_devices / tp)
-    low, simple_s = e.nccl_low_latency, e.nccl_simple_s
+    low, simple_s = e.nccl_low_latency, e.nccl_simple * e.nccl_fixed_s
     if operation == "alltoall":
         low, simple_s = e.nccl_alltoall_low_latency, e.nccl_alltoall_simple_s
-    moved_s = np.minimum(sent / (link * low), simple_s + sent / simple)
+    low_s = sent / (link * low)
+    moved_s = low_s / (1.0 + (low_s / (simple_s + sent / simple)) ** PROTOCOLS) ** (1.0 / PROTOCOLS)
     return e.nccl_fixed_s + e.nccl_hop_s * rounds * (tp - 1) + moved_s
 
 

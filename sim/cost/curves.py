@@ -14,22 +14,35 @@ from typing import NamedTuple
 class ChunkCost(NamedTuple):
     """Attention of `n` tokens after `c` cached ones:
 
-    fixed_s + max(n token_s + n (c + (n+1)/2) pair_s, (c + n) read_s)
+    a = n token_s + n (c + (n+1)/2) pair_s, b = (c + n) read_s: fixed_s + max(a, b) + unhidden min(a, b)
+
+    All tiles share the device in a; b is the longest tile, alone. Kernels that split the keys of few
+    tiles over the device add the two (unhidden 1), others hide most of the shorter.
     """
 
     fixed_s: float = 0.0
     token_s: float = 0.0
     pair_s: float = 0.0
     read_s: float = 0.0
+    unhidden: float = 0.0
 
     def seconds(self, tokens: int, context: int) -> float:
         """Written out again where it is called per iteration; the order of operations is the same."""
         compute_s = tokens * self.token_s + self.pair_s * (tokens * (context + (tokens + 1) * 0.5))
-        return self.fixed_s + max(compute_s, self.read_s * (context + tokens))
+        reading_s = self.read_s * (context + tokens)
+        if compute_s > reading_s:
+            return self.fixed_s + (compute_s + self.unhidden * reading_s)
+        return self.fixed_s + (reading_s + self.unhidden * compute_s)
+
+    def times(self, factor: float) -> ChunkCost:
+        """`factor` such chunks, or as many seconds more."""
+        fixed_s, token_s, pair_s, read_s, unhidden = self
+        return ChunkCost(factor * fixed_s, factor * token_s, factor * pair_s, factor * read_s, unhidden)
 
     def plus(self, other: ChunkCost, share: float) -> ChunkCost:
         """With `share` of `other` after it; exact where both are bound by the same of the two."""
-        return ChunkCost(*(a + share * b for a, b in zip(self, other, strict=True)))
+        both = ChunkCost(*(a + share * b for a, b in zip(self, other, strict=True)))
+        return both._replace(unhidden=self.unhidden)
 
 
 class DecodeCost(NamedTuple):

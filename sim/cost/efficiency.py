@@ -2,13 +2,14 @@
 
 The defaults are an A100-SXM4's (Ampere), fitted with least relative error to public kernel measurements:
 GEMM, attention and all-reduces of ai-dynamo/aiconfigurator 095f58a (Apache-2.0; vLLM 0.14.0, NCCL
-2.27.3), element-wise kernels of microsoft/vidur 7d47513 (MIT; Llama-3-8B). A device file overrides them
-by name in `extras`; `profiles/README.md` has the errors, `coserve profile curves` fits and scores again.
+2.27.3), products and element-wise kernels of a layer of microsoft/vidur 7d47513 (MIT; Llama-3-8B). A device
+file overrides them by name in `extras`; `profiles/README.md` has the errors, `coserve profile curves` fits
+and scores again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
 from sim.core.specs import DeviceSpec
@@ -21,46 +22,52 @@ class Efficiency:
     Bandwidths named so are shares of the memory's or the link's.
     """
 
-    gemm_flops: float = 0.905
-    """Share of peak FLOP/s inside a tile of at least 128 x 128."""
-    gemm_small_tile: float = 0.924
-    """FLOP/s of tiles with a side of 64, relative to that; squared below 64. Above 1 where several
-    tiles on one multiprocessor hide each other's loads."""
-    gemm_l2_bandwidth: float = 2.65
-    """Rate at which all tiles together are fed, as a multiple of the memory's: through the L2, most of
-    whose misses the memory serves."""
-    gemm_read_bandwidth: float = 0.786
-    gemm_write_bandwidth: float = 0.476
-    gemm_smoothness: float = 2.13
+    gemm_flops: float = 0.911
+    """Share of peak FLOP/s inside a tile."""
+    gemm_l2_bandwidth: float = 0.0176
+    """Rate at which all tiles together are fed through the L2, in bytes per peak FLOP."""
+    gemm_read_bandwidth: float = 0.774
+    gemm_write_bandwidth: float = 0.469
+    gemm_smoothness: float = 2.21
     """Exponent of the smooth maximum of arithmetic and memory time."""
-    gemm_tile_s: float = 1.11e-6
-    """Per tile of a multiprocessor: filling and draining its pipeline."""
-    gemm_split_k_bandwidth: float = 1.93
-    """Rate of the split-k partial sums, which mostly stay in the L2, likewise."""
-    gemm_split_k_s: float = 2.14e-6
-    gemm_fixed_s: float = 2.45e-6
+    gemm_tile_steps: float = 3.12
+    """Filling and draining a tile's pipeline, as steps of its loop: 128 x 128 x 32 products."""
+    gemm_split_k_s: float = 2e-6
+    gemm_fixed_s: float = 2.46e-6
+
+    layer_flops: float = 0.756
+    """This and the next seven are the same eight for products of a running layer, fitted to an engine's
+    operators on an A100 (microsoft/vidur 7d47513, Llama-3-8B, TP 1 to 8) and untouched by any other device.
+    A kernel timed alone finds the chip cool and its operands in the L2; libraries differ too."""
+    layer_l2_bandwidth: float = 0.0143
+    layer_read_bandwidth: float = 0.698
+    layer_write_bandwidth: float = 0.225
+    layer_smoothness: float = 4.93
+    layer_tile_steps: float = 0.373
+    layer_split_k_s: float = 3.13e-6
+    layer_fixed_s: float = 1.77e-6
 
     attention_generation: float = 2.0
     """Of FlashAttention: 2 has a tile per query head and splits the keys of one token only; 3 packs the
     query heads of a group into one tile and splits any keys."""
-    attention_flops: float = 0.598
-    attention_head64: float = 0.9
-    """FLOP/s of attention with heads below 128, relative to 128."""
-    attention_head256: float = 1.0
-    """The same for each doubling of the head above 128."""
+    attention_softmax_flops: float = 20.9
+    """Operations in single precision per score that the matrix products do not hide."""
     attention_wide_head: float = 1.0
-    """FLOP/s of heads above 256, which have a kernel of their own, relative to the line of the others."""
-    attention_tile_s: float = 0.656e-6
-    attention_critical: float = 0.54
-    """Time of the longest tile, alone on its multiprocessor, relative to a busy device's."""
-    attention_bandwidth: float = 0.463
-    attention_query_weight: float = 0.293
-    """Query and output bytes of grouped heads, as counted against `attention_bandwidth`."""
+    """FLOP/s of heads above 256, which have a kernel of their own, relative to the others."""
+    attention_tile_s: float = 0.624e-6
+    attention_critical: float = 0.5
+    """Time of the longest tile, alone on its multiprocessor, relative to a busy device's. Not fitted here:
+    only chunks after a context tell it, and it is 0.51 for an RTX 4090 (casys-kaist/LLMServingSim 5daddb2)."""
+    attention_tail: float = 0.823
+    """Share of what the longest tile has more than the mean one that comes at the end."""
+    attention_clock_bytes: float = 6.02
+    """Query, key, value and output bytes per multiprocessor and clock, through the L2."""
+    attention_query_weight: float = 0.314
+    """Query and output bytes of grouped heads, as counted against that."""
     attention_kv_weight: float = 3.34
     """Key and value bytes of grouped heads, likewise: they are read by every head or tile."""
-    attention_smoothness: float = 1.16
     attention_split_s: float = 1e-6
-    attention_fixed_s: float = 8.55e-6
+    attention_fixed_s: float = 9.69e-6
 
     decode_bandwidth: float = 0.888
     decode_sm_bandwidth: float = 1.35
@@ -87,32 +94,32 @@ class Efficiency:
     allreduce_eager_s: float = 44.9e-6
     """Outside a captured graph an all-reduce takes at least its launch."""
     nccl_fixed_s: float = 10e-6
-    nccl_hop_s: float = 0.769e-6
-    nccl_low_latency: float = 0.213
-    """Share of the link by NCCL's low-latency protocols; beyond it takes `nccl_simple_s` more and
-    reaches `nccl_bandwidth`."""
-    nccl_simple_s: float = 25.7e-6
-    nccl_bandwidth: float = 0.8
-    nccl_few_devices: float = 0.65
+    nccl_hop_s: float = 0.764e-6
+    nccl_low_latency: float = 0.208
+    """Share of the link by NCCL's low-latency protocols; beyond them it takes `nccl_simple` times
+    `nccl_fixed_s` more and reaches `nccl_bandwidth`."""
+    nccl_simple: float = 3.32
+    nccl_bandwidth: float = 0.813
+    nccl_few_devices: float = 0.694
     """Loss of bandwidth with few devices: 1 / (1 + this / devices)."""
-    nccl_switch: float = 0.922
+    nccl_switch: float = 0.914
     """Bandwidth of an all-reduce of 8 devices, relative: the switch reduces (NVLS), or does not."""
-    nccl_all_gather: float = 0.855
+    nccl_all_gather: float = 0.85
     """Bandwidth relative to an all-reduce; the next two likewise."""
-    nccl_reduce_scatter: float = 0.914
-    nccl_alltoall: float = 0.879
-    nccl_alltoall_low_latency: float = 0.197
+    nccl_reduce_scatter: float = 0.912
+    nccl_alltoall: float = 0.882
+    nccl_alltoall_low_latency: float = 0.19
     """An all-to-all is made of sends and receives, which have other protocols."""
-    nccl_alltoall_simple_s: float = 16.1e-6
+    nccl_alltoall_simple_s: float = 22.2e-6
 
     elementwise_bandwidth: float = 0.8
     """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
     a100_sxm.yaml and h200_sxm.yaml."""
-    norm_bandwidth: float = 0.346
+    norm_clock_bytes: float = 4.63
     add_bandwidth: float = 0.902
-    rotary_bandwidth: float = 0.418
-    activation_bandwidth: float = 0.488
-    embedding_bandwidth: float = 0.146
+    rotary_clock_bytes: float = 5.6
+    activation_clock_bytes: float = 6.53
+    embedding_clock_bytes: float = 1.95
     elementwise_fixed_s: float = 3e-6
     norm_fixed_s: float = 1.83e-6
     add_fixed_s: float = 0.968e-6
@@ -132,6 +139,13 @@ class Efficiency:
                 f"device.extras.attention_generation must be 2 or 3, got {self.attention_generation}"
             )
 
+    @property
+    def in_layer(self) -> Efficiency:
+        """With the constants of a running layer in place of those of a product alone."""
+        names = [item.name for item in fields(self) if item.name.startswith("layer_")]
+        own = {f"gemm_{name.removeprefix('layer_')}": getattr(self, name) for name in names}
+        return replace(self, **own)
+
     @classmethod
     def of(cls, device: DeviceSpec) -> Efficiency:
         """The defaults with `device.extras` over them; ValueError for a name that is not known."""
@@ -147,8 +161,9 @@ SHARES = (
     "gemm_flops",
     "gemm_read_bandwidth",
     "gemm_write_bandwidth",
-    "attention_flops",
-    "attention_bandwidth",
+    "layer_flops",
+    "layer_read_bandwidth",
+    "layer_write_bandwidth",
     "decode_bandwidth",
     "allreduce_one_shot",
     "allreduce_two_shot",
@@ -156,9 +171,5 @@ SHARES = (
     "nccl_alltoall_low_latency",
     "nccl_bandwidth",
     "elementwise_bandwidth",
-    "norm_bandwidth",
     "add_bandwidth",
-    "rotary_bandwidth",
-    "activation_bandwidth",
-    "embedding_bandwidth",
 )

@@ -1,8 +1,8 @@
 """Seconds of flat rows of work (`WORK_COLUMNS`) by parts, many rows at once.
 
 What `IterationCost.parts` says of one `Work`, for the rows that tables and run folders hold. A row has the
-sums of its chunks and rectangles only: they are all taken to be as long as their mean, which is exact for
-fitted curves, since those are linear there.
+sums of its chunks and rectangles only: they are all taken to be as long as their mean, which is exact where
+curves are linear, as fitted ones are but for the reading of keys.
 """
 
 from __future__ import annotations
@@ -99,7 +99,15 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
 
 
 def _chunks(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:
-    return count * cost.fixed_s + tokens * cost.token_s + pairs * cost.pair_s
+    some = tokens > 0
+    compute_s = tokens * cost.token_s + pairs * cost.pair_s
+    # One chunk of n tokens after c has n (c + (n + 1) / 2) pairs, and c + n keys.
+    each = np.divide(tokens, count, out=np.zeros_like(pairs), where=some)
+    behind = np.divide(pairs, tokens, out=np.zeros_like(pairs), where=some)
+    reading_s = count * (behind + (each - 1) / 2) * cost.read_s
+    shorter_s = cost.unhidden * np.minimum(compute_s, reading_s)
+    seconds: Floats = (count * cost.fixed_s + np.maximum(compute_s, reading_s) + shorter_s) * some
+    return seconds
 
 
 def _at(values: list[float], tokens: Floats) -> Floats:

@@ -45,21 +45,21 @@ Floats = NDArray[np.float64]
 class LaunchBound:
     """Builder. `_s` are seconds; `_flops` and `_bandwidth` are shares of the device's peak."""
 
-    host_s: float = 2.85e-3
+    host_s: float = 2.677e-3
     """Per iteration: scheduling, batch preparation and the runtime's own work."""
-    launch_s: float = 0.327e-3
+    launch_s: float = 0.3227e-3
     """Per layer: the least time in which its kernels are launched."""
-    collective_tokens: float = 164.0
+    collective_tokens: float = 160.8
     """Tokens that each all-reduce of a pass carries beyond the pass's own."""
-    window_launch_s: float = 0.0785e-3
-    backward_start_s: float = 0.1036e-3
-    backward_layer_s: float = 1.972e-3
+    window_launch_s: float = 0.07916e-3
+    backward_start_s: float = 0.1022e-3
+    backward_layer_s: float = 1.931e-3
     pass_flops: float = 0.8
     """F: includes element-wise kernels, LoRA and whatever else grows with the tokens."""
-    backward_flops: float = 0.783
-    window_context_s: float = 0.0649e-6
+    backward_flops: float = 0.7938
+    window_context_s: float = 0.0626e-6
     """Per layer and context token: the least time of a window's attention, however narrow the window."""
-    link_bandwidth: float = 0.1371
+    link_bandwidth: float = 0.1343
     weight_bandwidth: float = 0.718
     """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0

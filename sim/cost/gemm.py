@@ -2,17 +2,21 @@
 
     y[m, n] = x[m, k] W[k, n]
 
-    tile    t(a, b, s) = t_tile + ceil(k / 32 s) 32 max(2 a b / (P/S e(a, b)), 2 (a + b) / (B l/S))
+    tile    t(a, b, s) = u 2 128 128 32 S/P + ceil(k / 32 s) 32 max(2 a b S/(P e), 2 (a + b) S/(P l))
     waves   t_flops    = min over tiles (a, b) and split-k s of
-                         ceil(ceil(m/a) ceil(n/b) s / S) t(a, b, s) + [s > 1] (t_split + 8 m n s / (q B))
+                         ceil(ceil(m/a) ceil(n/b) s / S) t(a, b, s) + [s > 1] (t_split + 16 m n s / (P l))
     bytes   t_bytes    = 2 (m k + k n) / (r B) + 2 m n / (w B)
     total   t          = t_fixed + (t_flops^p + t_bytes^p)^(1/p)
 
 S multiprocessors, P the peak FLOP/s, B the memory bandwidth. A tile's inner loop is bound by its
-arithmetic or by its operands coming through the L2 (l); few tiles cannot use all of the memory's rate.
+arithmetic or by its operands coming through the L2, at l bytes per peak FLOP: from one architecture to
+the next, what feeds the tensor cores grows with them and not with the memory. For the same reason a tile's
+start and end are u steps of its loop and not seconds. With these two, constants of one device serve for
+another (`profiles/README.md`). Few tiles cannot use all of the memory's rate.
 The staircase of waves is NVIDIA's "Matrix Multiplication Background User's Guide" (tile and wave
 quantisation); the minimum stands for the library's choice of kernel; the smooth maximum for loads that
-overlap with arithmetic imperfectly; the partial sums of split-k are fp32, written and read.
+overlap with arithmetic imperfectly; the partial sums of split-k are fp32, written and read, at half of the
+L2's rate.
 Constants: `sim.cost.efficiency`.
 """
 
@@ -71,18 +75,18 @@ def wave_s(
     m: Floats, k: Floats | float, n: Floats | float, device: DeviceSpec, efficiency: Efficiency
 ) -> Floats:
     """The arithmetic alone: the fastest staircase over tiles and splits of k."""
-    sms, bandwidth = device.sms, device.memory_bandwidth_bytes_s
-    flop_s = sms / (device.peak_flops * efficiency.gemm_flops)
-    feed_s = sms / (bandwidth * efficiency.gemm_l2_bandwidth)
-    partial_s = 8.0 / (bandwidth * efficiency.gemm_split_k_bandwidth)
+    sms, peak = device.sms, device.peak_flops
+    flop_s = sms / (peak * efficiency.gemm_flops)
+    feed_s = sms / (peak * efficiency.gemm_l2_bandwidth)
+    tile_s = efficiency.gemm_tile_steps * (2.0 * 128 * 128 * STEP) * sms / peak
+    partial_s = 16.0 / (peak * efficiency.gemm_l2_bandwidth)
     loops = [np.ceil(k / (split * STEP)) * STEP for split in SPLITS]
     best = np.full(np.broadcast_shapes(m.shape, np.shape(n)), np.inf)
     for rows, columns in TILES:
-        share = _share(min(rows, columns), efficiency)
-        step_s = max(2.0 * rows * columns * flop_s / share, 2.0 * (rows + columns) * feed_s)
+        step_s = max(2.0 * rows * columns * flop_s, 2.0 * (rows + columns) * feed_s)
         tiles = np.ceil(m / rows) * np.ceil(n / columns) / sms
         for split, loop in zip(SPLITS, loops, strict=True):
-            seconds = np.ceil(tiles * split) * (efficiency.gemm_tile_s + loop * step_s)
+            seconds = np.ceil(tiles * split) * (tile_s + loop * step_s)
             if split > 1:
                 seconds += efficiency.gemm_split_k_s + m * (n * (split * partial_s))
             np.minimum(best, seconds, out=best)
@@ -94,9 +98,3 @@ def smooth_maximum(a: Floats, b: Floats, power: float) -> Floats:
     larger, smaller = np.maximum(a, b), np.minimum(a, b)
     result: Floats = larger * (1.0 + (smaller / larger) ** power) ** (1.0 / power)
     return result
-
-
-def _share(side: int, efficiency: Efficiency) -> float:
-    if side >= 128:
-        return 1.0
-    return efficiency.gemm_small_tile if side >= 64 else efficiency.gemm_small_tile**2

@@ -1,4 +1,7 @@
-"""Measured matrix products as corrections of the curve: `gemm: table` of the roofline.
+"""Matrix products as the roofline counts them: `gemm: layer`, `table` or `curve`.
+
+`layer` is the curve with the constants of a running layer (`Efficiency.in_layer`). `table` and `curve` are a
+product alone, the former with measured corrections:
 
     t(m, k, n) = curve(m, k, n) r(m, k, n)
 
@@ -24,7 +27,7 @@ from sim.cost.gemm import gemm_rows_s, gemm_s
 
 Floats = NDArray[np.float64]
 
-GEMMS = ("table", "curve")
+GEMMS = ("layer", "table", "curve")
 TABLES = Path(__file__).resolve().parents[2] / "profiles" / "tables"
 
 
@@ -79,18 +82,20 @@ def _blend(values: Floats, nodes: Floats, at: float, axis: int) -> Floats:
 
 
 def product_s(
-    m: Floats, k: int, n: int, device: DeviceSpec, efficiency: Efficiency, gemm: str = "table"
+    m: Floats, k: int, n: int, device: DeviceSpec, efficiency: Efficiency, gemm: str = "layer"
 ) -> Floats:
-    """Seconds of [m, k] x [k, n] for each m; the curve, corrected where there is a table."""
+    """Seconds of [m, k] x [k, n] for each m, by one of GEMMS."""
+    efficiency = efficiency.in_layer if gemm == "layer" else efficiency
     seconds = gemm_s(m, k, n, device, efficiency)
     table = table_for(device) if gemm == "table" else None
     return seconds if table is None else seconds * table.ratios(m, k, n)
 
 
 def product_rows_s(
-    m: Floats, k: Floats, n: Floats, device: DeviceSpec, efficiency: Efficiency, gemm: str = "table"
+    m: Floats, k: Floats, n: Floats, device: DeviceSpec, efficiency: Efficiency, gemm: str = "layer"
 ) -> Floats:
     """The same for rows that differ in all three."""
+    efficiency = efficiency.in_layer if gemm == "layer" else efficiency
     seconds = gemm_rows_s(m, k, n, device, efficiency)
     table = table_for(device) if gemm == "table" else None
     return seconds if table is None else seconds * table.row_ratios(m, k, n)

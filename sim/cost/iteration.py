@@ -54,6 +54,11 @@ class IterationCost:
         """The last `largest_forward` that the budget decided, where the next search starts: successive
         windows are alike. Only the number of steps depends on it."""
 
+    @property
+    def region(self) -> dict[str, tuple[float, float]]:
+        """What the curves were made for: name of a count (`sim.metrics`) -> least and largest value."""
+        return {"pass_tokens": (0.0, float(self.known_tokens))}
+
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
         prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, overlap = work
@@ -127,7 +132,7 @@ class IterationCost:
         if top + windows >= len(self._token_s):
             self._reach(top + windows)
         token_s, kappa = self._token_s, self._kappa
-        fixed_s, each_s, pair_s, read_s = self._prefill
+        fixed_s, each_s, pair_s, read_s, unhidden = self._prefill
         finetuning_s = (f + self._window_s[windows]) + ((b + r) + optimizer)
         overlap, host_s = work.overlap, self._host_s
         if overlap:
@@ -142,7 +147,11 @@ class IterationCost:
         while low + 1 < high:
             compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
             reading_s = read_s * (context + n)
-            chunk_s = fixed_s + (compute_s if compute_s > reading_s else reading_s)
+            chunk_s = fixed_s + (
+                compute_s + unhidden * reading_s
+                if compute_s > reading_s
+                else reading_s + unhidden * compute_s
+            )
             x = base + n
             gpu_s = token_s[x + shared] + ((p + chunk_s) + rest + lora_token * x)
             if not overlap:
@@ -173,7 +182,7 @@ class IterationCost:
         if tokens + base + max_tokens >= len(self._token_s):
             self._reach(tokens + base + max_tokens)
         token_s, window_s, kappa = self._token_s, self._window_s, self._kappa
-        fixed_s, each_s, pair_s, read_s = self._forward
+        fixed_s, each_s, pair_s, read_s, unhidden = self._forward
         inference_s = p + rest + lora_token * tokens
         finetuning_s = (b + r) + optimizer
         overlap, host_s = work.overlap, self._host_s
@@ -188,7 +197,11 @@ class IterationCost:
         while low + 1 < high:
             compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
             reading_s = read_s * (context + n)
-            chunk_s = fixed_s + (compute_s if compute_s > reading_s else reading_s)
+            chunk_s = fixed_s + (
+                compute_s + unhidden * reading_s
+                if compute_s > reading_s
+                else reading_s + unhidden * compute_s
+            )
             x = base + n
             gpu_s = ((f + chunk_s) + window_s[x]) + finetuning_s
             if not overlap:
@@ -249,44 +262,60 @@ class IterationCost:
                 self._decode_fixed_s + decodes * self._decode_sequence_s + context * self._decode_context_s
             )
         if prefill:
-            fixed_s, each_s, pair_s, read_s = self._prefill
+            fixed_s, each_s, pair_s, read_s, unhidden = self._prefill
             for n, c in prefill:
                 tokens += n
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
-                prefill_s += fixed_s + (compute_s if compute_s > reading_s else reading_s)
+                prefill_s += fixed_s + (
+                    compute_s + unhidden * reading_s
+                    if compute_s > reading_s
+                    else reading_s + unhidden * compute_s
+                )
         if forward:
-            fixed_s, each_s, pair_s, read_s = self._forward
+            fixed_s, each_s, pair_s, read_s, unhidden = self._forward
             for n, c in forward:
                 windows += n
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
-                forward_s += fixed_s + (compute_s if compute_s > reading_s else reading_s)
+                forward_s += fixed_s + (
+                    compute_s + unhidden * reading_s
+                    if compute_s > reading_s
+                    else reading_s + unhidden * compute_s
+                )
         largest = tokens + windows
         if backward:
-            fixed_s, each_s, pair_s, read_s = self._backward
+            fixed_s, each_s, pair_s, read_s, unhidden = self._backward
             backward_s = curves.backward_start_s
             for layers, n, c in backward:
                 if n > largest:
                     largest = n
-                    if n >= len(self._token_s):
-                        self._reach(n)
+                if n >= len(self._token_s):
+                    self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
-                backward_s += layers * (
-                    self._backward_s[n] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
+                chunk_s = fixed_s + (
+                    compute_s + unhidden * reading_s
+                    if compute_s > reading_s
+                    else reading_s + unhidden * compute_s
                 )
+                backward_s += layers * (self._backward_s[n] + chunk_s)
         if recompute:
-            fixed_s, each_s, pair_s, read_s = self._recompute
+            fixed_s, each_s, pair_s, read_s, unhidden = self._recompute
             for n, c in recompute:
                 if n > largest:
                     largest = n
-                    if n >= len(self._token_s):
-                        self._reach(n)
+                if n >= len(self._token_s):
+                    self._reach(n)
                 compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
                 reading_s = read_s * (c + n)
                 recompute_s += self._recompute_s[n] + (
-                    fixed_s + (compute_s if compute_s > reading_s else reading_s)
+                    fixed_s
+                    + (
+                        compute_s + unhidden * reading_s
+                        if compute_s > reading_s
+                        else reading_s + unhidden * compute_s
+                    )
                 )
         if largest > self.known_tokens:
             self.extrapolations += 1
@@ -313,12 +342,7 @@ class IterationCost:
 
     def rectangle_s(self, layers: int, tokens: int, context: int) -> float:
         """Backward of `tokens` through `layers` layers, as a term of the sum."""
-        fixed_s, each_s, pair_s, read_s = self._backward
-        compute_s = tokens * each_s + pair_s * (tokens * (context + (tokens + 1) * 0.5))
-        reading_s = read_s * (context + tokens)
-        return layers * (
-            self._backward_s[tokens] + (fixed_s + (compute_s if compute_s > reading_s else reading_s))
-        )
+        return layers * (self._backward_s[tokens] + self.curves.backward.seconds(tokens, context))
 
     def recompute_window_s(self, tokens: int, context: int) -> float:
         """Forward of a window run again, as a term of the sum."""

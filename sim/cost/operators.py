@@ -15,7 +15,7 @@ decodes, `skew_fit.csv` how far unequal decodes are from equal ones. Times there
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -94,14 +94,18 @@ class OperatorCost:
         max_tokens: int,
         decode_sizes: Sequence[int] = (),
         mixed_sizes: Sequence[int] = (),
+        collective_s: Callable[[int], float] | None = None,
     ) -> None:
         """`decode_sizes`, `mixed_sizes`: batch sizes that have a CUDA graph, for batches of decodes alone and
-        for others; a smaller batch is padded to the next of them, a larger one is not."""
+        for others; a smaller batch is padded to the next of them, a larger one is not. `collective_s`: of one
+        layer by tokens, where devices share it."""
         if layers < 1:
             raise ValueError(f"layers must be at least 1, got {layers}")
         self._profile = profile
         self._layers = layers
         pass_s = [self._dense_s(n) for n in range(max_tokens + 1)]
+        if collective_s is not None:
+            pass_s = [s + layers * collective_s(n) for n, s in enumerate(pass_s)]
         self._decode_s = [pass_s[n] for n in padded_sizes(decode_sizes, max_tokens)]
         self._mixed_s = [pass_s[n] for n in padded_sizes(mixed_sizes, max_tokens)]
 
@@ -110,7 +114,7 @@ class OperatorCost:
         return sum(self.parts(work, spread).values())
 
     def parts(self, work: Work, spread: Spread | None = None) -> dict[str, float]:
-        """GEMMs and element-wise ("dense"), attention, and the head."""
+        """GEMMs, element-wise and collectives ("dense"), attention, and the head."""
         if work.forward or work.backward or work.recompute or work.optimizer_params:
             raise ValueError("an operator profile knows inference only, got finetuning work")
         tokens = work.decode_count + work.prefill_tokens

@@ -58,9 +58,9 @@ class Roofline:
     assumption: decoding leaves arithmetic idle that a backward can use, while its GEMMs compete for
     multiprocessors and memory. The only measured case found no gain (FlexLLM's published step times,
     70B on 4 A100: 5.2 ms per backward layer from 1 to 64 layers beside a 47 ms decode)."""
-    gemm: str = "table"
-    """table: matrix products by the curve, corrected by measured ones where a table names the device
-    (`sim.cost.gemm_table`); curve: by the curve alone."""
+    gemm: str = "layer"
+    """layer: matrix products as a running layer has them; table: alone, by the curve that measured ones
+    correct where a table names the device; curve: alone, by the curve (`sim.cost.gemm_table`)."""
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""
     loss_chunk_tokens: int = 1024

@@ -62,6 +62,10 @@ class FittedCost(IterationCost):
         self.ranges = ranges
         """Work column -> least and largest value among the rows."""
 
+    @property
+    def region(self) -> dict[str, tuple[float, float]]:
+        return self.ranges
+
     def outside(self, work: Work) -> tuple[str, ...]:
         """Columns of `work` that lie outside the fitted rows; empty when it is interpolation."""
         values = zip(WORK_COLUMNS, work_row(work), strict=True)

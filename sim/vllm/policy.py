@@ -21,12 +21,14 @@ class Vllm:
     serves = True
     finetunes = False
 
-    def __init__(self, *, reserve_full_prompt: bool = True) -> None:
-        """`reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19."""
+    def __init__(self, *, reserve_full_prompt: bool = True, most_prompt_tokens: int = 0) -> None:
+        """`reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19.
+        `most_prompt_tokens`: of one prompt in an iteration (long_prefill_token_threshold); 0 is no limit."""
         self._reserve_full_prompt = reserve_full_prompt
+        self._most_prompt_tokens = most_prompt_tokens
 
     def plan(self, view: View) -> Plan:
-        batch = _Batch(view)
+        batch = _Batch(view, self._most_prompt_tokens or view.limits.max_tokens)
         if batch.free_blocks < 0:
             batch.preempt_until(0)
         batch.continue_prefills()
@@ -41,8 +43,9 @@ class Vllm:
 class _Batch:
     """The plan while it is made."""
 
-    def __init__(self, view: View) -> None:
+    def __init__(self, view: View, most_prompt_tokens: int) -> None:
         self.view = view
+        self._most_prompt_tokens = most_prompt_tokens
         self.prefills: list[tuple[int, int]] = []
         self.preempted: list[int] = []
         self.decodes = view.decode_count
@@ -69,7 +72,7 @@ class _Batch:
     def continue_prefills(self) -> None:
         """The next chunk of every admitted prompt, in order of admission."""
         for sequence in self.view.prefilling:
-            tokens = min(sequence.remaining_tokens, self.tokens_left)
+            tokens = min(sequence.remaining_tokens, self._most_prompt_tokens, self.tokens_left)
             if tokens <= 0 or sequence.id in self.preempted:
                 continue
             needed = self._new_blocks(sequence.computed_tokens, tokens)
@@ -89,7 +92,7 @@ class _Batch:
             if left <= 0:
                 break
             done = sequence.computed_tokens
-            tokens = min(sequence.known_tokens - done, left)
+            tokens = min(sequence.known_tokens - done, self._most_prompt_tokens, left)
             taken = -(-(done + tokens) // block)
             if (-(-sequence.known_tokens // block) if reserve_full_prompt else taken) > self.free_blocks:
                 break

@@ -1,8 +1,9 @@
 """Reads a card's operator profile: the folder that LLMServingSim's profiler leaves per card, model and dtype.
 
 `meta.yaml` says what was measured; `dense.csv`, `per_sequence.csv`, `attention.csv` and, where `meta.yaml`
-says `skew_fit.enabled`, `skew_fit.csv` hold the times, in microseconds. An alpha table that the profile's
-own meta does not vouch for is not used.
+says `skew_fit.enabled`, `skew_fit.csv` hold the times, in microseconds. A folder `tpN` holds those of one of N
+devices; without such folders the files are those of the only degree in `tp_degrees`. An alpha table that the
+profile's own meta does not vouch for is not used.
 """
 
 from __future__ import annotations
@@ -30,19 +31,27 @@ class ProfileFolder:
 
     model: str
     card: str
-    tp_degrees: tuple[int, ...]
+    tp: int
+    """Degree that the times are of: a device has a share of 1 / tp of every split layer."""
     operators: OperatorProfile
 
 
-def read_profile(folder: Path) -> ProfileFolder:
-    """Raises ValueError naming file, row and what is allowed."""
+def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
+    """The times of one of `tp` devices. Raises ValueError naming file, row and what is allowed."""
     path = folder / "meta.yaml"
-    meta = yaml.safe_load(_text(path))
+    try:
+        meta = yaml.safe_load(_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold keys and values")
     for key in ("model", "hardware", "tp_degrees"):
         if key not in meta:
             raise ValueError(f"{path} has no key {key!r}")
+    degrees = meta["tp_degrees"]
+    if not isinstance(degrees, list) or not all(isinstance(n, int) and n > 0 for n in degrees):
+        raise ValueError(f"{path}: tp_degrees must be a list of whole numbers from 1, got {degrees!r}")
+    folder = _of_degree(folder, degrees, tp)
     skewed = bool((meta.get("skew_fit") or {}).get("enabled", False))
     try:
         operators = OperatorProfile(
@@ -56,9 +65,21 @@ def read_profile(folder: Path) -> ProfileFolder:
     return ProfileFolder(
         model=str(meta["model"]),
         card=str(meta["hardware"]),
-        tp_degrees=tuple(int(tp) for tp in meta["tp_degrees"]),
+        tp=tp,
         operators=operators,
     )
+
+
+def _of_degree(folder: Path, degrees: list[int], tp: int) -> Path:
+    own = folder / f"tp{tp}"
+    if own.is_dir():
+        return own
+    if degrees != [tp]:
+        known = sorted({*degrees} if degrees == [1] else {int(p.name[2:]) for p in folder.glob("tp[0-9]*")})
+        raise ValueError(
+            f"{folder} has no times for tensor parallel degree {tp}; it has {', '.join(map(str, known)) or 'none'}"
+        )
+    return folder
 
 
 def _located(folder: Path, text: str) -> str:

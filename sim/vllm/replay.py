@@ -1,5 +1,9 @@
 """Simulates a recorded engine: the shared loop on its arrivals, with its limits and its card's times.
 
+With data parallelism there are several engines, each with a loop of its own. A request goes to the one with
+the least 4 x waiting + running as it arrives, the next in turn among equals (vllm/v1/engine/core_client.py,
+DPLBAsyncMPClient; its counts are up to 0.1 s old there and fresh here).
+
 Between the loop and the device stands the host: planning and preparing a batch takes `host_s`, and the device
 starts it when both are ready. With asynchronous scheduling (a lookahead of 1) that hides behind the iteration
 that runs, except when the engine was idle; without it every iteration pays.
@@ -46,41 +50,82 @@ class Replay:
 
 def replay(engine: EngineSettings, requests: MeasuredRequests, cost: OperatorCost) -> Replay:
     """Serve `requests`, of which only arrivals and lengths are looked at."""
-    limits = Limits(
-        kv_tokens=(engine.kv_blocks - 1) * engine.block_tokens,
-        block_tokens=engine.block_tokens,
-        max_sequences=engine.max_sequences,
-        max_tokens=engine.max_tokens,
-        max_sequence_tokens=engine.max_sequence_tokens,
-        lookahead=1 if engine.async_scheduling else 0,
-    )
-    recorder, arrivals = Recorder(), _Stamped(requests)
-    slos = {"default": Slo()}
-    state = CachedState(limits=limits, slos=slos, recorder=recorder, reuse=engine.prefix_caching)
-    policy = Vllm(reserve_full_prompt=engine.reserve_full_prompt)
-    loop = run_loop(state, policy, arrivals, Horizon())
-    now_s, device_free_s = 0.0, -math.inf
-    ends: deque[float] = deque()
-    reply: Done | None = None
-    while True:
-        try:
-            command = loop.send(reply)  # type: ignore[arg-type]
-        except StopIteration:
-            break
-        if type(command) is Execute:
-            ready_s = now_s + HOST_SEQUENCE_S * len(state.running)
-            device_free_s = max(device_free_s, ready_s) + cost.iteration_s(command.work, state.spread)
-            ends.append(device_free_s)
-        elif type(command) is Sleep:
-            now_s = max(now_s, command.until_s)
-        else:
-            now_s = max(now_s, ends.popleft())
-        reply = Done(now_s)
-    return _result(recorder, arrivals)
+    columns = (requests.arrival_s, requests.prompt_tokens, requests.output_tokens)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    made = [Request(id, *row) for id, row in enumerate(rows)]
+    coming = deque(sorted(made, key=lambda r: (r.arrival_s, r.id)))
+    queued_s = [math.nan] * len(coming)
+    engines = [_Engine(engine, cost, _Stamped(coming, queued_s)) for _ in range(engine.replicas)]
+    turn = 0
+    while coming:
+        request = coming[0]
+        for one in engines:
+            one.advance(request.arrival_s)
+        order = [(turn + i) % len(engines) for i in range(len(engines))]
+        chosen = min(order, key=lambda index: engines[index].score)
+        turn = (chosen + 1) % len(engines)
+        engines[chosen].arrivals.pending.append(coming.popleft())
+    for one in engines:
+        one.advance(math.inf)
+    return _result([one.recorder for one in engines], queued_s)
 
 
-def _result(recorder: Recorder, arrivals: _Stamped) -> Replay:
-    rows = recorder.requests.arrays()
+class _Engine:
+    """One engine core and its device, run up to a given time."""
+
+    def __init__(self, engine: EngineSettings, cost: OperatorCost, arrivals: _Stamped) -> None:
+        limits = Limits(
+            kv_tokens=(engine.kv_blocks - 1) * engine.block_tokens,
+            block_tokens=engine.block_tokens,
+            max_sequences=engine.max_sequences,
+            max_tokens=engine.max_tokens,
+            max_sequence_tokens=engine.max_sequence_tokens,
+            lookahead=1 if engine.async_scheduling else 0,
+        )
+        self.recorder, self.arrivals = Recorder(), arrivals
+        slos = {"default": Slo()}
+        self.state = CachedState(
+            limits=limits, slos=slos, recorder=self.recorder, reuse=engine.prefix_caching
+        )
+        policy = Vllm(
+            reserve_full_prompt=engine.reserve_full_prompt, most_prompt_tokens=engine.most_prompt_tokens
+        )
+        self._cost = cost
+        self._loop = run_loop(self.state, policy, arrivals, Horizon())
+        self._reply: Done | None = None
+        self._now_s, self._device_free_s = 0.0, -math.inf
+        self._ends: deque[float] = deque()
+        self._over = False
+
+    @property
+    def score(self) -> int:
+        """What the front end balances."""
+        waiting = len(self.state.waiting) + len(self.arrivals.pending)
+        return 4 * waiting + len(self.state.running)
+
+    def advance(self, until_s: float) -> None:
+        """Go on until the engine next looks for arrivals at `until_s` or later, or has nothing left to do."""
+        while not self._over and self._now_s < until_s:
+            try:
+                command = self._loop.send(self._reply)  # type: ignore[arg-type]
+            except StopIteration:
+                self._over = True
+                return
+            if type(command) is Execute:
+                ready_s = self._now_s + HOST_SEQUENCE_S * len(self.state.running)
+                took_s = self._cost.iteration_s(command.work, self.state.spread)
+                self._device_free_s = max(self._device_free_s, ready_s) + took_s
+                self._ends.append(self._device_free_s)
+            elif type(command) is Sleep:
+                self._now_s = max(self._now_s, command.until_s)
+            else:
+                self._now_s = max(self._now_s, self._ends.popleft())
+            self._reply = Done(self._now_s)
+
+
+def _result(recorders: Sequence[Recorder], queued_s: list[float]) -> Replay:
+    tables = [recorder.requests.arrays() for recorder in recorders]
+    rows = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     unserved = rows["request"][rows["outcome"] != Outcome.FINISHED]
     if unserved.size:
         raise ValueError(
@@ -88,32 +133,49 @@ def _result(recorder: Recorder, arrivals: _Stamped) -> Replay:
         )
     order = np.argsort(rows["request"])
     return Replay(
-        queued_s=np.array(arrivals.queued_s),
+        queued_s=np.array(queued_s),
         first_token_s=rows["first_token_s"][order],
         last_token_s=rows["last_token_s"][order],
         preemptions=int(rows["preemptions"].sum()),
-        iterations=recorder.iterations.arrays(),
+        iterations=_merged([recorder.iterations.arrays() for recorder in recorders]),
     )
 
 
-class _Stamped:
-    """Open-loop arrivals that note when the engine took each in. Implements `Arrivals`."""
+def _merged(engines: Sequence[dict[str, Floats]]) -> dict[str, Floats]:
+    """Iterations of all engines by their ends; `running` and `waiting` are those of all engines then."""
+    if len(engines) == 1:
+        return engines[0]
+    rows = {name: np.concatenate([own[name] for own in engines]) for name in engines[0]}
+    order = np.argsort(rows["end_s"], kind="stable")
+    rows = {name: values[order] for name, values in rows.items()}
+    for name in ("running", "waiting"):
+        total = np.zeros(len(order))
+        for own in engines:
+            last = np.searchsorted(own["end_s"], rows["end_s"], side="right")
+            total += np.concatenate(([0.0], own[name]))[last]
+        rows[name] = total
+    return rows
 
-    def __init__(self, requests: MeasuredRequests) -> None:
-        columns = (requests.arrival_s, requests.prompt_tokens, requests.output_tokens)
-        self.queued_s = [math.nan] * len(requests.arrival_s)
-        rows = zip(*(column.tolist() for column in columns), strict=True)
-        made = [Request(id, *row) for id, row in enumerate(rows)]
-        self._coming = deque(sorted(made, key=lambda r: (r.arrival_s, r.id)))
+
+class _Stamped:
+    """Open-loop arrivals of one engine that note when it took each in. Implements `Arrivals`."""
+
+    def __init__(self, coming: deque[Request], queued_s: list[float]) -> None:
+        """`coming`: of all engines, not yet given to one; `queued_s` by request, filled in here."""
+        self._coming = coming
+        self._queued_s = queued_s
+        self.pending: deque[Request] = deque()
 
     def next_s(self) -> float | None:
-        return self._coming[0].arrival_s if self._coming else None
+        """An idle engine wakes for each arrival, since it may be given it."""
+        first = self.pending or self._coming
+        return first[0].arrival_s if first else None
 
     def due(self, now_s: float) -> Sequence[Request]:
         taken = []
-        while self._coming and self._coming[0].arrival_s <= now_s:
-            request = self._coming.popleft()
-            self.queued_s[request.id] = now_s
+        while self.pending and self.pending[0].arrival_s <= now_s:
+            request = self.pending.popleft()
+            self._queued_s[request.id] = now_s
             taken.append(request)
         return taken
 

@@ -1,10 +1,11 @@
 """Reads the folder of a recorded vLLM run: how the engine was set up, what arrived, and what was measured.
 
 `meta.json` holds the engine's resolved settings, `requests.jsonl` one line per request with vLLM's own
-stamps, `timeseries.csv` what its logger counted per tick. Stamps are of two clocks: `arrival_time` is the
-wall clock of the front end, all others are the engine's. They are brought together at the request that
-passed from one to the other fastest, which takes about a millisecond, and time 0 is when the engine took in
-its first request.
+stamps, `timeseries.csv` what its logger counted per tick, `config.json` the links between devices; the last
+two may be missing. A setting that an older engine did not have yet is taken as what that engine did. Stamps
+are of two clocks: `arrival_time` is the wall clock of the front end, all others are the engine's. They are
+brought together at the request that passed from one to the other fastest, which takes about a millisecond,
+and time 0 is when the engine took in its first request.
 """
 
 from __future__ import annotations
@@ -43,6 +44,18 @@ class EngineSettings:
     graphs_for_decodes: bool
     graphs_for_mixed: bool
     tp: int
+    replicas: int = 1
+    """Engines of a data-parallel deployment; the blocks and limits above are each one's."""
+    most_prompt_tokens: int = 0
+    """Of one prompt in an iteration; 0 is no limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Link:
+    """Between the devices of a tensor-parallel group."""
+
+    bandwidth_bytes_s: float
+    latency_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,19 +76,36 @@ class RunFolder:
 
     engine: EngineSettings
     requests: MeasuredRequests
-    ticks: dict[str, Floats]
-    """Column of `timeseries.csv` -> shape (ticks,); `t` is the end of the tick."""
+    ticks: dict[str, Floats] | None
+    """Column of `timeseries.csv` -> shape (ticks,); `t` is the end of the tick. None: not recorded."""
     tick_s: float
+    link: Link | None = None
+    """None: `config.json` does not say."""
 
 
 def read_run(folder: Path) -> RunFolder:
     """Raises ValueError naming the file, the key or line, and what is allowed."""
     meta = _Node(folder / "meta.json")
+    ticks = folder / "timeseries.csv"
     return RunFolder(
         engine=_engine(meta),
         requests=_requests(folder / "requests.jsonl"),
-        ticks=_ticks(folder / "timeseries.csv"),
-        tick_s=meta.number("tick_seconds"),
+        ticks=_ticks(ticks) if ticks.is_file() else None,
+        tick_s=meta.number("tick_seconds") if meta.has("tick_seconds") else 1.0,
+        link=_link(folder / "config.json"),
+    )
+
+
+def _link(path: Path) -> Link | None:
+    """LLMServingSim's own description of the system: GB/s and ns."""
+    if not path.is_file():
+        return None
+    config = _Node(path)
+    if not (config.has("link_bw") and config.has("link_latency")):
+        return None
+    return Link(
+        bandwidth_bytes_s=config.number("link_bw") * 1e9,
+        latency_s=_number(f"{path}: link_latency", config.get("link_latency")) * 1e-9,
     )
 
 
@@ -98,13 +128,22 @@ class _Node:
         return node
 
     def has(self, key: str) -> bool:
-        path, _, last = key.rpartition(".")
-        return last in self.get(path)
+        """Whether the key is there and not null."""
+        node = self._root
+        for part in key.split("."):
+            if not isinstance(node, dict) or part not in node:
+                return False
+            node = node[part]
+        return node is not None
 
-    def whole(self, key: str) -> int:
+    def whole(self, key: str, *others: str) -> int:
+        """The first of the keys that is there; the error names the first."""
+        key = next((name for name in (key, *others) if self.has(name)), key)
         return _whole(f"{self.path}: {key}", self.get(key))
 
-    def flag(self, key: str) -> bool:
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        if default is not None and not self.has(key):
+            return default
         value = self.get(key)
         if not isinstance(value, bool):
             raise ValueError(f"{self.path}: {key} must be true or false, got {value!r}")
@@ -117,57 +156,84 @@ class _Node:
         return number
 
     def expect(self, key: str, *allowed: object) -> None:
-        """Refuse a setting that is not simulated."""
-        value = self.get(key)
-        if value not in allowed:
+        """Refuse a setting that is there and not simulated."""
+        value = self.get(key) if self.has(key) else None
+        if value is not None and value not in allowed:
             known = " or ".join(map(repr, allowed))
             raise ValueError(f"{self.path}: {key} must be {known} to be simulated, got {value!r}")
 
 
 def _engine(meta: _Node) -> EngineSettings:
-    scheduler, parallel = "resolved_config.scheduler_config.", "resolved_config.parallel_config."
+    resolved, given = "resolved_config.", "engine_kwargs."
+    scheduler, parallel = resolved + "scheduler_config.", resolved + "parallel_config."
     meta.expect(scheduler + "policy", "fcfs")
     meta.expect(scheduler + "enable_chunked_prefill", True)
-    meta.expect(scheduler + "long_prefill_token_threshold", 0)
-    meta.expect(parallel + "data_parallel_size", 1)
     meta.expect(parallel + "pipeline_parallel_size", 1)
-    meta.expect("resolved_config.speculative_config", None)
-    meta.expect("resolved_config.lora_config", None)
-    full_prompt = scheduler + "scheduler_reserve_full_isl"
+    meta.expect(parallel + "decode_context_parallel_size", 1)
+    meta.expect(parallel + "prefill_context_parallel_size", 1)
+    meta.expect(parallel + "is_moe_model", False)
+    meta.expect(resolved + "speculative_config", None)
+    meta.expect(resolved + "lora_config", None)
+    caching = resolved + "cache_config.enable_prefix_caching"
+    threshold = scheduler + "long_prefill_token_threshold"
     decodes, mixed = _graph_modes(meta)
-    sizes = meta.get("resolved_config.compilation_config.cudagraph_capture_sizes") or []
+    sizes_key = resolved + "compilation_config.cudagraph_capture_sizes"
+    sizes = meta.get(sizes_key) if meta.has(sizes_key) else []
     where = f"{meta.path}: cudagraph_capture_sizes"
+    if not isinstance(sizes, list):
+        raise ValueError(f"{where} must be a list, got {sizes!r}")
+    one = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+    for key in one:
+        if meta.has(parallel + key) or meta.has(given + key):
+            one[key] = meta.whole(parallel + key, given + key)
     return EngineSettings(
         model=str(meta.get("model")),
-        version=str(meta.get("vllm_version")),
-        kv_blocks=meta.whole("kv_cache.num_gpu_blocks"),
-        block_tokens=meta.whole("kv_cache.block_size"),
-        max_sequences=meta.whole(scheduler + "max_num_seqs"),
-        max_tokens=meta.whole(scheduler + "max_num_batched_tokens"),
-        max_sequence_tokens=meta.whole("resolved_config.model_config.max_model_len"),
-        prefix_caching=meta.flag("resolved_config.cache_config.enable_prefix_caching"),
-        async_scheduling=meta.flag(scheduler + "async_scheduling"),
-        # Engines from before the option admit on the first chunk alone.
-        reserve_full_prompt=meta.has(full_prompt) and meta.flag(full_prompt),
+        version=str(meta.get("vllm_version")) if meta.has("vllm_version") else "of unknown version",
+        kv_blocks=meta.whole("kv_cache.num_gpu_blocks", resolved + "cache_config.num_gpu_blocks"),
+        block_tokens=meta.whole("kv_cache.block_size", resolved + "cache_config.block_size"),
+        max_sequences=meta.whole(scheduler + "max_num_seqs", given + "max_num_seqs"),
+        max_tokens=meta.whole(scheduler + "max_num_batched_tokens", given + "max_num_batched_tokens"),
+        max_sequence_tokens=meta.whole(resolved + "model_config.max_model_len", given + "max_model_len"),
+        prefix_caching=meta.flag(caching if meta.has(caching) else "kv_cache.enable_prefix_caching", True),
+        # Engines from before these options schedule one iteration after the other, and admit on the first
+        # chunk alone.
+        async_scheduling=meta.flag(scheduler + "async_scheduling", False),
+        reserve_full_prompt=meta.flag(scheduler + "scheduler_reserve_full_isl", False),
         graph_sizes=tuple(_whole(where, size) for size in sizes),
         graphs_for_decodes=decodes,
         graphs_for_mixed=mixed,
-        tp=meta.whole(parallel + "tensor_parallel_size"),
+        tp=one["tensor_parallel_size"],
+        replicas=one["data_parallel_size"],
+        most_prompt_tokens=_whole(f"{meta.path}: {threshold}", meta.get(threshold), 0)
+        if meta.has(threshold)
+        else 0,
     )
 
 
-def _graph_modes(meta: _Node) -> tuple[bool, bool]:
-    """Whether batches of decodes alone, and others, run as CUDA graphs and are padded to their sizes.
+GRAPH_MODES = {
+    "NONE": (0, 0),
+    "PIECEWISE": (1, 1),
+    "FULL": (2, 2),
+    "FULL_DECODE_ONLY": (2, 0),
+    "FULL_AND_PIECEWISE": (2, 1),
+}
+"""vLLM's name -> mode of batches of decodes alone, and of others: 0 none, 1 piecewise, 2 full."""
 
-    The mode is 0 (none), 1 (piecewise), 2 (full), or a pair of these: decodes alone, others.
-    """
-    if meta.flag("resolved_config.model_config.enforce_eager"):
+
+def _graph_modes(meta: _Node) -> tuple[bool, bool]:
+    """Whether batches of decodes alone, and others, run as CUDA graphs and are padded to their sizes."""
+    if meta.flag("resolved_config.model_config.enforce_eager", False):
         return False, False
     key = "resolved_config.compilation_config.cudagraph_mode"
-    mode = meta.get(key)
+    mode = meta.get(key) if meta.has(key) else 0
+    if isinstance(mode, str):
+        mode = list(GRAPH_MODES.get(mode.rpartition(".")[2].upper(), (mode,)))
     pair = mode if isinstance(mode, list) else [mode, mode]
     if len(pair) != 2 or any(isinstance(m, bool) or m not in (0, 1, 2) for m in pair):
-        raise ValueError(f"{meta.path}: {key} must be 0, 1 or 2, or a pair of these, got {mode!r}")
+        raise ValueError(
+            f"{meta.path}: {key} must be 0, 1 or 2, or a pair of these, or one of {', '.join(GRAPH_MODES)}, "
+            f"got {meta.get(key)!r}"
+        )
     return pair[0] != 0, pair[1] != 0
 
 
@@ -233,9 +299,9 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def _whole(where: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{where} must be a whole number from 1, got {value!r}")
+def _whole(where: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{where} must be a whole number from {least}, got {value!r}")
     return value
 
 

@@ -269,6 +269,16 @@ def test_passes_beyond_the_lists_keep_growing_and_are_counted() -> None:
     assert sum(cost.parts(outside).values()) == pytest.approx(cost.iteration_s(outside), rel=1e-12)
 
 
+def test_a_backward_beyond_the_lists_may_stand_beside_a_longer_window() -> None:
+    def model() -> IterationCost:
+        return Roofline(max_tokens=1024).build(context(DEVICES[0], MODELS[0]))
+
+    window, back = Work(forward=(Chunk(5000, 0),)), Work(backward=(LayerChunk(1, 3000, 0),))
+    both = model().iteration_s(window._replace(backward=back.backward))
+    host_s = model().curves.host_s
+    assert both == pytest.approx(model().iteration_s(window) + model().iteration_s(back) - host_s)
+
+
 @pytest.mark.parametrize(("field", "value"), [("tp", 3), ("seed", -1), ("lookahead", 2)])
 def test_a_context_is_checked(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):

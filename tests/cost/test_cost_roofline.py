@@ -57,10 +57,12 @@ def test_a_pass_is_never_faster_than_its_bytes_and_flops(device: str, model: str
     flop_s = 2 * tokens * weights / spec.peak_flops
     byte_s = weights * shape.dtype_bytes / spec.memory_bandwidth_bytes_s
     floor_s = shape.layers * max(flop_s, byte_s)
-    # Furthest from the roof is a batch of a few hundred tokens on four H100: a third of its time is GEMMs
-    # at half their rate, the rest all-reduces and short kernels.
-    assert floor_s < curves.token_s[tokens] < 4 * floor_s
-    assert floor_s / shape.layers < curves.backward_layer_s[tokens] < 4 * floor_s / shape.layers
+    collective_s, backward_collective_s = curves.collective_s[tokens], curves.backward_collective_s[tokens]
+    # Furthest from the roof is a batch of a few hundred tokens on four H100: half of its time is GEMMs
+    # at half their rate, the rest short kernels. What links take is another roof.
+    assert floor_s < curves.token_s[tokens] - collective_s < 4 * floor_s
+    backward_s = curves.backward_layer_s[tokens] - backward_collective_s
+    assert floor_s / shape.layers < backward_s < 4 * floor_s / shape.layers
 
 
 @pytest.mark.parametrize(("device", "model"), PAIRS)
@@ -75,7 +77,7 @@ def test_decode_attention_is_never_faster_than_reading_the_cache(device: str, mo
 
 @pytest.mark.parametrize(("device", "model"), PAIRS)
 def test_tensor_parallelism_divides_the_work_and_adds_collectives(device: str, model: str) -> None:
-    work = Work(prefill=(Chunk(2048, 0),), sampled_tokens=1, backward=(LayerChunk(2, 2048, 0),))
+    work = Work(prefill=(Chunk(4096, 0),), sampled_tokens=1, backward=(LayerChunk(2, 4096, 0),))
     parts = {tp: Roofline().build(load(device, model, tp)).parts(work) for tp in (1, 2, 4, 8)}
     assert parts[1]["collective"] == 0
     for tp in (2, 4, 8):
@@ -100,7 +102,7 @@ def test_an_extra_tile_costs_an_extra_wave(monkeypatch: pytest.MonkeyPatch) -> N
     context = load("a100_80gb", "llama_3_1_8b")
     spec = context.device
     monkeypatch.setattr("sim.cost.gemm.TILES", ((256, 128),))
-    fed = Efficiency(gemm_l2_bandwidth=1e9, gemm_tile_s=1e-15, gemm_split_k_s=1e-15)
+    fed = Efficiency(gemm_l2_bandwidth=1e9, gemm_tile_steps=1e-12, gemm_split_k_s=1e-15)
     columns = 128 * spec.sms
     one, two = wave_s(np.array([256.0, 257.0]), 4096, columns, spec, fed)
     assert one == pytest.approx(2 * 256 * 4096 * columns / (spec.peak_flops * fed.gemm_flops))
@@ -112,10 +114,10 @@ def test_a_tile_starved_by_the_l2_takes_its_operands_time(monkeypatch: pytest.Mo
     spec = load("a100_80gb", "llama_3_1_8b").device
     monkeypatch.setattr("sim.cost.gemm.TILES", ((128, 128),))
     monkeypatch.setattr("sim.cost.gemm.SPLITS", (1,))
-    starved = Efficiency(gemm_l2_bandwidth=0.1, gemm_tile_s=1e-15)
+    starved = Efficiency(gemm_l2_bandwidth=1e-3, gemm_tile_steps=1e-12)
     seconds = wave_s(np.array([128.0]), 4096, 128 * spec.sms, spec, starved)[0]
     loaded_bytes = spec.sms * 2 * (128 + 128) * 4096
-    assert seconds == pytest.approx(loaded_bytes / (0.1 * spec.memory_bandwidth_bytes_s))
+    assert seconds == pytest.approx(loaded_bytes / (1e-3 * spec.peak_flops))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -142,14 +144,13 @@ def test_lines_of_attention_follow_the_kernels_formulas(device: str, model: str)
     chunk = chunk_cost(1, shape, tp, spec, efficiency)
     decode = decode_cost(shape, tp, spec, efficiency)
     heads, kv_heads = shape.heads / tp, max(1, shape.kv_heads // tp)
-    whole = np.array([256.0, 1024, 2048, 8192])
-    # Batches of context lie between a sum and a maximum of work and longest tile; a line has the maximum.
+    whole = np.array([128.0, 256, 512, 1024, 2048, 8192])
     one = np.ones_like(whole)
     of = (heads * one, kv_heads * one, shape.head_dim * one, 0 * one)
-    for context_tokens, tolerance in ((0, 0.15), (4096, 0.40)):
+    for context_tokens in (0, 1024, 4096, 16384):
         exact = prefill_s(one, whole, *of, spec, efficiency, float(context_tokens))
         line = [chunk.seconds(int(tokens), context_tokens) for tokens in whole]
-        np.testing.assert_allclose(line, exact, rtol=tolerance)
+        np.testing.assert_allclose(line, exact, rtol=0.13)
     for batch in (32.0, 128.0):
         exact = decode_s(batch * one, whole, *of, spec, efficiency)
         line = [decode.fixed_s + batch * (decode.sequence_s + decode.context_s * t) for t in whole]
@@ -209,7 +210,7 @@ def test_collectives_are_no_faster_than_their_bytes_and_switch_at_eight_megabyte
     floor_s = 2 * (tp - 1) / tp * size / spec.link_bandwidth_bytes_s
     seconds = allreduce_s(size, tp, spec, efficiency)
     assert (seconds > floor_s).all() and (np.diff(seconds) >= 0).all()
-    small = size < 8 * 2**20
+    small = size < 8 * 2**20 if tp == 2 or spec.link_bandwidth_bytes_s > 1e11 else size < 0
     np.testing.assert_array_equal(seconds[small], custom_s(size, tp, spec, efficiency)[small])
     nccl = nccl_s(size, tp, "all_reduce", spec, efficiency)
     np.testing.assert_array_equal(seconds[~small], nccl[~small])

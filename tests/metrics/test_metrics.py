@@ -313,8 +313,30 @@ def test_nothing_arrived_is_missing_and_not_zero() -> None:
 
 def test_unknown_facts_are_missing() -> None:
     row = summarize(hand_made(), slos=SLOS, duration_s=4.0)
-    for key in ("kv_use_max", "finetune_share_of_peak", "peak_finetune_tok_s", "cost", "cost_per_mtoken"):
+    for key in (
+        "kv_use_max",
+        "extrapolated_share",
+        "finetune_share_of_peak",
+        "peak_finetune_tok_s",
+        "cost",
+        "cost_per_mtoken",
+    ):
         assert math.isnan(row[key]), key  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_extrapolated_iterations_are_those_with_a_count_outside_the_known(seed: int) -> None:
+    recorder, _, end_s = tiny_run(seed)
+    arrays = recorder.iterations.arrays()
+    names = list(arrays)
+    rows = [dict(zip(names, values, strict=True)) for values in zip(*arrays.values(), strict=True)]
+    known = {"decode_count": (1.0, 2.0), "pass_tokens": (0.0, 4.0)}
+    facts = [PipelineFacts(measured=known), PipelineFacts()]
+    row = summarize(recorder, slos=SLOS, duration_s=end_s, pipelines=facts)
+    own = [r for r in rows if r["pipeline"] == 0 and r["end_s"] <= end_s]
+    tokens = [r["prefill_tokens"] + r["decode_count"] + r["forward_tokens"] for r in own]
+    outside = [not 1 <= r["decode_count"] <= 2 or n > 4 for r, n in zip(own, tokens, strict=True)]
+    assert row["extrapolated_share"] == pytest.approx(np.mean(outside))
 
 
 def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:

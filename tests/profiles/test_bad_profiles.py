@@ -111,7 +111,7 @@ def test_unknown_devices_models_and_settings_name_the_known_ones(
     assert "no model named 'llama'" in refused(capsys, path, "model=llama")
     assert "known: device, model" in refused(capsys, path, "devise=a100_80gb")
     assert "bound_p90 must be a number" in refused(capsys, path, "bound_p90=much")
-    assert "gemm must be one of table, curve" in refused(capsys, path, "gemm=measured")
+    assert "gemm must be one of layer, table, curve" in refused(capsys, path, "gemm=measured")
     assert "no such file" in refused(capsys, tmp_path / "absent.csv")
     assert main(["check", str(path)]) == 2
     assert "needs device=NAME" in capsys.readouterr().err

@@ -7,10 +7,18 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
+from profiles.named import device_named, model_named
+from profiles.schema import Provenance, write_profile
 from sim.cli import main
+from sim.core.rows import WORK_COLUMNS, work_row
+from sim.core.specs import LoraSpec
+from sim.core.work import Chunk, Work
+from sim.cost.context import CostContext
+from sim.cost.roofline import Roofline
 from sim.results import find_runs, read_run
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -65,6 +73,57 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
         name = f"{table}.parquet"
         assert (one / name).read_bytes() == (two / name).read_bytes()
         assert (one / name).read_bytes() != (other / name).read_bytes()
+
+
+@pytest.mark.parametrize("cost", ["roofline", "table"])
+def test_iterations_outside_what_was_measured_are_counted_and_said_once(
+    cost: str, inside: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts of 3,000 tokens in one pass; seconds are known for passes of 1,024, or of measured works."""
+    long = [
+        "policy=inference_only",
+        "workload.rate_rps=1",
+        "run.bounds=false",
+        "cluster.limits.max_tokens=4096",
+    ]
+    long += ["workload/lengths=fixed", "workload.lengths.prompt.tokens=3000"]
+    narrow = ["+cost.world.of.max_tokens=1024"]
+    if cost == "table":
+        path = str(write_measured(inside / "a100_80gb-llama_3_1_8b.parquet", longest=1000))
+        narrow = ["cost=table", f"cost.world.of.path={path}", f"cost.predictor.of.path={path}"]
+    summary = read_run(simulate(*long, *narrow, folder="narrow")).summary
+    rows = read_run(Path("narrow")).table("iterations")
+    rows = rows[rows["end_s"] <= 20.0]
+    tokens = rows["prefill_tokens"] + rows["decode_count"]
+    assert summary["extrapolated_share"] >= (tokens > 1024).mean() > 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if "extrapolated" in line]
+    assert len(notes) == 1 and re.search(r"_tokens [34]\d{3} \(known 0 to 1\d{3}\)", notes[0]), notes
+    wide = read_run(simulate(*long, "cost=roofline", folder="wide")).summary
+    assert wide["extrapolated_share"] == 0
+    assert "extrapolated" not in capfd.readouterr().err
+
+
+def write_measured(path: Path, longest: int) -> Path:
+    """A profile of whole iterations of serving, prompts up to `longest`."""
+    c = CostContext(
+        device=device_named("a100_80gb"), model=model_named("llama_3_1_8b"), tp=1, lora=LoraSpec(), seed=0
+    )
+    cost = Roofline().build(c)
+    works = [
+        Work(decode_count=n, decode_context_tokens=n * k, sampled_tokens=n)
+        for n in (0, 1, 4, 8, 16, 64)
+        for k in (1, 500, 2000)
+    ]
+    works = [
+        w._replace(prefill=(Chunk(p, 0),) if p else ()) for w in works for p in (0, 16, 64, 200, longest)
+    ]
+    flat, first = np.unique(np.array([work_row(w) for w in works], dtype=float), axis=0, return_index=True)
+    seconds = np.array([cost.iteration_s(works[i]) for i in first])
+    columns = {name: flat[:, i] for i, name in enumerate(WORK_COLUMNS)}
+    columns |= dict.fromkeys(("seconds_p20", "seconds_p50", "seconds_p80"), seconds)
+    texts = dict.fromkeys(("source", "date", "how", "licence", "versions"), "test")
+    write_profile(path, columns, Provenance(device="a100_80gb", model="llama_3_1_8b", tp=1, **texts))
+    return path
 
 
 def test_a_sweep_runs_every_combination(capfd: pytest.CaptureFixture[str]) -> None:

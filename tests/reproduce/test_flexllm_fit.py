@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles import flexllm_fit
+from profiles import flexllm_fit, vllm_eager_fit
 from profiles.flexllm_fit import (
     CONTEXTS,
     FREE,
@@ -95,6 +95,12 @@ def test_the_fit_finds_the_constants_that_made_its_rows() -> None:
 def test_least_squares_finds_the_minimum_of_a_bent_valley() -> None:
     found = least_squares(lambda x: np.array([1 - x[0], 10 * (x[1] - x[0] ** 2)]), np.array([-1.0, 1.0]), 200)
     assert found == pytest.approx([1, 1], abs=1e-2)
+
+
+@pytest.mark.parametrize("rate_rps", [4, 8])
+def test_the_serving_baseline_keeps_the_published_pace(rate_rps: int) -> None:
+    simulated_ms = vllm_eager_fit.tpot_ms(rate_rps, vllm_eager_fit.shipped())
+    assert simulated_ms == pytest.approx(vllm_eager_fit.PUBLISHED_MS[rate_rps], rel=0.05)
 
 
 def test_each_layer_of_a_backward_adds_the_same_beside_a_decode() -> None:

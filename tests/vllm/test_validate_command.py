@@ -42,11 +42,89 @@ def test_a_run_of_our_own_is_predicted_exactly(
     recorded = folders.record(tmp_path / "run", profile, settings)
     assert (recorded.preemptions > 0) == (blocks == 60)
     run = read_run(tmp_path / "run")
-    played = replay(run.engine, run.requests, cost_of(run.engine, read_profile(profile)))
+    played = replay(run.engine, run.requests, cost_of(run, read_profile(profile, run.engine.tp)))
     assert max(abs(figure.error) for figure in figures(run.requests, played)) < 1e-6
     line = timeline(run, played)
     for name, values in line.measured.items():
         np.testing.assert_allclose(line.predicted[name], values, atol=1e-6)
+
+
+@pytest.mark.parametrize("replicas", [2, 3])
+def test_engines_side_by_side_are_predicted_exactly_and_serve_faster(tmp_path: Path, replicas: int) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    alone = folders.record(tmp_path / "alone", profile, folders.meta())
+    settings = folders.meta()
+    settings["resolved_config"]["parallel_config"]["data_parallel_size"] = replicas
+    folders.record(tmp_path / "run", profile, settings)
+    run = read_run(tmp_path / "run")
+    played = replay(run.engine, run.requests, cost_of(run, read_profile(profile)))
+    assert max(abs(figure.error) for figure in figures(run.requests, played)) < 1e-6
+    line = timeline(run, played)
+    for name, values in line.measured.items():
+        np.testing.assert_allclose(line.predicted[name], values, atol=1e-6)
+    assert played.preemptions < alone.preemptions
+    assert (played.last_token_s - played.queued_s).mean() < (alone.last_token_s - alone.queued_s).mean()
+    served = played.iterations["prefill_tokens"].sum()
+    assert served >= run.requests.prompt_tokens.sum()
+
+
+def test_devices_that_share_layers_pay_for_their_links(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The times are a degree's own; a slower link is a slower run; a run that does not say has one line."""
+    profile = folders.write_profile(tmp_path / "profile", degrees=(1, 2))
+    settings = folders.meta()
+    settings["resolved_config"]["parallel_config"]["tensor_parallel_size"] = 2
+    folder = folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    assert "needs the links: link_bw (GB/s)" in _error_line(capsys, folder, profile)
+    ends = []
+    for gbytes_s in (600, 300, 1):
+        (folder / "config.json").write_text(json.dumps({"link_bw": gbytes_s, "link_latency": 1000}))
+        run = read_run(folder)
+        played = replay(run.engine, run.requests, cost_of(run, read_profile(profile, 2)))
+        ends.append(played.last_token_s[0])
+    assert ends[0] < ends[1] < ends[2]
+    # 2 all-reduces in each of 32 layers, of 8 kB a token; half of it twice over the link; 309 tokens in all.
+    tokens = 300 + sum(folders.padded(1) for _ in range(9))
+    assert ends[1] - ends[0] == pytest.approx(tokens * 64 * 8192 * (1 / 300e9 - 1 / 600e9), rel=1e-3)
+
+
+def test_one_prompt_takes_no_more_of_an_iteration_than_the_threshold(tmp_path: Path) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    settings = folders.meta()
+    settings["resolved_config"]["scheduler_config"]["long_prefill_token_threshold"] = 50
+    played = folders.record(tmp_path / "run", profile, settings)
+    chunks, tokens = (played.iterations[f"prefill_{name}"] for name in ("chunks", "tokens"))
+    assert (tokens <= 50 * chunks).all() and tokens.max() > 50
+
+
+def test_what_an_older_engine_did_not_record_is_what_it_did(tmp_path: Path) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    settings = folders.meta(async_scheduling=False)
+    resolved = settings["resolved_config"]
+    for group, key in (
+        ("scheduler_config", "async_scheduling"),
+        ("scheduler_config", "long_prefill_token_threshold"),
+        ("scheduler_config", "policy"),
+        ("parallel_config", "data_parallel_size"),
+        ("parallel_config", "pipeline_parallel_size"),
+        ("model_config", "enforce_eager"),
+    ):
+        del resolved[group][key]
+    for key in ("speculative_config", "lora_config"):
+        del resolved[key]
+    settings["engine_kwargs"] = {"max_num_seqs": resolved["scheduler_config"].pop("max_num_seqs")}
+    resolved["compilation_config"]["cudagraph_mode"] = "CUDAGraphMode.FULL_AND_PIECEWISE"
+    del settings["tick_seconds"]
+    folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    engine = read_run(tmp_path / "run").engine
+    folders.write_run(
+        tmp_path / "now", folders.meta(async_scheduling=False), [0.0], [0.0], [1.0], [2.0], [300], [10]
+    )
+    assert engine == read_run(tmp_path / "now").engine
+    (tmp_path / "run" / "timeseries.csv").unlink()
+    assert main([str(tmp_path / "run"), str(profile), "--figure", str(tmp_path / "v.png")]) == 0
+    assert not (tmp_path / "v.png").exists()
 
 
 def test_a_slower_card_is_noticed_and_the_bound_decides(
@@ -89,7 +167,7 @@ def test_planning_ahead_hides_host_time(tmp_path: Path) -> None:
 def test_a_real_run_is_predicted_within_the_bounds(folder: Path) -> None:
     run = read_run(folder)
     profile = read_profile(DATA / f"kernel-profile-{folder.parent.name}")
-    played = replay(run.engine, run.requests, cost_of(run.engine, profile))
+    played = replay(run.engine, run.requests, cost_of(run, profile))
     errors = {figure.name: 100 * figure.error for figure in figures(run.requests, played)}
     assert abs(errors["TPOT mean"]) <= TPOT_MEAN_PERCENT
     centre = [name for name in errors if name.endswith(("mean", "p99", "tok/s"))] + [
@@ -114,7 +192,7 @@ def _set(key: str, value: object) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-SCHEDULER = "resolved_config.scheduler_config."
+SCHEDULER, PARALLEL = "resolved_config.scheduler_config.", "resolved_config.parallel_config."
 
 
 @pytest.mark.parametrize(
@@ -125,7 +203,11 @@ SCHEDULER = "resolved_config.scheduler_config."
         (_set(SCHEDULER + "policy", "priority"), "policy must be 'fcfs' to be simulated, got 'priority'"),
         (_set(SCHEDULER + "async_scheduling", "yes"), "async_scheduling must be true or false, got 'yes'"),
         (_set("resolved_config.speculative_config", {"k": 2}), "speculative_config must be None"),
-        (_set("resolved_config.parallel_config.tensor_parallel_size", 2), "degree must be 1"),
+        (_set(PARALLEL + "tensor_parallel_size", 2), "no times for tensor parallel degree 2; it has 1"),
+        (_set(PARALLEL + "data_parallel_size", 0), "data_parallel_size must be a whole number from 1, got 0"),
+        (_set(PARALLEL + "pipeline_parallel_size", 2), "pipeline_parallel_size must be 1 to be simulated"),
+        (_set("resolved_config.lora_config", {"max_loras": 2}), "lora_config must be None to be simulated"),
+        (_set(SCHEDULER + "max_num_seqs", None), "no key 'resolved_config.scheduler_config.max_num_seqs'"),
         (_set("resolved_config.compilation_config.cudagraph_mode", 7), "must be 0, 1 or 2, or a pair"),
         (_set("model", "meta-llama/Llama-3.1-70B"), "the profile is of meta-llama/Llama-3.1-8B"),
         (_set("kv_cache.num_gpu_blocks", 10), "request 0 cannot be served by this engine"),
@@ -175,7 +257,7 @@ def test_a_malformed_file_gets_one_line(
 
 @pytest.mark.parametrize(
     "file",
-    ["run/meta.json", "run/requests.jsonl", "run/timeseries.csv", "profile/meta.yaml", "profile/dense.csv"],
+    ["run/meta.json", "run/requests.jsonl", "profile/meta.yaml", "profile/dense.csv"],
 )
 def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str) -> None:
     profile = folders.write_profile(tmp_path / "profile")

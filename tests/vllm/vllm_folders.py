@@ -19,12 +19,27 @@ from sim.vllm.run import EngineSettings, MeasuredRequests, RunFolder, read_run
 DENSE = ("embedding", "layernorm", "qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn", "down_proj")
 
 
-def write_profile(folder: Path, model: str = "meta-llama/Llama-3.1-8B") -> Path:
-    """A profile with times linear in everything."""
+def write_profile(
+    folder: Path, model: str = "meta-llama/Llama-3.1-8B", degrees: tuple[int, ...] = (1,)
+) -> Path:
+    """A profile with times linear in everything; several degrees have a folder each and equal times."""
     folder.mkdir()
     (folder / "meta.yaml").write_text(
-        f"model: {model}\nhardware: made-up\ntp_degrees: [1]\nskew_fit:\n  enabled: false\n"
+        f"model: {model}\nhardware: made-up\ntp_degrees: {list(degrees)}\nskew_fit:\n  enabled: false\n"
     )
+    for degree in degrees:
+        own = folder if degrees == (1,) else folder / f"tp{degree}"
+        own.mkdir(exist_ok=True)
+        _write_times(own)
+    return folder
+
+
+def padded(tokens: int) -> int:
+    """Batch of decodes as the graphs of `meta` compute it."""
+    return next(size for size in (1, 2, 4, 8, 16, 32) if size >= tokens)
+
+
+def _write_times(folder: Path) -> None:
     tokens = (1, 8, 64, 512)
     rows = [(name, n, 20 + 0.5 * n) for name in (*DENSE, "final_layernorm") for n in tokens]
     write_csv(folder / "dense.csv", ("layer", "tokens", "time_us"), rows)
@@ -41,7 +56,6 @@ def write_profile(folder: Path, model: str = "meta-llama/Llama-3.1-8B") -> Path:
     ]
     columns = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
     write_csv(folder / "attention.csv", columns, points)
-    return folder
 
 
 def meta(*, blocks: int = 120, async_scheduling: bool = True, caching: bool = True) -> dict[str, Any]:
@@ -82,7 +96,7 @@ def record(folder: Path, profile: Path, settings: dict[str, Any], count: int = 6
     arrival_s -= arrival_s[0]
     write_run(folder, settings, arrival_s, arrival_s, arrival_s, arrival_s, prompts, outputs)
     run = read_run(folder)
-    played = replay(run.engine, run.requests, cost_of(run.engine, read_profile(profile)))
+    played = replay(run.engine, run.requests, cost_of(run, read_profile(profile, run.engine.tp)))
     stamps = (played.queued_s, played.first_token_s, played.last_token_s)
     write_run(folder, settings, arrival_s, *stamps, prompts, outputs)
     _write_ticks(folder, run.engine, played)
@@ -98,7 +112,7 @@ def write_run(
     last_s: Sequence[float] | np.ndarray[Any, Any],
     prompts: Sequence[int] | np.ndarray[Any, Any],
     outputs: Sequence[int] | np.ndarray[Any, Any],
-) -> None:
+) -> Path:
     """The files of a run; the two clocks start at different times."""
     folder.mkdir(exist_ok=True)
     (folder / "meta.json").write_text(json.dumps(settings))
@@ -109,6 +123,7 @@ def write_run(
             file.write(json.dumps(dict(zip(keys, [*times, int(row[4]), int(row[5])], strict=True))) + "\n")
     rows = [(1.0, 1.0, 1.0, 1, 0)]
     write_csv(folder / "timeseries.csv", TICKS, rows)
+    return folder
 
 
 TICKS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")

@@ -1,0 +1,66 @@
+"""How far whole layers of the public operator profiles are from constants that have not seen them.
+
+    coserve profile curves DATA_FOLDER
+
+A layer is judged as shipped, with constants fitted to the other tensor-parallel degrees of its own file, and
+with constants fitted to the other device's file alone: another model too. Products and short kernels are
+both refitted, so nothing of the rows judged is left in the last two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from profiles.curves import FAMILIES, Line, fitted, quantiles
+from profiles.measured import Measured, read_measured, whole_layer
+from profiles.named import device_named
+from profiles.predict import predicted_s, relative_errors
+from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
+
+Floats = NDArray[np.float64]
+
+FILES = {"a100_80gb": "a100-Meta-Llama-3-8B-mlp.csv", "h100": "h100-Llama-2-7b-hf-mlp.csv"}
+IN_LAYER = tuple(family for family in FAMILIES if family.group == "tp")
+
+
+def layer_errors(operators: Sequence[Measured], device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """Relative errors of the whole layer, one per row of the file."""
+    whole = whole_layer(operators, [predicted_s(m, device, efficiency) for m in operators])
+    assert whole is not None
+    return relative_errors(*whole)
+
+
+def degrees_held_out(operators: Sequence[Measured], device: DeviceSpec) -> Floats:
+    """Each tensor-parallel degree by constants that were fitted to the others."""
+    start, errors = Efficiency.of(device), []
+    for degree in np.unique(operators[0].columns["tp"]):
+        unseen = [m.where(m.columns["tp"] == degree) for m in operators]
+        seen = [m.where(m.columns["tp"] != degree) for m in operators]
+        errors.append(layer_errors(unseen, device, fitted(seen, device, start, IN_LAYER)))
+    return np.concatenate(errors)
+
+
+def layer_table(folder: Path) -> list[Line]:
+    """One line per file under `folder`; empty when one is missing."""
+    paths = {name: folder / file for name, file in FILES.items()}
+    if not all(path.is_file() for path in paths.values()):
+        return []
+    rows = {name: read_measured(path) for name, path in paths.items()}
+    devices = {name: device_named(name) for name in rows}
+    lines = []
+    for name, other in zip(FILES, reversed(FILES), strict=True):
+        device, own = devices[name], rows[name]
+        borrowed = fitted(rows[other], devices[other], Efficiency.of(devices[other]), IN_LAYER)
+        errors = {
+            "as shipped": layer_errors(own, device, Efficiency.of(device)),
+            "degrees held out": degrees_held_out(own, device),
+            "device held out": layer_errors(own, device, borrowed),
+        }
+        found = {how: quantiles(values) for how, values in errors.items()}
+        lines.append(Line(device=name, operator="whole layer", rows=len(errors["as shipped"]), errors=found))
+    return lines
