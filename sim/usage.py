@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ _HIDDEN = ("defaults", "hydra")
 
 
 def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: str) -> str:
-    """The text; the first line of the task's docstring says what the command does."""
+    """The text; the first line of the task's docstring says what the command does, the header of its config
+    what else there is to say."""
     path = config_dir / f"{config_name}.yaml"
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
@@ -38,7 +40,8 @@ def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: st
     groups = all_groups(config_dir, config_name)
     about = (inspect.getdoc(task) or "").partition("\n")[0]
     options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
-    lines = [f"usage: {prog} {options} [-m]", "", about, ""]
+    said, commands = _header(path, prog)
+    lines = [f"usage: {prog} {options} [-m]", "", about, *said, ""]
     if groups:
         width = max(map(len, groups))
         lines.append("Groups (* is the default):")
@@ -56,7 +59,7 @@ def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: st
     if plain.get("hydra", {}).get("run", {}).get("dir", ".") != ".":
         foot += _FOOT_FOLDERS
     lines += [_GROUPS.format(prog=prog), ""] if groups else []
-    return "\n".join([*lines, foot, _example(prog, path, groups, chosen)])
+    return "\n".join([*lines, foot, _example(prog, commands, groups, chosen)])
 
 
 def all_groups(config_dir: Path, config_name: str) -> dict[str, list[str]]:
@@ -68,7 +71,9 @@ def all_groups(config_dir: Path, config_name: str) -> dict[str, list[str]]:
     entries = OmegaConf.select(config, "hydra.searchpath", default=())
     for folder in (config_dir, *(Path(str(entry).removeprefix("file://")) for entry in entries)):
         for group, names in _groups(folder).items():
-            if group in used or group.partition("/")[0] in used:
+            # An experiment overrides the defaults of one config, and means nothing to another.
+            foreign = group == "experiment" and folder != config_dir
+            if not foreign and (group in used or group.partition("/")[0] in used):
                 groups[group] = list(dict.fromkeys([*groups.get(group, ()), *names]))
     return dict(sorted(groups.items()))
 
@@ -85,7 +90,9 @@ def _groups(folder: Path) -> dict[str, list[str]]:
 
 def _chosen(config: DictConfig) -> dict[str, str]:
     """Group -> the default, without Hydra's own."""
-    entries = [entry for entry in config.get("defaults", []) if isinstance(entry, DictConfig)]
+    plain = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(plain, dict)
+    entries = [entry for entry in plain.get("defaults", []) if isinstance(entry, dict)]
     pairs = [(str(key), value) for entry in entries for key, value in entry.items()]
     return {key: value for key, value in pairs if not key.startswith("override ")}
 
@@ -119,28 +126,34 @@ def _key_line(text: str, comment: str | None, width: int) -> str:
 
 
 def _comments(text: str) -> dict[str, str]:
-    """Dotted key -> what is said of it, behind it or on the line above."""
+    """Dotted key -> what is said of it, behind it or in the first sentence above."""
     found: dict[str, str] = {}
     parents: list[tuple[int, str]] = []
-    above = None
+    above: list[str] = []
     for line in text.splitlines():
         match = _COMMENT.match(line)
         if match is not None:
             indent, key, behind = len(match[1]), match[2], match[3]
             parents = [*(p for p in parents if p[0] < indent), (indent, key)]
-            said = behind or above
+            said = behind or " ".join(above).partition(". ")[0]
             if said:
                 found[".".join(name for _, name in parents)] = said
-        above = line.strip().removeprefix("# ") if line.strip().startswith("# ") else None
+        above = [*above, line.strip()[2:]] if line.strip().startswith("# ") else []
     return found
 
 
-def _example(prog: str, path: Path, groups: dict[str, list[str]], chosen: dict[str, str]) -> str:
-    """The command in the file's header, or a sweep over the first group, made of names that exist."""
-    header = [line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()[:3]]
-    command = next((line for line in header if line.startswith(f"{prog} ")), None)
-    if command is None:
-        group = next((group for group, names in groups.items() if group in chosen and len(names) > 1), None)
-        choice = f"-m {group}={','.join(groups[group][:2])} seed=1,2" if group else "seed=1"
-        command = f"{prog} {choice}"
-    return f"Example: {command}\n"
+def _header(path: Path, prog: str) -> tuple[list[str], list[str]]:
+    """What the comment at the head of a config says, and the commands in it."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    head = [line[1:].removeprefix(" ") for line in takewhile(lambda line: line.startswith("#"), lines)]
+    commands = [line for line in head if line.startswith(f"{prog} ")]
+    return [line for line in head if line not in commands], commands
+
+
+def _example(prog: str, commands: Sequence[str], groups: dict[str, list[str]], chosen: dict[str, str]) -> str:
+    """The first command of the header, or a sweep over the first group, made of names that exist."""
+    if commands:
+        return f"Example: {commands[0]}\n"
+    group = next((group for group, names in groups.items() if group in chosen and len(names) > 1), None)
+    choice = f"-m {group}={','.join(groups[group][:2])} seed=1,2" if group else "seed=1"
+    return f"Example: {prog} {choice}\n"

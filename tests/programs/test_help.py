@@ -66,10 +66,11 @@ def test_the_example_of_the_help_is_a_command(command: str, capsys: pytest.Captu
 
 
 def test_the_help_of_bench_lists_the_simulators_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "\n".join(help_of("bench", capsys))
     groups = all_groups(*COMMANDS["bench"])
     for group in ("policy", "workload", "slo", "model", "device"):
         own = {path.stem for path in (CONFIGS / group).glob("*.yaml")}
         assert own <= set(groups[group])
     assert "tiny" in groups["model"] and "cpu" in groups["device"]
-    text = "\n".join(help_of("bench", capsys))
+    assert set(groups["experiment"]).isdisjoint(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
     assert "tiny*" in text and "coserving*" in text
