@@ -112,12 +112,16 @@ def assemble_engine(
 
 
 def plan_jobs(
-    model: Model, limits: Limits, jobs: Sequence[TrainingJob], memory_bytes: float | None = None
+    model: Model,
+    limits: Limits,
+    jobs: Sequence[TrainingJob],
+    memory_bytes: float | None = None,
+    wanted_share: float = 1.0,
 ) -> list[CompilePlan]:
     """The compile plan of each job, for samples up to a whole number of pages.
 
     `memory_bytes` are left on the device beside the weights; unless given, the device is asked as soon as a
-    job with `memory: auto` needs it.
+    job with `memory: auto` needs it. Such jobs take no more than `wanted_share` of it if they can.
     """
     for job in jobs:
         if job.memory not in (*MEMORIES, AUTO):
@@ -129,7 +133,7 @@ def plan_jobs(
         free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
         free -= limits.kv_tokens * kv_bytes_per_token(_shape(model), model.group.size)
         free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
-        plans |= {job.id: _plan(model, limits, job, free / len(asking)) for job in asking}
+        plans |= {job.id: _plan(model, limits, job, free / len(asking), wanted_share) for job in asking}
     return [plans[job.id] for job in jobs]
 
 
@@ -146,7 +150,13 @@ def free_memory_bytes(device: torch.device) -> float:
         ) from None
 
 
-def _plan(model: Model, limits: Limits, job: TrainingJob, free_bytes: float | None = None) -> CompilePlan:
+def _plan(
+    model: Model,
+    limits: Limits,
+    job: TrainingJob,
+    free_bytes: float | None = None,
+    wanted_share: float = 1.0,
+) -> CompilePlan:
     """The plan of one job: its own mode, or with `free_bytes` the one that these allow."""
     adapter = job.adapter
     spec = PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
@@ -154,7 +164,9 @@ def _plan(model: Model, limits: Limits, job: TrainingJob, free_bytes: float | No
     shape, tp = _shape(model), model.group.size
     if free_bytes is None:
         return compile_plan(shape, spec, seq_tokens=tokens, tp=tp, mode=job.memory, order=job.order)
-    return plan_for_memory(shape, spec, free_bytes, seq_tokens=tokens, tp=tp, order=job.order)
+    return plan_for_memory(
+        shape, spec, free_bytes, wanted_share=wanted_share, seq_tokens=tokens, tp=tp, order=job.order
+    )
 
 
 def _shape(model: Model) -> ModelShape:

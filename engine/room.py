@@ -47,7 +47,7 @@ def limits_and_plans(
         batch_sequences=given.max_sequences,
     )
     none = _limits(given, given.block_tokens, shape)
-    plans = _by_id(jobs, plan_jobs(model, none, jobs, AUTO_SHARE * free))
+    plans = _by_id(jobs, plan_jobs(model, none, jobs, free, AUTO_SHARE))
     room = kv_room_tokens(
         device=seen,
         model=shape,

@@ -2,7 +2,8 @@
 
 A job with `memory: auto` gets the plan that runs least again of those that fit its share of the free memory:
 what is left beside the KV cache where its size is given, else at most AUTO_SHARE of what weights and activations
-leave, so that the KV cache has the rest. Jobs divide it equally, after those that do not ask.
+leave, so that the KV cache has the rest (more only where no plan is that small). Jobs divide it equally, after
+those that do not ask.
 """
 
 from __future__ import annotations
@@ -67,13 +68,18 @@ def plans_of(
         name: _compiled(model, finetune.lora, device, tp, job.cutoff_len, job.order, job.memory)
         for name, job in fixed.items()
     }
-    left = free_bytes * AUTO_SHARE if kv_bytes is None else free_bytes - kv_bytes
-    left -= FinetunePlans(plans=plans).held_bytes
+    share = AUTO_SHARE if kv_bytes is None else 1.0
+    left = free_bytes - (kv_bytes or 0.0) - FinetunePlans(plans=plans).held_bytes
     asking = {name: job for name, job in finetune.jobs.items() if job.memory == AUTO}
+    if asking and left <= 0:
+        raise ValueError(
+            f"{model.name} on tp {tp} leaves no room for finetuning on {device.name}: weights, activations and a "
+            "KV cache of a given size take all of its memory; a larger tp needs less"
+        )
     for name, job in asking.items():
         try:
             plans[name] = _fitting(
-                model, finetune.lora, device, tp, job.cutoff_len, job.order, left / len(asking)
+                model, finetune.lora, device, tp, job.cutoff_len, job.order, left / len(asking), share
             )
         except ValueError as error:
             raise ValueError(f"finetune.jobs.{name}.memory=auto: {error}") from None
@@ -90,7 +96,22 @@ def _compiled(
 
 @cache
 def _fitting(
-    model: ModelShape, lora: LoraSpec, device: DeviceSpec, tp: int, tokens: int, order: str, free_bytes: float
+    model: ModelShape,
+    lora: LoraSpec,
+    device: DeviceSpec,
+    tp: int,
+    tokens: int,
+    order: str,
+    free_bytes: float,
+    share: float,
 ) -> CompilePlan:
-    spec = PeftSpec.from_lora(lora)
-    return plan_for_memory(model, spec, free_bytes, seq_tokens=tokens, device=device, tp=tp, order=order)
+    return plan_for_memory(
+        model,
+        PeftSpec.from_lora(lora),
+        free_bytes,
+        wanted_share=share,
+        seq_tokens=tokens,
+        device=device,
+        tp=tp,
+        order=order,
+    )

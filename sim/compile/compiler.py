@@ -86,14 +86,16 @@ def plan_for_memory(
     free_bytes: float,
     *,
     seq_tokens: int,
+    wanted_share: float = 1.0,
     device: DeviceSpec = REFERENCE,
     tp: int = 1,
     order: str | None = None,
     window_tokens: int = WINDOW_TOKENS,
     loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
 ) -> CompilePlan:
-    """The plan with the fewest extra FLOPs whose total and adapter fit `free_bytes` per device: stash along
-    the Pareto list, or recompute where `order` allows it (None: any). Raises ValueError where none fits."""
+    """The plan with the fewest extra FLOPs whose total and adapter take at most `wanted_share` of `free_bytes`
+    per device, else the smallest if it takes no more than all: stash along the Pareto list, or recompute where
+    `order` allows it (None: any). Raises ValueError where none fits."""
     analysis = Analysis(
         model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
         loss_chunk_tokens=loss_chunk_tokens,
@@ -101,14 +103,20 @@ def plan_for_memory(
     shares = [None, *(p.extra_share for p in analysis.pareto)]
     modes = [mode for mode in MODES if mode == "stash" or order != "layer_major"]
     plans = [analysis.plan(mode, share, order) for mode in modes for share in shares]
-    fitting = [p for p in plans if p.total_bytes() + p.adapter_bytes <= free_bytes]
-    if not fitting:
-        least = min(p.total_bytes() + p.adapter_bytes for p in plans)
+    fitting = [p for p in plans if _taken_bytes(p) <= wanted_share * free_bytes]
+    if fitting:
+        return min(fitting, key=_least_work)
+    smallest = min(plans, key=_taken_bytes)
+    if _taken_bytes(smallest) > free_bytes:
         raise ValueError(
-            f"finetuning {model.name} on samples of {seq_tokens} tokens needs at least {least:,} bytes per "
-            f"device, free are {free_bytes:,.0f}"
+            f"finetuning {model.name} on samples of {seq_tokens} tokens needs at least "
+            f"{_taken_bytes(smallest) / 2**30:.2f} GiB per device, free are {free_bytes / 2**30:.2f}"
         )
-    return min(fitting, key=_least_work)
+    return smallest
+
+
+def _taken_bytes(plan: CompilePlan) -> int:
+    return plan.total_bytes() + plan.adapter_bytes
 
 
 def _least_work(plan: CompilePlan) -> tuple[float, int]:

@@ -239,7 +239,7 @@ BAD = {
     "cluster.tp=3": "tp must divide heads 32",
     "cluster.groups=[{pipelines:1,device:h100}]": "cluster.pipelines (equal pipelines) or cluster.groups",
     "cluster.pipelines=null cluster.groups=[{pipelines:1,device:h10}]": "no device named 'h10'; did you mean 'h100'?",
-    "model=llama_3_1_70b cluster.tp=1": "leaves no room for a KV cache",
+    "model=llama_3_1_70b cluster.tp=1": "leaves no room for finetuning",
     "policy=separate cluster.pipelines=3": "must be a whole number that leaves at least one pipeline",
     "finetune.lora.targets=[down]": "finetune.lora.targets must be among",
     "finetune.jobs.sky_t1.weight=0": "weight must be a number above 0",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sim.checked import build as construct
 from sim.core.finetune import Job
 from sim.core.request import Slo
 from sim.core.specs import ModelShape
+from sim.workload.finetune import Finetune
 from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -223,11 +225,17 @@ def test_two_classes_are_shared_out_equally_unless_said() -> None:
     assert {r.slo for r in workload.arrivals().due(600.0)} == {"interactive", "batch"}
 
 
+def finetune_of(*overrides: str) -> Finetune:
+    """The node with `memory: auto` settled, as a plan would."""
+    finetune: Finetune = construct(None, node(*overrides), "finetune")
+    return replace(finetune, jobs={n: replace(j, memory="stash") for n, j in finetune.jobs.items()})
+
+
 @pytest.mark.parametrize("name", names("finetune"))
 def test_every_finetune_config_gives_jobs_that_the_core_runs(name: str, tmp_path: Path) -> None:
     (tmp_path / "lengths.json").write_text("[100, 9000, 300]")
     more = [f"finetune.jobs.file.data.file={tmp_path}/lengths.json"] if name == "file" else []
-    finetune = construct(None, node(f"finetune={name}", *more), "finetune")
+    finetune = finetune_of(f"finetune={name}", *more)
     built = finetune.build(MODEL, 1, 0, pipelines=3)
     assert len(built) == len(finetune.jobs) == {"none": 0, "two_jobs": 2}.get(name, 1)
     for spec, lengths in built:
@@ -237,7 +245,7 @@ def test_every_finetune_config_gives_jobs_that_the_core_runs(name: str, tmp_path
 
 
 def test_sky_t1_has_its_mean_length() -> None:
-    [(_, lengths)] = construct(None, node("finetune=sky_t1"), "finetune").build(MODEL, 0, 0)
+    [(_, lengths)] = finetune_of("finetune=sky_t1").build(MODEL, 0, 0)
     tokens = np.array(list(islice(lengths, 17_000)))
     assert abs(tokens.mean() - 3650) < 4 * tokens.std() / np.sqrt(len(tokens))
     assert tokens.max() <= 8192
