@@ -134,7 +134,7 @@ class Consolidate:
     requests that have ended so far.
     """
 
-    def __init__(self, *, headroom: float = 0.8) -> None:
+    def __init__(self, *, headroom: float = 0.7) -> None:
         if not 0 < headroom <= 1:
             raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
         self._headroom = headroom

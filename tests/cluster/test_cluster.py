@@ -142,7 +142,7 @@ def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
 
 
 def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
-    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.8 of 25 ms lies between."""
+    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.7 of 25 ms lies between."""
     cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
     idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
     tight = Incoming(10, Slo(tpot_s=0.025), None)
