@@ -143,9 +143,12 @@ class Engine:
         self._launched: deque[_InFlight] = deque()
 
     @torch.no_grad()
-    def warm_up(self) -> int:
-        """Capture what can be captured, before time counts. Returns how many shapes there are."""
-        return 0 if self._graphs is None else self._graphs.warm_up()
+    def warm_up(self, adapters: bool = True) -> int:
+        """Capture what can be captured, before time counts. Returns how many shapes there are.
+
+        Without `adapters`, half of them: what a request that names one needs is captured when it comes.
+        """
+        return 0 if self._graphs is None else self._graphs.warm_up(adapters)
 
     def live_tokens(self, id: int) -> list[int]:
         """Prompt and output so far of a request that has not ended."""
@@ -238,8 +241,10 @@ class Engine:
 
     def fill(self) -> None:
         """Random keys and values in every page."""
-        for tensor in self._pages:
-            tensor.normal_()
+        for pages in self._pages:
+            # Layer by layer: the pages are most of the memory, and nothing of their size must come beside them.
+            for layer in pages:
+                layer.normal_()
 
     def skip(self, plan: Plan) -> None:
         """Count the inference of a plan as done."""

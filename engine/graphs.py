@@ -180,12 +180,13 @@ class Graphs:
         self._sequences = sequence_sizes(len(table))
         self._keys = key_sizes(table.shape[1], block_tokens)
 
-    def warm_up(self) -> int:
-        """Capture every shape now, the largest first, whose memory the others reuse. Returns how many."""
-        for adapters in (False,) if self.bank is None else (True, False):
+    def warm_up(self, adapters: bool = True) -> int:
+        """Capture every shape now, the largest first, whose memory the others reuse; without `adapters` only
+        those of the base model. Returns how many."""
+        for adapted in (True, False) if adapters and self.bank is not None else (False,):
             for keys in reversed(self._keys):
                 for sequences in reversed(self._sequences):
-                    self._of(Shape(sequences, keys, adapters))
+                    self._of(Shape(sequences, keys, adapted))
         return len(self._captured)
 
     def run(self, decodes: Decodes) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ class Setting:
         """An engine with the jobs, if it trains, and the requests' adapters, if it serves."""
         jobs, adapters = self.jobs if trains else (), self.adapters if serves else None
         engine, counted = self.assemble(self.model, limits, jobs, adapters)
-        engine.warm_up()
+        engine.warm_up(adapters=bool(adapters))
         return engine, counted
 
     def facts(self, limits: Limits) -> PipelineFacts:

@@ -311,6 +311,12 @@ class _Measurement:
             return [self._or_out_of_memory(measure, empty)]
         except LigerMissing as missing:
             return [replace(empty, note=f"Liger {missing}")]
+        except Exception as error:
+            if not setup.liger:
+                raise
+            # Liger replaces functions of transformers, whose versions it does not all know: that is a result.
+            release()
+            return [replace(empty, note=f"Liger failed: {type(error).__name__}: {error}".partition("\n")[0])]
 
     def _or_out_of_memory(self, measure: Callable[[], Row], empty: Row) -> Row:
         """What was measured, or `empty` with the words."""

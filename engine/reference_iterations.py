@@ -197,10 +197,7 @@ def _rig(model: Model, sequences: list[int], max_tokens: int = 1, job: TrainingJ
     launching = LaunchSettings().on(model) if sequences else Launching()
     engine, jobs = assemble_engine(model, limits, [] if job is None else [job], launching=launching)
     engine.warm_up()
-    for pages in engine._pages:
-        # Layer by layer: all of them at once may take as much memory again.
-        for layer in pages:
-            layer.normal_()
+    engine.fill()
     return Rig(engine, jobs)
 
 

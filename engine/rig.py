@@ -83,7 +83,7 @@ class Rig:
         self._made: dict[int, Sample] = {}
         own = [replace(job, samples=self._samples(job.id), accumulation=1) for job in jobs]
         self.engine, counted = assemble(model, limits, own, adapters)
-        self.engine.warm_up()
+        self.engine.warm_up(adapters=bool(self._adapters))
         self.engine.fill()
         # A state is reached by one prompt as long as it takes, whatever an iteration may hold.
         free = replace(limits, max_tokens=2**31, lookahead=0)

@@ -271,7 +271,7 @@ def _locate(
     return segment, first, tl.load(segment_start + segment + 1)
 
 
-@jit("segments", "tokens", "blocks")
+@jit("segment_start", "segment_adapter", "segments", "tokens", "blocks")
 def _shrink(
     x: tl.tensor,
     a: tl.tensor,
@@ -321,7 +321,7 @@ def _shrink(
     tl.store(parts + row[:, None] + r[None, :], acc, mask=mask)
 
 
-@jit("segments", "tokens")
+@jit("segment_start", "segment_adapter", "segments", "tokens")
 def _expand(
     y: tl.tensor,
     b: tl.tensor,

@@ -165,7 +165,7 @@ def specialise(
     for parameter, value in zip(launch.kernel.params, launch.args, strict=False):
         name, index, aligned = parameter.name, (parameter.num,), False
         if isinstance(value, torch.Tensor):
-            signature[name], aligned = POINTERS[value.dtype], True
+            signature[name], aligned = POINTERS[value.dtype], not parameter.do_not_specialize
         elif isinstance(value, float):
             signature[name] = "fp32"
         elif value == 1 and not parameter.do_not_specialize:

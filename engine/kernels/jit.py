@@ -30,8 +30,10 @@ __all__ = ["Launch", "cdiv", "jit", "multiprocessors", "power_of_2_from", "tl", 
 def jit(*varying: str) -> Callable[[Any], Any]:
     """`triton.jit`, or the function itself where Triton is missing.
 
-    `varying` names integers that change from one iteration to the next. Triton would compile a kernel
-    anew for each pattern of which of them are 1 or multiples of 16: a second's pause while serving.
+    `varying` names what changes from one iteration to the next: integers, and index tensors, which lie
+    anywhere in the one buffer that an iteration uploads (`engine.packing`). Triton would compile a kernel
+    anew for each pattern of which integers are 1 or multiples of 16 and which tensors begin at a multiple of
+    16 bytes: a second's pause while serving.
     """
     if triton is None:
         return lambda function: function

@@ -332,7 +332,16 @@ def _attend_keys(
     return acc, higher, total
 
 
-@jit("first_sequence", "sequences", "width", "stride_table", "splits")
+@jit(
+    "block_tables",
+    "query_start",
+    "context_lens",
+    "first_sequence",
+    "sequences",
+    "width",
+    "stride_table",
+    "splits",
+)
 def _attend(
     q: tl.tensor,
     k_pages: tl.tensor,

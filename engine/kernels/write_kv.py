@@ -112,7 +112,7 @@ def _check(
         check_device(name, tensor, k.device)
 
 
-@jit()
+@jit("slots")
 def _write(
     k: tl.tensor,
     v: tl.tensor,

@@ -79,9 +79,17 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("timing kernels needs a CUDA device")
     torch.manual_seed(0)
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     bandwidth_bytes_s, rate_flops = ceilings()
     print(f"copy {bandwidth_bytes_s / 1e12:.2f} TB/s, bf16 product {rate_flops / 1e12:.0f} TFLOP/s")
-    rows = []
+    record = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__,
+        "copy_bandwidth_bytes_s": bandwidth_bytes_s,
+        "matrix_rate_flops": rate_flops,
+    }
+    rows: list[Row] = []
     for case in cases():
         if arguments.only not in case.name:
             continue
@@ -90,16 +98,9 @@ def main() -> None:
                 rows.append(time_case(case, variant, bandwidth_bytes_s, rate_flops))
             torch.cuda.empty_cache()
             print_row(rows[-1], header=len(rows) == 1)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__,
-        "copy_bandwidth_bytes_s": bandwidth_bytes_s,
-        "matrix_rate_flops": rate_flops,
-        "rows": [row._asdict() for row in rows],
-    }
-    (arguments.folder / "kernels.json").write_text(json.dumps(record, indent=1) + "\n")
+            # After each: who is stopped midway leaves what was measured.
+            found = {**record, "rows": [row._asdict() for row in rows]}
+            (arguments.folder / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
 def ceilings() -> tuple[float, float]:

@@ -156,6 +156,14 @@ def test_capturing_changes_nothing() -> None:
     assert torch.equal(graphs.last_token, last)
 
 
+def test_without_requests_that_name_adapters_only_the_base_model_is_captured() -> None:
+    captures = Counting()
+    graphs, _ = graphs_of(bank_of(2), captures)
+    shapes = len(sequence_sizes(12)) * len(key_sizes(WIDTH, BLOCK))
+    assert graphs.warm_up(adapters=False) == shapes
+    assert graphs.warm_up() == captures.captured == 2 * shapes
+
+
 def bank_of(slots: int) -> AdapterBank:
     shape = CONFIGS["llama"].shape
     return AdapterBank(shape, ("q_proj", "down_proj"), 4, torch.float64, torch.device("cpu"), slots)

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import engine.kernels
+from engine.kernels.hopper import cases
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling needs triton")
 
@@ -79,6 +81,21 @@ def test_walks_over_keys_and_features_are_pipelined(compiled: tuple[int, list[di
     for row in compiled[1]:
         if row["kernel"] in ("_attend", "_dq", "_dkv", "_shrink", "_weight_grad"):
             assert row["async_copies"] > 0, row
+
+
+def test_where_an_index_lies_in_an_upload_compiles_no_kernel_anew() -> None:
+    """Pieces of one upload begin anywhere: a kernel that asks whether at 16 bytes has two variants for each."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("interpreted kernels have no variants")
+    asked = {
+        (launch.kernel.__name__, parameter.name)
+        for _, launches in cases()
+        for launch in launches()
+        for parameter, value in zip(launch.kernel.params, launch.args, strict=False)
+        if isinstance(value, torch.Tensor) and value.dtype == torch.int32 and not parameter.do_not_specialize
+    }
+    # Tensors of their own: the bank's ranks, and the pages of a sample.
+    assert asked == {("_shrink", "ranks"), ("_expand", "ranks"), ("_dq", "table"), ("_dkv", "table")}
 
 
 def kernels() -> set[str]:
