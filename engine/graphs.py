@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -77,8 +78,7 @@ class CudaCapture:
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
-        # One for all: each stream that multiplies has a workspace of its own, and keeps it.
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        self._stream = capture_stream()
 
     def __call__(self, body: Body) -> Body:
         # Once by itself: kernels are compiled and loaded and workspaces made, which a capture must not do.
@@ -95,6 +95,13 @@ class CudaCapture:
             return out
 
         return replay
+
+
+@cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for the process: each stream that multiplies has a workspace of its own (32 MiB on Hopper) and keeps
+    it, and a sweep that took a new stream for each run would give up a GiB of pages. Replays run elsewhere."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 
 class _Captured:

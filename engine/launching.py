@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,12 @@ class SecondStream:
             self._runtime.current_stream().wait_stream(self._stream)
 
 
+@cache
+def second_stream() -> SecondStream:
+    """One for the process, for the reason of `engine.graphs.capture_stream`."""
+    return SecondStream()
+
+
 class Launching(NamedTuple):
     """What an engine launches with; by default one kernel after the other."""
 
@@ -81,7 +88,7 @@ class LaunchSettings:
                 raise ValueError(f"launch.graphs=on: {reason}; auto or off goes without")
             return Launching()
         captures = None if self.graphs == "off" else CudaCapture
-        return Launching(captures, SecondStream() if self.streams == 2 else None)
+        return Launching(captures, second_stream() if self.streams == 2 else None)
 
 
 def one_by_one(model: Model) -> str | None:

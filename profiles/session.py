@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -41,7 +42,15 @@ LEAST_S = 20.0
 """With less time than this left no step is started."""
 GRACE_S = 15.0
 TAIL_LINES = 30
+FAILED_LINES = 200
+"""Of a step that failed: the machine may be gone when somebody reads what it said."""
+NEEDED: tuple[str, ...] = ("antlr4", "hydra", "omegaconf", "rich", "simpy", "tqdm", "yaml")
+NEEDED += ("matplotlib", "numpy", "pandas", "peft", "pyarrow", "safetensors", "torch", "transformers")
+NEEDED_ON_A_GPU = ("liger_kernel", "pytest", "triton")
+CACHES = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
+"""Where programs keep what they have made once, by default in a home that need not be writable."""
 COSERVE = (sys.executable, "-m", "sim.cli")
+PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 SHORT = ("workload.duration_s=3", "run.drain_s=3", "run.warm_up_s=0.5", "measure_s=3", "peak_s=2")
 """A sweep without a GPU shows that it works; its numbers say nothing."""
 
@@ -71,8 +80,8 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
     return [
         Step(
             name="tests",
-            command=(sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/engine"),
-            limit_s=240,
+            command=(*PYTEST, "-q", "-m", "gpu", "--tb=short", "--maxfail=25", "tests/engine"),
+            limit_s=420,
             gpu=True,
         ),
         Step(
@@ -141,10 +150,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if unknown:
             parser.error(f"no step named {unknown[0]}; known: {', '.join(step.name for step in steps)}")
         steps = [step for step in steps if step.name in wanted]
+    reason = unready(options.device)
+    if reason is not None:
+        parser.error(reason)
     session = Session(folder, options.device, options.model)
     done = session.run(steps, 60 * options.minutes, retry=options.retry)
     print(f"page:   {session.gather()}")
     return 0 if done else 1
+
+
+def unready(device: str) -> str | None:
+    """What this machine lacks for any step, before time goes into finding out; None if nothing."""
+    names = NEEDED if device == "cpu" else (*NEEDED, *NEEDED_ON_A_GPU)
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"cannot import {', '.join(missing)}; README.md (On a GPU) says what to bring"
+    gpu = _gpu_versions()["gpu"] if device != "cpu" else None
+    if gpu is not None and device.partition("_")[0] not in gpu.lower():
+        return f"--device {device}, but the GPU is {gpu}"
+    return None
 
 
 class Session:
@@ -226,7 +250,8 @@ class Session:
         print(f"{step.name}: {known['command']}", file=sys.stderr, flush=True)
         log = self._folder / f"{step.name}.log"
         path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-        environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        caches = {name: str(self._folder / "cache" / folder) for name, folder in CACHES.items()}
+        environment = {**caches, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         start_s = time.perf_counter()
         with log.open("ab") as out:
             process = subprocess.Popen(
@@ -235,7 +260,8 @@ class Session:
             code = _ended(process, limit_s)
         seconds = before_s + time.perf_counter() - start_s
         status = "cut short" if code is None else "done" if code == 0 else "failed"
-        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:]
+        lines = FAILED_LINES if status == "failed" else TAIL_LINES
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
         print(f"{step.name}: {status} after {seconds:.0f} s", file=sys.stderr, flush=True)
         if status != "done":
             print("\n".join(tail), file=sys.stderr, flush=True)

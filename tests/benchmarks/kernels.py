@@ -25,6 +25,7 @@ import torch.nn.functional as F  # noqa: N812
 import engine.kernels.attention_backward as backward_file
 import engine.kernels.paged_attention as attention_file
 from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
+from engine.graphs import capture_stream
 from engine.kernels.attention_backward import Tiles, attention_backward, attention_backward_reference
 from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference, lora_weight_grad
 from engine.kernels.loss import linear_cross_entropy
@@ -143,7 +144,7 @@ def time_calls(calls: list[Call], captured: bool = True) -> list[float]:
             for call in calls:
                 call()
 
-    stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream = capture_stream()
     with torch.cuda.stream(stream):
         for call in calls:
             call()

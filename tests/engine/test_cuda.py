@@ -218,7 +218,7 @@ def test_nothing_is_held_after_a_run_that_was_not_before() -> None:
     model = on_cuda(tiny_model("llama", torch.bfloat16))
     used = []
     for _ in range(4):
-        run(model, MODES[0], 1, launchings()["graphs and streams"], kv_tokens=2048)
+        run(model, MODES[0], 1, LaunchSettings(streams=2).on(model), kv_tokens=2048)
         gc.collect()
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())

@@ -97,6 +97,32 @@ def test_what_needs_a_gpu_is_left_out_without_one(tmp_path: Path) -> None:
     assert statuses(tmp_path / "out") == {"kernels": "left out"}
 
 
+def test_a_machine_that_lacks_something_is_told_so_before_any_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(session, "NEEDED", ("json", "not_a_package"))
+    with pytest.raises(SystemExit):
+        main([str(tmp_path / "out"), "--device", "cpu", "--model", "tiny"])
+    assert "cannot import not_a_package" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(session, "NEEDED", ())
+    monkeypatch.setattr(session, "NEEDED_ON_A_GPU", ())
+    monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
+    assert session.unready("h200") == "--device h200, but the GPU is NVIDIA H100 80GB HBM3"
+    assert session.unready("h100") is None
+
+
+def test_what_programs_keep_lies_in_the_sessions_folder_unless_the_caller_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", "elsewhere")
+    told = step("told", "import os; print(os.environ['TRITON_CACHE_DIR'], os.environ['MPLCONFIGDIR'])")
+    Session(tmp_path, "cpu", "tiny").run([told], 100)
+    (line,) = (tmp_path / "told.log").read_text().splitlines()
+    assert line == f"{tmp_path / 'cache' / 'triton'} elsewhere"
+
+
 def test_a_folder_belongs_to_one_device_and_model(tmp_path: Path) -> None:
     Session(tmp_path, "cpu", "tiny").run([step("one", "")], 100)
     with pytest.raises(ValueError, match="is a session of tiny on cpu"):
