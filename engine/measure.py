@@ -29,6 +29,8 @@ from sim.core.state import PipelineState
 from sim.cost.table import FittedCost, timed_table
 
 LEAST_ROWS = 60
+LONGER = 3
+"""Times as long as asked for, if it takes that to get the least rows: kernels are still compiled now and then."""
 FIRST_USES = 40
 """Points before time counts."""
 
@@ -40,7 +42,8 @@ def measure(
     seconds: float,
     assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> FittedCost:
-    """Time points for `seconds` and fit a table. `job` is used up; its adapter is thrown away.
+    """Time points for `seconds`, or for as long as the least of them take, and fit a table. `job` is used up;
+    its adapter is thrown away.
 
     `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
     enough points.
@@ -52,17 +55,21 @@ def measure(
     repeats = 2 if cuda else 1
     for point in islice(design(rig.space), FIRST_USES if cuda else 0):
         rig.time(point, repeats=1, warm_ups=0)
-    works, times = [], []
+    works: list[tuple[float, ...]] = []
+    times: list[tuple[float, float, float]] = []
     started_s = time.perf_counter()
     for point in design(rig.space):
-        if time.perf_counter() - started_s > seconds:
+        passed_s = time.perf_counter() - started_s
+        if passed_s > seconds and (len(works) >= LEAST_ROWS or passed_s > LONGER * seconds):
             break
         timed = rig.time(point, repeats, ahead=limits.lookahead == 1, warm_ups=repeats - 1)
         best = int(np.argmin(timed.seconds))
         works.append(work_row(timed.work))
         times.append((float(timed.seconds[best]), float(timed.host_s[best]), timed.ahead_s))
     if len(works) < LEAST_ROWS:
-        raise ValueError(f"measure_s must allow {LEAST_ROWS} points, {seconds} gave {len(works)}")
+        raise ValueError(
+            f"measure_s must allow {LEAST_ROWS} points, {LONGER} times {seconds} gave {len(works)}"
+        )
     flat = np.array(works, dtype=np.float64)
     columns = {name: np.ascontiguousarray(flat[:, i]) for i, name in enumerate(WORK_COLUMNS)}
     taken_s, host_s, ahead_s = np.array(times).T

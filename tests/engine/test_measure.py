@@ -1,0 +1,48 @@
+"""A predictor is fitted to enough points, even if kernels were still compiled while they were timed."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import engine.measure
+from engine.measure import LEAST_ROWS, LONGER, measure
+from sim.core.work import Work
+from tests.support import limits_of
+
+
+def points(monkeypatch: pytest.MonkeyPatch, seconds: float) -> int:
+    """How many points `measure` times in `seconds`, when each takes one."""
+    now_s = itertools.count()
+    timed = SimpleNamespace(work=Work(), seconds=np.ones(1), host_s=np.ones(1), ahead_s=1.0)
+    rig = SimpleNamespace(space=None, time=lambda *_, **__: timed)
+    monkeypatch.setattr(engine.measure, "Rig", lambda *_, **__: rig)
+    monkeypatch.setattr(engine.measure, "design", lambda space: itertools.repeat(None))
+    monkeypatch.setattr(engine.measure.time, "perf_counter", lambda: float(next(now_s)))
+
+    def table(columns: dict[str, Any], *_: Any) -> Any:
+        return SimpleNamespace(model=lambda: len(next(iter(columns.values()))))
+
+    monkeypatch.setattr(engine.measure, "timed_table", table)
+    model: Any = SimpleNamespace(device=torch.device("cpu"))
+    job: Any = None
+    found: Any = measure(model, limits_of(), job, seconds)
+    return int(found)
+
+
+def test_what_fits_the_time_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert points(monkeypatch, 2.0 * LEAST_ROWS) == 2 * LEAST_ROWS
+
+
+def test_the_least_points_are_timed_even_if_that_takes_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert points(monkeypatch, 1.2 * LEAST_ROWS / LONGER) == LEAST_ROWS
+
+
+def test_but_not_forever(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=f"measure_s must allow {LEAST_ROWS} points"):
+        points(monkeypatch, 0.5 * LEAST_ROWS / LONGER)
