@@ -42,6 +42,7 @@ from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.specs import DeviceSpec, LoraSpec
+from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest
 
@@ -136,7 +137,8 @@ def reference(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"coserve reference measures one device: model.tp must be 1, got {shape.tp}")
     device = build(DeviceSpec, node.pop("device"), "device")
     sizes = build(Sizes, node.pop("sizes"), "sizes")
-    settings = build(Settings, node, "reference")
+    with keys_as({"reference.": ""}):
+        settings = build(Settings, node, "reference")
     model = model_of(shape, device, settings.weights)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
