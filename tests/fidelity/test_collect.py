@@ -185,3 +185,17 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
     assert path.read_bytes() == before
     assert program(["collect", "repeats=2"]) == 2
     assert "repeats must be from 3 to" in capsys.readouterr().err
+
+
+def test_samples_need_not_fill_their_last_block() -> None:
+    """A rig warms up a job with all that its blocks hold, here more than any request is long."""
+    model = tiny_model("llama")
+    limits = Limits(kv_tokens=512, block_tokens=16, max_sequences=4, max_tokens=32, max_sequence_tokens=32)
+    job = TrainingJob(
+        id="job",
+        samples=(),
+        max_sample_tokens=40,
+        adapter=new_adapter(LoraSpec(rank=2), model.config.shape, model.compute, "cpu", 0),
+        optimizer=OptimizerSettings(schedule="constant"),
+    )
+    assert Rig(model, limits, [job]).engine.trainers["job"].max_tokens == 48

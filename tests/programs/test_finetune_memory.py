@@ -82,7 +82,7 @@ def test_auto_leaves_half_to_a_kv_cache_that_says_nothing() -> None:
     roomy = plans_of(Finetune(jobs=jobs, lora=DOWN), LLAMA, A100, 1, 10 * free, None)
     assert roomy.again_gemm == roomy.again_attention == 0
     assert plans.again_gemm > 0
-    with pytest.raises(ValueError, match="leaves no room for finetuning|needs at least"):
+    with pytest.raises(ValueError, match=r"leaves no room for finetuning|needs at least"):
         plans_of(Finetune(jobs=jobs, lora=DOWN), LLAMA, A100, 1, free, 0.95 * free)
 
 
