@@ -147,10 +147,6 @@ class Engine:
         """Capture what can be captured, before time counts. Returns how many shapes there are."""
         return 0 if self._graphs is None else self._graphs.warm_up()
 
-    def live_tokens(self, id: int) -> list[int]:
-        """Prompt and output so far of a request that has not ended."""
-        return list(self._live[id].tokens)
-
     # What training leaves
 
     def adapter(self, job: str) -> Adapter:
