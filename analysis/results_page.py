@@ -52,6 +52,11 @@ def page(folder: Path | None) -> str:
     """The whole page as Markdown, from the files of `folder`; None is without any."""
     if folder is not None and not folder.is_dir():
         raise ValueError(f"folder {folder} does not exist")
+    known = (SESSION, REFERENCE, BENCH, KERNELS, FIDELITY)
+    if folder is not None and not any((folder / name).exists() for name in known):
+        raise ValueError(
+            f"folder {folder} has none of {', '.join(known)}; a session leaves them in OUT/gathered"
+        )
     session = _json(folder, SESSION) or {}
     reference = _frame(folder, REFERENCE)
     bench = _rows(folder, BENCH)

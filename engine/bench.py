@@ -21,6 +21,7 @@ A static split (`policy=separate_25`) is two pipelines on the device, each with 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 import traceback
@@ -52,14 +53,14 @@ from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
 from sim.checked import build, check, locate
 from sim.compile.plan import CompilePlan
-from sim.core.finetune import Job
+from sim.core.finetune import AUTO, MEMORIES, ORDERS, Job
 from sim.core.loop import Horizon
 from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
 from sim.cost.table import FittedCost
-from sim.errors import FailedInPart
+from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.rerun import write_rerun
@@ -82,8 +83,8 @@ class RunSettings:
     resume: bool
 
     def __post_init__(self) -> None:
-        if not self.warm_up_s >= 0:
-            raise ValueError(f"run.warm_up_s must be at least 0 seconds, got {self.warm_up_s}")
+        if not 0 <= self.warm_up_s < math.inf:
+            raise ValueError(f"run.warm_up_s must be at least 0 seconds and end, got {self.warm_up_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,10 +101,18 @@ class JobSettings:
     optimizer: OptimizerSettings
 
     def __post_init__(self) -> None:
-        if self.sample_tokens < 2:
-            raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
-        if not self.weight > 0:
-            raise ValueError(f"job.weight must be above 0, got {self.weight}")
+        for key, least in (("sample_tokens", 2), ("accumulation", 1)):
+            if getattr(self, key) < least:
+                raise ValueError(f"job.{key} must be at least {least}, got {getattr(self, key)}")
+        if not 0 < self.weight < math.inf:
+            raise ValueError(f"job.weight must be above 0 and finite, got {self.weight}")
+        for key, allowed in (("order", ORDERS), ("memory", (*MEMORIES, AUTO))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"job.{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
+        if self.memory == "recompute" and self.order != "window_major":
+            raise ValueError(f"job.memory=recompute needs job.order=window_major, got {self.order}")
+        if not self.lora.targets:
+            raise ValueError("job.lora.targets must name at least one linear layer, got []")
 
 
 class Before(NamedTuple):
@@ -163,7 +172,8 @@ def _bench(
     started_s = time.perf_counter()
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    settings = _jobs(config)
+    measure_s, peak_s = _seconds(config, "measure_s"), _seconds(config, "peak_s")
+    settings = _jobs(config, shape)
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     split = _split_of(config, shape)
@@ -194,8 +204,7 @@ def _bench(
     assemble = partial(ranks.assemble, launching=launch.on(model))
 
     def measured() -> Before:
-        predictor = _predictor(config, model, limits, device, training(0, plans)[0], assemble)
-        peak_s = check(config.peak_s, float, "peak_s")
+        predictor = _predictor(config, model, limits, device, training(0, plans)[0], measure_s, assemble)
         if not peak_s:
             return Before(predictor, None)
         release()
@@ -278,17 +287,37 @@ def _bench(
     return {**summary, "folder": str(folder), "losses": losses, "plans": memory}, failures
 
 
-def _jobs(config: DictConfig) -> dict[str, JobSettings]:
+def _seconds(config: DictConfig, key: str) -> float:
+    """A time that is spent before the first run."""
+    seconds: float = check(config[key], float, key)
+    if not 0 <= seconds < math.inf:
+        raise ValueError(f"{key} must be at least 0 seconds and end, got {seconds}")
+    return seconds
+
+
+def _jobs(config: DictConfig, shape: ModelShape) -> dict[str, JobSettings]:
     """Job -> its settings; the first is `job` itself."""
-    found = {FIRST: build(JobSettings, config.job, "job")}
-    for name, changes in (config.more_jobs or {}).items():
-        if str(name) == FIRST or str(name).startswith("adapter_"):
+    found = {FIRST: _job(config.job, "job", shape)}
+    more = config.more_jobs
+    if more is not None and not isinstance(more, DictConfig):
+        raise ValueError(f"more_jobs must be a group of names, each with keys of job, got {more!r}")
+    for key, changes in (more or {}).items():
+        name = str(key)
+        if name == FIRST or name.startswith("adapter_"):
             raise ValueError(f"more_jobs.{name}: a name must not be {FIRST}, nor begin with adapter_")
         if not isinstance(changes, DictConfig):
             raise ValueError(f"more_jobs.{name} must be a group of keys of job, got {changes!r}")
         node = OmegaConf.merge(OmegaConf.to_container(config.job, resolve=True), changes)
-        found[str(name)] = build(JobSettings, node, f"more_jobs.{name}")
+        found[name] = _job(node, f"more_jobs.{name}", shape)
     return found
+
+
+def _job(node: object, where: str, shape: ModelShape) -> JobSettings:
+    own = {"job.": f"{where}.", "finetune.lora.": f"{where}.lora.", "optimizer.": f"{where}.optimizer."}
+    with keys_as(own):
+        settings: JobSettings = build(JobSettings, node, where)
+        settings.lora.params(shape)  # refuses targets that the model does not have
+    return settings
 
 
 def _adapter_folder(job: str) -> str:
@@ -354,12 +383,13 @@ def _predictor(
     limits: Limits,
     device: DeviceSpec,
     job: TrainingJob,
+    measure_s: float,
     assemble: Callable[..., tuple[Engine, list[Job]]],
 ) -> FittedCost:
     """A table of the profile in `predictor`, or of what this machine does in `measure_s`."""
     path = check(config.predictor, str | None, "predictor")
     if path is None:
-        return measure(model, limits, job, check(config.measure_s, float, "measure_s"), assemble)
+        return measure(model, limits, job, measure_s, assemble)
     from profiles.table_file import TableFile
 
     lora = build(LoraSpec, config.job.lora, "job.lora")
@@ -381,7 +411,11 @@ def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy
 def _tell_plan(config: DictConfig, runs: int) -> None:
     """What a sweep will take, before it starts: with empty pipelines at the end, and with none."""
     arrivals_s = config.workload.get("duration_s")
-    before_s = config.measure_s + config.peak_s
+    measure_s = config.measure_s if config.predictor is None else 0.0
+    times = (arrivals_s, measure_s, config.peak_s, config.run.warm_up_s, config.run.drain_s)
+    if arrivals_s is not None and not all(isinstance(time, int | float) for time in times):
+        return  # each run says what is wrong with it
+    before_s = measure_s + config.peak_s
     if arrivals_s is None:
         print(f"plan:   {runs} runs, each as long as its trace", file=sys.stderr)
         return

@@ -150,10 +150,6 @@ class Engine:
         """
         return 0 if self._graphs is None else self._graphs.warm_up(adapters)
 
-    def live_tokens(self, id: int) -> list[int]:
-        """Prompt and output so far of a request that has not ended."""
-        return list(self._live[id].tokens)
-
     # What training leaves
 
     def adapter(self, job: str) -> Adapter:

@@ -34,6 +34,7 @@ from sim.core.plan import Limits, Policy
 from sim.core.request import Request, Slo
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
+from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 
 
@@ -80,7 +81,10 @@ def generate(config: DictConfig) -> dict[str, Any]:
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     policy: Policy = build(None, node.pop("policy"), "policy")
-    settings: Settings = build(Settings, node, "generate")
+    if not policy.serves:
+        raise ValueError(f"policy must be one that serves, got {type(policy).__name__}")
+    with keys_as({"cluster.": "", "generate.": ""}):
+        settings: Settings = build(Settings, node, "generate")
     prompts = _prompts(settings)
     rows = answer(settings, policy, prompts)
     for row in rows:
@@ -94,22 +98,23 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
 
     tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
     encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
-    limits = settings.limits
+    shape = read_config(settings.model_name_or_path).shape
+    shape.check_tp(settings.tp)
+    given = settings.limits
+    limits = replace(given, max_sequence_tokens=min(given.max_sequence_tokens, shape.max_context_tokens))
     blocks = limits.kv_tokens // limits.block_tokens
     longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
     for n, tokens in enumerate(encoded, 1):
         if not tokens or len(tokens) >= longest:
             raise ValueError(
-                f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens and max_sequence_tokens), "
-                f"got {len(tokens)}"
+                f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens, "
+                f"limits.max_sequence_tokens, the model's own {shape.max_context_tokens}), got {len(tokens)}"
             )
     stops = frozenset[int]() if settings.ignore_eos else _stops(settings.model_name_or_path, tokenizer)
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
     )
 
-    shape = read_config(settings.model_name_or_path).shape
-    shape.check_tp(settings.tp)
     adapters = {}
     if settings.adapter_name_or_path is not None:
         adapters["adapter"] = read_adapter(settings.adapter_name_or_path, shape)
@@ -123,7 +128,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
         model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
         engine, _ = ranks.assemble(
             model,
-            settings.limits,
+            limits,
             (),
             adapters,
             on_token=lambda id, token: outputs[id].append(token),
@@ -135,7 +140,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
             lambda request: (encoded[request.id], replace(sampling, seed=settings.seed + request.id)),
         )
         slos = {"default": Slo()}
-        state = PipelineState(limits=settings.limits, slos=slos, recorder=Recorder())
+        state = PipelineState(limits=limits, slos=slos, recorder=Recorder())
         Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
     return [
         {

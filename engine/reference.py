@@ -42,6 +42,7 @@ from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.specs import DeviceSpec, LoraSpec
+from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest
 
@@ -70,6 +71,14 @@ class Sizes:
     recompute_tokens: int
     long_sample_tokens: int
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            least = 2 if field.name in ("sample_tokens", "long_sample_tokens") else 1
+            each = value if isinstance(value, tuple) else (value,)
+            if not each or min(each) < least:
+                raise ValueError(f"sizes.{field.name} must be at least {least}, got {value}")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
@@ -84,8 +93,9 @@ class Settings:
     learning_rate: float
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        for key in ("seconds", "rank", "alpha", "learning_rate"):
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key} must be above 0 and finite, got {getattr(self, key)}")
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {list(self.parts)}")
@@ -136,7 +146,8 @@ def reference(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"coserve reference measures one device: model.tp must be 1, got {shape.tp}")
     device = build(DeviceSpec, node.pop("device"), "device")
     sizes = build(Sizes, node.pop("sizes"), "sizes")
-    settings = build(Settings, node, "reference")
+    with keys_as({"reference.": ""}):
+        settings = build(Settings, node, "reference")
     model = model_of(shape, device, settings.weights)
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)

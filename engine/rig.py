@@ -76,9 +76,11 @@ class Rig:
         self._lengths = {job.id: 2 for job in jobs}
         """Of the sample that each job draws next."""
         most = max((job.max_sample_tokens for job in jobs), default=2)
+        # Trainers have room for whole blocks, and are warmed up with all of it.
+        filled = -(-most // limits.block_tokens) * limits.block_tokens
         random = np.random.default_rng(0)
         self._vocab = model.config.shape.vocab
-        self._text = random.integers(0, self._vocab, max(most, limits.max_sequence_tokens)).astype(np.int32)
+        self._text = random.integers(0, self._vocab, max(filled, limits.max_sequence_tokens)).astype(np.int32)
         self._labels = self._text.astype(np.int64)
         self._made: dict[int, Sample] = {}
         own = [replace(job, samples=self._samples(job.id), accumulation=1) for job in jobs]

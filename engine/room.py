@@ -18,6 +18,7 @@ from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.cost.memory import free_bytes as room_bytes
+from sim.errors import keys_as
 from sim.finetune_plans import AUTO_SHARE, FinetunePlans
 
 ROOM_STEP_TOKENS = 4096
@@ -30,6 +31,8 @@ def limits_and_plans(
 
     Under tensor parallelism each device holds `kv_tokens`.
     """
+    if not 0 < utilization <= 1:
+        raise ValueError(f"memory_utilization must be in (0, 1], got {utilization}")
     shape, tp = model.whole.shape, model.group.size
     if given.kv_tokens is not None:
         limits = _limits(given, given.kv_tokens, shape)
@@ -76,12 +79,13 @@ def whole_steps(tokens: int) -> int:
 
 def _limits(given: LimitSettings, kv_tokens: int, shape: ModelShape) -> Limits:
     longest = given.max_sequence_tokens
-    return Limits(
-        kv_tokens=kv_tokens,
-        block_tokens=given.block_tokens,
-        max_sequences=given.max_sequences,
-        max_tokens=given.max_tokens,
-        max_sequence_tokens=shape.max_context_tokens if longest is None else longest,
-        admission=given.admission,
-        lookahead=given.lookahead,
-    )
+    with keys_as({"cluster.": ""}):
+        return Limits(
+            kv_tokens=kv_tokens,
+            block_tokens=given.block_tokens,
+            max_sequences=given.max_sequences,
+            max_tokens=given.max_tokens,
+            max_sequence_tokens=shape.max_context_tokens if longest is None else longest,
+            admission=given.admission,
+            lookahead=given.lookahead,
+        )

@@ -43,12 +43,13 @@ from engine.replica import replica
 from engine.text import passes
 from engine.training_log import TrainingLog, check_tensorboard
 from sim.checked import build
-from sim.core.finetune import MEMORIES, ORDERS
+from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
 from sim.core.specs import LoraSpec
 from sim.core.state import PipelineState
+from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 
 CONFIGS = Path(__file__).parent / "programs"
@@ -75,7 +76,7 @@ CHOICES = {
     "optim": KINDS,
     "lr_scheduler_type": SCHEDULES,
     "order": ORDERS,
-    "memory": MEMORIES,
+    "memory": (*MEMORIES, AUTO),
     "report_to": ("none", "tensorboard"),
 }
 LEAST = {
@@ -136,6 +137,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_model_folder(self.model_name_or_path)
+        if not self.output_dir.strip():
+            raise ValueError("output_dir must be a folder, got nothing")
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
@@ -211,7 +214,10 @@ def finetune(config: DictConfig) -> dict[str, Any]:
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     policy: Policy = build(None, node.pop("policy"), "policy")
-    settings: Settings = build(Settings, node, "finetune")
+    if not policy.finetunes:
+        raise ValueError(f"policy must be one that finetunes, got {type(policy).__name__}")
+    with keys_as({"finetune.": ""}):
+        settings: Settings = build(Settings, node, "finetune")
     return train(settings, policy)
 
 

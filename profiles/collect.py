@@ -34,7 +34,7 @@ from engine.bench import CONFIGS
 from engine.design import Point, design
 from engine.launching import LaunchSettings
 from engine.lora import new_adapter
-from engine.machine import model_of, place_of, release
+from engine.machine import model_of, place_of, release, shape_of
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig, Timed
@@ -53,9 +53,11 @@ from profiles.schema import (
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings
 from sim.checked import build, check
+from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.plan import Limits
 from sim.core.rows import WORK_COLUMNS, work_row
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.core.specs import DeviceSpec, LoraSpec
+from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest
 
@@ -81,6 +83,8 @@ class Settings:
                 raise ValueError(f"{key} must be from {least} to {most}, got {getattr(self, key)}")
         if not self.seconds > 0:
             raise ValueError(f"seconds must be above 0, got {self.seconds}")
+        if self.out is not None and Path(self.out).suffix != ".parquet":
+            raise ValueError(f"out must be a file that ends in .parquet, got {self.out!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +95,13 @@ class JobSettings:
     order: str
     memory: str
     lora: LoraSpec
+
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 2:
+            raise ValueError(f"job.sample_tokens must be at least 2, got {self.sample_tokens}")
+        for key, allowed in (("order", ORDERS), ("memory", (*MEMORIES, AUTO))):
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"job.{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,13 +120,17 @@ def main(argv: Sequence[str]) -> int:
 def collect(config: DictConfig) -> dict[str, Any]:
     """Time the engine of this machine on a designed grid of work, and write a profile."""
     plain = {key: config[key] for key in Settings.__dataclass_fields__}
-    settings = build(Settings, OmegaConf.create(plain), "profile")
-    device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
+    with keys_as({"profile.": ""}):
+        settings = build(Settings, OmegaConf.create(plain), "profile")
+    device, shape = build(DeviceSpec, config.device, "device"), shape_of(config.model, config.weights)
+    if shape.tp > 1:
+        raise ValueError(f"coserve profile collect times one device: model.tp must be 1, got {shape.tp}")
     keys = ("sample_tokens", "order", "memory", "lora")
-    job = build(JobSettings, {key: config.job[key] for key in keys}, "job")
+    with keys_as({"finetune.lora.": "job.lora."}):
+        job = build(JobSettings, {key: config.job[key] for key in keys}, "job")
     launch = build(LaunchSettings, config.launch, "launch")
     place_of(device)
-    path = Path(settings.out) if settings.out else TABLES / f"{device.name}-{shape.name}.parquet"
+    path = Path(settings.out) if settings.out is not None else TABLES / f"{device.name}-{shape.name}.parquet"
     model = model_of(shape, device, config.weights)
     utilization = check(config.memory_utilization, float, "memory_utilization")
     given = build(LimitSettings, config.limits, "limits")
@@ -131,6 +146,8 @@ def collect(config: DictConfig) -> dict[str, Any]:
 
     timing = Timing(rig, settings.repeats)
     _time_points(timing, file, settings)
+    if not file.rows:
+        raise ValueError(f"seconds must allow a point, {settings.seconds} gave none")
     left_out = _settle(timing, file)
     return {"file": str(path), "points": settings.points, "left_out": left_out}
 
@@ -173,8 +190,9 @@ class ProfileFile:
             "adapters",
         ):
             if found[key] != self._about[key]:
+                theirs, ours = _differing(found[key], self._about[key])
                 raise ValueError(
-                    f"{self.path} was collected with {key} {_short(found[key])}, this is {_short(self._about[key])}; "
+                    f"{self.path} was collected with {key} {_short(theirs)}, this is {_short(ours)}; "
                     "restart=true begins anew, out=FILE keeps both"
                 )
         self.passed = found["passed"]
@@ -352,8 +370,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _differing(a: object, b: object) -> tuple[object, object]:
+    """Both without the keys in which they agree."""
+    if not isinstance(a, dict) or not isinstance(b, dict):
+        return a, b
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return {key: a.get(key) for key in keys}, {key: b.get(key) for key in keys}
+
+
 def _short(value: object) -> str:
-    text = str(value.get("name", value)) if isinstance(value, dict) else str(value)
+    text = (
+        ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, dict) else str(value)
+    )
     return text if len(text) < 90 else text[:87] + "..."
 
 

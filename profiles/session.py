@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.results_page import BENCH, FIDELITY, KERNELS, REFERENCE, SESSION, page
+from sim.errors import message, report
 from sim.results import SUMMARY, find_runs, make_manifest, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -131,7 +132,7 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is left of a session; 0 when every step is done or left out, 1 otherwise."""
+    """Run what is left of a session; 0 when every step is done or left out, 1 otherwise, 2 for a mistake."""
     parser = argparse.ArgumentParser(
         prog="python -m profiles.session", description=(__doc__ or "").split("\n")[0]
     )
@@ -153,8 +154,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     reason = unready(options.device)
     if reason is not None:
         parser.error(reason)
-    session = Session(folder, options.device, options.model)
-    done = session.run(steps, 60 * options.minutes, retry=options.retry)
+    try:
+        session = Session(folder, options.device, options.model)
+        done = session.run(steps, 60 * options.minutes, retry=options.retry)
+    except KeyboardInterrupt as stop:
+        print("the same call again goes on with the step that was interrupted", file=sys.stderr)
+        return report(parser.prog, stop, None)
+    except (ValueError, OSError) as error:
+        return report(parser.prog, error, message(error))
     print(f"page:   {session.gather()}")
     return 0 if done else 1
 
@@ -290,19 +297,28 @@ class Session:
 
 
 def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:
-    """The exit code, or None when it ran over the limit and was ended: asked first, then killed."""
+    """The exit code, or None when it ran over the limit and was ended. Who ends this process ends it too."""
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
-        pass
-    os.killpg(process.pid, signal.SIGINT)
+        _end(process)
+        return None
+    except BaseException:
+        # A group of its own hears nothing of Ctrl-C.
+        _end(process)
+        raise
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Ask its group to end, then kill what is left of it."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(GRACE_S)
     with suppress(ProcessLookupError):
         # Also what it has started: nothing may hold the device when the next step begins.
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    return None
 
 
 def _gpu_versions() -> dict[str, str | None]:

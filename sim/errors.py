@@ -11,7 +11,8 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
@@ -36,6 +37,22 @@ class FailedInPart(ValueError):
         """`row` is the run's summary."""
         super().__init__(line)
         self.row = dict(row)
+
+
+@contextmanager
+def keys_as(keys: Mapping[str, str]) -> Iterator[None]:
+    """A ValueError inside whose text begins with one of `keys` begins with what this command calls it.
+
+    What several programs build names the keys of one of them, and says so to the users of all.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for said, own in keys.items():
+            if text.startswith(said):
+                raise ValueError(own + text.removeprefix(said)) from error
+        raise
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -115,6 +115,11 @@ def read_rerun(run: Run) -> Rerun:
         raise ValueError(f"{path} is missing: an older run; coserve bench writes it") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+    missing = [
+        key for key in ("limits", "jobs", "predictor") if not isinstance(plain, dict) or key not in plain
+    ]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]}; coserve bench writes it")
     config = OmegaConf.create(run.config)
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos))

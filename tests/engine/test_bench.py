@@ -198,15 +198,27 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
-        ("job.order=sideways", "order must be one of"),
-        ("job.optimizer.kind=adam", "optimizer.kind must be one of adamw, sgd, got 'adam'"),
+        ("job.order=sideways", " job.order must be one of"),
+        ("job.optimizer.kind=adam", " job.optimizer.kind must be one of adamw, sgd, got 'adam'"),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy.inference_share=0.123 policy=separate", "must be a share of at most 100 equal parts"),
         ("device=h100", "needs a CUDA device"),
         ("launch.graphs=on", "launch.graphs=on: graphs need a CUDA device, the model is on cpu"),
         ("launch.streams=3", "launch.streams must be 1 or 2, got 3"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
-        ("+more_jobs.second.weight=0", "weight must be above 0, got 0"),
+        ("limits.lookahead=2", " limits.lookahead must be 0 or 1, got 2"),
+        ("memory_utilization=7", "memory_utilization must be in (0, 1], got 7"),
+        ("measure_s=-1", "measure_s must be at least 0 seconds and end, got -1"),
+        ("peak_s=inf", "peak_s must be at least 0 seconds and end, got inf"),
+        ("run.warm_up_s=inf", "run.warm_up_s must be at least 0 seconds and end, got inf"),
+        ("job.accumulation=0", "job.accumulation must be at least 1, got 0"),
+        ("job.memory=recompute", "job.memory=recompute needs job.order=window_major, got layer_major"),
+        ("job.lora.rank=0", " job.lora.rank must be at least 1, got 0"),
+        ("job.lora.targets=[]", "job.lora.targets must name at least one linear layer"),
+        ("more_jobs=3", "more_jobs must be a group of names, each with keys of job, got 3"),
+        ("+more_jobs.second.weight=0", "more_jobs.second.weight must be above 0 and finite, got 0"),
+        ("+more_jobs.second.lora.targets=[down]", " more_jobs.second.lora.targets must be among"),
+        ("+more_jobs.second.optimizer.kind=adam", " more_jobs.second.optimizer.kind must be one of"),
         ("+more_jobs.second.rank=4", "more_jobs.second has no key 'rank'"),
         ("+more_jobs.job.weight=2", "more_jobs.job: a name must not be job"),
         ("+more_jobs.second=3", "more_jobs.second must be a group of keys of job, got 3"),
@@ -223,7 +235,7 @@ def test_a_mistake_is_told_in_one_line(
 
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
     config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
-    first, second = _jobs(config).values()
+    first, second = _jobs(config, _model_shape()).values()
     assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 16, 1)
     assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
 

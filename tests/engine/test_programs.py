@@ -230,7 +230,7 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
 REFUSED = {
     "model_name_or_path": ["3", "nowhere"],
     "dataset": ["3", "nowhere.jsonl"],
-    "output_dir": ["3"],
+    "output_dir": ["3", ""],
     "resume": ["maybe"],
     "device": ["tpu"],
     "tp": ["0", "1.5"],
@@ -273,6 +273,9 @@ def test_every_option_of_finetune_is_checked_and_named(
             assert finetune([*arguments, f"{key}={value}"]) == 2, (key, value)
             error = capsys.readouterr().err
             assert key in error and error.count("\n") == 1, (key, value, error)
+    serving = "policy._target_=sim.policies.inference_only.InferenceOnly"
+    assert finetune([*arguments, serving]) == 2
+    assert "policy must be one that finetunes, got InferenceOnly" in capsys.readouterr().err
     assert finetune([*arguments, "warmup_steps=2", "warmup_ratio=0.1"]) == 2
     assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
     assert not Path("out").exists()
@@ -284,6 +287,12 @@ def test_every_option_of_finetune_is_checked_and_named(
         ("model_name_or_path=nowhere", "model_name_or_path must be a folder with a Hugging Face model"),
         ("limits.kv_tokens=16", "prompt 1 must have 1..15 tokens (limits.kv_tokens"),
         ("limits.max_sequence_tokens=9", "prompt 1 must have 1..8 tokens"),
+        ("limits.lookahead=2", " limits.lookahead must be 0 or 1, got 2"),
+        ("limits.max_tokens=many", " limits.max_tokens must be a whole number, got 'many'"),
+        (
+            "policy._target_=sim.policies.finetune_only.FinetuneOnly",
+            "policy must be one that serves, got FinetuneOnly",
+        ),
         ("seed=-1", "seed must be at least 0, got -1"),
         ("top_p=0", "top_p must be in (0, 1], got 0.0"),
         ("temperature=-1", "temperature must be at least 0"),
@@ -300,3 +309,25 @@ def test_a_mistake_in_generate_is_told_in_one_line(
     assert generate([arguments[0], "prompts=p.txt", "chat=false", change]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+def test_a_prompt_must_leave_room_in_the_models_own_context(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model was made for 256 positions, whatever the cache would hold."""
+    Path("p.txt").write_text("The harbour at Lowmouth has two clocks. " * 40)
+    assert generate([arguments[0], "prompts=p.txt", "chat=false"]) == 2
+    assert "prompt 1 must have 1..255 tokens" in capsys.readouterr().err
+    Path("p.txt").write_text("The harbour at Lowmouth has two clocks.\n")
+    assert (
+        generate([arguments[0], "prompts=p.txt", "chat=false", "ignore_eos=true", "max_new_tokens=999"]) == 0
+    )
+    (row,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert 200 < row["tokens"] < 256 and row["finish"] == "length"
+
+
+def test_memory_auto_lets_the_free_memory_choose_the_plan(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune([*arguments, "memory=auto", "max_steps=2"]) == 0
+    assert "memory: stash" in capsys.readouterr().out, "a tiny model fits whole"

@@ -206,6 +206,11 @@ def test_ratios_are_against_the_same_adapter_and_what_did_not_fit_has_none() -> 
         ("seconds=0", "seconds must be above 0"),
         ("device=h200", "needs a CUDA device"),
         ("sizes.product=big", "sizes.product must be a whole number"),
+        ("sizes.decode_sequences=[]", "sizes.decode_sequences must be at least 1, got ()"),
+        ("sizes.long_sample_tokens=1", "sizes.long_sample_tokens must be at least 2, got 1"),
+        ("rank=0", "rank must be above 0 and finite, got 0"),
+        ("learning_rate=-1", "learning_rate must be above 0 and finite, got -1.0"),
+        ("seconds=inf", "seconds must be above 0 and finite, got inf"),
     ],
 )
 def test_a_mistake_is_told_in_one_line(argument: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -163,13 +163,39 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
     capsys.readouterr()
     before = path.read_bytes()
     for override, words in (
-        ("job.sample_tokens=32", "was collected with job"),
+        ("job.sample_tokens=32", "was collected with job sample_tokens 64, this is sample_tokens 32;"),
         ("adapters=2", "was collected with adapters 4, this is 2"),
-        ("limits.max_tokens=64", "was collected with limits"),
+        ("limits.max_tokens=64", "was collected with limits max_tokens 128, this is max_tokens 64;"),
     ):
         assert collect(path, "points=30", override) == 2
         error = capsys.readouterr().err
         assert words in error and "restart=true begins anew" in error and error.count("\n") == 1
     assert path.read_bytes() == before
+    for override, words in (
+        ("model.tp=2", "model.tp must be 1, got 2"),
+        ("model.dtype_bytes=8", "model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got 8"),
+        ("out=own.csv", "out must be a file that ends in .parquet, got 'own.csv'"),
+        ("job.order=sideways", "job.order must be one of layer_major, window_major, got 'sideways'"),
+        ("job.lora.rank=0", " job.lora.rank must be at least 1, got 0"),
+        ("seconds=1e-9 restart=true", "seconds must allow a point, 1e-09 gave none"),
+    ):
+        assert collect(path, "points=30", *override.split()) == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
+    assert path.read_bytes() == before
     assert program(["collect", "repeats=2"]) == 2
     assert "repeats must be from 3 to" in capsys.readouterr().err
+
+
+def test_samples_need_not_fill_their_last_block() -> None:
+    """A rig warms up a job with all that its blocks hold, here more than any request is long."""
+    model = tiny_model("llama")
+    limits = Limits(kv_tokens=512, block_tokens=16, max_sequences=4, max_tokens=32, max_sequence_tokens=32)
+    job = TrainingJob(
+        id="job",
+        samples=(),
+        max_sample_tokens=40,
+        adapter=new_adapter(LoraSpec(rank=2), model.config.shape, model.compute, "cpu", 0),
+        optimizer=OptimizerSettings(schedule="constant"),
+    )
+    assert Rig(model, limits, [job]).engine.trainers["job"].max_tokens == 48

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from profiles.against import METRICS, against
 from profiles.diagnosis import OTHERS, PARTS, diagnose
 from profiles.fidelity import findings_of, main, report
+from profiles.fidelity_figure import draw
 from profiles.schema import read_profile
 from sim.cli import main as coserve
 from sim.rerun import read_rerun, replay, same_plans, simulate
@@ -60,6 +62,16 @@ def test_a_part_of_the_profile_that_is_wrong_by_two_is_found_and_named(
     named = next(finding for finding in findings if finding.off)
     assert named.low <= named.factor <= named.high and named.factor == pytest.approx(0.5, abs=0.08)
     assert text.endswith(f"off by more than 1.2x: {part}")
+
+
+def test_what_no_run_has_is_an_empty_line_of_the_picture(
+    run_folder: Path, profile_file: Path, tmp_path: Path
+) -> None:
+    """Nothing was finetuned: there is no ratio to draw."""
+    one = against(read_rerun(read_run(run_folder)), read_profile(profile_file), "run", seeds=1)
+    none = tuple(m._replace(measured=0.0) if m.metric == "finetune_tok_s" else m for m in one.metrics)
+    path = draw(tmp_path / "none.png", [replace(one, metrics=none)], findings_of([one]))
+    assert path.stat().st_size > 0
 
 
 def test_factors_of_many_rows_are_those_of_all() -> None:
@@ -125,6 +137,8 @@ def test_mistakes_are_told_in_one_line(
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("  name: tiny\n", "  name: large\n"))
     assert "measured for tiny on 1 x cpu; asked for large" in refused(str(copy), profile)
+    (copy / "rerun.json").write_text("{}")
+    assert "rerun.json has no limits" in refused(str(copy), profile)
     (copy / "rerun.json").unlink()
     assert "rerun.json is missing" in refused(str(copy), profile)
     summary = json.loads((copy / "summary.json").read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -70,6 +71,25 @@ def test_a_step_over_its_time_is_ended_with_its_children_and_goes_on_next_time(
     assert _gone(int(child.read_text()))
     assert of.run([slow], 100)
     assert statuses(tmp_path / "out") == {"slow": "done"}
+
+
+def test_ctrl_c_ends_the_step_that_runs_and_leaves_it_for_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def wait(self, timeout: float | None = None) -> int:
+            if self not in started:
+                started.append(self)
+                raise KeyboardInterrupt
+            return super().wait(timeout)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Session(tmp_path / "out", "cpu", "tiny").run([step("slow", "import time; time.sleep(60)")], 100)
+    assert started[0].returncode is not None, "its process has ended"
+    assert not (tmp_path / "out" / "session.json").exists(), "it counts as not run"
 
 
 def _gone(pid: int) -> bool:
