@@ -21,7 +21,7 @@ from sim.core.plan import Limits, Policy
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
-from sim.pipeline import SimulatedPipeline
+from sim.pipeline import Clock, SimulatedPipeline
 from sim.routing import Incoming, Load, Router
 
 
@@ -101,6 +101,9 @@ class Dispatcher:
 
     def route(self, now_s: float) -> None:
         for request in self._arrivals.due(now_s):
+            if len(self._inboxes) == 1:
+                self._inboxes[0].put(request)
+                continue
             incoming = Incoming(request.prompt_tokens, self._slos[request.slo], request.adapter)
             self._inboxes[self._router.choose(incoming, self._loads)].put(request)
         self.next_s = self._arrivals.next_s()
@@ -126,7 +129,7 @@ def simulate_cluster(
 
     `on_progress` is called with the simulated time about a hundred times; the horizon must be finite then.
     """
-    env = simpy.Environment()
+    env = Clock()
     dispatcher = Dispatcher(arrivals, router, slos)
     running = [
         _start(env, index, spec, dispatcher, slos, horizon, recorder) for index, spec in enumerate(pipelines)
@@ -145,7 +148,7 @@ def simulate_cluster(
 
 
 def _start(
-    env: simpy.Environment,
+    env: Clock,
     index: int,
     spec: PipelineSpec,
     dispatcher: Dispatcher,

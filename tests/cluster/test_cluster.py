@@ -14,6 +14,7 @@ from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.core.work import Work
+from sim.pipeline import Clock
 from sim.routing import (
     AdapterAffinity,
     Consolidate,
@@ -214,3 +215,26 @@ def test_a_closed_loop_on_a_cluster_ends_when_its_clients_do(pipelines: int, cli
     source = ClosedLoop(clients=clients, total=20, think_s=0.25)
     rows = cluster(source, RoundRobin(), [LinearCost()] * pipelines).requests.arrays()  # type: ignore[arg-type]
     assert sorted(rows["request"].tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("pipelines", [1, 3])
+def test_a_clock_that_moves_without_events_changes_nothing(
+    pipelines: int, lookahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tables() -> list[bytes]:
+        source = ClosedLoop(clients=9, total=60, think_s=0.3)
+        recorder = cluster(
+            source,  # type: ignore[arg-type]
+            LeastTokens(),
+            [LinearCost()] * pipelines,
+            lookahead=lookahead,
+            jobs=True,
+            horizon=Horizon(duration_s=20.0, drain_s=1.0),
+        )
+        assert len(recorder.iterations) > 50
+        return [t.data.tobytes() for t in (recorder.iterations, recorder.requests, recorder.steps)]
+
+    moved = tables()
+    monkeypatch.setattr(Clock, "pass_to", lambda self, time_s: False)
+    assert tables() == moved
