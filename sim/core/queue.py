@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import insort_right
 from collections.abc import Callable, Iterator
+from heapq import heapify, heappop, heappush
 
 from sim.core.sequence import Sequence
 
@@ -16,65 +16,83 @@ ORDERS: dict[str, Callable[[Sequence], float]] = {
 so that such requests still go first-come first-served among themselves."""
 
 
+Entry = tuple[float, int, Sequence]
+"""Key, order of arrival, sequence: no two compare equal before the sequence."""
+
+
 class AdmissionQueue:
     """Sequences by key, behind those that were put back at the front.
 
-    A list with a moving head: appending in key order and taking from the front, which is all that
-    first-come first-served does, cost O(1).
+    A heap, so that a queue of hundreds of thousands costs O(log n) whatever its order. Looking at its first k
+    in order takes O(k log k) and changes nothing: the next one is always a child of one seen.
     """
 
     def __init__(self, order: str) -> None:
         self._key = ORDERS[order]
-        self._items: list[Sequence] = []
-        self._head = 0
-        self._returned = 0
-        """How many of the first items were put back; they stay in front whatever their key."""
+        self._returned: list[Sequence] = []
+        """Those that were put back, the first of them at the end; in front whatever their key."""
+        self._heap: list[Entry] = []
+        self._last: Entry | None = None
+        """The largest entry of the heap, which leaves it last."""
+        self._added = 0
+        self.count = 0
+        """How many wait; an attribute, since it is asked several times per iteration."""
         self.tokens = 0
         """Known tokens of all waiting sequences."""
 
     def __len__(self) -> int:
-        return len(self._items) - self._head
+        return self.count
 
     def __iter__(self) -> Iterator[Sequence]:
-        items = self._items
-        for i in range(self._head, len(items)):
-            yield items[i]
+        yield from reversed(self._returned)
+        heap = self._heap
+        seen = [(heap[0], 0)] if heap else []
+        while seen:
+            (_, _, sequence), index = heappop(seen)
+            yield sequence
+            for child in range(2 * index + 1, min(2 * index + 3, len(heap))):
+                heappush(seen, (heap[child], child))
 
     def add(self, sequence: Sequence) -> None:
-        insort_right(self._items, sequence, lo=self._head + self._returned, key=self._key)
+        entry = (self._key(sequence), self._added, sequence)
+        self._added += 1
+        heappush(self._heap, entry)
+        if self._last is None or entry > self._last:
+            self._last = entry
+        self.count += 1
         self.tokens += sequence.known_tokens
 
     def put_back(self, sequence: Sequence) -> None:
         """Insert at the very front."""
-        if self._head:
-            self._head -= 1
-            self._items[self._head] = sequence
-        else:
-            self._items.insert(0, sequence)
-        self._returned += 1
+        self._returned.append(sequence)
+        self.count += 1
         self.tokens += sequence.known_tokens
 
     def first(self) -> Sequence:
-        return self._items[self._head]
+        return self._returned[-1] if self._returned else self._heap[0][2]
 
     def last(self) -> Sequence:
-        return self._items[-1]
+        return self._returned[0] if self._last is None else self._last[2]
 
     def take(self) -> Sequence:
         """Remove and return the first."""
-        sequence = self._items[self._head]
-        self._head += 1
-        self._returned = max(0, self._returned - 1)
+        if self._returned:
+            sequence = self._returned.pop()
+        else:
+            sequence = heappop(self._heap)[2]
+            if not self._heap:
+                self._last = None
+        self.count -= 1
         self.tokens -= sequence.known_tokens
-        if self._head > 64 and 2 * self._head > len(self._items):
-            del self._items[: self._head]
-            self._head = 0
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
         """Take out one that is not served any more; O(n), for aborts."""
-        index = self._items.index(sequence, self._head)
-        if index < self._head + self._returned:
-            self._returned -= 1
-        del self._items[index]
+        if sequence in self._returned:
+            self._returned.remove(sequence)
+        else:
+            self._heap = [entry for entry in self._heap if entry[2] is not sequence]
+            heapify(self._heap)
+            self._last = max(self._heap, default=None)
+        self.count -= 1
         self.tokens -= sequence.known_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import pytest
 from hypothesis import given, settings
@@ -56,11 +57,13 @@ def test_the_queue_is_returned_ones_then_a_stable_sort(
             queue.remove(sequence)
             (returned if sequence in returned else ordered).remove(sequence)
         assert list(queue) == returned + ordered
+        assert list(islice(queue, number)) == (returned + ordered)[:number]
+        assert not len(queue) or queue.last() is (returned + ordered)[-1]
         assert len(queue) == len(returned) + len(ordered)
         assert queue.tokens == sum(s.known_tokens for s in returned + ordered)
 
 
-def test_a_long_queue_keeps_its_order_when_its_head_is_dropped() -> None:
+def test_a_long_queue_gives_equal_keys_in_their_order_of_arrival() -> None:
     queue = AdmissionQueue("fcfs")
     sequences = [Sequence(i, float(i), 1, Slo(), None) for i in range(1000)]
     for sequence in sequences:
