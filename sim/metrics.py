@@ -158,15 +158,13 @@ def summarize(
 
 
 def column_views(table: Table) -> dict[str, Floats]:
-    """Column name -> array of shape (rows,) that shares the table's memory.
+    """Column name -> array of shape (rows,) of the column's own type that shares the table's memory.
 
     The table cannot grow while a view lives; `Table.arrays` copies, which for millions of iterations
     would double the memory of the run.
     """
-    if len(table) == 0:
-        return {name: np.empty(0) for name in table.columns}
-    rows = np.frombuffer(table.data, dtype=np.float64).reshape(-1, len(table.columns))
-    return {name: rows[:, i] for i, name in enumerate(table.columns)}
+    rows = np.frombuffer(table.data, table.dtype) if len(table) else np.empty(0, table.dtype)
+    return {name: rows[name] for name in table.columns}
 
 
 class TokenTimes:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, Outcome, Recorder
 from sim.core.specs import DeviceSpec
-from sim.metrics import DEFINITIONS, LABELS, PipelineFacts, summarize, weighted_percentiles
+from sim.metrics import DEFINITIONS, LABELS, PipelineFacts, column_views, summarize, weighted_percentiles
 
 SLOS = {
     "chat": Slo(name="chat", ttft_s=3.0, tpot_s=1.1),
@@ -75,8 +75,8 @@ def tiny_run(seed: int, pipelines: int = 2, iterations: int = 60) -> tuple[Recor
         }
         recorder.requests.append([row[c] for c in REQUEST_COLUMNS])
     rename = dict(enumerate(ids))
-    for i in range(len(recorder.segments)):
-        recorder.segments.data[6 * i] = rename[int(recorder.segments.data[6 * i])]
+    renamed = column_views(recorder.segments)["request"]
+    renamed[:] = [rename[int(id)] for id in renamed]
     return recorder, truths, rng.uniform(5, 60)
 
 
