@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import sim.policies
-from sim.core.cost import CostModel
+from sim.core.cost import CostModel, Fit
 from sim.core.finetune import Job, JobSpec, JobView, backward_chunks, recompute_chunks
 from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Plan, Policy
@@ -78,15 +78,15 @@ class LinearCost:
         def with_tokens(tokens: int) -> Work:
             return work._replace(prefill=(*work.prefill, Chunk(tokens, context)))
 
-        return self._largest(work, with_tokens, 1, max_tokens, budget_s)
+        return self._largest(work, with_tokens, 1, max_tokens, budget_s)[0]
 
-    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
+    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> Fit:
         def with_tokens(tokens: int) -> Work:
             return work._replace(forward=(*work.forward, Chunk(tokens, context)))
 
         return self._largest(work, with_tokens, 1, max_tokens, budget_s)
 
-    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
+    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
         def with_layer_tokens(layer_tokens: int) -> Work:
             return work._replace(
                 backward=work.backward + backward_chunks(job, layer_tokens),
@@ -96,18 +96,18 @@ class LinearCost:
         unit = job.layers if job.order == "window_major" else 1
         return self._largest(work, with_layer_tokens, unit, job.backward_left, budget_s)
 
-    def _largest(self, work: Work, more: Callable[[int], Work], unit: int, most: int, budget_s: float) -> int:
+    def _largest(self, work: Work, more: Callable[[int], Work], unit: int, most: int, budget_s: float) -> Fit:
         """Largest multiple of `unit` up to `most` within the budget: the linear solution, then made exact."""
         base_s = self.iteration_s(work)
         if base_s > budget_s or most < unit:
-            return 0
+            return 0, base_s
         unit_s = self.iteration_s(more(unit)) - base_s
         units = most // unit if unit_s <= 0 else min(most // unit, int((budget_s - base_s) / unit_s))
         while units > 0 and self.iteration_s(more(units * unit)) > budget_s:
             units -= 1
         while (units + 1) * unit <= most and self.iteration_s(more((units + 1) * unit)) <= budget_s:
             units += 1
-        return units * unit
+        return units * unit, self.iteration_s(more(units * unit)) if units else base_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,11 +125,11 @@ class ConstantCost:
     def largest_prefill(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
         return max_tokens if self.seconds <= budget_s else 0
 
-    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
-        return max_tokens if self.seconds <= budget_s else 0
+    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> Fit:
+        return max_tokens if self.seconds <= budget_s else 0, self.seconds
 
-    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
-        return job.backward_left if self.seconds <= budget_s else 0
+    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
+        return job.backward_left if self.seconds <= budget_s else 0, self.seconds
 
 
 class ListArrivals:

@@ -7,6 +7,10 @@ from typing import Protocol
 from sim.core.finetune import JobView
 from sim.core.work import Work
 
+Fit = tuple[int, float]
+"""The answer to an inverse question about finetuning: tokens of a forward window or layer-tokens of a backward
+slice, 0 when not even the smallest fits, and `iteration_s` of the work with them."""
+
 
 class CostModel(Protocol):
     """Maps Work to seconds. `world` and `predictor` are two objects of this kind."""
@@ -21,16 +25,19 @@ class CostModel(Protocol):
 
 
 class Predictor(CostModel, Protocol):
-    """A cost model that can be asked backwards; each answer is exact for its own `iteration_s`."""
+    """A cost model that can be asked backwards; each answer is exact for its own `iteration_s`.
+
+    The answers about finetuning come with their seconds, since with them the work is complete.
+    """
 
     def largest_prefill(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
         """Most tokens (0..max_tokens) of one more prefill chunk that keep `work` within the budget."""
         ...
 
-    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
+    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> Fit:
         """Most tokens (0..max_tokens) of one more forward window that keep `work` within the budget."""
         ...
 
-    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
+    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
         """Most layer-tokens of `job`'s backward, from where it stands, that keep within the budget."""
         ...

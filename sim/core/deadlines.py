@@ -19,6 +19,8 @@ class TokenDeadlines:
     def __init__(self) -> None:
         self._heaps: dict[float, list[tuple[float, int]]] = {}
         self._base_s: dict[int, float] = {}
+        self._tops: list[tuple[float, float]] | None = []
+        """(earliest base, bound) of each heap; None when they may have changed."""
 
     def add(self, sequence: Sequence) -> None:
         """A decoding sequence whose last prefill's token has its time."""
@@ -29,21 +31,29 @@ class TokenDeadlines:
         ahead = sequence.generated_tokens - 1 - sequence.start_tick
         base_s = self._base_s[sequence.id] = sequence.first_token_s + ahead * tpot_s
         heappush(self._heaps.setdefault(tpot_s, []), (base_s, sequence.id))
+        self._tops = None
 
     def remove(self, sequence: Sequence) -> None:
         """The sequence decodes no more; its heap entry is dropped when it surfaces."""
-        self._base_s.pop(sequence.id, None)
+        if self._base_s.pop(sequence.id, None) is not None:
+            self._tops = None
 
     def earliest_s(self, tick: int) -> float:
         """Deadline of the token that decode tick `tick` gives; `inf` when there is none."""
+        if self._tops is None:
+            self._tops = self._find_tops()
         earliest = math.inf
-        for tpot_s, heap in self._heaps.items():
-            while heap:
-                base_s, id = heap[0]
-                if self._base_s.get(id) == base_s:
-                    deadline_s = base_s + tick * tpot_s
-                    if deadline_s < earliest:
-                        earliest = deadline_s
-                    break
-                heappop(heap)
+        for base_s, tpot_s in self._tops:
+            deadline_s = base_s + tick * tpot_s
+            if deadline_s < earliest:
+                earliest = deadline_s
         return earliest
+
+    def _find_tops(self) -> list[tuple[float, float]]:
+        tops = []
+        for tpot_s, heap in self._heaps.items():
+            while heap and self._base_s.get(heap[0][1]) != heap[0][0]:
+                heappop(heap)
+            if heap:
+                tops.append((heap[0][0], tpot_s))
+        return tops

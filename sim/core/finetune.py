@@ -14,11 +14,13 @@ After `accumulation` samples an optimizer step is due, and only then the next sa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from sim.core.work import Chunk, LayerChunk
+
+_new = tuple.__new__
 
 ORDERS = ("layer_major", "window_major")
 MEMORIES = ("stash", "recompute")
@@ -124,14 +126,15 @@ def backward_chunks(job: JobView, layer_tokens: int) -> tuple[LayerChunk, ...]:
     if into_layer:
         tokens = length - into_layer
         if layer_tokens <= tokens:
-            return (LayerChunk(1, layer_tokens, tokens - layer_tokens),)
-        chunks = (LayerChunk(1, tokens, 0),)
+            return (_new(LayerChunk, (1, layer_tokens, tokens - layer_tokens)),)
+        chunks = (_new(LayerChunk, (1, tokens, 0)),)
         layer_tokens -= tokens
-    whole, rest = divmod(layer_tokens, length)
-    if whole:
-        chunks += (LayerChunk(whole, length, 0),)
-    if rest:
-        chunks += (LayerChunk(1, rest, length - rest),)
+    if layer_tokens >= length:
+        whole = layer_tokens // length
+        chunks += (_new(LayerChunk, (whole, length, 0)),)
+        layer_tokens -= whole * length
+    if layer_tokens:
+        chunks += (_new(LayerChunk, (1, layer_tokens, length - layer_tokens)),)
     return chunks
 
 
@@ -142,18 +145,48 @@ def recompute_chunks(job: JobView, layer_tokens: int) -> tuple[Chunk, ...]:
     return tuple(Chunk(c.tokens, c.context) for c in backward_chunks(job, layer_tokens))
 
 
+def after(job: JobView, piece: Slice) -> JobView:
+    """Where `job` stands after one slice, as far as its present sample goes.
+
+    Raises IllegalSlice unless the slice follows from where it stands. Several slices of one job may share an
+    iteration as long as they stay within one sample (or are the step that its last slice makes due, which the
+    loop cannot know before: so a step comes alone or first).
+    """
+    id, layers, order, memory, params, length, forward, backward, step_due = job
+    if type(piece) is Step:
+        if not step_due:
+            raise IllegalSlice(f"job {id}: no optimizer step is due")
+    elif step_due:
+        raise IllegalSlice(f"job {id}: the optimizer step is due before {piece}")
+    elif type(piece) is Forward:
+        tokens, left = piece.tokens, length - forward
+        if not 1 <= tokens <= left:
+            raise IllegalSlice(f"job {id}: forward must be 1..{left} tokens, got {tokens}")
+        forward += tokens
+    elif type(piece) is Backward:
+        if forward < length:
+            raise IllegalSlice(f"job {id}: backward before the forward is done")
+        layer_tokens, left = piece.layer_tokens, length * layers - backward
+        if not 1 <= layer_tokens <= left:
+            raise IllegalSlice(f"job {id}: backward must be 1..{left} layer-tokens, got {layer_tokens}")
+        if order == "window_major" and layer_tokens % layers:
+            raise IllegalSlice(
+                f"job {id}: a window-major slice is a multiple of {layers} layer-tokens, got {layer_tokens}"
+            )
+        backward += layer_tokens
+    else:
+        raise IllegalSlice(f"job {id}: not a finetuning slice: {piece!r}")
+    return _new(JobView, (id, layers, order, memory, params, length, forward, backward, False))
+
+
 class Job:
-    """Mutable progress of one job. `advance` is the only way forward and refuses illegal slices."""
+    """Mutable progress of one job. It moves by `advance`, or by `take` where `after` has been asked already."""
 
     def __init__(self, spec: JobSpec, sample_tokens: Iterator[int]) -> None:
         """`sample_tokens` yields the length of each sample in training order; it may be endless."""
         self.spec = spec
-        self._fixed = (spec.id, spec.layers, spec.order, spec.memory, spec.optimizer_params)
         self._lengths = sample_tokens
         self.sample_index = -1
-        self.sample_tokens = 0
-        self.forward_tokens = 0
-        self.backward_layer_tokens = 0
         self.accumulated_samples = 0
         self.accumulated_tokens = 0
         self.steps = 0
@@ -169,30 +202,26 @@ class Job:
         return self._data_ended and self.accumulated_samples == 0
 
     @property
-    def step_due(self) -> bool:
-        return self.accumulated_samples == self.spec.accumulation or (
-            self._data_ended and self.accumulated_samples > 0
-        )
-
-    def view(self) -> JobView:
-        due = self.accumulated_samples > 0 and self.step_due
-        return tuple.__new__(
-            JobView, (*self._fixed, self.sample_tokens, self.forward_tokens, self.backward_layer_tokens, due)
-        )
+    def sample_tokens(self) -> int:
+        return self.view.sample_tokens
 
     def advance(self, piece: Slice) -> None:
-        """Apply one slice, which `check_slices` has found legal."""
+        """Take one slice. Raises IllegalSlice, and then nothing has changed."""
+        self.take(piece, after(self.view, piece))
+
+    def take(self, piece: Slice, view: JobView) -> None:
+        """Take one slice, after which the job stands at `view`, as `after` says."""
+        self.view = view
         if type(piece) is Forward:
-            self.forward_tokens += piece.tokens
             self.virtual_s += piece.tokens / self.spec.weight
         elif type(piece) is Backward:
-            self.backward_layer_tokens += piece.layer_tokens
+            spec = self.spec
             # A backward pass of a frozen linear layer costs what its forward costs, and the
             # attention's twice that: count a token's backward as one pass.
-            self.virtual_s += piece.layer_tokens / (self.spec.layers * self.spec.weight)
-            if self.backward_layer_tokens == self.sample_tokens * self.spec.layers:
+            self.virtual_s += piece.layer_tokens / (spec.layers * spec.weight)
+            if view.backward_layer_tokens == view.sample_tokens * spec.layers:
                 self.accumulated_samples += 1
-                self.accumulated_tokens += self.sample_tokens
+                self.accumulated_tokens += view.sample_tokens
                 self._next_sample()
         else:
             self.steps += 1
@@ -201,48 +230,16 @@ class Job:
             self.accumulated_samples = self.accumulated_tokens = 0
 
     def _next_sample(self) -> None:
-        self.forward_tokens = self.backward_layer_tokens = 0
-        self.sample_tokens = next(self._lengths, 0)
-        if self.sample_tokens == 0:
+        spec = self.spec
+        sample_tokens = next(self._lengths, 0)
+        if sample_tokens == 0:
             self._data_ended = True
         else:
             self.sample_index += 1
-
-
-def check_slices(job: JobView, pieces: Sequence[Slice]) -> None:
-    """Raise IllegalSlice unless `pieces`, in this order, follow from where `job` stands.
-
-    Several slices of one job may share an iteration as long as they stay within one sample (or are
-    the step that its last slice makes due, which the loop cannot know before: so a step comes alone
-    or first).
-    """
-    _, layers, order, _, _, length, forward, backward, step_due = job
-    for piece in pieces:
-        if type(piece) is Step:
-            if not step_due:
-                raise IllegalSlice(f"job {job.id}: no optimizer step is due")
-            step_due = False
-            continue
-        if step_due:
-            raise IllegalSlice(f"job {job.id}: the optimizer step is due before {piece}")
-        if type(piece) is Forward:
-            tokens, left = piece.tokens, length - forward
-            if not 1 <= tokens <= left:
-                raise IllegalSlice(f"job {job.id}: forward must be 1..{left} tokens, got {tokens}")
-            forward += tokens
-        elif type(piece) is Backward:
-            if forward < length:
-                raise IllegalSlice(f"job {job.id}: backward before the forward is done")
-            layer_tokens, left = piece.layer_tokens, length * layers - backward
-            if not 1 <= layer_tokens <= left:
-                raise IllegalSlice(
-                    f"job {job.id}: backward must be 1..{left} layer-tokens, got {layer_tokens}"
-                )
-            if order == "window_major" and layer_tokens % layers:
-                raise IllegalSlice(
-                    f"job {job.id}: a window-major slice is a multiple of {layers} layer-tokens, "
-                    f"got {layer_tokens}"
-                )
-            backward += layer_tokens
-        else:
-            raise IllegalSlice(f"job {job.id}: not a finetuning slice: {piece!r}")
+        due = self.accumulated_samples == spec.accumulation or (
+            self._data_ended and self.accumulated_samples > 0
+        )
+        self.view = JobView(
+            spec.id, spec.layers, spec.order, spec.memory, spec.optimizer_params, sample_tokens, 0, 0, due
+        )
+        """Where it stands."""

@@ -6,7 +6,17 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from sim.core.finetune import Backward, Forward, Job, JobView, Slice, backward_chunks, recompute_chunks
+from sim.core.finetune import (
+    Backward,
+    Forward,
+    IllegalSlice,
+    Job,
+    JobView,
+    Slice,
+    after,
+    backward_chunks,
+    recompute_chunks,
+)
 from sim.core.work import Chunk, LayerChunk
 
 
@@ -19,14 +29,16 @@ class PublishedStep(NamedTuple):
     tokens: int
 
 
-class FinetuneWork(NamedTuple):
-    """The finetuning part of one iteration, in the terms of `Work`."""
+FinetuneWork = tuple[
+    tuple[Chunk, ...], tuple[LayerChunk, ...], tuple[Chunk, ...], int, tuple[PublishedStep, ...]
+]
+"""The finetuning part of one iteration: forward, backward, recompute and optimizer parameters, in the terms of
+`Work`, and the steps."""
 
-    forward: tuple[Chunk, ...] = ()
-    backward: tuple[LayerChunk, ...] = ()
-    recompute: tuple[Chunk, ...] = ()
-    optimizer_params: int = 0
-    steps: tuple[PublishedStep, ...] = ()
+Move = tuple[Slice, JobView, JobView]
+"""A slice, where its job stands before and after it."""
+
+_new = tuple.__new__
 
 
 class Jobs:
@@ -53,32 +65,46 @@ class Jobs:
         self.next_start_s = self._future[0].spec.start_s if self._future else math.inf
         self._refresh()
 
-    def run(self, pieces: tuple[Slice, ...]) -> FinetuneWork:
-        """Advance the jobs by legal slices and say what that computes."""
+    def moves(self, pieces: tuple[Slice, ...]) -> list[Move]:
+        """What the slices do, one by one. Changes nothing; raises IllegalSlice if they are not legal."""
+        moves: list[Move] = []
+        now: dict[str, JobView] = self.view_of
+        for piece in pieces:
+            id = piece.job
+            view = now.get(id)
+            if view is None:
+                raise IllegalSlice(f"finetuning job {id!r} is not active")
+            moved = after(view, piece)
+            moves.append((piece, view, moved))
+            if len(pieces) > 1:
+                now = now | {id: moved}
+        return moves
+
+    def run(self, moves: list[Move]) -> FinetuneWork:
+        """Carry out what `moves` found legal, and say what that computes."""
         forward: tuple[Chunk, ...] = ()
         backward: tuple[LayerChunk, ...] = ()
         recompute: tuple[Chunk, ...] = ()
         steps: tuple[PublishedStep, ...] = ()
         params = 0
-        for piece in pieces:
+        for piece, view, moved in moves:
             job = self.active[piece.job]
             if type(piece) is Backward:
-                view = job.view() if len(pieces) > 1 else self.view_of[piece.job]
                 backward += backward_chunks(view, piece.layer_tokens)
                 if view.memory == "recompute":
                     recompute += recompute_chunks(view, piece.layer_tokens)
             elif type(piece) is Forward:
-                forward += (Chunk(piece.tokens, job.forward_tokens),)
+                forward += (_new(Chunk, (piece.tokens, view.forward_tokens)),)
             else:
                 params += job.spec.optimizer_params
-                steps += (
-                    PublishedStep(piece.job, job.steps + 1, job.accumulated_samples, job.accumulated_tokens),
-                )
-            job.advance(piece)
-            if job.finished:
-                del self.active[piece.job]
+                made_of = job.accumulated_samples, job.accumulated_tokens
+                steps += (PublishedStep(piece.job, job.steps + 1, *made_of),)
+            job.take(piece, moved)
+        for step in steps:
+            if self.active[step.job].finished:
+                del self.active[step.job]
         self._refresh()
-        return tuple.__new__(FinetuneWork, (forward, backward, recompute, params, steps))
+        return forward, backward, recompute, params, steps
 
     def give_up(self, ids: Iterable[str]) -> None:
         """Jobs whose step failed: no policy sees them any more. One that has just finished is gone already."""
@@ -90,8 +116,7 @@ class Jobs:
         active = self.active
         if len(active) == 1:
             for id, job in active.items():
-                view = job.view()
-                self.views, self.view_of = (view,), {id: view}
+                self.views, self.view_of = (job.view,), {id: job.view}
             return
-        views = [job.view() for job in sorted(active.values(), key=lambda job: job.virtual_s)]
-        self.views, self.view_of = tuple(views), {view.id: view for view in views}
+        self.views = tuple([job.view for job in sorted(active.values(), key=lambda job: job.virtual_s)])
+        self.view_of = {view.id: view for view in self.views}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING
 
-from sim.core.finetune import IllegalSlice, Slice, check_slices
+from sim.core.finetune import IllegalSlice
+from sim.core.jobs import Move
 from sim.core.plan import Plan
 
 if TYPE_CHECKING:
@@ -16,8 +16,11 @@ class IllegalPlan(ValueError):
     """A policy planned what the pipeline cannot do."""
 
 
-def check_plan(state: PipelineState, plan: Plan) -> None:
-    """Raise IllegalPlan unless `state` can carry out `plan`. Changes nothing; O(changes), not O(running)."""
+def check_plan(state: PipelineState, plan: Plan) -> list[Move]:
+    """What `plan`'s finetuning slices do. Raises IllegalPlan unless `state` can carry out the whole plan.
+
+    Changes nothing; O(changes), not O(running).
+    """
     decode, prefills, preempted, slices, _, _, _ = plan
     kv = state.kv
     count = state.decode_count if decode else 0
@@ -41,8 +44,12 @@ def check_plan(state: PipelineState, plan: Plan) -> None:
         growth += blocks
     if growth > free:
         raise IllegalPlan(f"the plan takes {growth} KV blocks, {free} are free")
-    if slices:
-        _check_finetune(state, slices)
+    if not slices:
+        return []
+    try:
+        return state.jobs.moves(slices)
+    except IllegalSlice as error:
+        raise IllegalPlan(str(error)) from None
 
 
 def _check_preempted(state: PipelineState, plan: Plan) -> tuple[int, int, int]:
@@ -91,21 +98,3 @@ def _check_prefills(state: PipelineState, plan: Plan) -> tuple[int, int]:
             f"got {len(state.running)} and {admitted} more"
         )
     return tokens, blocks
-
-
-def _check_finetune(state: PipelineState, pieces: tuple[Slice, ...]) -> None:
-    if len(pieces) == 1:
-        _check_job(state, pieces[0].job, pieces)
-        return
-    for id in dict.fromkeys([piece.job for piece in pieces]):
-        _check_job(state, id, [piece for piece in pieces if piece.job == id])
-
-
-def _check_job(state: PipelineState, id: str, pieces: Seq[Slice]) -> None:
-    view = state.jobs.view_of.get(id)
-    if view is None:
-        raise IllegalPlan(f"finetuning job {id!r} is not active")
-    try:
-        check_slices(view, pieces)
-    except IllegalSlice as error:
-        raise IllegalPlan(str(error)) from None

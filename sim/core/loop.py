@@ -26,6 +26,8 @@ from sim.core.plan import Plan, Policy
 from sim.core.state import PipelineState
 from sim.core.work import Work
 
+_new = tuple.__new__
+
 
 class Execute(NamedTuple):
     """Launch this iteration."""
@@ -101,8 +103,10 @@ def run_loop(
         # With something running before the horizon, the answer needs no call.
         over = False if running and now_s < duration_s else _over(state, arrivals, horizon, now_s)
         plan = None if over else decide(view(now_s))
-        if plan is not None and _has_work(plan, state):
-            yield tuple.__new__(Execute, (plan, apply(plan, now_s)))
+        if plan is not None and (
+            plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count)
+        ):
+            yield _new(Execute, (plan, apply(plan, now_s)))
             in_flight += 1
             if in_flight <= lookahead:
                 continue
@@ -119,11 +123,6 @@ def run_loop(
         for id in gone:
             arrivals.ended(id, now_s)
     state.close()
-
-
-def _has_work(plan: Plan, state: PipelineState) -> bool:
-    decode, prefills, preempted, slices, _, _, _ = plan
-    return bool(slices or prefills or preempted or (decode and state.decode_count))
 
 
 def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> bool:

@@ -86,8 +86,8 @@ class View(NamedTuple):
     """When the planned iteration will start: now, or with a lookahead when the running one is predicted to
     end."""
     limits: Limits
-    decode_count: int
-    decode_context_tokens: int
+    decode_work: Work
+    """The iteration that only decodes every decoding sequence."""
     growth_blocks: int
     """Blocks that the coming decode of all decoding sequences takes."""
     free_blocks: int
@@ -111,13 +111,12 @@ class View(NamedTuple):
     """Candidates for preemption, last admitted first."""
 
     @property
-    def decode_work(self) -> Work:
-        """The iteration that only decodes every decoding sequence."""
-        count = self.decode_count
-        # Not by its constructor, a Python function that takes twice as long: this is made per iteration.
-        return tuple.__new__(
-            Work, ((), count, self.decode_context_tokens, count, (), (), (), 0, self.adapters, False)
-        )
+    def decode_count(self) -> int:
+        return self.decode_work.decode_count
+
+    @property
+    def decode_context_tokens(self) -> int:
+        return self.decode_work.decode_context_tokens
 
 
 class Plan(NamedTuple):

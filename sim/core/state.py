@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from sim.core.deadlines import TokenDeadlines
 from sim.core.finetune import Job
@@ -32,27 +32,22 @@ from sim.core.work import Chunk, Work
 _new = tuple.__new__
 _NAN = math.nan
 _NONE: tuple[Any, ...] = ()
-_NO_FINETUNING = FinetuneWork()
+_NO_FINETUNING: FinetuneWork = ((), (), (), 0, ())
 
 
-class Launched(NamedTuple):
-    """An iteration between `apply` and `commit`."""
-
-    work: Work
-    predicted_s: float | None
-    launch_s: float
-    tick: int
-    """Decode tick reached by this iteration."""
-    scheduled: Iterable[Sequence]
-    """Sequences computed for the first time."""
-    sampled: Iterable[Sequence]
-    """Sequences whose prefill ended here, with a token."""
-    finishing: Iterable[Sequence]
-    segments: Iterable[tuple[Sequence, int, int]]
-    """(preempted sequence, start tick, end tick) of decode segments that ended before this iteration."""
-    steps: Iterable[PublishedStep]
-    counts: tuple[int, int, int, int]
-    """running, waiting, K/V blocks used, preempted."""
+Launched = tuple[
+    Work,
+    float | None,  # predicted seconds
+    float,  # time of the launch
+    int,  # decode tick reached by this iteration
+    Iterable[Sequence],  # computed for the first time
+    Iterable[Sequence],  # prefill ended here, with a token
+    Iterable[Sequence],  # finishing
+    Iterable[tuple[Sequence, int, int]],  # (preempted, start tick, end tick) of segments that ended before
+    Iterable[PublishedStep],
+    tuple[int, int, int, int],  # running, waiting, K/V blocks used, preempted
+]
+"""An iteration between `apply` and `commit`."""
 
 
 class PipelineState:
@@ -106,7 +101,7 @@ class PipelineState:
     @property
     def unfinished(self) -> int:
         """Requests waiting or running."""
-        return len(self.running) + len(self.waiting)
+        return len(self.running) + self.waiting.count
 
     @property
     def outstanding_tokens(self) -> int:
@@ -121,7 +116,7 @@ class PipelineState:
     def view(self, now_s: float) -> View:
         if self.jobs.next_start_s <= now_s:
             self.jobs.start(now_s)
-        tick = self.tick + 1
+        tick, count, adapters = self.tick + 1, self.decode_count, len(self._adapter_users)
         kv = self.kv
         return _new(
             View,
@@ -129,15 +124,28 @@ class PipelineState:
                 now_s,
                 self._expected_start_s(now_s) if self._launched else now_s,
                 self.limits,
-                self.decode_count,
-                self.decode_context_tokens,
+                _new(
+                    Work,
+                    (
+                        _NONE,
+                        count,
+                        self.decode_context_tokens,
+                        count,
+                        _NONE,
+                        _NONE,
+                        _NONE,
+                        0,
+                        adapters,
+                        False,
+                    ),
+                ),
                 kv.growth(tick),
                 kv.free,
                 len(self.running),
                 tuple(self.prefilling.values()) if self.prefilling else _NONE,
                 self.waiting,
                 self.jobs.views,
-                len(self._adapter_users),
+                adapters,
                 self._deadlines.earliest_s(tick),
                 self.arrived,
                 self._last,
@@ -149,9 +157,9 @@ class PipelineState:
     def _expected_start_s(self, now_s: float) -> float:
         """When the iteration that is planned now will start, with others still running."""
         start_s = now_s
-        for launched in self._launched:
-            if launched.predicted_s is not None:
-                start_s += launched.predicted_s
+        for _, predicted_s, *_ in self._launched:
+            if predicted_s is not None:
+                start_s += predicted_s
             elif self._last is not None:
                 start_s += self._last.actual_s
         return start_s
@@ -192,7 +200,7 @@ class PipelineState:
 
     def apply(self, plan: Plan, now_s: float) -> Work:
         """Launch `plan` and return its Work. Raises IllegalPlan, and then nothing has changed."""
-        check_plan(self, plan)
+        moves = check_plan(self, plan)
         decode, prefills, preempted, slices, overlap, predicted_s, self.memory = plan
         segments = self._preempt(preempted) if preempted else _NONE
 
@@ -218,7 +226,7 @@ class PipelineState:
             if sampled:
                 finishing = [*finishing, *self._join_decode(sampled)]
 
-        forward, backward, recompute, params, steps = self.jobs.run(slices) if slices else _NO_FINETUNING
+        forward, backward, recompute, params, steps = self.jobs.run(moves) if moves else _NO_FINETUNING
         adapters = len(self._adapter_users) if count or chunks else 0
         work = _new(
             Work,
@@ -235,12 +243,9 @@ class PipelineState:
                 overlap and bool(slices),
             ),
         )
-        counts = (len(self.running), len(self.waiting), kv.total - kv.free, len(preempted))
+        counts = (len(self.running), self.waiting.count, kv.total - kv.free, len(preempted))
         self._launched.append(
-            _new(
-                Launched,
-                (work, predicted_s, now_s, self.tick, scheduled, sampled, finishing, segments, steps, counts),
-            )
+            (work, predicted_s, now_s, self.tick, scheduled, sampled, finishing, segments, steps, counts)
         )
         return work
 
@@ -442,7 +447,7 @@ class PipelineState:
             prefilling, start_tick = id in self.prefilling, sequence.start_tick
             self._stop(sequence)
             # A token that an iteration launched meanwhile computes for it comes in vain.
-            if any(sequence in launched.sampled for launched in self._launched):
+            if any(sequence in sampled for _, _, _, _, _, sampled, *_ in self._launched):
                 sequence.generated_tokens -= 1
             elif not prefilling:
                 sequence.generated_tokens -= self.tick - tick

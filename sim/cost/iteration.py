@@ -1,10 +1,5 @@
 """Seconds of an iteration from `Curves`, and the scheduler's inverse questions.
 
-The non-obvious idea is the order of additions. Each inverse searches on the very expression that
-`iteration_s` evaluates, term by term, so its answer is exact in floating point and not only up to
-rounding: with the answer the work fits the budget, with one token more it does not. Every term is
-monotone in the count asked for, and rounded addition keeps that.
-
 With a = prefill + decode + logits + adapters (inference) and b = forward + loss + backward + recompute +
 optimizer (finetuning), T and F the inference and window tokens:
 
@@ -12,19 +7,24 @@ optimizer (finetuning), T and F the inference and window tokens:
     overlap    x = token_s[T] + a, y = token_s[F] + b, gpu = max(x, y) + kappa min(x, y)
     iteration  gpu + host, or max(gpu, host) when the loop plans one iteration ahead
 
-The search is Newton's, since seconds are nearly linear in tokens, within a bracket that decides. A step that
-would leave the bracket and every fourth one are bisections, since `token_s` is a staircase in places. With a
-start near the answer that is 3 evaluations where bisection alone takes 12.
+The order of additions is the same wherever an iteration is predicted, so that an inverse is exact and says the
+same seconds as `iteration_s`; how it is searched for is in `sim.cost.inverse`.
 """
 
 from __future__ import annotations
 
-from sim.core.finetune import JobView
-from sim.core.work import Work
-from sim.cost.backward import largest_backward
-from sim.cost.curves import Curves, extend, extended
+from collections.abc import Callable
+from functools import partial
+from math import inf
 
-Terms = tuple[int, float, float, float, int, float, float, float, float]
+import numpy as np
+
+from sim.core.cost import Fit
+from sim.core.finetune import JobView, backward_chunks, recompute_chunks
+from sim.core.work import Chunk, LayerChunk, Work
+from sim.cost.backward import largest_slice
+from sim.cost.curves import ChunkCost, Curves, extend, extended
+from sim.cost.inverse import ROUNDING, Coefficients, largest_chunk, left_beside, settled
 
 
 class IterationCost:
@@ -36,23 +36,28 @@ class IterationCost:
         self.known_tokens = len(curves.token_s) - 1
         """Passes of more tokens are extended by the slope of the curves' upper half."""
         self.extrapolations = 0
-        """Questions so far whose work had a pass beyond `known_tokens`."""
+        """Passes beyond `known_tokens` in the works asked for so far."""
         self._token_s = list(curves.token_s)
         self._sampled_s = list(curves.sampled_s)
         fixed_s, token_s = curves.lora_fixed_s, curves.lora_token_s
         self._window_s = [s + fixed_s + token_s * n if n else 0.0 for n, s in enumerate(curves.loss_s)]
         self._recompute_s = list(curves.recompute_s)
         self._backward_s = list(curves.backward_layer_s)
-        self._prefill = tuple(curves.prefill)
-        self._forward = tuple(curves.forward)
-        self._recompute = tuple(curves.recompute)
-        self._backward = tuple(curves.backward)
+        self._prefill = _coefficients(curves.prefill)
+        self._forward = _coefficients(curves.forward)
+        self._recompute = _coefficients(curves.recompute)
+        self._backward = _coefficients(curves.backward)
+        self._nothing_s = [0.0] * len(curves.token_s)
+        self._lora_s = [token_s * n for n in range(len(curves.token_s))]
         self._decode_fixed_s, self._decode_sequence_s, self._decode_context_s = curves.decode
+        self._backward_start_s = curves.backward_start_s
+        self._optimizer_param_s = curves.optimizer_param_s
         self._host_s = curves.host_s
         self._kappa = curves.overlap_contention
         self._last_window_tokens = 1
         """The last `largest_forward` that the budget decided, where the next search starts: successive
         windows are alike. Only the number of steps depends on it."""
+        self._layer_s = self._layers_s()
 
     @property
     def region(self) -> dict[str, tuple[float, float]]:
@@ -62,41 +67,28 @@ class IterationCost:
     def iteration_s(self, work: Work) -> float:
         """Seconds of one iteration."""
         prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, overlap = work
-        if forward or backward or prefill or recompute or params or decodes > self.known_tokens:
-            if overlap:
-                gpu_s = self._gpu_s(work)
-            else:
-                # As `_gpu_s` does it; written out because this is the common case.
-                tokens, p, rest, lora_token, windows, f, b, r, optimizer = self._terms(work)
-                gpu_s = (self._token_s[tokens + windows] + (p + rest + lora_token * tokens)) + (
-                    (f + self._window_s[windows]) + ((b + r) + optimizer)
-                )
-        elif decodes:
-            rest_s = (
-                self._decode_fixed_s + decodes * self._decode_sequence_s + context * self._decode_context_s
-            ) + self._sampled_s[sampled]
-            if adapters:
-                curves = self.curves
-                rest_s += curves.lora_fixed_s + curves.adapter_s * adapters
-                rest_s += curves.lora_token_s * decodes
-            gpu_s = self._token_s[decodes] + rest_s
-        else:
-            return self._host_s
-        if self.lookahead:
-            return gpu_s if gpu_s > self._host_s else self._host_s
-        return gpu_s + self._host_s
+        if forward or backward or recompute or params:
+            tokens, inference_s = self._inference(prefill, decodes, context, sampled, adapters)
+            windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
+            return self._sum_s(tokens, inference_s, windows, f, (b + r) + optimizer, overlap)
+        if decodes or prefill:
+            tokens, inference_s = self._inference(prefill, decodes, context, sampled, adapters)
+            return self._sum_s(tokens, inference_s, 0, 0.0, 0.0, False)
+        return self._host_s
 
     def parts(self, work: Work) -> dict[str, float]:
         """Seconds by part. `collective` is missing where the curves do not know it apart."""
         curves = self.curves
-        tokens, prefill_s, _, lora_token_s, windows, forward_s, backward_s, recompute_s, optimizer_s = (
-            self._terms(work)
+        gpu_s = self._gpu_s(work)
+        tokens = work.decode_count + work.prefill_tokens
+        windows, forward_s, backward_s, recompute_s, optimizer_s = self._finetuning(
+            work.forward, work.backward, work.recompute, work.optimizer_params
         )
         lora_s = curves.lora_fixed_s + curves.lora_token_s * windows if windows else 0.0
         passes = (tokens, windows) if work.overlap else (tokens + windows,)
         parts = {
             "forward_pass": sum([self._token_s[n] for n in passes]),
-            "attention_prefill": prefill_s,
+            "attention_prefill": sum([curves.prefill.seconds(*chunk) for chunk in work.prefill]),
             "attention_decode": self._decode_s(work),
             "attention_forward": forward_s,
             "logits": self._sampled_s[work.sampled_tokens],
@@ -108,14 +100,14 @@ class IterationCost:
         }
         if work.adapters:
             parts["adapters"] += (
-                curves.lora_fixed_s + curves.adapter_s * work.adapters + lora_token_s * tokens
+                curves.lora_fixed_s + curves.adapter_s * work.adapters + curves.lora_token_s * tokens
             )
         parts["overlap_saving"] = 0.0
         if work.overlap:
             alone = work._replace(overlap=False)
             shorter_s = min(self._gpu_s(alone.inference), self._gpu_s(alone.finetuning))
             parts["overlap_saving"] = (self._kappa - 1.0) * shorter_s
-        parts["host"] = self.iteration_s(work) - self._gpu_s(work)
+        parts["host"] = self.iteration_s(work) - gpu_s
         self._set_collective_apart(parts, work, passes)
         return parts
 
@@ -127,136 +119,153 @@ class IterationCost:
 
     def largest_prefill(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
         """Most tokens (0..max_tokens) of one more prefill chunk; rows of logits stay as `work` says."""
-        base, p, rest, lora_token, windows, f, b, r, optimizer = self._terms(work)
-        top = base + max_tokens
-        if top + windows >= len(self._token_s):
-            self._reach(top + windows)
-        token_s, kappa = self._token_s, self._kappa
-        fixed_s, each_s, pair_s, read_s, unhidden = self._prefill
-        finetuning_s = (f + self._window_s[windows]) + ((b + r) + optimizer)
-        overlap, host_s = work.overlap, self._host_s
+        prefill, decodes, cached, sampled, forward, backward, recompute, params, adapters, overlap = work
+        tokens, inference_s = self._inference(prefill, decodes, cached, sampled, adapters)
+        windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
+        finetuning_s = f + self._window_s[windows] + b + r + optimizer
         if overlap:
-            finetuning_s = token_s[windows] + finetuning_s
-        if self.lookahead:
-            if host_s > budget_s:
-                return 0
-            host_s = 0.0
-        shared = 0 if overlap else windows
-        # Most chunks fit whole.
-        low, high, n, step = 0, max_tokens + 1, max_tokens, 0
-        while low + 1 < high:
-            compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
-            reading_s = read_s * (context + n)
-            chunk_s = fixed_s + (
-                compute_s + unhidden * reading_s
-                if compute_s > reading_s
-                else reading_s + unhidden * compute_s
-            )
-            x = base + n
-            gpu_s = token_s[x + shared] + ((p + chunk_s) + rest + lora_token * x)
-            if not overlap:
-                gpu_s += finetuning_s
-            elif gpu_s > finetuning_s:
-                gpu_s += kappa * finetuning_s
-            else:
-                gpu_s = finetuning_s + kappa * gpu_s
-            over_s = (gpu_s + host_s) - budget_s
-            if over_s <= 0.0:
-                low = n
-            else:
-                high = n
-            if step == 0:
-                slope_s = token_s[x + shared] - token_s[x + shared - 1] + lora_token + each_s
-                slope_s += pair_s * (context + n)
-            step += 1
-            if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
-                n -= int(over_s / slope_s)
-                n += (n == low) - (n == high)
-            else:
-                n = (low + high) >> 1
-        return low
+            left_s, tolerance_s = self._left(budget_s, inference_s, self._token_s[windows] + finetuning_s)
+        else:
+            left_s, tolerance_s = self._left(budget_s, inference_s + finetuning_s)
+            tokens += windows
+        if tokens + max_tokens >= len(self._token_s):
+            self._reach(tokens + max_tokens)
+        lora_s = self._lora_s if adapters else self._nothing_s
+        n, _, certain = largest_chunk(
+            self._prefill,
+            context,
+            self._token_s,
+            tokens,
+            lora_s,
+            0,
+            max_tokens,  # most chunks fit whole
+            max_tokens,
+            left_s,
+            tolerance_s,
+        )
+        if certain:
+            return n
+        return self._settled(work, partial(_with_chunk, work, context), n, 1, max_tokens, budget_s)[0]
 
-    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
+    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> Fit:
         """Most tokens (0..max_tokens) of one more forward window."""
-        tokens, p, rest, lora_token, base, f, b, r, optimizer = self._terms(work)
-        if tokens + base + max_tokens >= len(self._token_s):
-            self._reach(tokens + base + max_tokens)
-        token_s, window_s, kappa = self._token_s, self._window_s, self._kappa
-        fixed_s, each_s, pair_s, read_s, unhidden = self._forward
-        inference_s = p + rest + lora_token * tokens
-        finetuning_s = (b + r) + optimizer
-        overlap, host_s = work.overlap, self._host_s
+        prefill, decodes, cached, sampled, forward, backward, recompute, params, adapters, overlap = work
+        tokens, inference_s = self._inference(prefill, decodes, cached, sampled, adapters)
+        windows, f, rest_s = 0, 0.0, 0.0
+        if forward or backward or recompute or params:
+            windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
+            rest_s = (b + r) + optimizer
         if overlap:
-            inference_s = token_s[tokens] + inference_s
-        if self.lookahead:
-            if host_s > budget_s:
-                return 0
-            host_s = 0.0
-        low, high, step = 0, max_tokens + 1, 0
-        n = self._last_window_tokens if self._last_window_tokens < max_tokens else max_tokens
-        while low + 1 < high:
-            compute_s = n * each_s + pair_s * (n * (context + (n + 1) * 0.5))
-            reading_s = read_s * (context + n)
-            chunk_s = fixed_s + (
-                compute_s + unhidden * reading_s
-                if compute_s > reading_s
-                else reading_s + unhidden * compute_s
-            )
-            x = base + n
-            gpu_s = ((f + chunk_s) + window_s[x]) + finetuning_s
-            if not overlap:
-                gpu_s = (token_s[tokens + x] + inference_s) + gpu_s
-            else:
-                gpu_s = token_s[x] + gpu_s
-                if gpu_s > inference_s:
-                    gpu_s += kappa * inference_s
-                else:
-                    gpu_s = inference_s + kappa * gpu_s
-            over_s = (gpu_s + host_s) - budget_s
-            if over_s <= 0.0:
-                low = n
-            else:
-                high = n
-            if step == 0:
-                slope_s = token_s[tokens + x] - token_s[tokens + x - 1] + window_s[x] - window_s[x - 1]
-                slope_s += each_s + pair_s * (context + n)
-            step += 1
-            if step & 3 and -slope_s * (high - low) < over_s < slope_s * (high - low):
-                n -= int(over_s / slope_s)
-                n += (n == low) - (n == high)
-            else:
-                n = (low + high) >> 1
-        if 0 < low < max_tokens:
-            self._last_window_tokens = low
-        return low
+            passes = windows
+            left_s, tolerance_s = self._left(budget_s, f + rest_s, self._token_s[tokens] + inference_s)
+        else:
+            passes = tokens + windows
+            left_s, tolerance_s = self._left(budget_s, f + rest_s + inference_s)
+        if passes + max_tokens >= len(self._token_s):
+            self._reach(passes + max_tokens)
+        n, chunk_s, certain = largest_chunk(
+            self._forward,
+            context,
+            self._token_s,
+            passes,
+            self._window_s,
+            windows,
+            self._last_window_tokens,
+            max_tokens,
+            left_s,
+            tolerance_s,
+        )
+        if not certain:
+            return self._settled(work, partial(_with_window, work, context), n, 1, max_tokens, budget_s)
+        if n == 0:
+            return 0, self.iteration_s(work)
+        if n < max_tokens:
+            self._last_window_tokens = n
+        return n, self._sum_s(tokens, inference_s, windows + n, f + chunk_s, rest_s, overlap)
 
-    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
+    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
         """Most layer-tokens of `job`'s backward that continue from where it stands.
 
         Layer-major: finishes the layer begun, adds whole layers by division, then part of the next.
         Window-major: the widest window, in tokens times layers.
         """
-        return largest_backward(self, work, job, budget_s)
+        prefill, decodes, cached, sampled, forward, backward, recompute, params, adapters, overlap = work
+        tokens, inference_s = self._inference(prefill, decodes, cached, sampled, adapters)
+        windows, f, b, r, optimizer = 0, 0.0, self._backward_start_s, 0.0, 0.0
+        if forward or backward or recompute or params:
+            windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
+            if not backward:
+                b = self._backward_start_s
+        length = job.sample_tokens
+        if tokens + windows >= len(self._token_s) or length >= len(self._token_s):
+            self._reach(max(tokens + windows, length))
+        taken_s = f + self._window_s[windows] + b + r + optimizer
+        if overlap:
+            taken_s += self._token_s[windows]
+            left_s, tolerance_s = self._left(budget_s, taken_s, self._token_s[tokens] + inference_s)
+        else:
+            taken_s += self._token_s[tokens + windows] + inference_s
+            left_s, tolerance_s = self._left(budget_s, taken_s)
+        n, b, r, certain = largest_slice(self, job, b, r, left_s, tolerance_s)
+        if not certain:
+            unit = job.layers if job.order == "window_major" else 1
+            with_slice = partial(_with_slice, work, job)
+            return self._settled(work, with_slice, n, unit, job.backward_left, budget_s)
+        if n == 0:
+            return 0, self.iteration_s(work)
+        return n, self._sum_s(tokens, inference_s, windows, f, (b + r) + optimizer, overlap)
+
+    def _settled(
+        self, work: Work, with_tokens: Callable[[int], Work], n: int, unit: int, most: int, budget_s: float
+    ) -> Fit:
+        """The exact answer next to `n`."""
+        n = settled(n, unit, most, lambda n: self.iteration_s(with_tokens(n)) <= budget_s)
+        return n, self.iteration_s(with_tokens(n) if n else work)
+
+    def _left(self, budget_s: float, taken_s: float, beside_s: float | None = None) -> tuple[float, float]:
+        """What the budget leaves to a stream that has `taken_s` already, while another beside it has
+        `beside_s`, if there are two; and how much of that may be rounding."""
+        gpu_s, tolerance_s = budget_s, ROUNDING * budget_s
+        if not self.lookahead:
+            gpu_s -= self._host_s
+        elif self._host_s > budget_s:
+            return -inf, 0.0
+        if beside_s is not None:
+            gpu_s, factor = left_beside(gpu_s, beside_s, self._kappa)
+            tolerance_s *= factor
+        return gpu_s - taken_s, tolerance_s
+
+    def _sum_s(
+        self, tokens: int, inference_s: float, windows: int, forward_s: float, rest_s: float, overlap: bool
+    ) -> float:
+        """Seconds of the iteration: the one sum that decides. `rest_s` is (backward + recompute) + optimizer."""
+        largest = tokens + windows
+        if largest > self.known_tokens:
+            self._beyond(largest)
+        finetuning_s = (forward_s + self._window_s[windows]) + rest_s
+        if not overlap:
+            gpu_s = (self._token_s[largest] + inference_s) + finetuning_s
+        else:
+            x = self._token_s[tokens] + inference_s
+            y = self._token_s[windows] + finetuning_s
+            gpu_s = x + self._kappa * y if x > y else y + self._kappa * x
+        if self.lookahead:
+            return gpu_s if gpu_s > self._host_s else self._host_s
+        return gpu_s + self._host_s
 
     def _gpu_s(self, work: Work) -> float:
-        tokens, p, rest, lora_token, windows, f, b, r, optimizer = self._terms(work)
-        inference_s = p + rest + lora_token * tokens
-        finetuning_s = (f + self._window_s[windows]) + ((b + r) + optimizer)
-        if not work[9]:
-            return (self._token_s[tokens + windows] + inference_s) + finetuning_s
-        inference_s = self._token_s[tokens] + inference_s
-        finetuning_s = self._token_s[windows] + finetuning_s
-        if inference_s > finetuning_s:
-            return inference_s + self._kappa * finetuning_s
-        return finetuning_s + self._kappa * inference_s
+        """The same without host time, for `parts`."""
+        host_s, self._host_s = self._host_s, 0.0
+        seconds = self.iteration_s(work)
+        self._host_s = host_s
+        return seconds
 
-    def _terms(self, work: Work) -> Terms:
-        """Tokens T, prefill, decode + logits + adapters, LoRA per token; tokens F, forward, backward,
-        recompute, optimizer; seconds unless tokens. Makes sure that the lists reach far enough."""
-        prefill, decodes, context, sampled, forward, backward, recompute, params, adapters, _ = work
-        curves = self.curves
-        tokens, windows = decodes, 0
-        prefill_s = forward_s = backward_s = recompute_s = rest_s = lora_token_s = 0.0
+    def _inference(
+        self, prefill: tuple[Chunk, ...], decodes: int, context: int, sampled: int, adapters: int
+    ) -> tuple[int, float]:
+        """Tokens T, and seconds of a."""
+        tokens = decodes
+        prefill_s = rest_s = 0.0
         if decodes:
             rest_s = (
                 self._decode_fixed_s + decodes * self._decode_sequence_s + context * self._decode_context_s
@@ -272,6 +281,25 @@ class IterationCost:
                     if compute_s > reading_s
                     else reading_s + unhidden * compute_s
                 )
+        if tokens >= len(self._token_s):
+            self._reach(tokens)
+        rest_s += self._sampled_s[sampled]
+        if adapters:
+            curves = self.curves
+            rest_s += curves.lora_fixed_s + curves.adapter_s * adapters
+            return tokens, (prefill_s + rest_s) + curves.lora_token_s * tokens
+        return tokens, prefill_s + rest_s
+
+    def _finetuning(
+        self,
+        forward: tuple[Chunk, ...],
+        backward: tuple[LayerChunk, ...],
+        recompute: tuple[Chunk, ...],
+        params: int,
+    ) -> tuple[int, float, float, float, float]:
+        """Tokens F, and seconds of the forward's attention, backward, recompute and optimizer."""
+        windows = 0
+        forward_s = backward_s = recompute_s = 0.0
         if forward:
             fixed_s, each_s, pair_s, read_s, unhidden = self._forward
             for n, c in forward:
@@ -283,17 +311,21 @@ class IterationCost:
                     if compute_s > reading_s
                     else reading_s + unhidden * compute_s
                 )
-        largest = tokens + windows
+            if windows >= len(self._token_s):
+                self._reach(windows)
         if backward:
             fixed_s, each_s, pair_s, read_s, unhidden = self._backward
-            backward_s = curves.backward_start_s
+            backward_s = self._backward_start_s
             for layers, n, c in backward:
-                if n > largest:
-                    largest = n
-                if n >= len(self._token_s):
-                    self._reach(n)
-                compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
-                reading_s = read_s * (c + n)
+                if n > self.known_tokens:
+                    self._beyond(n)
+                if c == 0:
+                    backward_s += layers * self._layer_s[n]
+                    continue
+                # A product of an integer and a float takes as long as four of floats.
+                tokens, before = n + 0.0, c + 0.0
+                compute_s = tokens * each_s + pair_s * (tokens * (before + (tokens + 1.0) * 0.5))
+                reading_s = read_s * (before + tokens)
                 chunk_s = fixed_s + (
                     compute_s + unhidden * reading_s
                     if compute_s > reading_s
@@ -301,34 +333,16 @@ class IterationCost:
                 )
                 backward_s += layers * (self._backward_s[n] + chunk_s)
         if recompute:
-            fixed_s, each_s, pair_s, read_s, unhidden = self._recompute
             for n, c in recompute:
-                if n > largest:
-                    largest = n
-                if n >= len(self._token_s):
-                    self._reach(n)
-                compute_s = n * each_s + pair_s * (n * (c + (n + 1) * 0.5))
-                reading_s = read_s * (c + n)
-                recompute_s += self._recompute_s[n] + (
-                    fixed_s
-                    + (
-                        compute_s + unhidden * reading_s
-                        if compute_s > reading_s
-                        else reading_s + unhidden * compute_s
-                    )
-                )
-        if largest > self.known_tokens:
-            self.extrapolations += 1
-            if largest >= len(self._token_s):
-                self._reach(largest)
-        rest_s += self._sampled_s[sampled]
-        if adapters:
-            rest_s += curves.lora_fixed_s + curves.adapter_s * adapters
-            lora_token_s = curves.lora_token_s
-        optimizer_s = params * curves.optimizer_param_s
-        return (
-            tokens, prefill_s, rest_s, lora_token_s, windows, forward_s, backward_s, recompute_s, optimizer_s
-        )  # fmt: skip
+                if n > self.known_tokens:
+                    self._beyond(n)
+                recompute_s += self.recompute_window_s(n, c)
+        return windows, forward_s, backward_s, recompute_s, params * self._optimizer_param_s
+
+    def _beyond(self, tokens: int) -> None:
+        """Count a pass beyond `known_tokens`, and make sure that the lists reach it."""
+        self.extrapolations += 1
+        self._reach(tokens)
 
     def _reach(self, tokens: int) -> None:
         """Extend every list to index `tokens`; doubling keeps this rare."""
@@ -336,9 +350,21 @@ class IterationCost:
         if tokens < length:
             return
         for values in (
-            self._token_s, self._sampled_s, self._window_s, self._recompute_s, self._backward_s
+            self._token_s, self._sampled_s, self._window_s, self._recompute_s, self._backward_s,
+            self._nothing_s, self._lora_s,
         ):  # fmt: skip
             extend(values, self.known_tokens, max(tokens + 1, 2 * length))
+        self._layer_s = self._layers_s()
+
+    def _layers_s(self) -> list[float]:
+        """One layer's backward of a sample's first so many tokens: `rectangle_s` of all of them at once."""
+        fixed_s, each_s, pair_s, read_s, unhidden = self._backward
+        n = np.arange(len(self._backward_s), dtype=np.float64)
+        compute_s = n * each_s + pair_s * (n * ((n + 1) * 0.5))
+        reading_s = read_s * n
+        longer_s, shorter_s = np.maximum(compute_s, reading_s), np.minimum(compute_s, reading_s)
+        seconds: list[float] = (self._backward_s + (fixed_s + (longer_s + unhidden * shorter_s))).tolist()
+        return seconds
 
     def rectangle_s(self, layers: int, tokens: int, context: int) -> float:
         """Backward of `tokens` through `layers` layers, as a term of the sum."""
@@ -367,3 +393,24 @@ class IterationCost:
         for name, collective_s in seconds.items():
             parts[name] -= collective_s
         parts["collective"] = sum(seconds.values())
+
+
+def _coefficients(cost: ChunkCost) -> Coefficients:
+    """A plain tuple is unpacked three times as fast as a NamedTuple."""
+    fixed_s, token_s, pair_s, read_s, unhidden = cost
+    return fixed_s, token_s, pair_s, read_s, unhidden
+
+
+def _with_chunk(work: Work, context: int, tokens: int) -> Work:
+    return work._replace(prefill=(*work.prefill, Chunk(tokens, context)))
+
+
+def _with_window(work: Work, context: int, tokens: int) -> Work:
+    return work._replace(forward=(*work.forward, Chunk(tokens, context)))
+
+
+def _with_slice(work: Work, job: JobView, layer_tokens: int) -> Work:
+    return work._replace(
+        backward=work.backward + backward_chunks(job, layer_tokens),
+        recompute=work.recompute + recompute_chunks(job, layer_tokens),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import inf, nextafter
 
-from sim.core.cost import Predictor
+from sim.core.cost import Fit, Predictor
 from sim.core.finetune import JobView
 from sim.core.work import Work
 from sim.cost.context import CostBuilder, CostContext
@@ -45,11 +45,14 @@ class ScaledCost:
     def largest_prefill(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
         return self.inner.largest_prefill(work, context, max_tokens, self._inner_budget_s(budget_s))
 
-    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
-        return self.inner.largest_forward(work, context, max_tokens, self._inner_budget_s(budget_s))
+    def largest_forward(self, work: Work, context: int, max_tokens: int, budget_s: float) -> Fit:
+        budget_s = self._inner_budget_s(budget_s)
+        tokens, seconds = self.inner.largest_forward(work, context, max_tokens, budget_s)
+        return tokens, seconds * self.factor
 
-    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> int:
-        return self.inner.largest_backward(work, job, self._inner_budget_s(budget_s))
+    def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
+        tokens, seconds = self.inner.largest_backward(work, job, self._inner_budget_s(budget_s))
+        return tokens, seconds * self.factor
 
     def _inner_budget_s(self, budget_s: float) -> float:
         """The largest float whose product with the factor is within the budget; a division may miss it."""

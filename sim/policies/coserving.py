@@ -41,6 +41,5 @@ class CoServing:
 
     def plan(self, view: View) -> Plan:
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency)
-        slices, work = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
-        predicted_s = self._predictor.iteration_s(work)
+        slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         return tuple.__new__(Plan, (decode, prefills, preempted, slices, False, predicted_s, None))

@@ -85,8 +85,7 @@ class CoServingSlack:
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
-        slices, work = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
-        predicted_s = self._predictor.iteration_s(work)
+        slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         return Plan(decode, prefills, preempted, slices, False, predicted_s, error)
 
     def _observe(self, view: View) -> _Error:

@@ -64,7 +64,7 @@ def pack_inference(view: View, token_budget: int | None = None, latency: Latency
 
     Decodes are never cut.
     """
-    waiting, free = len(view.waiting), view.free_blocks - view.growth_blocks
+    waiting, free = view.waiting.count, view.free_blocks - view.growth_blocks
     if not waiting and not view.prefilling and free >= 0:
         # Most iterations only decode.
         return tuple.__new__(Inference, (True, (), (), view.decode_work))

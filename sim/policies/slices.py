@@ -9,6 +9,7 @@ from sim.core.finetune import (
     JobView,
     Slice,
     Step,
+    after,
     backward_chunks,
     recompute_chunks,
 )
@@ -34,61 +35,58 @@ def add_slice(work: Work, job: JobView, piece: Slice) -> Work:
     )
 
 
-def advanced(job: JobView, piece: Slice) -> JobView:
-    """Where `job` stands after the slice, as far as its present sample goes."""
-    if type(piece) is Forward:
-        return job._replace(forward_tokens=job.forward_tokens + piece.tokens)
-    if type(piece) is Backward:
-        return job._replace(backward_layer_tokens=job.backward_layer_tokens + piece.layer_tokens)
-    return job._replace(step_due=False)
-
-
 def fill(
     work: Work,
     jobs: tuple[JobView, ...],
     predictor: Predictor,
     budget_s: float,
     max_forward_tokens: int,
-) -> tuple[tuple[Slice, ...], Work]:
+) -> tuple[tuple[Slice, ...], float]:
     """As much finetuning as keeps the predicted iteration within the budget.
 
     The first job is served until its sample has no more work or the budget is used up; what is left goes to
-    the next. Returns the slices, in order, and `work` with them.
+    the next. Returns the slices, in order, and the predicted seconds of `work` with them.
     """
     slices: tuple[Slice, ...] = ()
+    predicted_s = None
     for job in jobs:
         while True:
-            piece, used_up = _next_slice(work, job, predictor, budget_s, max_forward_tokens)
+            piece, seconds, used_up = _next_slice(work, job, predictor, budget_s, max_forward_tokens)
+            if seconds is not None:
+                predicted_s = seconds
             if piece is None:
                 break
             slices += (piece,)
-            work = add_slice(work, job, piece)
             if used_up:
-                return slices, work
-            job = advanced(job, piece)
-    return slices, work
+                assert predicted_s is not None, "a slice that was cut has been predicted"
+                return slices, predicted_s
+            work = add_slice(work, job, piece)
+            job = after(job, piece)
+    return slices, predictor.iteration_s(work) if predicted_s is None else predicted_s
 
 
 def _next_slice(
     work: Work, job: JobView, predictor: Predictor, budget_s: float, max_forward_tokens: int
-) -> tuple[Slice | None, bool]:
-    """The largest next slice that fits, if any, and whether it was cut by the budget."""
+) -> tuple[Slice | None, float | None, bool]:
+    """The largest next slice that fits, if any; the seconds with it, where they were predicted; whether it
+    was cut by the budget."""
     id, layers, _, _, _, length, forward, backward, step_due = job
     if step_due:
         step = Step(id)
-        fits = predictor.iteration_s(add_slice(work, job, step)) <= budget_s
-        return (step, False) if fits else (None, True)
+        seconds = predictor.iteration_s(add_slice(work, job, step))
+        return (step, seconds, False) if seconds <= budget_s else (None, None, True)
     left = length - forward
     if left:
         most = max_forward_tokens - work.forward_tokens if work.forward else max_forward_tokens
-        most = min(left, most)
-        tokens = predictor.largest_forward(work, forward, most, budget_s) if most > 0 else 0
-        return (Forward(id, tokens) if tokens else None), tokens < left
+        if most <= 0:
+            return None, None, True
+        tokens, seconds = predictor.largest_forward(work, forward, most if most < left else left, budget_s)
+        return (_new(Forward, (id, tokens)) if tokens else None), seconds, tokens < left
     left = length * layers - backward
     if left:
-        layer_tokens = predictor.largest_backward(work, job, budget_s)
-        return (Backward(id, layer_tokens) if layer_tokens else None), layer_tokens < left
-    return None, False
+        tokens, seconds = predictor.largest_backward(work, job, budget_s)
+        return (_new(Backward, (id, tokens)) if tokens else None), seconds, tokens < left
+    return None, None, False
 
 
 def whole_step(work: Work, job: JobView) -> tuple[tuple[Slice, ...], Work]:
@@ -97,11 +95,11 @@ def whole_step(work: Work, job: JobView) -> tuple[tuple[Slice, ...], Work]:
     if job.step_due:
         slices.append(Step(job.id))
         work = add_slice(work, job, slices[-1])
-        job = advanced(job, slices[-1])
+        job = after(job, slices[-1])
     if job.forward_left:
         slices.append(Forward(job.id, job.forward_left))
         work = add_slice(work, job, slices[-1])
-        job = advanced(job, slices[-1])
+        job = after(job, slices[-1])
     if job.backward_left:
         slices.append(Backward(job.id, job.backward_left))
         work = add_slice(work, job, slices[-1])

@@ -43,9 +43,9 @@ class Spatial:
             slices = whole_step(Work(), view.jobs[0])[0] if view.jobs else ()
             return Plan(finetune=slices, memory=earned_s)
         if earned_s >= self._slice_s:
-            slices, work = fill(Work(), view.jobs, self._predictor, earned_s, self._max_forward_tokens)
+            slices, took_s = fill(Work(), view.jobs, self._predictor, earned_s, self._max_forward_tokens)
             if slices:
-                earned_s -= self._predictor.iteration_s(work)
+                earned_s -= took_s
                 return inference.plan()._replace(finetune=slices, overlap=True, memory=earned_s)
         alone_s = self._predictor.iteration_s(inference.work)
         return inference.plan()._replace(memory=min(earned_s + alone_s, 10 * self._slice_s))

@@ -36,9 +36,9 @@ class SpatialLimited:
     def plan(self, view: View) -> Plan:
         inference = pack_inference(view, latency=self._latency)
         work = inference.work._replace(overlap=inference.busy)
-        slices, work = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
+        slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         return inference.plan()._replace(
             finetune=slices,
             overlap=inference.busy and bool(slices),
-            predicted_s=self._predictor.iteration_s(work),
+            predicted_s=predicted_s,
         )

@@ -52,5 +52,5 @@ class TemporalLimited:
         return inference.plan()._replace(predicted_s=predicted_s, memory=predicted_s)
 
     def _finetune(self, view: View, budget_s: float) -> Plan:
-        slices, work = fill(Work(), view.jobs, self._predictor, budget_s, self._max_forward_tokens)
-        return Plan(finetune=slices, predicted_s=self._predictor.iteration_s(work) if slices else None)
+        slices, predicted_s = fill(Work(), view.jobs, self._predictor, budget_s, self._max_forward_tokens)
+        return Plan(finetune=slices, predicted_s=predicted_s if slices else None)

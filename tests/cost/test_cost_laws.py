@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -185,7 +186,14 @@ def test_largest_prefill_and_forward_equal_a_scan(
     kind: str, work: Work, at: int, most: int, share: float
 ) -> None:
     cost = cost_models()[kind]
-    for name, ask in (("prefill", cost.largest_prefill), ("forward", cost.largest_forward)):
+
+    def largest_forward(work: Work, at: int, most: int, budget_s: float) -> int:
+        n, seconds = cost.largest_forward(work, at, most, budget_s)
+        chosen = work._replace(forward=(*work.forward, Chunk(n, at))) if n else work
+        assert seconds == cost.iteration_s(chosen)
+        return n
+
+    for name, ask in (("prefill", cost.largest_prefill), ("forward", largest_forward)):
 
         def with_tokens(n: int, name: str = name) -> float:
             return cost.iteration_s(work._replace(**{name: (*getattr(work, name), Chunk(n, at))}))
@@ -194,8 +202,12 @@ def test_largest_prefill_and_forward_equal_a_scan(
         budget_s = low_s + share * (high_s - low_s)
         scanned = max([n for n in range(1, most + 1) if with_tokens(n) <= budget_s], default=0)
         assert ask(work, at, most, budget_s) == scanned
-        exact = with_tokens(max(1, most // 2))
-        assert ask(work, at, most, exact) >= min(most, max(1, most // 2))
+        # As close to a boundary as floats come: one of them is the budget, and the next lower one.
+        middle = max(1, most // 2)
+        exact_s = with_tokens(middle)
+        for budget_s in (exact_s, math.nextafter(exact_s, 0.0)):
+            near = [n for n in range(1, most + 1) if with_tokens(n) <= budget_s]
+            assert ask(work, at, most, budget_s) == max(near, default=0)
 
 
 @st.composite
@@ -226,9 +238,15 @@ def test_largest_backward_equals_a_scan(kind: str, work: Work, job: JobView, sha
     candidates = range(unit, job.backward_left + 1, unit)
     low_s = cost.iteration_s(work)
     high_s = with_layer_tokens(candidates[-1]) if candidates else low_s
-    budget_s = low_s + share * (high_s - low_s)
-    scanned = max([n for n in candidates if with_layer_tokens(n) <= budget_s], default=0)
-    assert cost.largest_backward(work, job, budget_s) == scanned
+    budgets = [low_s + share * (high_s - low_s)]
+    if candidates:
+        # As close to a boundary as floats come.
+        exact_s = with_layer_tokens(candidates[int(min(share, 1.0) * (len(candidates) - 1))])
+        budgets += [exact_s, math.nextafter(exact_s, 0.0)]
+    for budget_s in budgets:
+        scanned = max([n for n in candidates if with_layer_tokens(n) <= budget_s], default=0)
+        seconds = with_layer_tokens(scanned) if scanned else low_s
+        assert cost.largest_backward(work, job, budget_s) == (scanned, seconds)
 
 
 @pytest.mark.parametrize(("device", "model"), PAIRS)
@@ -237,12 +255,12 @@ def test_inverses_at_real_sizes(device: str, model: str, budget_s: float) -> Non
     cost = roofline(device, model)
     shape = context(device, model).model
     work = Work(decode_count=40, decode_context_tokens=40_000, sampled_tokens=40, adapters=1)
-    n = cost.largest_forward(work, 1000, 20_000, budget_s)
+    n, _ = cost.largest_forward(work, 1000, 20_000, budget_s)
     for tokens in [t for t in (n, n + 1) if 1 <= t <= 20_000]:
         fits = cost.iteration_s(work._replace(forward=(Chunk(tokens, 1000),))) <= budget_s
         assert fits == (tokens == n)
     job = JobView("job", shape.layers, "layer_major", "stash", 1, 3650, 3650, 3650 + 777, False)
-    n = cost.largest_backward(work, job, budget_s)
+    n, _ = cost.largest_backward(work, job, budget_s)
     for tokens in [t for t in (n, n + 1) if 1 <= t <= job.backward_left]:
         fits = cost.iteration_s(work._replace(backward=backward_chunks(job, tokens))) <= budget_s
         assert fits == (tokens == n)
@@ -253,9 +271,9 @@ def test_nothing_fits_a_budget_that_inference_alone_exceeds() -> None:
     work = Work(decode_count=64, decode_context_tokens=64_000, sampled_tokens=64)
     budget_s = cost.iteration_s(work) * 0.99
     job = JobView("job", 32, "layer_major", "stash", 1, 500, 500, 0, False)
-    assert cost.largest_forward(work, 0, 500, budget_s) == 0
     assert cost.largest_prefill(work, 0, 500, budget_s) == 0
-    assert cost.largest_backward(work, job, budget_s) == 0
+    for fit in (cost.largest_forward(work, 0, 500, budget_s), cost.largest_backward(work, job, budget_s)):
+        assert fit == (0, cost.iteration_s(work))
 
 
 def test_passes_beyond_the_lists_keep_growing_and_are_counted() -> None:

@@ -75,9 +75,8 @@ def test_the_default_predictor_can_be_made_twice_too_optimistic() -> None:
     wrong = instantiate(config.predictor).build(HERE)
     assert wrong.iteration_s(DECODE) == right.iteration_s(DECODE) / 2
     budget_s = 3 * right.iteration_s(DECODE)
-    assert wrong.largest_forward(DECODE, 0, 8000, budget_s) == right.largest_forward(
-        DECODE, 0, 8000, 2 * budget_s
-    )
+    tokens, seconds = right.largest_forward(DECODE, 0, 8000, 2 * budget_s)
+    assert wrong.largest_forward(DECODE, 0, 8000, budget_s) == (tokens, seconds / 2)
 
 
 def test_noise_has_mean_one_and_the_stated_spread() -> None:
@@ -114,12 +113,12 @@ def test_noisy_inverses_are_the_inner_models_and_parts_follow_the_last_draw() ->
 def test_scaled_inverses_accept_exactly_their_own_time(factor: float, tokens: int, layers: int) -> None:
     scaled = Scaled(of=Roofline(max_tokens=4096), factor=factor).build(HERE)
     exact_s = scaled.iteration_s(DECODE._replace(forward=(Chunk(tokens, 100),)))
-    n = scaled.largest_forward(DECODE, 100, 4096, exact_s)
+    n, seconds = scaled.largest_forward(DECODE, 100, 4096, exact_s)
     assert n >= tokens
-    assert scaled.iteration_s(DECODE._replace(forward=(Chunk(n, 100),))) <= exact_s
+    assert scaled.iteration_s(DECODE._replace(forward=(Chunk(n, 100),))) == seconds <= exact_s
     job = JobView("job", 32, "layer_major", "stash", 1, 900, 900, 0, False)
     exact_s = scaled.iteration_s(DECODE._replace(backward=(LayerChunk(layers, 900, 0),)))
-    assert scaled.largest_backward(DECODE, job, exact_s) == layers * 900
+    assert scaled.largest_backward(DECODE, job, exact_s) == (layers * 900, exact_s)
 
 
 def test_nnls_finds_the_constrained_minimum() -> None:
