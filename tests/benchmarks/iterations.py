@@ -1,35 +1,44 @@
 """How fast the simulator is: one table of what, number and target.
 
-    python tests/benchmarks/iterations.py            # every row, three to four minutes
-    python tests/benchmarks/iterations.py --quick    # without the large run and the grid, half a minute
+    python tests/benchmarks/iterations.py            # every row, about five minutes
+    python tests/benchmarks/iterations.py --quick    # without the large runs and the grid, half a minute
 
 The row of the Azure conversation lengths needs that trace (`coserve fetch azure_conv`); without it the row
 says so. Loops are timed in seconds of the processor, three times, and the fastest counts: other work on the
 machine only adds. Imports, processes and the grid are timed by the clock.
 
-The measure that guided the work is bytecode instructions per iteration, counted with `sys.settrace`: it does
-not vary, while seconds vary by a factor of two on a shared machine. Sampling profilers put the time where it
-can be interrupted, and cProfile's overhead goes to the small functions.
+What guided the work are counts, which do not vary where seconds vary by a factor of two on a shared machine:
+machine instructions of the loop alone (valgrind's callgrind, switched on round `simulate_cluster`) and bytecode
+instructions by function (`sys.settrace`). Sampling profilers put the time where it can be interrupted, and
+cProfile's overhead goes to the small functions. `digests.py` beside this file says whether all rows of all
+policies are still the same to the last bit.
 
-What it showed for co-serving (Llama-3.1-8B, 2 req/s, 21 sequences on average; Python 3.11.7 on 2 shared
-cores of an AMD EPYC virtual machine, Python built without profile-guided optimisation; a build with it does
-41,000 iterations per second where this one does 37,000), stage by stage in microseconds:
+What they showed for co-serving (Llama-3.1-8B, 2 req/s, 21 sequences on average; Python 3.11.7 built without
+profile-guided optimisation), per iteration, over three rounds of changes:
 
-    before  35 = plan 14.9, apply 7.3, commit 4.2, world 2.2, view 1.7, arrivals 0.5, loop and SimPy 4
-    after   27 = plan 11.5, apply 5.6, commit 2.9, world 2.0, view 1.3, arrivals 0.4, loop and SimPy 3
+                                   first    second    now
+    bytecode instructions             -     3,470   2,550
+    machine instructions              -   233,000  149,000
+    seconds, before / after in turns  -       1 : 1.50 (inference only 1 : 1.43)
 
-- The inverse questions of the cost model took half of `plan`: each search began at the largest slice and
-  needed 5 evaluations for a window and 6 for a part of a layer. From the previous answer, or from the two
-  ends that are known, and by Newton's method they take 3.1 and 3.5.
-- A NamedTuple's constructor is a Python function: 180 ns for ten fields where `tuple.__new__` takes 100. Six
-  are made per iteration.
-- A row of 26 numbers took 1.0 us value by value, packed into bytes it takes 0.35.
-- The rest was calls: one job and one slice, the common case, went through loops and dictionaries for many.
+A bytecode costs about 65 machine instructions whatever it does, so what counts is their number; more expensive
+are only calls of Python functions (300 more), NamedTuples (700 to make, 90 for each field unpacked, against 10 of
+a plain tuple), `max` and `min` (600), properties and `__len__` written in Python (500 to 900) and products of an
+integer and a float (four times those of two floats). What was gained:
 
-Left, in instructions of 3,300 per iteration: 530 in the terms of the cost model (asked three times: by the
-search, for the prediction, by the world), 470 in the two searches, 280 in apply and commit themselves, 280 in
-checking and advancing the job, 270 in loop, driver and SimPy. Garbage collection is not measurable, and
-neither are cache misses: arrays instead of lists of floats changed nothing.
+- The inverse questions of the cost model formed the whole sum for each of their 3 to 4 candidates. Now all that
+  is known comes off the budget first, and the sum itself decides only within rounding (`sim.cost.inverse`). They
+  return the seconds of their answer, so that the prediction asks no more, and the plan needs no Work.
+- A layer's backward from a sample's start is a list, since whole layers and the rest of one are most of it.
+- A slice is checked and carried out by one function, `after`, that says where its job stands next.
+- The SimPy driver moves the clock without an event when no other is due.
+- A row of whole numbers in 1, 2 and 4 bytes packs twice as fast as one of doubles, and takes 127 bytes, not 208.
+- With one serving pipeline there is nothing to route, and the routers that predict cost 10 us per arrival.
+
+Where 149,000 instructions go now: plan 42,000 (of them the search and its sums 30,000), apply and commit 50,000
+(10,000 of them the legality check, 12,000 the row), the world's seconds 14,000, view 8,000, the rest in loop,
+driver and arrivals. Garbage collection is not measurable (0.2 %). Tried without gain: lists of attention seconds
+by tokens instead of the formula in floats, a search started from the last two answers, numpy for single rows.
 """
 
 from __future__ import annotations
@@ -67,11 +76,16 @@ AZURE = [
     "workload=poisson", "workload/lengths=from_trace", "workload.rate_rps=6.45",
     "workload.duration_s=100000", "workload.max_requests=10000",
 ]  # fmt: skip
-# Memory goes to the rows of iterations, 208 bytes each: a busier pipeline needs fewer for as many requests.
+# Memory goes to the rows of iterations, 127 bytes each: the slower the arrivals, the more of them per request.
 MANY = [
     "policy=inference_only", "cluster=single", "finetune=none", "cluster.limits.max_tokens=2048",
-    "workload=poisson", "workload.rate_rps=16", "workload.duration_s=1000000", "workload.max_requests=500000",
+    "workload=poisson", "workload.rate_rps=8", "workload.duration_s=1000000", "workload.max_requests=500000",
 ]  # fmt: skip
+MANY_COSERVING = [
+    "policy=coserving", "cluster=single", "cluster.limits.max_tokens=2048", "workload=poisson",
+    "workload.rate_rps=8", "workload.duration_s=62500",
+]  # fmt: skip
+RUNS = {"azure": AZURE, "many": MANY, "many_coserving": MANY_COSERVING}
 GRID = [
     "policy=coserving,coserving_slack,coserving_static,inference_only,spatial,spatial_limited,"
     "temporal,temporal_dynamic,temporal_limited",
@@ -99,11 +113,11 @@ class AtOnce:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="leave out the large run and the grid")
-    parser.add_argument("--run", choices=["azure", "many"], help="one run in this process, for its own rows")
+    parser.add_argument("--quick", action="store_true", help="leave out the large runs and the grid")
+    parser.add_argument("--run", choices=list(RUNS), help="one run in this process, for its own rows")
     options = parser.parse_args()
     if options.run:
-        recorder = run_assembly(_assembled(AZURE if options.run == "azure" else MANY))
+        recorder = run_assembly(_assembled(RUNS[options.run]))
         print(len(recorder.requests), _peak_gib())
         return
     table = Table("what", "number", "target")
@@ -122,10 +136,11 @@ def _rows(quick: bool) -> Iterator[Row]:
     yield from _azure_rows()
     if quick:
         return
-    wall_s, printed = _process(__file__, "--run", "many")
-    requests, gib = printed.split()
-    what = f"{int(requests):,} requests at 16 req/s, peak memory ({wall_s:.0f} s)"
-    yield what, f"{float(gib):.2f} GiB", "< 1 GiB"
+    for run, policy in (("many", "inference_only"), ("many_coserving", "coserving")):
+        wall_s, printed = _process(__file__, "--run", run)
+        requests, gib = printed.split()
+        what = f"{policy}, {int(requests):,} requests at 8 req/s, peak memory ({wall_s:.0f} s)"
+        yield what, f"{float(gib):.2f} GiB", "< 1 GiB"
     yield "9 systems x 3 models x 5 rates x 10 minutes, 2 processes", f"{_grid_s():.0f} s", "< 90 s"
 
 
@@ -176,8 +191,10 @@ def _assembled(overrides: list[str]) -> Assembly:
 def _constant(policy: str, duration_s: float) -> Assembly:
     """Room for all, and a budget that leaves time for finetuning beside 256 decodes."""
     more = ["policy.budget_s=0.1"] if policy == "coserving" else ["finetune=none"]
-    assembly = _assembled([*TWO_RPS, f"policy={policy}", *more, "cluster.limits.kv_tokens=10000000"])
-    return replace(assembly, horizon=Horizon(duration_s=duration_s, drain_s=0.0))
+    assembly = _assembled([*TWO_RPS, f"policy={policy}", *more])
+    (spec,) = assembly.pipelines
+    roomy = replace(spec, limits=replace(spec.limits, kv_tokens=10_000_000))
+    return replace(assembly, pipelines=(roomy,), horizon=Horizon(duration_s=duration_s, drain_s=0.0))
 
 
 def _fastest(
