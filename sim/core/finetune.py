@@ -203,15 +203,19 @@ class Job:
 
     @property
     def sample_tokens(self) -> int:
-        return self.view.sample_tokens
+        return self._view.sample_tokens
+
+    def view(self) -> JobView:
+        """Where the job stands."""
+        return self._view
 
     def advance(self, piece: Slice) -> None:
         """Take one slice. Raises IllegalSlice, and then nothing has changed."""
-        self.take(piece, after(self.view, piece))
+        self.take(piece, after(self._view, piece))
 
     def take(self, piece: Slice, view: JobView) -> None:
         """Take one slice, after which the job stands at `view`, as `after` says."""
-        self.view = view
+        self._view = view
         if type(piece) is Forward:
             self.virtual_s += piece.tokens / self.spec.weight
         elif type(piece) is Backward:
@@ -239,7 +243,6 @@ class Job:
         due = self.accumulated_samples == spec.accumulation or (
             self._data_ended and self.accumulated_samples > 0
         )
-        self.view = JobView(
+        self._view = JobView(
             spec.id, spec.layers, spec.order, spec.memory, spec.optimizer_params, sample_tokens, 0, 0, due
         )
-        """Where it stands."""

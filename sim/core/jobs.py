@@ -116,7 +116,8 @@ class Jobs:
         active = self.active
         if len(active) == 1:
             for id, job in active.items():
-                self.views, self.view_of = (job.view,), {id: job.view}
+                view = job.view()
+                self.views, self.view_of = (view,), {id: view}
             return
-        self.views = tuple([job.view for job in sorted(active.values(), key=lambda job: job.virtual_s)])
+        self.views = tuple([job.view() for job in sorted(active.values(), key=lambda job: job.virtual_s)])
         self.view_of = {view.id: view for view in self.views}
