@@ -25,7 +25,7 @@ from sim.checked import build
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
 from sim.core.cost import CostModel
-from sim.core.finetune import Job, JobSpec
+from sim.core.finetune import Job, JobSpec, JobView
 from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.request import Request, Slo
@@ -41,14 +41,7 @@ FILE = "rerun.json"
 COMPARED = (*WORK_COLUMNS, "predicted_s", "running", "waiting", "kv_blocks_used", "preempted")
 """Columns in which equal plans from equal states agree."""
 
-_PROGRESS = (
-    "sample_tokens",
-    "forward_tokens",
-    "backward_layer_tokens",
-    "accumulated_samples",
-    "accumulated_tokens",
-    "steps",
-)
+_PROGRESS = ("accumulated_samples", "accumulated_tokens", "steps")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,6 +85,7 @@ def write_rerun(
             {
                 "spec": asdict(job.spec),
                 "following_tokens": following_tokens[job.spec.id],
+                "view": job.view()._asdict(),
                 "progress": {name: getattr(job, name) for name in _PROGRESS},
             }
             for job in jobs
@@ -202,11 +196,9 @@ def _answer(loop: Generator[Command, Done, None], start_s: Sequence[float], end_
 
 
 def _job(plain: Mapping[str, Any]) -> Job:
-    progress = plain["progress"]
-    lengths = chain([progress["sample_tokens"]], repeat(plain["following_tokens"]))
-    job = Job(JobSpec(**plain["spec"]), lengths)
-    for name in _PROGRESS:
-        setattr(job, name, progress[name])
+    view = JobView(**plain["view"])
+    job = Job(JobSpec(**plain["spec"]), chain([view.sample_tokens], repeat(plain["following_tokens"])))
+    job.stand(view, **plain["progress"])
     return job
 
 

@@ -209,6 +209,13 @@ class Job:
         """Where the job stands."""
         return self._view
 
+    def stand(self, view: JobView, *, accumulated_samples: int, accumulated_tokens: int, steps: int) -> None:
+        """Go on from where another run of the job stood; the present sample is the one of `view`."""
+        self._view = view
+        self.accumulated_samples = accumulated_samples
+        self.accumulated_tokens = accumulated_tokens
+        self.steps = steps
+
     def advance(self, piece: Slice) -> None:
         """Take one slice. Raises IllegalSlice, and then nothing has changed."""
         self.take(piece, after(self._view, piece))
