@@ -14,12 +14,11 @@ cProfile's overhead goes to the small functions. `digests.py` beside this file s
 policies are still the same to the last bit.
 
 What they showed for co-serving (Llama-3.1-8B, 2 req/s, 21 sequences on average; Python 3.11.7 built without
-profile-guided optimisation), per iteration, over three rounds of changes:
+profile-guided optimisation), per iteration, before and after the last round of changes:
 
-                                   first    second    now
-    bytecode instructions             -     3,470   2,550
-    machine instructions              -   233,000  149,000
-    seconds, before / after in turns  -       1 : 1.50 (inference only 1 : 1.43)
+    bytecode instructions               3,470     2,550
+    machine instructions              233,000   149,000    inference only: 83,000 and 66,000
+    seconds, both in turns          1.45 to 1.50 : 1       inference only: 1.43 : 1
 
 A bytecode costs about 65 machine instructions whatever it does, so what counts is their number; more expensive
 are only calls of Python functions (300 more), NamedTuples (700 to make, 90 for each field unpacked, against 10 of
@@ -38,7 +37,7 @@ integer and a float (four times those of two floats). What was gained:
 Where 149,000 instructions go now: plan 42,000 (of them the search and its sums 30,000), apply and commit 50,000
 (10,000 of them the legality check, 12,000 the row), the world's seconds 14,000, view 8,000, the rest in loop,
 driver and arrivals. Garbage collection is not measurable (0.2 %). Tried without gain: lists of attention seconds
-by tokens instead of the formula in floats, a search started from the last two answers, numpy for single rows.
+by tokens instead of the formula in floats, and a search started from the last two answers.
 """
 
 from __future__ import annotations

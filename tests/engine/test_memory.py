@@ -18,9 +18,10 @@ WORLD = LinearCost(forward_s=2.0**-11, backward_s=2.0**-12, context_s=2.0**-16, 
 
 
 def live_tensors() -> tuple[int, int]:
-    """How many there are, and their bytes."""
+    """How many there are, and their bytes; those of a captured graph, which have no sizes, are others'."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    plain = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
+    tensors = [t for t in plain if not torch._is_functional_tensor(t)]
     return len(tensors), sum(t.nbytes for t in tensors)
 
 
