@@ -108,15 +108,20 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
         if math.isnan(value.mean):
             axes.text(span * 0.01, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
             continue
-        axes.barh(y, value.mean, height=0.66, color=style.look(line.policy).color, alpha=1 if kept else 0.45)
+        color = style.look(line.policy).color
+        if kept:
+            axes.barh(y, value.mean, height=0.66, color=color)
+        else:
+            axes.barh(y, value.mean, height=0.62, facecolor="white", edgecolor=color, hatch="////")
         _whisker(axes, value, y)
         share = f"  {value.mean / peak * 100:.0f} %" if peak is not None and value.mean > 0 else ""
         axes.text(
             value.high + span * 0.01, y, f"{value.mean:,.0f}{share}", va="center", fontsize=9, zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
     axes.set_xlim(0, span * 1.24)
-    axes.set_xlabel("trained tokens per second (tok/s)\npale: SLO missed")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("trained tokens per second (tok/s)\nfilled: SLO kept, hatched: missed")
     if peak is not None:
         axes.axvline(peak, color=style.BLACK, linewidth=1.2, linestyle="--", zorder=3)
         axes.annotate(
@@ -155,7 +160,7 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
     axes.set_xlim(0, 111)
     axes.set_xticks([0, 20, 40, 60, 80, 100])
     axes.set_xlabel(
-        f"requests that meet their SLO (%)\nblue: SLO kept (at least {kept_share * 100:g} %), red: missed"
+        f"requests that meet their SLO (%)\nblue: SLO kept (at least {kept_share * 100:g} %), orange: missed"
     )
     style.tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
