@@ -122,7 +122,7 @@ class GridSweeper(BasicSweeper):
         for override in {override for run in batch for override in run}:
             key, _, choice = override.partition("=")
             group = key.lstrip("+~").partition("@")[0]
-            options = loader.get_group_options(group)
+            options = loader.get_group_options(group, config_name=self.config.hydra.job.config_name)
             if options and choice.replace("_", "").isalnum() and choice not in [*options, "null"]:
                 raise MissingConfigException(
                     f"no {group} named {choice}", missing_cfg_file=f"{group}/{choice}", options=options

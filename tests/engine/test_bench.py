@@ -118,6 +118,19 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(
     assert "holds a run of other settings" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="would run at real size")
+def test_a_sweep_takes_the_devices_and_models_of_the_simulator(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its check of names sees the same folders as the composition of a run."""
+    sweep = ["-m", "device=h100,h200", "model=llama_3_1_8b", f"hydra.sweep.dir={folder}"]
+    assert main(sweep) == 1
+    error = capsys.readouterr().err
+    assert "device h100 needs a CUDA device" in error and "named" not in error
+    assert main([*sweep, "device=h20"]) == 2
+    assert "no device named 'h20'" in capsys.readouterr().err
+
+
 def test_a_static_split_leaves_one_run_of_two_pipelines(folder: Path) -> None:
     assert main([*SHORT, "policy=separate_50", f"hydra.run.dir={folder}"]) == 0
     run = read_run(folder)
