@@ -271,9 +271,8 @@ class Reference:
 class Referee:
     """A policy that asks another one twice, and compares state and reference before it answers."""
 
-    serves = True
-
     def __init__(self, policy: Policy, state: PipelineState, reference: Reference) -> None:
+        self.serves = policy.serves
         self._policy = policy
         self._state = state
         self.reference = reference

@@ -79,7 +79,11 @@ class Horizon:
             raise ValueError(f"run.drain_s must be at least 0 seconds, got {self.drain_s}")
 
 
-class StuckPolicy(RuntimeError):
+class PolicyError(RuntimeError):
+    """A policy raised something, or its plan is none that can be carried out; its cause says where."""
+
+
+class StuckPolicy(PolicyError):
     """A policy that plans nothing although there is work and nothing will change."""
 
 
@@ -90,7 +94,10 @@ def run_loop(
     horizon: Horizon,
     start_s: float = 0.0,
 ) -> Generator[Command, Done, None]:
-    """Run one pipeline until its horizon. Modifies `state`, which it closes at the end."""
+    """Run one pipeline until its horizon. Modifies `state`, which it closes at the end.
+
+    Raises PolicyError for whatever goes wrong in a policy or with its plan.
+    """
     now_s = start_s
     in_flight = 0
     wait, lookahead, duration_s = Wait(), state.limits.lookahead, horizon.duration_s
@@ -102,11 +109,19 @@ def run_loop(
                 arrivals.ended(request.id, now_s)
         # With something running before the horizon, the answer needs no call.
         over = False if running and now_s < duration_s else _over(state, arrivals, horizon, now_s)
-        plan = None if over else decide(view(now_s))
-        if plan is not None and (
-            plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count)
-        ):
-            yield _new(Execute, (plan, apply(plan, now_s)))
+        work = None
+        if not over:
+            seen = view(now_s)
+            try:
+                plan = decide(seen)
+                if plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count):
+                    work = apply(plan, now_s)
+            except Exception as error:
+                raise PolicyError(
+                    f"{type(policy).__name__} at {now_s:.6f} s: {type(error).__name__}: {error}"
+                ) from error
+        if work is not None:
+            yield _new(Execute, (plan, work))
             in_flight += 1
             if in_flight <= lookahead:
                 continue
@@ -117,7 +132,13 @@ def run_loop(
             in_flight -= 1
             gone = commit(now_s, ended, aborted, failed)
         else:
-            done = yield Sleep(_next_event_s(state, arrivals, horizon, now_s))
+            until_s, changes = _next_event_s(state, arrivals, horizon, now_s)
+            if not changes and not over and policy.serves and state.unfinished:
+                raise StuckPolicy(
+                    f"{type(policy).__name__} at {now_s:.6f} s: nothing planned with {len(state.running)} running "
+                    f"and {len(state.waiting)} waiting requests, and nothing else will arrive"
+                )
+            done = yield Sleep(until_s)
             now_s = done.now_s
             gone = state.abort(done.aborted)
         for id in gone:
@@ -133,14 +154,11 @@ def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: flo
     return arrivals.next_s() is None
 
 
-def _next_event_s(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> float:
-    """The next time at which something can change by itself."""
+def _next_event_s(
+    state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float
+) -> tuple[float, bool]:
+    """The next time at which something can change by itself, and whether it is more than a horizon."""
     end_s = horizon.duration_s if now_s < horizon.duration_s else horizon.duration_s + horizon.drain_s
     arrival_s = arrivals.next_s() if now_s < horizon.duration_s else None
-    until_s = min(math.inf if arrival_s is None else arrival_s, state.jobs.next_start_s, end_s)
-    if until_s == math.inf and arrival_s is None:
-        raise StuckPolicy(
-            f"nothing planned at {now_s:.6f} s with {len(state.running)} running and "
-            f"{len(state.waiting)} waiting requests, and nothing else will arrive"
-        )
-    return until_s
+    change_s = min(math.inf if arrival_s is None else arrival_s, state.jobs.next_start_s)
+    return min(change_s, end_s), change_s < math.inf

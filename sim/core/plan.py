@@ -123,7 +123,7 @@ class Plan(NamedTuple):
     """The decision for one iteration."""
 
     decode: bool = False
-    """All decoding sequences get their next token, or none does."""
+    """All decoding sequences get their next token, or none does; may be True where none decodes."""
     prefills: tuple[tuple[int, int], ...] = ()
     """(sequence id, tokens): chunks of admitted sequences, or of the first waiting ones, admitted."""
     preempted: tuple[int, ...] = ()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 
-from sim.core.loop import Horizon, StuckPolicy, run_loop
+from sim.core.loop import Horizon, PolicyError, StuckPolicy, run_loop
 from sim.core.plan import Plan, View
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
@@ -151,8 +152,31 @@ def test_a_policy_that_does_nothing_is_stuck_and_said_to_be() -> None:
         def plan(self, view: View) -> Plan:
             return Plan()
 
-    with pytest.raises(StuckPolicy, match="1 waiting"):
-        run(Lazy(), [Request(0, 0.0, 4, 3)])
+    for horizon in (Horizon(), Horizon(duration_s=10.0)):
+        with pytest.raises(StuckPolicy, match=r"Lazy at 0\.000000 s: .* 1 waiting"):
+            run(Lazy(), [Request(0, 0.0, 4, 3)], horizon=horizon)
+
+
+@pytest.mark.parametrize(
+    ("answer", "cause"),
+    [
+        (lambda view: {}["key"], "KeyError: 'key'"),
+        (lambda view: None, "AttributeError: 'NoneType' object"),
+        (lambda view: Plan(prefills=((99, 4),)), "IllegalPlan: sequence 99 is neither prefilling"),
+    ],
+)
+def test_whatever_goes_wrong_in_a_policy_is_told_with_its_name_and_the_time(
+    answer: Callable[[View], Plan], cause: str
+) -> None:
+    class Broken:
+        serves = True
+
+        def plan(self, view: View) -> Plan:
+            return answer(view) if len(view.waiting) else Plan()
+
+    with pytest.raises(PolicyError, match=f"Broken at 2.000000 s: {cause}") as told:
+        run(Broken(), [Request(0, 2.0, 4, 3)])
+    assert told.value.__cause__ is not None
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
