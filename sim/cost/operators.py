@@ -1,8 +1,9 @@
 """Seconds of an iteration from a card's operator profile: kernel times of one layer, measured one by one.
 
 A pass costs the sum of its operators: embedding and last norm once, what a layer holds once (its two norms
-twice) per layer, attention per layer, and the head for every sequence in the batch. The non-obvious idea is
-attention with several prompts in one kernel, which the profile knows for one prompt only: its time follows
+twice) per layer, attention per layer, and the head for every sequence in the batch. Between two measured
+counts a product takes as long as at the higher one, since it computes whole tiles of rows. The non-obvious
+idea is attention with several prompts in one kernel, which the profile knows for one prompt only: its time follows
 the query-key pairs, so the prompts count as one chunk of all their tokens whose context gives the same
 number of pairs. That context is negative for many short prompts; then the pairs that they lack are taken
 off what a fresh chunk costs.
@@ -38,6 +39,11 @@ PER_LAYER = {
 }
 """Operators by tokens -> how often a layer runs them."""
 
+PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+TILE_ROWS = 16
+"""Tiles of a matrix product are a multiple of so many rows high, the height of a tensor core's operand. Times
+rise in steps accordingly: on an RTX 4090 by 7 % from 1,536 to 1,552 tokens and by 0.1 % to the next 16."""
+
 HEAD = ("lm_head", "sampler")
 """Operators by sequences, once in a pass."""
 
@@ -50,6 +56,13 @@ class Curve(NamedTuple):
 
     def at(self, count: float) -> float:
         return _linear(self.counts, self.seconds, count)
+
+    def at_tile(self, count: int) -> float:
+        """The same in steps: the next measured count holds `count` in its last tile, if it is that near."""
+        index = bisect_left(self.counts, count)
+        if index < len(self.counts) and self.counts[index] - count < TILE_ROWS:
+            return self.seconds[index]
+        return self.at(count)
 
 
 class Spread(NamedTuple):
@@ -131,7 +144,11 @@ class OperatorCost:
     def _dense_s(self, tokens: int) -> float:
         dense = self._profile.dense
         once = sum(dense[name].at(tokens) for name in ONCE)
-        layer = sum(times * dense[name].at(tokens) for name, times in PER_LAYER.items() if name in dense)
+        layer = 0.0
+        for name, times in PER_LAYER.items():
+            if name in dense:
+                curve = dense[name]
+                layer += times * (curve.at_tile(tokens) if name in PRODUCTS else curve.at(tokens))
         return once + self._layers * layer
 
     def _attention_s(self, work: Work, spread: Spread | None) -> float:

@@ -3,7 +3,9 @@
 It differs from `inference_only` in what happens when blocks run short. A waiting request enters when its
 whole known length fits into the blocks that are free right now, but only those of its first chunk are
 taken, so decodes may use up the others. Its next chunk is then not cut to what is free: the last admitted
-are preempted, itself included. An iteration that preempts admits nobody.
+are preempted, itself included. An iteration that preempts admits nobody. What a waiting request
+finds in blocks depends on what is taken and filled before it in the same iteration, so admission is tried on a
+copy of the engine's blocks.
 
 Source: vllm/v1/core/sched/scheduler.py of vLLM 0.19 (`schedule`), with `scheduler_reserve_full_isl`.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 from itertools import islice
 
 from sim.core.plan import Plan, Victim, View
+from sim.vllm.blocks import BlockPool
 
 
 class Vllm:
@@ -21,9 +24,15 @@ class Vllm:
     serves = True
     finetunes = False
 
-    def __init__(self, *, reserve_full_prompt: bool = True, most_prompt_tokens: int = 0) -> None:
-        """`reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19.
-        `most_prompt_tokens`: of one prompt in an iteration (long_prefill_token_threshold); 0 is no limit."""
+    def __init__(
+        self, pool: BlockPool, *, reserve_full_prompt: bool = True, most_prompt_tokens: int = 0
+    ) -> None:
+        """`pool`: of the engine that is planned for; only read.
+
+        `reserve_full_prompt`: False admits when the first chunk fits, as vLLM did before 0.19.
+        `most_prompt_tokens`: of one prompt in an iteration (long_prefill_token_threshold); 0 is no limit.
+        """
+        self._pool = pool
         self._reserve_full_prompt = reserve_full_prompt
         self._most_prompt_tokens = most_prompt_tokens
 
@@ -33,7 +42,7 @@ class Vllm:
             batch.preempt_until(0)
         batch.continue_prefills()
         if not batch.preempted:
-            batch.admit(self._reserve_full_prompt)
+            batch.admit(self._pool, self._reserve_full_prompt)
         if not (batch.decodes or batch.prefills):
             # Only with a lookahead: sequences that finish in the running iteration still hold their blocks.
             return Plan()
@@ -56,9 +65,10 @@ class _Batch:
     def tokens_left(self) -> int:
         return self.view.limits.max_tokens - self.decodes - sum(tokens for _, tokens in self.prefills)
 
-    def preempt_until(self, needed_blocks: int) -> None:
-        """Preempt the last admitted until so many blocks are free, or nobody is left."""
-        while self.free_blocks < needed_blocks:
+    def preempt_until(self, needed_blocks: int, wanting: int | None = None) -> None:
+        """Preempt the last admitted until so many blocks are free, or nobody is left, or `wanting` itself,
+        which needs them, is preempted."""
+        while self.free_blocks < needed_blocks and wanting not in self.preempted:
             victim = next(self._victims, None)
             if victim is None:
                 break
@@ -77,27 +87,48 @@ class _Batch:
                 continue
             needed = self._new_blocks(sequence.computed_tokens, tokens)
             if needed > self.free_blocks:
-                self.preempt_until(needed)
+                self.preempt_until(needed, sequence.id)
                 if sequence.id in self.preempted or needed > self.free_blocks:
                     continue
             self.prefills.append((sequence.id, tokens))
             self.free_blocks -= needed
 
-    def admit(self, reserve_full_prompt: bool) -> None:
+    def admit(self, pool: BlockPool, reserve_full_prompt: bool) -> None:
         """First chunks of the waiting, in their order, until the first that does not fit."""
-        view = self.view
-        block = view.limits.block_tokens
+        view, block = self.view, self.view.limits.block_tokens
+        trial = None
         for sequence in islice(view.waiting, view.limits.max_sequences - view.running):
-            left = self.tokens_left
+            left = min(self._most_prompt_tokens, self.tokens_left)
             if left <= 0:
                 break
-            done = sequence.computed_tokens
-            tokens = min(sequence.known_tokens - done, self._most_prompt_tokens, left)
-            taken = -(-(done + tokens) // block)
-            if (-(-sequence.known_tokens // block) if reserve_full_prompt else taken) > self.free_blocks:
+            id, known = sequence.id, sequence.known_tokens
+            if trial is None:
+                # A free block counts as needed whether it is found or taken anew, so this needs no copy.
+                whole = pool.needed(id, known, known) if reserve_full_prompt else 1
+                if whole > self.free_blocks:
+                    break
+                trial = self._after_those_running(pool)
+            upto = known
+            if not reserve_full_prompt:
+                upto = min(known, block * len(trial.found(id, known)) + left)
+            if trial.needed(id, known, upto) > trial.free:
                 break
-            self.prefills.append((sequence.id, tokens))
-            self.free_blocks -= taken
+            done = block * trial.admit(id, known)
+            tokens = min(known - done, left)
+            trial.hold(id, done + tokens)
+            trial.fill(id, done + tokens)
+            self.prefills.append((id, tokens))
+            self.free_blocks = trial.free
+
+    def _after_those_running(self, pool: BlockPool) -> BlockPool:
+        """A copy of `pool` in which the decodes and chunks that are planned have their blocks."""
+        trial = pool.copy()
+        trial.take(self.view.growth_blocks)
+        computed = {sequence.id: sequence.computed_tokens for sequence in self.view.prefilling}
+        for id, tokens in self.prefills:
+            trial.hold(id, computed[id] + tokens)
+            trial.fill(id, computed[id] + tokens)
+        return trial
 
     def _new_blocks(self, done: int, tokens: int) -> int:
         block = self.view.limits.block_tokens

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +24,7 @@ from sim.core.plan import Limits
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.cost.operators import OperatorCost
+from sim.vllm.blocks import alike
 from sim.vllm.policy import Vllm
 from sim.vllm.run import EngineSettings, MeasuredRequests
 from sim.vllm.state import CachedState
@@ -44,18 +45,23 @@ class Replay:
     first_token_s: Floats
     last_token_s: Floats
     preemptions: int
+    found_tokens: int
+    """Prompt tokens that a request found in blocks when it was admitted first."""
     iterations: dict[str, Floats]
     """Columns of `sim.core.rows.ITERATION_COLUMNS`."""
 
 
 def replay(engine: EngineSettings, requests: MeasuredRequests, cost: OperatorCost) -> Replay:
-    """Serve `requests`, of which only arrivals and lengths are looked at."""
+    """Serve `requests`, of which only arrivals, lengths and prompts are looked at."""
     columns = (requests.arrival_s, requests.prompt_tokens, requests.output_tokens)
     rows = zip(*(column.tolist() for column in columns), strict=True)
     made = [Request(id, *row) for id, row in enumerate(rows)]
     coming = deque(sorted(made, key=lambda r: (r.arrival_s, r.id)))
     queued_s = [math.nan] * len(coming)
-    engines = [_Engine(engine, cost, _Stamped(coming, queued_s)) for _ in range(engine.replicas)]
+    alike_blocks = alike(requests.prompts, engine.block_tokens) if requests.prompts is not None else {}
+    engines = [
+        _Engine(engine, cost, _Stamped(coming, queued_s), alike_blocks) for _ in range(engine.replicas)
+    ]
     turn = 0
     while coming:
         request = coming[0]
@@ -67,13 +73,19 @@ def replay(engine: EngineSettings, requests: MeasuredRequests, cost: OperatorCos
         engines[chosen].arrivals.pending.append(coming.popleft())
     for one in engines:
         one.advance(math.inf)
-    return _result([one.recorder for one in engines], queued_s)
+    return _result(engines, queued_s)
 
 
 class _Engine:
     """One engine core and its device, run up to a given time."""
 
-    def __init__(self, engine: EngineSettings, cost: OperatorCost, arrivals: _Stamped) -> None:
+    def __init__(
+        self,
+        engine: EngineSettings,
+        cost: OperatorCost,
+        arrivals: _Stamped,
+        prompts: Mapping[int, Sequence[int]],
+    ) -> None:
         limits = Limits(
             kv_tokens=(engine.kv_blocks - 1) * engine.block_tokens,
             block_tokens=engine.block_tokens,
@@ -85,10 +97,12 @@ class _Engine:
         self.recorder, self.arrivals = Recorder(), arrivals
         slos = {"default": Slo()}
         self.state = CachedState(
-            limits=limits, slos=slos, recorder=self.recorder, reuse=engine.prefix_caching
+            limits=limits, slos=slos, recorder=self.recorder, prompts=prompts, caching=engine.prefix_caching
         )
         policy = Vllm(
-            reserve_full_prompt=engine.reserve_full_prompt, most_prompt_tokens=engine.most_prompt_tokens
+            self.state.pool,
+            reserve_full_prompt=engine.reserve_full_prompt,
+            most_prompt_tokens=engine.most_prompt_tokens,
         )
         self._cost = cost
         self._loop = run_loop(self.state, policy, arrivals, Horizon())
@@ -123,8 +137,8 @@ class _Engine:
             self._reply = Done(self._now_s)
 
 
-def _result(recorders: Sequence[Recorder], queued_s: list[float]) -> Replay:
-    tables = [recorder.requests.arrays() for recorder in recorders]
+def _result(engines: Sequence[_Engine], queued_s: list[float]) -> Replay:
+    tables = [one.recorder.requests.arrays() for one in engines]
     rows = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     unserved = rows["request"][rows["outcome"] != Outcome.FINISHED]
     if unserved.size:
@@ -137,7 +151,8 @@ def _result(recorders: Sequence[Recorder], queued_s: list[float]) -> Replay:
         first_token_s=rows["first_token_s"][order],
         last_token_s=rows["last_token_s"][order],
         preemptions=int(rows["preemptions"].sum()),
-        iterations=_merged([recorder.iterations.arrays() for recorder in recorders]),
+        found_tokens=sum(one.state.found_tokens for one in engines),
+        iterations=_merged([one.recorder.iterations.arrays() for one in engines]),
     )
 
 

@@ -2,7 +2,9 @@
 
 `meta.json` holds the engine's resolved settings, `requests.jsonl` one line per request with vLLM's own
 stamps, `timeseries.csv` what its logger counted per tick, `config.json` the links between devices; the last
-two may be missing. A setting that an older engine did not have yet is taken as what that engine did. Stamps
+two may be missing. The first three may be in a folder `vllm` beside `config.json`. A setting that was not
+recorded is what an engine of that version does by itself. The prompts are in the workload that `meta.json`
+names by `dataset_path` and `dataset_hash`, one JSON object with `input_tok_ids` per request. Stamps
 are of two clocks: `arrival_time` is the wall clock of the front end, all others are the engine's. They are
 brought together at the request that passed from one to the other fastest, which takes about a millisecond,
 and time 0 is when the engine took in its first request.
@@ -11,8 +13,10 @@ and time 0 is when the engine took in its first request.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 TICK_COLUMNS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
+LATER_TICK_COLUMNS = ("prompt_cached_throughput", "preempted")
+"""That earlier recorders did not write."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +74,8 @@ class MeasuredRequests:
     last_token_s: Floats
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
+    prompts: Sequence[Sequence[int]] | None = None
+    """Token ids of each prompt; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,13 +91,21 @@ class RunFolder:
     """None: `config.json` does not say."""
 
 
-def read_run(folder: Path) -> RunFolder:
-    """Raises ValueError naming the file, the key or line, and what is allowed."""
-    meta = _Node(folder / "meta.json")
-    ticks = folder / "timeseries.csv"
+def read_run(folder: Path, prompts: Path | None = None) -> RunFolder:
+    """`prompts`: the run's workload; None looks for it in the folder, and does without where it is not.
+
+    Raises ValueError naming the file, the key or line, and what is allowed.
+    """
+    inner = folder / "vllm"
+    recorded = inner if (inner / "meta.json").is_file() and not (folder / "meta.json").is_file() else folder
+    meta = _Node(recorded / "meta.json")
+    ticks = recorded / "timeseries.csv"
+    if prompts is None and meta.has("dataset_path"):
+        beside = recorded / Path(str(meta.get("dataset_path"))).name
+        prompts = beside if beside.is_file() else None
     return RunFolder(
         engine=_engine(meta),
-        requests=_requests(folder / "requests.jsonl"),
+        requests=_requests(recorded / "requests.jsonl", None if prompts is None else _prompts(prompts, meta)),
         ticks=_ticks(ticks) if ticks.is_file() else None,
         tick_s=meta.number("tick_seconds") if meta.has("tick_seconds") else 1.0,
         link=_link(folder / "config.json"),
@@ -177,11 +193,11 @@ def _engine(meta: _Node) -> EngineSettings:
     caching = resolved + "cache_config.enable_prefix_caching"
     threshold = scheduler + "long_prefill_token_threshold"
     decodes, mixed = _graph_modes(meta)
-    sizes_key = resolved + "compilation_config.cudagraph_capture_sizes"
-    sizes = meta.get(sizes_key) if meta.has(sizes_key) else []
-    where = f"{meta.path}: cudagraph_capture_sizes"
-    if not isinstance(sizes, list):
-        raise ValueError(f"{where} must be a list, got {sizes!r}")
+    blocks = meta.whole("kv_cache.num_gpu_blocks", resolved + "cache_config.num_gpu_blocks")
+    block_tokens = meta.whole("kv_cache.block_size", resolved + "cache_config.block_size")
+    max_sequences = meta.whole(scheduler + "max_num_seqs", given + "max_num_seqs")
+    max_tokens = meta.whole(scheduler + "max_num_batched_tokens", given + "max_num_batched_tokens")
+    longest = (resolved + "model_config.max_model_len", given + "max_model_len")
     one = {"tensor_parallel_size": 1, "data_parallel_size": 1}
     for key in one:
         if meta.has(parallel + key) or meta.has(given + key):
@@ -189,17 +205,16 @@ def _engine(meta: _Node) -> EngineSettings:
     return EngineSettings(
         model=str(meta.get("model")),
         version=str(meta.get("vllm_version")) if meta.has("vllm_version") else "of unknown version",
-        kv_blocks=meta.whole("kv_cache.num_gpu_blocks", resolved + "cache_config.num_gpu_blocks"),
-        block_tokens=meta.whole("kv_cache.block_size", resolved + "cache_config.block_size"),
-        max_sequences=meta.whole(scheduler + "max_num_seqs", given + "max_num_seqs"),
-        max_tokens=meta.whole(scheduler + "max_num_batched_tokens", given + "max_num_batched_tokens"),
-        max_sequence_tokens=meta.whole(resolved + "model_config.max_model_len", given + "max_model_len"),
+        kv_blocks=blocks,
+        block_tokens=block_tokens,
+        max_sequences=max_sequences,
+        max_tokens=max_tokens,
+        # A model's own longest sequence that was not recorded is taken as longer than the blocks hold.
+        max_sequence_tokens=meta.whole(*longest) if any(map(meta.has, longest)) else blocks * block_tokens,
         prefix_caching=meta.flag(caching if meta.has(caching) else "kv_cache.enable_prefix_caching", True),
-        # Engines from before these options schedule one iteration after the other, and admit on the first
-        # chunk alone.
-        async_scheduling=meta.flag(scheduler + "async_scheduling", False),
-        reserve_full_prompt=meta.flag(scheduler + "scheduler_reserve_full_isl", False),
-        graph_sizes=tuple(_whole(where, size) for size in sizes),
+        async_scheduling=meta.flag(scheduler + "async_scheduling", _since(meta, *ASYNC_SINCE)),
+        reserve_full_prompt=meta.flag(scheduler + "scheduler_reserve_full_isl", _since(meta, *RESERVE_SINCE)),
+        graph_sizes=_graph_sizes(meta, max_sequences, max_tokens),
         graphs_for_decodes=decodes,
         graphs_for_mixed=mixed,
         tp=one["tensor_parallel_size"],
@@ -208,6 +223,35 @@ def _engine(meta: _Node) -> EngineSettings:
         if meta.has(threshold)
         else 0,
     )
+
+
+ASYNC_SINCE = (0, 14)
+"""vLLM that schedules one iteration ahead unless told otherwise (release notes of 0.14.0)."""
+RESERVE_SINCE = (0, 19)
+"""vLLM that admits a prompt when all of it fits, not its first chunk alone (pull request 37307)."""
+
+
+def _since(meta: _Node, major: int, minor: int) -> bool:
+    """Whether the engine is at least of this version; one of unknown version is taken as older."""
+    text = str(meta.get("vllm_version")) if meta.has("vllm_version") else ""
+    numbers = [int(part) for part in text.split(".")[:2] if part.isdigit()]
+    return len(numbers) == 2 and numbers >= [major, minor]
+
+
+def _graph_sizes(meta: _Node, max_sequences: int, max_tokens: int) -> tuple[int, ...]:
+    """Batch sizes with a CUDA graph. Recorders write a long list as '<list len=83>'; then, and where there is
+    none, vLLM's own choice up to the largest (VllmConfig._set_cudagraph_sizes)."""
+    key, most = "resolved_config.compilation_config.cudagraph_capture_sizes", "max_cudagraph_capture_size"
+    sizes = meta.get(key) if meta.has(key) else "<list>"
+    where = f"{meta.path}: cudagraph_capture_sizes"
+    if isinstance(sizes, list):
+        return tuple(_whole(where, size) for size in sizes)
+    if not (isinstance(sizes, str) and sizes.startswith("<list")):
+        raise ValueError(f"{where} must be a list, got {sizes!r}")
+    most = key.rpartition(".")[0] + "." + most
+    largest = _whole(f"{meta.path}: {most}", meta.get(most), 0) if meta.has(most) else 0
+    largest = min(largest or min(2 * max_sequences, 512), max_tokens)
+    return tuple(n for n in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)) if n <= largest)
 
 
 GRAPH_MODES = {
@@ -222,10 +266,11 @@ GRAPH_MODES = {
 
 def _graph_modes(meta: _Node) -> tuple[bool, bool]:
     """Whether batches of decodes alone, and others, run as CUDA graphs and are padded to their sizes."""
-    if meta.flag("resolved_config.model_config.enforce_eager", False):
+    eager = "resolved_config.model_config.enforce_eager"
+    if meta.flag(eager if meta.has(eager) else "engine_kwargs.enforce_eager", False):
         return False, False
     key = "resolved_config.compilation_config.cudagraph_mode"
-    mode = meta.get(key) if meta.has(key) else 0
+    mode = meta.get(key) if meta.has(key) else "FULL_AND_PIECEWISE"
     if isinstance(mode, str):
         mode = list(GRAPH_MODES.get(mode.rpartition(".")[2].upper(), (mode,)))
     pair = mode if isinstance(mode, list) else [mode, mode]
@@ -237,13 +282,49 @@ def _graph_modes(meta: _Node) -> tuple[bool, bool]:
     return pair[0] != 0, pair[1] != 0
 
 
-def _requests(path: Path) -> MeasuredRequests:
+def _prompts(path: Path, meta: _Node) -> list[list[int]]:
+    """Token ids by row of the workload; rows that are sessions are passed over, as vLLM's driver does."""
+    text = _text(path)
+    if meta.has("dataset_hash"):
+        expected, own = str(meta.get("dataset_hash")), hashlib.sha256(path.read_bytes()).hexdigest()
+        if own != expected:
+            raise ValueError(
+                f"{path} is not the workload of this run: its SHA-256 is {own[:12]}..., "
+                f"dataset_hash in meta.json is {expected[:12]}..."
+            )
+    found = []
+    for at, line in enumerate(text.splitlines(), 1):
+        where = f"{path} line {at}"
+        row = _object(where, line) if line.strip() else {"sub_requests": ()}
+        if "sub_requests" in row:
+            continue
+        tokens = row.get("input_tok_ids")
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise ValueError(f"{where}: input_tok_ids must be a list of whole numbers")
+        found.append(tokens)
+    return found
+
+
+def _object(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} must hold keys and values")
+    return row
+
+
+def _requests(path: Path, prompts: list[list[int]] | None) -> MeasuredRequests:
     rows = [_request(path, at, line) for at, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} has no requests")
     table = np.array(rows, dtype=np.float64)
+    if prompts is not None:
+        _check_lengths(path, table[:, 4], prompts)
     # The engine's own order where stamps are equal: that in which the front end saw them.
-    table = table[np.lexsort((table[:, 0], table[:, 1]))]
+    order = np.lexsort((table[:, 0], table[:, 1]))
+    table = table[order]
     arrival, queued, first, last, prompt, output = table.T
     origin = queued[0]
     on_engine_clock = arrival + (queued - arrival).min()
@@ -254,18 +335,26 @@ def _requests(path: Path) -> MeasuredRequests:
         last_token_s=last - origin,
         prompt_tokens=prompt.astype(np.int64),
         output_tokens=output.astype(np.int64),
+        prompts=None if prompts is None else [prompts[row] for row in order],
     )
+
+
+def _check_lengths(path: Path, prompt_tokens: Floats, prompts: list[list[int]]) -> None:
+    if len(prompts) < len(prompt_tokens):
+        raise ValueError(f"{path} has {len(prompt_tokens)} requests, their workload only {len(prompts)}")
+    for row, (tokens, prompt) in enumerate(zip(prompt_tokens, prompts, strict=False), 1):
+        if len(prompt) != tokens:
+            raise ValueError(
+                f"{path} request {row}: input_toks is {tokens:.0f}, its prompt in the workload has {len(prompt)}"
+            )
 
 
 def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
     where = f"{path} line {at}"
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is not JSON: {error.msg}") from None
+    row = _object(where, line)
     keys = ("arrival_time", "queued_ts", "first_token_ts", "last_token_ts", "input_toks", "output_toks")
     for key in keys:
-        if not isinstance(row, dict) or key not in row:
+        if key not in row:
             raise ValueError(f"{where} has no key {key!r}; it must have {', '.join(keys)}")
     arrival, queued, first, last = (_number(f"{where}: {key}", row[key]) for key in keys[:4])
     if not queued <= first <= last:
@@ -282,9 +371,10 @@ def _ticks(path: Path) -> dict[str, Floats]:
     missing = [name for name in TICK_COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(TICK_COLUMNS)}")
-    columns: dict[str, list[float]] = {name: [] for name in TICK_COLUMNS}
+    later = [name for name in LATER_TICK_COLUMNS if name in (reader.fieldnames or ())]
+    columns: dict[str, list[float]] = {name: [] for name in (*TICK_COLUMNS, *later)}
     for row in reader:
-        for name in TICK_COLUMNS:
+        for name in columns:
             columns[name].append(_number(f"{path} line {reader.line_num}: {name}", row[name]))
     if not columns["t"]:
         raise ValueError(f"{path} has no rows")

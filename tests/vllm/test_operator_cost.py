@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from sim.core.work import Chunk, Work
 from sim.cost.grid import AttentionGrid
-from sim.cost.operators import Curve, OperatorCost, OperatorProfile, Spread, as_one_chunk, padded_sizes
+from sim.cost.operators import (
+    PRODUCTS,
+    Curve,
+    OperatorCost,
+    OperatorProfile,
+    Spread,
+    as_one_chunk,
+    padded_sizes,
+)
 from sim.cost.skew import Box, Skew
 
 CHUNKS, CONTEXTS, COUNTS = (16, 64, 256), (0, 128, 512), (1, 8, 32)
@@ -63,9 +73,23 @@ def test_a_pass_is_its_layers_and_its_head() -> None:
     assert often["attention"] == pytest.approx(4 * once["attention"])
     assert often["head"] == once["head"] == pytest.approx((1e-3 + 1e-5) * (1 + 8 / 63))
     per_layer = sum(i * (2 if i == 3 else 1) for i in range(3, 10))
-    tokens_s = 1e-6 + (5e-5 - 1e-6) * 71 / 511
+    tokens_s = 1e-6 + (5e-5 - 1e-6) * 71 / 511  # far from the next measured count
     assert once["dense"] == pytest.approx((1 + 2 + per_layer) * tokens_s)
     assert often["dense"] == pytest.approx((1 + 2 + 4 * per_layer) * tokens_s)
+
+
+def test_products_take_the_time_of_whole_tiles() -> None:
+    curve = Curve((1, 64, 80, 512), (1e-6, 2e-6, 5e-6, 6e-6))
+    assert [curve.at_tile(n) for n in (1, 64, 65, 80)] == [1e-6, 2e-6, 5e-6, 5e-6]
+    assert curve.at_tile(300) == curve.at(300), "the next count is tiles away"
+    assert curve.at_tile(600) == curve.at(600)
+    names = ["embedding", "final_layernorm", "layernorm", "rotary_emb", "act_fn", *PRODUCTS]
+    operators = profile()
+    flat = Curve((1, 512), (1e-6, 1e-6))
+    stepped = replace(operators, dense={name: curve if name in PRODUCTS else flat for name in names})
+    cost = OperatorCost(stepped, layers=1, max_tokens=512)
+    dense = [cost.parts(Work((Chunk(n, 0),)))["dense"] for n in (64, 65, 80)]
+    assert dense[1] == dense[2] == pytest.approx(dense[0] + 4 * 3e-6)
 
 
 @pytest.mark.parametrize("chunks", [(Chunk(100, 0),), (Chunk(30, 70), Chunk(5, 900)), (Chunk(9, 0),) * 6])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -100,8 +101,11 @@ def test_one_prompt_takes_no_more_of_an_iteration_than_the_threshold(tmp_path: P
 
 def test_what_an_older_engine_did_not_record_is_what_it_did(tmp_path: Path) -> None:
     profile = folders.write_profile(tmp_path / "profile")
-    settings = folders.meta(async_scheduling=False)
+    settings = folders.meta(async_scheduling=False) | {"vllm_version": "0.13.0"}
     resolved = settings["resolved_config"]
+    resolved["scheduler_config"]["scheduler_reserve_full_isl"] = False
+    folders.write_run(tmp_path / "now", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    del resolved["scheduler_config"]["scheduler_reserve_full_isl"]
     for group, key in (
         ("scheduler_config", "async_scheduling"),
         ("scheduler_config", "long_prefill_token_threshold"),
@@ -118,13 +122,104 @@ def test_what_an_older_engine_did_not_record_is_what_it_did(tmp_path: Path) -> N
     del settings["tick_seconds"]
     folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
     engine = read_run(tmp_path / "run").engine
-    folders.write_run(
-        tmp_path / "now", folders.meta(async_scheduling=False), [0.0], [0.0], [1.0], [2.0], [300], [10]
-    )
     assert engine == read_run(tmp_path / "now").engine
     (tmp_path / "run" / "timeseries.csv").unlink()
     assert main([str(tmp_path / "run"), str(profile), "--figure", str(tmp_path / "v.png")]) == 0
     assert not (tmp_path / "v.png").exists()
+
+
+def test_a_run_of_which_only_the_arguments_are_known_is_what_its_version_does(tmp_path: Path) -> None:
+    settings = folders.meta() | {"resolved_config": {}, "engine_kwargs": {"max_num_seqs": 8}}
+    settings["engine_kwargs"]["max_num_batched_tokens"] = 300
+    for version, ahead, reserve in (
+        ("0.13.1", False, False),
+        ("0.14.0", True, False),
+        ("0.19.0", True, True),
+    ):
+        folder = folders.write_run(
+            tmp_path / version, settings | {"vllm_version": version}, [0.0], [0.0], [1.0], [2.0], [300], [10]
+        )
+        engine = read_run(folder).engine
+        assert (engine.async_scheduling, engine.reserve_full_prompt) == (ahead, reserve)
+        assert engine.graphs_for_decodes and engine.graphs_for_mixed
+        assert engine.graph_sizes == (1, 2, 4, 8, 16)
+        assert engine.max_sequence_tokens == 120 * 16
+    settings["engine_kwargs"]["enforce_eager"] = True
+    folder = folders.write_run(tmp_path / "eager", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    assert not read_run(folder).engine.graphs_for_decodes
+
+
+def test_a_list_of_graphs_too_long_to_be_recorded_is_the_one_that_vllm_makes(tmp_path: Path) -> None:
+    settings = folders.meta()
+    settings["resolved_config"]["scheduler_config"]["max_num_batched_tokens"] = 2048
+    compilation = settings["resolved_config"]["compilation_config"]
+    compilation |= {"cudagraph_capture_sizes": "<list len=83>", "max_cudagraph_capture_size": 1024}
+    folder = folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    sizes = read_run(folder).engine.graph_sizes
+    assert len(sizes) == 83
+    assert sizes[:5] == (1, 2, 4, 8, 16) and sizes[33:37] == (248, 256, 272, 288) and sizes[-1] == 1024
+
+
+def test_files_may_be_in_a_folder_beside_the_links(tmp_path: Path) -> None:
+    folders.write_run(tmp_path / "vllm", folders.meta(), [0.0], [0.0], [1.0], [2.0], [300], [10])
+    (tmp_path / "config.json").write_text(json.dumps({"link_bw": 16, "link_latency": 1000}))
+    run = read_run(tmp_path)
+    assert run.link is not None and run.link.bandwidth_bytes_s == 16e9
+    assert len(run.requests.arrival_s) == 1
+
+
+def workload(path: Path, prompts: list[list[int]]) -> str:
+    """Write a workload in which one row is a session; its hash."""
+    rows = [{"input_tok_ids": prompt, "output_toks": 1} for prompt in prompts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:1], {"sub_requests": []}, *rows[1:]]))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_prompts_that_begin_alike_are_computed_once_and_recorded_counts_are_shown(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    prompts = [[7] * 300, [9] * 40, [7] * 200 + [8] * 100]
+    file = tmp_path / "prompts.jsonl"
+    settings = folders.meta() | {"dataset_hash": workload(file, prompts)}
+    settings["dataset_path"] = "elsewhere/prompts.jsonl"
+    zero, one, lengths = [0.0] * 3, [1.0] * 3, [len(prompt) for prompt in prompts]
+    folder = folders.write_run(tmp_path / "run", settings, zero, zero, one, [2.0] * 3, lengths, [10] * 3)
+    ticks = (*folders.TICKS, "prompt_cached_throughput", "preempted")
+    folders.write_csv(folder / "timeseries.csv", ticks, [(1.0, 1.0, 1.0, 1, 0, 192.0, 2)])
+    arguments = [str(folder), str(profile), "--figure", str(tmp_path / "v.png")]
+
+    assert main(arguments) == 0
+    alone = capsys.readouterr().out
+    assert "the prompts are not known (--prompts)" in alone
+    assert "prompt tokens found in blocks: 192 measured, 0 predicted" in alone
+    assert main([*arguments, "--prompts", str(file)]) == 0
+    shared = capsys.readouterr().out
+    assert "not known" not in shared
+    assert "prompt tokens found in blocks: 192 measured, 192 predicted" in shared
+    assert "preemptions: 2 measured, 0 predicted" in shared
+    (folder / "prompts.jsonl").write_bytes(file.read_bytes())
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == shared
+
+
+@pytest.mark.parametrize(
+    ("prompts", "hashed", "says"),
+    [
+        ([[1] * 300], False, "is not the workload of this run: its SHA-256 is"),
+        ([[1] * 299], True, "request 1: input_toks is 300, its prompt in the workload has 299"),
+        ([], True, "has 1 requests, their workload only 0"),
+        ([["a"]], True, "line 1: input_tok_ids must be a list of whole numbers"),
+    ],
+)
+def test_a_workload_of_another_run_gets_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], prompts: list[list[int]], hashed: bool, says: str
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    own = workload(tmp_path / "prompts.jsonl", prompts)
+    settings = folders.meta() | {"dataset_hash": own if hashed else "0" * 64}
+    folder = folders.write_run(tmp_path / "run", settings, [0.0], [0.0], [1.0], [2.0], [300], [10])
+    assert says in _error_line(capsys, folder, profile, "--prompts", str(tmp_path / "prompts.jsonl"))
 
 
 def test_a_slower_card_is_noticed_and_the_bound_decides(
@@ -286,8 +381,8 @@ def test_other_loops_settings_are_read_as_vllm_writes_them(tmp_path: Path) -> No
     assert engine.max_tokens == 256 and engine.async_scheduling
 
 
-def _error_line(capsys: pytest.CaptureFixture[str], run: Path, profile: Path) -> str:
-    assert coserve(["validate", str(run), str(profile)]) == 2
+def _error_line(capsys: pytest.CaptureFixture[str], run: Path, profile: Path, *more: str) -> str:
+    assert coserve(["validate", str(run), str(profile), *more]) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1, printed
     return printed

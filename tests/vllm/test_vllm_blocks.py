@@ -1,80 +1,103 @@
-"""Blocks that remember their owner, against a list of single blocks."""
+"""Blocks: which are alike, who finds them, and that none is lost."""
 
 from __future__ import annotations
 
 import random
+from collections import Counter, deque
 
 import pytest
 
-from sim.core.loop import Horizon, run_loop
+from sim.core.loop import Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits
-from sim.core.request import Slo
+from sim.core.request import Request, Slo
 from sim.core.rows import Recorder
-from sim.vllm.state import ReusableBlocks
+from sim.vllm.blocks import BlockPool, alike
+from sim.vllm.policy import Vllm
+from sim.vllm.state import CachedState
 
 
-class ListedBlocks:
-    """The free list block by block: (owner, which of its blocks), the next to be taken first."""
-
-    def __init__(self, total: int) -> None:
-        self.free: list[tuple[int | None, int]] = [(None, n) for n in range(total)]
-
-    def release(self, owner: int | None, count: int) -> None:
-        self.free += [(owner, n) for n in reversed(range(count))]
-
-    def take(self, count: int) -> None:
-        del self.free[:count]
-
-    def kept(self, owner: int, taken: int = 0) -> int:
-        held = {n for own, n in self.free[taken:] if own == owner}
-        return next(n for n in range(len(held) + 1) if n not in held)
-
-    def claim(self, owner: int) -> int:
-        kept = self.kept(owner)
-        self.free = [block for block in self.free if block[0] != owner]
-        return kept
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_runs_of_blocks_say_what_single_blocks_say(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(10))
+def test_blocks_are_alike_when_all_tokens_up_to_their_ends_are_equal(seed: int) -> None:
     rng = random.Random(seed)
-    total = 60
-    runs, listed = ReusableBlocks(total * 4, 4), ListedBlocks(total)
-    held = 0
-    gone: list[int] = []
-    for step in range(300):
-        taken = rng.randint(0, min(6, runs.free))
-        runs.free -= taken
-        listed.take(taken)
-        held += taken
-        if held and rng.random() < 0.4:
-            count, owner = rng.randint(1, held), rng.choice([None, step])
-            held -= count
-            runs.owner = owner
-            runs.free += count
-            runs.owner = None
-            listed.release(owner, count)
-            if owner is not None:
-                gone.append(owner)
-        for owner in gone:
-            more = rng.randint(0, runs.free)
-            assert runs.kept_after(owner, more) == listed.kept(owner, more)
-        if gone and rng.random() < 0.2:
-            back = gone.pop(rng.randrange(len(gone)))
-            count = runs.claim(back)
-            assert count == listed.claim(back)
-            held += count
-        assert runs.free == len(listed.free) == total - held
+    prompts = [[rng.randint(0, 1) for _ in range(rng.randint(0, 14))] for _ in range(12)]
+    blocks = alike(prompts, 3)
+    for one in range(12):
+        assert len(blocks[one]) == len(prompts[one]) // 3
+        for other in range(12):
+            for i, number in enumerate(blocks[one]):
+                for j, same in enumerate(blocks[other]):
+                    end, other_end = 3 * (i + 1), 3 * (j + 1)
+                    assert (number == same) == (prompts[one][:end] == prompts[other][:other_end])
+
+
+def pool_of(blocks: int, prompts: dict[int, tuple[int, ...]]) -> BlockPool:
+    return BlockPool(blocks, 4, prompts, caching=True)
+
+
+def admit(pool: BlockPool, request: int, tokens: int) -> int:
+    found = pool.admit(request, tokens)
+    pool.hold(request, tokens)
+    pool.fill(request, tokens)
+    return found
+
+
+def test_a_prompt_that_begins_like_a_running_one_shares_its_blocks() -> None:
+    pool = pool_of(10, {0: (7, 8, 9), 1: (7, 8, 5)})
+    assert admit(pool, 0, 12) == 0 and pool.free == 7
+    assert pool.needed(1, 13, 13) == 2
+    assert admit(pool, 1, 13) == 2 and pool.free == 5
+    pool.release(0)
+    assert pool.free == 6, "two of its three blocks are in use"
+    pool.release(1)
+    assert pool.free == 10
+
+
+def test_the_last_token_is_always_computed() -> None:
+    pool = pool_of(10, {0: (7, 8), 1: (7, 8)})
+    admit(pool, 0, 8)
+    assert len(pool.found(1, 8)) == 1
+    assert len(pool.found(1, 9)) == 2
+
+
+def test_beginnings_survive_longest_and_a_free_block_that_is_found_counts_as_needed() -> None:
+    pool = pool_of(6, {0: (1, 2, 3, 4)})
+    admit(pool, 0, 16)
+    pool.release(0)
+    pool.take(4)  # two that never held anything, then the last two of the prompt
+    assert len(pool.found(0, 17)) == 2
+    assert pool.needed(0, 17, 17) == 5
+
+
+def test_victims_together_free_what_they_share() -> None:
+    pool = pool_of(10, {0: (1, 2), 1: (1, 2), 2: (1,)})
+    for request in (0, 1, 2):
+        admit(pool, request, 9)
+    gone: Counter[int] = Counter()
+    freed = [pool.freed_by(request, gone) for request in (2, 1, 0)]
+    assert freed == [2, 1, 3]
+    assert pool.free + sum(freed) == 10
+
+
+def test_a_copy_is_tried_on_without_a_trace() -> None:
+    pool = pool_of(10, {0: (1, 2, 3), 1: (1, 2, 4), 2: (1, 9)})
+    admit(pool, 0, 12)
+    admit(pool, 2, 8)
+    pool.release(2)
+    before = (pool.free, pool.found(1, 13), pool.found(2, 9))
+    trial = pool.copy()
+    admit(trial, 1, 13)
+    trial.take(trial.free)
+    trial.release(0)
+    assert (pool.free, pool.found(1, 13), pool.found(2, 9)) == before
+
+
+def test_without_caching_nothing_is_found() -> None:
+    pool = BlockPool(10, 4, {0: (1,), 1: (1,)}, caching=False)
+    admit(pool, 0, 4)
+    assert pool.found(1, 5) == ()
 
 
 def test_no_block_is_lost_over_a_run_with_preemptions() -> None:
-    from collections import deque
-
-    from sim.core.loop import Done, Execute, Sleep
-    from sim.core.request import Request
-    from sim.vllm.policy import Vllm
-    from sim.vllm.state import CachedState
-
     class Listed:
         def __init__(self) -> None:
             self.coming = deque(Request(i, 0.01 * i, 40 + 7 * i % 60, 30 + i % 17) for i in range(60))
@@ -93,8 +116,8 @@ def test_no_block_is_lost_over_a_run_with_preemptions() -> None:
     recorder = Recorder()
     limits = Limits(kv_tokens=640, block_tokens=8, max_sequences=16, max_tokens=64, lookahead=1)
     state = CachedState(limits=limits, slos={"default": Slo()}, recorder=recorder)
-    loop = run_loop(state, Vllm(), Listed(), Horizon())
-    now_s, reply, launched = 0.0, None, 0
+    loop = run_loop(state, Vllm(state.pool), Listed(), Horizon())
+    now_s, reply = 0.0, None
     while True:
         try:
             command = loop.send(reply)  # type: ignore[arg-type]
@@ -104,9 +127,9 @@ def test_no_block_is_lost_over_a_run_with_preemptions() -> None:
             now_s = max(now_s, command.until_s)
         elif not isinstance(command, Execute):
             now_s += 0.02
-        launched += isinstance(command, Execute)
+        assert state.kv.free == state.pool.free
         reply = Done(now_s)
     rows = recorder.requests.arrays()
     assert rows["preemptions"].sum() > 10
     assert (rows["generated_tokens"] == rows["output_tokens"]).all()
-    assert state.kv.free == state.kv.total
+    assert state.pool.free == state.kv.free == state.kv.total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,7 @@ def record(folder: Path, profile: Path, settings: dict[str, Any], count: int = 6
     played = replay(run.engine, run.requests, cost_of(run, read_profile(profile, run.engine.tp)))
     stamps = (played.queued_s, played.first_token_s, played.last_token_s)
     write_run(folder, settings, arrival_s, *stamps, prompts, outputs)
-    _write_ticks(folder, run.engine, played)
+    _write_ticks(folder, run.engine, run.requests, played)
     return played
 
 
@@ -129,9 +130,11 @@ def write_run(
 TICKS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
 
 
-def _write_ticks(folder: Path, engine: EngineSettings, played: Replay) -> None:
+def _write_ticks(folder: Path, engine: EngineSettings, requests: MeasuredRequests, played: Replay) -> None:
+    """`requests` in the order of `played`."""
+    stamps = {name: getattr(played, name) for name in ("queued_s", "first_token_s", "last_token_s")}
+    requests = replace(requests, **stamps)
     end_s = np.arange(1.0, np.ceil(played.last_token_s.max()) + 1)
-    requests: MeasuredRequests = read_run(folder).requests
     ones = dict.fromkeys(TICKS[1:], np.ones(len(end_s)))
     run = RunFolder(engine=engine, requests=requests, ticks={"t": end_s, **ones}, tick_s=1.0)
     line = timeline(run, played)
