@@ -7,20 +7,21 @@ answer was; the profile folder gives the card's kernel times. The simulator serv
 shared loop, vLLM's scheduling and these times, and what it predicts is put beside what the engine's own
 stamps say. Nothing is fitted on the run. Exits with 1 when an error is above a bound that was given.
 
-What two prompts have in common an engine with prefix caching computes once, and holds in memory once. A run
-folder has no tokens, but names the workload that has them: with `--prompts FILE` (or the file in the folder) the
-replay finds blocks as the engine does, without it each prompt is taken as unlike the others. The recorded run of
-Llama-3.1-8B on an RTX 4090, whose workload is not beside it, shows what that is worth. Its logger's running
-requests, tokens and K/V blocks are those of the replay to the last block for 25 s, 22,604 tokens and the first
-preemptions; then an iteration of 2,048 tokens has room for 88 more than its prompts leave. Four pairs of prompts
-with 28 to 62 blocks in common make all of it equal for 90 s, and bring every figure within 3.1 %, mean TPOT to
-+0.1 %, with the kernel times as they are. Such pairs are what LLMServingSim's ShareGPT generator makes, where
-each turn of a conversation carries the turns before it. They were looked for in the run itself, so the command
-does not use them. Nor does a folder tell of the first iteration's 0.36 s on the host, before anything was warm.
+An engine with prefix caching computes once, and holds in memory once, what two prompts have in common. A
+run folder has no tokens, but names the workload that has them: with `--prompts FILE` (or the file in the
+folder) the replay finds blocks as the engine does, without it each prompt is taken as unlike all others.
+The recorded run of Llama-3.1-8B on an RTX 4090, whose workload is not beside it, shows what that is worth.
+For 25 s, 22,604 tokens and 26 preemptions, its running requests, tokens and K/V blocks are the replay's,
+block by block, if the 0.36 s that the first iteration needed to warm up are given. Then the engine begins a
+third prompt in an iteration whose first two already exceed 2,048 tokens by 88. Taking four pairs of prompts
+to have 28 to 62 blocks in common makes all of it equal for 90 s and brings every figure within 3.1 %, mean
+TPOT to +0.2 %. LLMServingSim's ShareGPT generator makes such pairs: each turn of a conversation carries the
+turns before it. These four were looked for in the run itself, so the command does not use them.
 
-Kernel times of that profile are of an eager engine and equally long decodes. In the 85 s of iterations whose
-contents are known they are 0.8 % too long altogether: 1 to 3 % where decodes are about equally long, and 1 to
-3 % too short where one is four times the mean.
+The kernel times of that profile are of an eager engine and of equally long decodes. Over the 85 s of
+iterations whose contents are known they are 0.9 % too long: 2 to 3 % where decodes are about equally long,
+1.2 % where prompts are among them, and 1.5 to 3 % too short where the longest decode has three times the
+mean.
 
 Data parallelism is simulated as several engines, tensor parallelism with the times of its degree in the
 profile (a folder tpN) and the links in `config.json`; LoRA, speculation, pipelines and mixtures of experts are

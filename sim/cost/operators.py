@@ -130,6 +130,7 @@ class OperatorCost:
         """GEMMs, element-wise and collectives ("dense"), attention, and the head."""
         if work.forward or work.backward or work.recompute or work.optimizer_params:
             raise ValueError("an operator profile knows inference only, got finetuning work")
+        work = _single_tokens_decode(work)
         tokens = work.decode_count + work.prefill_tokens
         if tokens == 0:
             return {"dense": 0.0, "attention": 0.0, "head": 0.0}
@@ -178,6 +179,18 @@ class OperatorCost:
         fewer_s = fresh_s - (grid.at(tokens, -before, decodes, context) - fresh_s)
         longest = max(chunks, key=lambda c: c.attention_pairs)
         return max(fewer_s, grid.at(longest.tokens, longest.context, decodes, context))
+
+
+def _single_tokens_decode(work: Work) -> Work:
+    """A chunk of one token is a decode: the engine tells them apart by their queries alone."""
+    single = [chunk for chunk in work.prefill if chunk.tokens == 1]
+    if not single:
+        return work
+    return work._replace(
+        prefill=tuple(chunk for chunk in work.prefill if chunk.tokens > 1),
+        decode_count=work.decode_count + len(single),
+        decode_context_tokens=work.decode_context_tokens + sum(chunk.context for chunk in single),
+    )
 
 
 def as_one_chunk(chunks: Sequence[Chunk]) -> tuple[int, float]:

@@ -99,6 +99,14 @@ def test_one_chunk_stands_for_all_tokens_and_pairs(chunks: tuple[Chunk, ...]) ->
     assert tokens * (before + (tokens + 1) / 2) == pytest.approx(sum(c.attention_pairs for c in chunks))
 
 
+def test_a_chunk_of_one_token_costs_what_a_decode_costs() -> None:
+    cost = OperatorCost(profile(), layers=2, max_tokens=512, decode_sizes=(16,))
+    decode = cost.parts(Work((), 9, 8 * 100 + 50, 9))
+    assert cost.parts(Work((Chunk(1, 50),), 8, 8 * 100, 9)) == decode
+    mixed = cost.parts(Work((Chunk(64, 0),), 9, 8 * 100 + 50, 10))
+    assert cost.parts(Work((Chunk(1, 50), Chunk(64, 0)), 8, 8 * 100, 10)) == mixed
+
+
 def test_many_short_prompts_cost_less_than_one_long_one_and_more_than_one_of_them() -> None:
     cost = OperatorCost(profile(), layers=1, max_tokens=512)
     long, short, many = (
