@@ -11,12 +11,13 @@ An engine with prefix caching computes once, and holds in memory once, what two 
 run folder has no tokens, but names the workload that has them: with `--prompts FILE` (or the file in the
 folder) the replay finds blocks as the engine does, without it each prompt is taken as unlike all others.
 The recorded run of Llama-3.1-8B on an RTX 4090, whose workload is not beside it, shows what that is worth.
-For 25 s, 22,604 tokens and 26 preemptions, its running requests, tokens and K/V blocks are the replay's,
-block by block, if the 0.36 s that the first iteration needed to warm up are given. Then the engine begins a
-third prompt in an iteration whose first two already exceed 2,048 tokens by 88. Taking four pairs of prompts
-to have 28 to 62 blocks in common makes all of it equal for 90 s and brings every figure within 3.1 %, mean
-TPOT to +0.2 %. LLMServingSim's ShareGPT generator makes such pairs: each turn of a conversation carries the
-turns before it. These four were looked for in the run itself, so the command does not use them.
+For 25 s, 22,604 tokens and 26 preemptions, its logger's running requests, tokens and K/V blocks are the
+replay's at every tick, to the last block, if the 0.36 s that the first iteration needed to warm up are
+given. Then the engine begins a third prompt in an iteration whose first two already exceed 2,048 tokens by
+88. Taking four pairs of prompts to have 28 to 62 blocks in common makes all of it equal for 90 s and brings
+every figure within 3.1 %, mean TPOT to +0.2 %. LLMServingSim's ShareGPT generator makes such pairs: each
+turn of a conversation carries the turns before it. These four were looked for in the run itself, so the
+command does not use them.
 
 The kernel times of that profile are of an eager engine and of equally long decodes. Over the 85 s of
 iterations whose contents are known they are 0.9 % too long: 2 to 3 % where decodes are about equally long,

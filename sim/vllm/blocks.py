@@ -60,14 +60,6 @@ class BlockPool:
     def free(self) -> int:
         return len(self._free)
 
-    def copy(self) -> BlockPool:
-        """A pool of its own in the same state."""
-        new = BlockPool(0, self._block_tokens, self._prompts, caching=self._caching)
-        new._free, new._users = self._free.copy(), self._users.copy()
-        new._held, new._filled = self._held.copy(), self._filled.copy()
-        new._content, new._holding = self._content.copy(), self._holding.copy()
-        return new
-
     def found(self, request: int, known_tokens: int) -> tuple[int, ...]:
         """Blocks that hold the beginning of `request`; its last token is always computed."""
         blocks = []
@@ -79,10 +71,11 @@ class BlockPool:
                 blocks.append(holding[0])
         return tuple(blocks)
 
-    def needed(self, request: int, known_tokens: int, upto_tokens: int) -> int:
-        """Free blocks that `request` takes to be admitted with room for `upto_tokens`."""
+    def needed(self, request: int, known_tokens: int) -> int:
+        """Free blocks that `request` takes to be admitted with room for all it knows. A block that is free
+        counts, whether it is found or taken anew."""
         in_use = sum(self._users[block] > 0 for block in self.found(request, known_tokens))
-        return -(-upto_tokens // self._block_tokens) - in_use
+        return -(-known_tokens // self._block_tokens) - in_use
 
     def admit(self, request: int, known_tokens: int) -> int:
         """Use the blocks that are found; their number."""
@@ -111,11 +104,6 @@ class BlockPool:
             self._content[block] = content
             self._holding[content] = (*self._holding.get(content, ()), block)
         self._filled[request] = max(filled, self._filled[request])
-
-    def take(self, blocks: int) -> None:
-        """Take so many for whoever it is."""
-        for _ in range(blocks):
-            self._take()
 
     def release(self, request: int) -> None:
         """Its blocks are free unless another request uses them."""
@@ -146,3 +134,66 @@ class BlockPool:
     def _content_of(self, request: int, index: int) -> Content:
         prompt = self._prompts.get(request, ())
         return prompt[index] if index < len(prompt) else (request, index)
+
+
+class Trial:
+    """A pool as it would be after the changes that are tried here; the pool itself stays as it is, and must not
+    change meanwhile. Costs what changes, not what there is."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._block_tokens = pool._block_tokens
+        self.free = pool.free
+        self._next = iter(pool._free)
+        self._taken: set[int] = set()
+        """Of the free blocks, those that hold something else now."""
+        self._reused: set[int] = set()
+        """Of the free blocks, those that are in use again."""
+        self._filled: set[Content] = set()
+        """What blocks hold since."""
+
+    def take(self, blocks: int) -> None:
+        """So many free blocks, whoever takes them."""
+        self.free -= blocks
+        while blocks:
+            block = next(self._next)
+            if block not in self._reused:
+                self._taken.add(block)
+                blocks -= 1
+
+    def found(self, request: int, known_tokens: int) -> list[int | None]:
+        """As `BlockPool.found`; None is a block that was filled here."""
+        pool = self._pool
+        blocks: list[int | None] = []
+        for index in range((known_tokens - 1) // self._block_tokens if pool._caching else 0):
+            content = pool._content_of(request, index)
+            holding = pool._holding.get(content, ())
+            block = next((block for block in holding if block not in self._taken), None)
+            if block is None and content not in self._filled:
+                break
+            blocks.append(block)
+        return blocks
+
+    def needed(self, found: Sequence[int | None], upto_tokens: int) -> int:
+        """Free blocks for a request with `found` to be admitted with room for `upto_tokens`."""
+        return -(-upto_tokens // self._block_tokens) - len(found) + len(self._idle(found))
+
+    def admit(self, found: Sequence[int | None]) -> None:
+        """Use the blocks that were found."""
+        idle = self._idle(found)
+        self.free -= len(idle)
+        self._reused.update(idle)
+
+    def compute(self, request: int, done_tokens: int, tokens: int) -> None:
+        """A chunk of `request` after `done_tokens`: its new blocks, and what they hold then."""
+        size, upto = self._block_tokens, done_tokens + tokens
+        self.take(-(-upto // size) - -(-done_tokens // size))
+        self._filled.update(
+            self._pool._content_of(request, index) for index in range(done_tokens // size, upto // size)
+        )
+
+    def _idle(self, found: Sequence[int | None]) -> list[int]:
+        users = self._pool._users
+        return [
+            block for block in found if block is not None and not users[block] and block not in self._reused
+        ]

@@ -4,8 +4,8 @@ It differs from `inference_only` in what happens when blocks run short. A waitin
 whole known length fits into the blocks that are free right now, but only those of its first chunk are
 taken, so decodes may use up the others. Its next chunk is then not cut to what is free: the last admitted
 are preempted, itself included. An iteration that preempts admits nobody. What a waiting request
-finds in blocks depends on what is taken and filled before it in the same iteration, so admission is tried on a
-copy of the engine's blocks.
+finds in blocks depends on what is taken and filled before it in the same iteration, so admission is tried
+before it is planned.
 
 Source: vllm/v1/core/sched/scheduler.py of vLLM 0.19 (`schedule`), with `scheduler_reserve_full_isl`.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 from itertools import islice
 
 from sim.core.plan import Plan, Victim, View
-from sim.vllm.blocks import BlockPool
+from sim.vllm.blocks import BlockPool, Trial
 
 
 class Vllm:
@@ -96,38 +96,33 @@ class _Batch:
     def admit(self, pool: BlockPool, reserve_full_prompt: bool) -> None:
         """First chunks of the waiting, in their order, until the first that does not fit."""
         view, block = self.view, self.view.limits.block_tokens
-        trial = None
+        trial: Trial | None = None
         for sequence in islice(view.waiting, view.limits.max_sequences - view.running):
             left = min(self._most_prompt_tokens, self.tokens_left)
             if left <= 0:
                 break
             id, known = sequence.id, sequence.known_tokens
             if trial is None:
-                # A free block counts as needed whether it is found or taken anew, so this needs no copy.
-                whole = pool.needed(id, known, known) if reserve_full_prompt else 1
-                if whole > self.free_blocks:
+                if (pool.needed(id, known) if reserve_full_prompt else 1) > self.free_blocks:
                     break
                 trial = self._after_those_running(pool)
-            upto = known
-            if not reserve_full_prompt:
-                upto = min(known, block * len(trial.found(id, known)) + left)
-            if trial.needed(id, known, upto) > trial.free:
-                break
-            done = block * trial.admit(id, known)
+            found = trial.found(id, known)
+            done = block * len(found)
             tokens = min(known - done, left)
-            trial.hold(id, done + tokens)
-            trial.fill(id, done + tokens)
+            if trial.needed(found, known if reserve_full_prompt else done + tokens) > trial.free:
+                break
+            trial.admit(found)
+            trial.compute(id, done, tokens)
             self.prefills.append((id, tokens))
             self.free_blocks = trial.free
 
-    def _after_those_running(self, pool: BlockPool) -> BlockPool:
-        """A copy of `pool` in which the decodes and chunks that are planned have their blocks."""
-        trial = pool.copy()
+    def _after_those_running(self, pool: BlockPool) -> Trial:
+        """`pool` once the decodes and chunks that are planned have their blocks."""
+        trial = Trial(pool)
         trial.take(self.view.growth_blocks)
         computed = {sequence.id: sequence.computed_tokens for sequence in self.view.prefilling}
         for id, tokens in self.prefills:
-            trial.hold(id, computed[id] + tokens)
-            trial.fill(id, computed[id] + tokens)
+            trial.compute(id, computed[id], tokens)
         return trial
 
     def _new_blocks(self, done: int, tokens: int) -> int:

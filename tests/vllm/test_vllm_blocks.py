@@ -11,7 +11,7 @@ from sim.core.loop import Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits
 from sim.core.request import Request, Slo
 from sim.core.rows import Recorder
-from sim.vllm.blocks import BlockPool, alike
+from sim.vllm.blocks import BlockPool, Trial, alike
 from sim.vllm.policy import Vllm
 from sim.vllm.state import CachedState
 
@@ -44,7 +44,7 @@ def admit(pool: BlockPool, request: int, tokens: int) -> int:
 def test_a_prompt_that_begins_like_a_running_one_shares_its_blocks() -> None:
     pool = pool_of(10, {0: (7, 8, 9), 1: (7, 8, 5)})
     assert admit(pool, 0, 12) == 0 and pool.free == 7
-    assert pool.needed(1, 13, 13) == 2
+    assert pool.needed(1, 13) == 2
     assert admit(pool, 1, 13) == 2 and pool.free == 5
     pool.release(0)
     assert pool.free == 6, "two of its three blocks are in use"
@@ -63,9 +63,9 @@ def test_beginnings_survive_longest_and_a_free_block_that_is_found_counts_as_nee
     pool = pool_of(6, {0: (1, 2, 3, 4)})
     admit(pool, 0, 16)
     pool.release(0)
-    pool.take(4)  # two that never held anything, then the last two of the prompt
+    admit(pool, 1, 16)  # two blocks that never held anything, then the last two of the prompt
     assert len(pool.found(0, 17)) == 2
-    assert pool.needed(0, 17, 17) == 5
+    assert pool.needed(0, 17) == 5
 
 
 def test_victims_together_free_what_they_share() -> None:
@@ -78,17 +78,31 @@ def test_victims_together_free_what_they_share() -> None:
     assert pool.free + sum(freed) == 10
 
 
-def test_a_copy_is_tried_on_without_a_trace() -> None:
-    pool = pool_of(10, {0: (1, 2, 3), 1: (1, 2, 4), 2: (1, 9)})
-    admit(pool, 0, 12)
-    admit(pool, 2, 8)
-    pool.release(2)
-    before = (pool.free, pool.found(1, 13), pool.found(2, 9))
-    trial = pool.copy()
-    admit(trial, 1, 13)
-    trial.take(trial.free)
-    trial.release(0)
-    assert (pool.free, pool.found(1, 13), pool.found(2, 9)) == before
+def test_a_trial_says_what_the_pool_says_afterwards_and_leaves_no_trace() -> None:
+    prompts = {0: (1, 2, 3), 1: (1, 2, 4), 2: (1, 2, 4, 5), 3: (9, 8)}
+    for released in (False, True):
+        pool = pool_of(12, prompts)
+        admit(pool, 0, 12)
+        admit(pool, 3, 8)
+        pool.release(3)
+        if released:
+            pool.release(0)
+        before = (pool.free, pool.found(1, 13), pool.found(3, 9))
+        trial = Trial(pool)
+        counts = []
+        for request, tokens in ((1, 13), (2, 17), (3, 9)):
+            found = trial.found(request, tokens)
+            needed = trial.needed(found, tokens)
+            free = trial.free
+            trial.admit(found)
+            trial.compute(request, 4 * len(found), tokens - 4 * len(found))
+            assert free - trial.free == needed
+            counts.append((len(found), needed))
+        assert before == (pool.free, pool.found(1, 13), pool.found(3, 9))
+        for (request, tokens), (found, needed) in zip(((1, 13), (2, 17), (3, 9)), counts, strict=True):
+            assert pool.needed(request, tokens) == needed
+            assert admit(pool, request, tokens) == found
+        assert trial.free == pool.free
 
 
 def test_without_caching_nothing_is_found() -> None:

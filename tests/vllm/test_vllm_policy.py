@@ -27,8 +27,10 @@ def test_a_prompt_waits_until_all_of_it_fits_not_only_its_first_chunk() -> None:
         state.arrive(Request(0, 0.0, 60, 50))
         step(state, 0)
         state.arrive(Request(1, 0.0, 65, 5))  # 5 blocks, 4 are free
-        state.pool.take(1 if reserve else 0)
-        state.kv.free = state.pool.free
+        if reserve:  # somebody else has a block
+            state.pool.admit(7, 1)
+            state.pool.hold(7, 16)
+            state.kv.free = state.pool.free
         plan = Vllm(state.pool, reserve_full_prompt=reserve).plan(state.view(1.0))
         assert plan.decode
         assert [id for id, _ in plan.prefills] == [id for id, _ in admitted]
