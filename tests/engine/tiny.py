@@ -91,14 +91,19 @@ def tiny_model(
     group: Group = ALONE,
     **changes: int,
 ) -> Model:
-    """Weights large enough that no layer is close to the identity, and norms that are not 1."""
-    model = random_model(config_of(family, **changes), dtype, device, seed=7, spread=0.2, group=group)
+    """Weights large enough that no layer is close to the identity, and norms that are not 1.
+
+    Those of 16 bits are the float32 ones, rounded: torch draws other numbers for them, and which depends on
+    its version.
+    """
+    wide = torch.float32 if dtype.itemsize < 4 else dtype
+    model = random_model(config_of(family, **changes), wide, device, seed=7, spread=0.2, group=group)
     generator = torch.Generator().manual_seed(8)
     for layer in model.weights.layers:
         layer.input_norm.uniform_(0.5, 1.5, generator=generator)
         layer.mlp_norm.uniform_(0.5, 1.5, generator=generator)
     model.weights.norm.uniform_(0.5, 1.5, generator=generator)
-    return model
+    return model if wide == dtype else _changed(model, lambda tensor: tensor.to(dtype))
 
 
 @functools.cache
@@ -122,11 +127,15 @@ def twin(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def on_cuda(model: Model) -> Model:
     """The same weights on the GPU."""
+    return _changed(model, torch.Tensor.cuda)
+
+
+def _changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Model:
     w = model.weights
-    layers = tuple(LayerWeights(*(None if t is None else t.cuda() for t in layer)) for layer in w.layers)
-    embed = w.embed.cuda()
-    head = embed if w.head is w.embed else w.head.cuda()
-    return Model(model.config, Weights(embed=embed, layers=layers, norm=w.norm.cuda(), head=head))
+    layers = tuple(LayerWeights(*(None if t is None else change(t) for t in layer)) for layer in w.layers)
+    embed = change(w.embed)
+    head = embed if w.head is w.embed else change(w.head)
+    return Model(model.whole, Weights(embed=embed, layers=layers, norm=change(w.norm), head=head), model.group)
 
 
 def _exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
