@@ -7,7 +7,8 @@
 The file is written anew after every point, so whoever stops it loses that point at most; the next call goes on
 where it stopped. The n-th point is always the same (`engine.design`) and any beginning of the design covers
 everything, so a short profile is a coarse one and not a wrong one. A point whose time contradicts another's
-(less work, more than twice as long) was disturbed: it is timed again, and left out if that does not help.
+(less work, more than twice as long) was disturbed: it is timed again at once, and left out if that does not
+help, so that a file is sound whenever it is left.
 """
 
 from __future__ import annotations
@@ -144,11 +145,9 @@ def collect(config: DictConfig) -> dict[str, Any]:
         assemble = partial(assemble_engine, launching=launch.on(model))
         return Rig(model, limits, _jobs(model, job), adapters, assemble)
 
-    timing = Timing(rig, settings.repeats)
-    _time_points(timing, file, settings)
+    left_out = _time_points(Timing(rig, settings.repeats), file, settings)
     if not file.rows:
         raise ValueError(f"seconds must allow a point, {settings.seconds} gave none")
-    left_out = _settle(timing, file)
     return {"file": str(path), "points": settings.points, "left_out": left_out}
 
 
@@ -239,9 +238,9 @@ class Timing:
         return None
 
 
-def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> None:
-    """The points that the file lacks, until the time is over."""
-    started_s = time.perf_counter()
+def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> int:
+    """The points that the file lacks, until the time is over. Returns how many were left out."""
+    started_s, left_out = time.perf_counter(), 0
     rest = itertools.islice(design(timing.space), file.passed, settings.points)
     with tqdm(total=settings.points, initial=file.passed, unit="point", leave=False, disable=None) as bar:
         for point in rest:
@@ -251,8 +250,10 @@ def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> None:
             file.passed += 1
             if row is not None:
                 file.add(row)
+                left_out += _settle(timing, file)
                 file.write()
             bar.update()
+    return left_out
 
 
 def _flat(timed: Timed, index: int) -> dict[str, float]:
@@ -282,7 +283,6 @@ def _settle(timing: Timing, file: ProfileFile) -> int:
             left_out += 1
         elif again["seconds_p50"] < file.rows[slow]["seconds_p50"]:
             file.rows[slow] = again
-        file.write()
     return left_out
 
 

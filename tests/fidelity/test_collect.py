@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from engine.design import Point, Space, design
 from engine.lora import new_adapter
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig
+from profiles.collect import Timing
 from profiles.fidelity import main as fidelity
 from profiles.program import main as program
 from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile
@@ -185,6 +187,32 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
     assert path.read_bytes() == before
     assert program(["collect", "repeats=2"]) == 2
     assert "repeats must be from 3 to" in capsys.readouterr().err
+
+
+def test_a_profile_that_was_interrupted_is_sound_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Disturbed points are timed again when they are seen, not at the end, which may never come."""
+    path, calls = tmp_path / "own.parquet", itertools.count(1)
+    undisturbed = Timing.row
+
+    def row(timing: Timing, point: Point, index: int) -> dict[str, float] | None:
+        call = next(calls)
+        if call == 30:
+            raise KeyboardInterrupt
+        found = undisturbed(timing, point, index)
+        assert found is not None
+        slow = 100.0 if call % 2 else 1.0
+        return {name: value * (slow if "seconds" in name else 1.0) for name, value in found.items()}
+
+    monkeypatch.setattr(Timing, "row", row)
+    assert collect(path, "points=60") != 0
+    before = read_profile(path)
+    assert before.collected is not None and 5 < before.collected["passed"] < 29, "some were timed again"
+    monkeypatch.setattr(Timing, "row", undisturbed)
+    assert collect(path, "points=30") == 0
+    after = read_profile(path)
+    assert after.collected is not None and after.collected["passed"] == 30
 
 
 def test_samples_need_not_fill_their_last_block() -> None:
