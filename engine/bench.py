@@ -29,19 +29,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import numpy as np
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
+from engine.before import Before, before_runs
 from engine.engine import Engine
 from engine.finetune import Sample
 from engine.launching import LaunchSettings
 from engine.lora import new_adapter, write_adapter
-from engine.machine import Last, model_of, place_of, release, shape_of
+from engine.machine import model_of, place_of, release, shape_of
 from engine.measure import finetune_peak_tok_s, measure
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
@@ -59,6 +61,7 @@ from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
+from sim.cost.iteration import IterationCost
 from sim.cost.table import FittedCost
 from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
@@ -113,16 +116,6 @@ class JobSettings:
             raise ValueError(f"job.memory=recompute needs job.order=window_major, got {self.order}")
         if not self.lora.targets:
             raise ValueError("job.lora.targets must name at least one linear layer, got []")
-
-
-class Before(NamedTuple):
-    """What is measured before the first run of a sweep."""
-
-    predictor: FittedCost
-    peak_tok_s: float | None
-
-
-_BEFORE: Last[Before] = Last()
 
 
 def main(argv: Sequence[str]) -> int:
@@ -227,7 +220,8 @@ def _bench(
         "peak_s",
     )
     told = [plan.describe() for plan in plans.values()]
-    before = _BEFORE.get(json.dumps([*(resolved[part] for part in parts), *told]), measured)
+    key = json.dumps([*(resolved[part] for part in parts), *told])
+    before = before_runs(key, measured, _sweep_folder(), run.resume)
     release()
     names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
     adapters = {
@@ -285,6 +279,12 @@ def _bench(
     memory = {id: plan.describe() for id, plan in plans.items()}
     failures = [record.failure for record in trainer.failures.values()]
     return {**summary, "folder": str(folder), "losses": losses, "plans": memory}, failures
+
+
+def _sweep_folder() -> Path | None:
+    """Of all runs of a sweep; None for a run of its own."""
+    hydra = HydraConfig.get()
+    return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
 
 
 def _seconds(config: DictConfig, key: str) -> float:
@@ -404,7 +404,7 @@ def _predictor(
     return TableFile(path=path).build(context)
 
 
-def _policy(node: Any, predictor: FittedCost, slos: Mapping[str, Slo]) -> Policy:
+def _policy(node: Any, predictor: IterationCost, slos: Mapping[str, Slo]) -> Policy:
     return policy_of({str(k): v for k, v in node.items() if k != "name"}, predictor, slos)
 
 

@@ -14,6 +14,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
+import engine.before
+import engine.bench
 from engine import load, room
 from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, _jobs, main
@@ -29,7 +31,7 @@ from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
-from sim.results import read_run
+from sim.results import Run, read_run
 
 SHORT = [
     "workload.duration_s=3",
@@ -102,18 +104,32 @@ def test_a_warm_up_is_in_no_number_and_the_job_goes_on_from_it(folder: Path) -> 
 
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(
-    folder: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = ["-m", "policy=inference_only,temporal", *SHORT, f"hydra.sweep.dir={folder}"]
+    """As in another process, which has no predictor: it takes that of the runs before."""
+    sweep = ["-m", "policy=inference_only,coserving", *SHORT, f"hydra.sweep.dir={folder}"]
     assert main(sweep) == 0
     assert "plan:   2 runs of 3 to 13 s after 5 s of measuring" in capsys.readouterr().err
     first, second = folder / "0" / "summary.json", folder / "1" / "summary.json"
     kept = first.stat().st_mtime_ns
+    decided = [read_run(folder / name) for name in "01"]
     second.unlink()
-    assert main([*sweep, "run.resume=true"]) == 0
+    engine.before._LAST.forget()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.bench, "measure", lambda *_: pytest.fail("measured again"))
+        patch.setattr(engine.bench, "finetune_peak_tok_s", lambda *_: pytest.fail("measured again"))
+        assert main([*sweep, "run.resume=true"]) == 0
     assert first.stat().st_mtime_ns == kept and second.exists()
+    again = read_run(folder / "1")
+    assert predictor_of(again) == predictor_of(decided[0]) == predictor_of(decided[1])
+    assert again.summary["peak_finetune_tok_s"] == decided[0].summary["peak_finetune_tok_s"]
     out = capsys.readouterr().out
-    assert "inference_only" in out and "temporal_64" in out
+    assert "inference_only" in out and "coserving" in out
+    engine.before._LAST.forget()
+    second.unlink()
+    (folder / engine.before.FILE).write_text("{}")
+    assert main([*sweep, "run.resume=true"]) == 1
+    assert "before.json is damaged" in capsys.readouterr().err
     assert main([*sweep, "run.resume=true", "seed=1"]) == 1
     assert "holds a run of other settings" in capsys.readouterr().err
 
@@ -129,6 +145,10 @@ def test_a_sweep_takes_the_devices_and_models_of_the_simulator(
     assert "device h100 needs a CUDA device" in error and "named" not in error
     assert main([*sweep, "device=h20"]) == 2
     assert "no device named 'h20'" in capsys.readouterr().err
+
+
+def predictor_of(run: Run) -> object:
+    return json.loads((run.folder / "rerun.json").read_text())["predictor"]
 
 
 def test_a_static_split_leaves_one_run_of_two_pipelines(folder: Path) -> None:

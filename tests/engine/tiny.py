@@ -135,7 +135,9 @@ def _changed(model: Model, change: Callable[[torch.Tensor], torch.Tensor]) -> Mo
     layers = tuple(LayerWeights(*(None if t is None else change(t) for t in layer)) for layer in w.layers)
     embed = change(w.embed)
     head = embed if w.head is w.embed else change(w.head)
-    return Model(model.whole, Weights(embed=embed, layers=layers, norm=change(w.norm), head=head), model.group)
+    return Model(
+        model.whole, Weights(embed=embed, layers=layers, norm=change(w.norm), head=head), model.group
+    )
 
 
 def _exact_norm(module: Any, x: torch.Tensor) -> torch.Tensor:
