@@ -213,10 +213,16 @@ def _steps(session: Mapping[str, Any]) -> str:
     if not session:
         return ""
     lines = [
-        (step["name"], f"`{step['command']}`", step["status"], _cell(step["seconds"], 1, ",.0f"))
+        (step["name"], f"`{step['command']}`", step["status"], _cell(step["seconds"], 1, ",.0f"), _last(step))
         for step in session["steps"]
     ]
-    return f"## Commands\n\n{_table(('step', 'command', 'outcome', 'seconds'), lines)}"
+    return f"## Commands\n\n{_table(('step', 'command', 'outcome', 'seconds', 'last words'), lines)}"
+
+
+def _last(step: Mapping[str, Any]) -> str:
+    """Why a step is not done, as far as its last line tells; the session's file has more of them."""
+    said = [line.strip() for line in step.get("tail", ()) if line.strip()]
+    return "" if step["status"] == "done" or not said else said[-1].replace("|", "/")
 
 
 def _is_ours(session: Mapping[str, Any]) -> bool:

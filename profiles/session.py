@@ -5,13 +5,15 @@
 
 Each step is a command of its own with a time limit; one that fails or runs over it is recorded and the next
 one starts. The same call again goes on where the last one ended, so a session can be split over several calls:
-what is done is not repeated, a sweep that was cut short goes on with its next run. OUT/gathered then holds
-everything worth keeping in at most eight files; `coserve results OUT/gathered` is its page.
+what is done is not repeated, a profile goes on with its next point, a sweep with its next run. What cannot go on
+in the middle is not begun in a call that has too little time left for it. OUT/gathered holds everything worth
+keeping in at most eight files, anew after every step; `coserve results OUT/gathered` is its page.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import datetime
 import importlib.util
 import json
@@ -41,6 +43,10 @@ LARGEST_BYTES = 15 * 2**20
 """A larger archive of runs is left out, and the session says so."""
 LEAST_S = 20.0
 """With less time than this left no step is started."""
+WORKERS = 8
+"""Tests side by side: most of their time goes into compiling kernels, on one core each."""
+DIE_WITH_PARENT = 1
+"""prctl(2): PR_SET_PDEATHSIG."""
 GRACE_S = 15.0
 TAIL_LINES = 30
 FAILED_LINES = 200
@@ -63,32 +69,47 @@ class Step:
     name: str
     command: tuple[str, ...]
     limit_s: float
+    least_s: float = LEAST_S
+    """With less time left it waits for another call, and the next step begins."""
+    after: tuple[str, ...] = ()
+    """Steps that it reads the results of: it waits until they have ended, and runs again when they went on."""
+    goes_on: bool = False
+    """Cut short, it goes on where it was; another one begins anew, or has failed if the limit was its own."""
     gpu: bool = False
     """Without a GPU it is left out."""
 
 
 def steps_of(folder: Path, device: str, model: str) -> list[Step]:
-    """The session's steps: what others rest on first, then what is most worth knowing."""
+    """The session's steps: what others rest on first, then what is most worth knowing.
+
+    On an H200 with Llama-3.1-8B all but the last should take half an hour: tests 2 minutes, reference 5, profile
+    4, bench 14, kernels 2.
+    """
     place = (f"device={device}", f"model={model}")
-    seconds = {"profile": 20, "reference": 20} if device == "cpu" else {"profile": 300, "reference": 200}
+    seconds = {"profile": 20, "reference": 20} if device == "cpu" else {"profile": 180, "reference": 100}
     profile = folder / PROFILE
 
-    def sweep(experiment: str) -> tuple[str, ...]:
-        where = f"hydra.sweep.dir={folder / 'runs' / experiment}"
+    def sweep(folder_name: str, seed: int) -> tuple[str, ...]:
+        where = f"hydra.sweep.dir={folder / 'runs' / folder_name}"
         short = SHORT if device == "cpu" else ()
-        return (*COSERVE, "bench", f"experiment={experiment}", *place, where, "run.resume=true", *short)
+        given = (*place, f"seed={seed}", where, "run.resume=true", *short)
+        return (*COSERVE, "bench", "experiment=gpu_paper", *given)
 
     return [
         Step(
             name="tests",
-            command=(*PYTEST, "-q", "-m", "gpu", "--tb=short", "--maxfail=25", "tests/engine"),
-            limit_s=420,
-            gpu=True,
-        ),
-        Step(
-            name="kernels",
-            command=(sys.executable, "tests/benchmarks/kernels.py", str(folder / "kernels")),
-            limit_s=240,
+            command=(
+                *PYTEST,
+                *_side_by_side(),
+                "-q",
+                "-m",
+                "gpu",
+                "--tb=short",
+                "--maxfail=25",
+                "tests/engine",
+            ),
+            limit_s=300,
+            least_s=120,
             gpu=True,
         ),
         Step(
@@ -100,7 +121,8 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
                 f"seconds={seconds['reference']}",
                 f"out={folder / 'reference'}",
             ),
-            limit_s=540,
+            limit_s=420,
+            least_s=300,
         ),
         Step(
             name="profile",
@@ -113,10 +135,18 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
                 f"seconds={seconds['profile']}",
                 f"out={profile}",
             ),
-            limit_s=480,
+            limit_s=360,
+            least_s=60,
+            goes_on=True,
         ),
-        Step(name="bench", command=sweep("gpu_paper"), limit_s=1400),
-        Step(name="splits", command=sweep("gpu_splits"), limit_s=700),
+        Step(name="bench", command=sweep("gpu_paper", 0), limit_s=1100, least_s=100, goes_on=True),
+        Step(
+            name="kernels",
+            command=(sys.executable, "tests/benchmarks/kernels.py", str(folder / "kernels")),
+            limit_s=240,
+            least_s=120,
+            gpu=True,
+        ),
         Step(
             name="fidelity",
             command=(
@@ -127,8 +157,18 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
                 f"out={folder / 'fidelity'}",
             ),
             limit_s=300,
+            least_s=60,
+            after=("profile", "bench"),
         ),
+        Step(name="more", command=sweep("gpu_more", 1), limit_s=1100, least_s=100, goes_on=True),
     ]
+
+
+def _side_by_side() -> tuple[str, ...]:
+    """Where pytest-xdist is there. With two threads' worth of cores for each test."""
+    if importlib.util.find_spec("xdist") is None:
+        return ()
+    return ("-n", str(max(1, min(WORKERS, (os.cpu_count() or 1) // 2))))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -194,22 +234,32 @@ class Session:
 
     def run(self, steps: Sequence[Step], seconds: float, *, retry: bool = False) -> bool:
         """Run the steps that are left within `seconds`; whether all are done or left out."""
-        end_s = time.perf_counter() + seconds
+        end_s, waiting, ran = time.perf_counter() + seconds, set[str](), set[str]()
         for step in steps:
             before = self._record["steps"].get(step.name, {"status": "", "seconds": 0.0})
-            if before["status"] in ("done", "left out") or (before["status"] == "failed" and not retry):
+            ended = before["status"] in ("done", "left out") or (before["status"] == "failed" and not retry)
+            if ended and ran.isdisjoint(step.after):
                 continue
             left_s = end_s - time.perf_counter()
-            if left_s < LEAST_S:
-                print(f"{step.name}: no time left; the same call again goes on here", file=sys.stderr)
-                break
+            # A call that is short altogether begins what comes first.
+            if left_s < (step.least_s if ran else LEAST_S) or not waiting.isdisjoint(step.after):
+                print(f"{step.name}: waits for another call, {left_s:.0f} s are left", file=sys.stderr)
+                waiting.add(step.name)
+                continue
             self._note(step, self._run(step, min(step.limit_s, left_s), before["seconds"]))
-        found = [self._record["steps"].get(step.name, {"status": ""})["status"] for step in steps]
-        return all(status in ("done", "left out") for status in found)
+            ran.add(step.name)
+            try:
+                self.gather()
+            except Exception as error:  # the next steps do not rest on it, and the last call of it tells all
+                print(f"gathered: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        return all(self._status(step) in ("done", "left out") for step in steps)
+
+    def _status(self, step: Step) -> str:
+        return str(self._record["steps"].get(step.name, {"status": ""})["status"])
 
     def gather(self) -> Path:
         """Collect what is worth keeping into OUT/gathered, with its page; the page's path."""
-        to = self._folder / "gathered"
+        kept, to = self._folder / "gathered", self._folder / ".gathered.partial"
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
         for source, name in (
@@ -223,8 +273,10 @@ class Session:
         self._gather_runs(to)
         record = {**self._record, "steps": list(self._record["steps"].values())}
         (to / SESSION).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        (to / PAGE).write_text(page(to), encoding="utf-8")
-        return to / PAGE
+        shutil.rmtree(kept, ignore_errors=True)
+        to.rename(kept)
+        (kept / PAGE).write_text(page(kept), encoding="utf-8")
+        return kept / PAGE
 
     def _gather_runs(self, to: Path) -> None:
         """The summaries as one file, the rows as an archive without adapters."""
@@ -262,11 +314,12 @@ class Session:
         start_s = time.perf_counter()
         with log.open("ab") as out:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdout=out, stderr=out, start_new_session=True
+                step.command, cwd=ROOT, env=environment, stdout=out, stderr=out, preexec_fn=_own_group
             )
             code = _ended(process, limit_s)
         seconds = before_s + time.perf_counter() - start_s
-        status = "cut short" if code is None else "done" if code == 0 else "failed"
+        cut_short = code is None and (step.goes_on or limit_s < step.limit_s)
+        status = "cut short" if cut_short else "done" if code == 0 else "failed"
         lines = FAILED_LINES if status == "failed" else TAIL_LINES
         tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:]
         print(f"{step.name}: {status} after {seconds:.0f} s", file=sys.stderr, flush=True)
@@ -294,6 +347,14 @@ class Session:
             "versions": {name: version for name, version in versions.items() if version is not None},
             "steps": {},
         }
+
+
+def _own_group() -> None:
+    """In a step's process: a group to be ended with its children, and by itself when this one is killed, which
+    can tell nobody. What is left of a step would hold the device when the next call begins."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
 
 
 def _ended(process: subprocess.Popen[bytes], limit_s: float) -> int | None:

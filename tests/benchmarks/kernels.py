@@ -101,7 +101,9 @@ def main() -> None:
             print_row(rows[-1], header=len(rows) == 1)
             # After each: who is stopped midway leaves what was measured.
             found = {**record, "rows": [row._asdict() for row in rows]}
-            (arguments.folder / "kernels.json").write_text(json.dumps(found, indent=1) + "\n")
+            partial = arguments.folder / ".kernels.json.partial"
+            partial.write_text(json.dumps(found, indent=1) + "\n")
+            partial.replace(arguments.folder / "kernels.json")
 
 
 def ceilings() -> tuple[float, float]:

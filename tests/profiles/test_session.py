@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ def test_a_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None
     assert good_runs.read_text() == "x" and bad_runs.read_text() == "xx"
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["steps"]["bad"]["tail"][-1] == "it broke"
+    page = (tmp_path / "out" / "gathered" / "RESULTS.md").read_text()
+    assert "| failed | 0 | it broke |" in page
 
 
 def test_a_step_over_its_time_is_ended_with_its_children_and_goes_on_next_time(
@@ -64,13 +67,87 @@ def test_a_step_over_its_time_is_ended_with_its_children_and_goes_on_next_time(
         f"pathlib.Path({str(child)!r}).write_text(str(c.pid))\n"
         "time.sleep(60)\n"
     )
-    slow = step("slow", code, limit_s=6.0)
+    slow = step("slow", code, limit_s=6.0, goes_on=True)
     of = Session(tmp_path / "out", "cpu", "tiny")
     assert not of.run([slow], 100)
     assert statuses(tmp_path / "out") == {"slow": "cut short"}
     assert _gone(int(child.read_text()))
     assert of.run([slow], 100)
     assert statuses(tmp_path / "out") == {"slow": "done"}
+
+
+def test_a_step_that_cannot_go_on_has_failed_at_its_own_limit_and_is_cut_short_at_the_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What hangs would otherwise take its whole limit from every call."""
+    monkeypatch.setattr(session, "GRACE_S", 1.0)
+    monkeypatch.setattr(session, "LEAST_S", 0.1)
+    code = "import time; print('under way', flush=True); time.sleep(60)"
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    assert not of.run([step("hangs", code, limit_s=2.0, least_s=0.0)], 100)
+    assert not of.run([step("long", code, limit_s=60.0, least_s=0.0)], 2)
+    assert statuses(tmp_path / "out") == {"hangs": "failed", "long": "cut short"}
+
+
+def test_a_step_waits_for_a_call_with_time_for_it_and_the_next_one_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, first_runs = counting(tmp_path, "first", "; import time; time.sleep(2)")
+    whole, whole_runs = counting(tmp_path, "whole")
+    whole = replace(whole, least_s=99.0)
+    reads, reads_runs = counting(tmp_path, "reads")
+    reads = replace(reads, after=("whole",))
+    other, other_runs = counting(tmp_path, "other")
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    assert not of.run([first, whole, reads, other], 100)
+    assert not whole_runs.exists() and not reads_runs.exists() and other_runs.exists()
+    assert "whole: waits for another call, 9" in capsys.readouterr().err
+    assert of.run([first, whole, reads, other], 100)
+    assert whole_runs.exists() and reads_runs.exists()
+    assert of.run([replace(whole, name="short")], 50), "a shorter call begins what there is"
+    of.run([replace(whole, name="more"), replace(reads, after=("more",))], 100)
+    assert (first_runs.read_text(), reads_runs.read_text()) == ("x", "xx"), "what it reads has gone on"
+
+
+def test_who_kills_a_session_ends_its_step_and_finds_what_was_gathered(tmp_path: Path) -> None:
+    out, child = tmp_path / "out", tmp_path / "child.pid"
+    waits = (
+        f"import os, pathlib, time; pathlib.Path({str(child)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    program = (
+        "from pathlib import Path\n"
+        "from profiles.session import Session, Step\n"
+        f"steps = [Step(name=n, command=({sys.executable!r}, '-c', c), limit_s=60) for n, c in "
+        f"(('one', 'print(1)'), ('two', {waits!r}))]\n"
+        f"Session(Path({str(out)!r}), 'cpu', 'tiny').run(steps, 100)\n"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", program], cwd=session.ROOT)
+    for _ in range(300):
+        if child.exists() and child.read_text():
+            break
+        time.sleep(0.1)
+    killed.kill()
+    killed.wait()
+    assert _gone(int(child.read_text()))
+    assert statuses(out) == {"one": "done"}
+    assert {
+        one["name"]: one["status"]
+        for one in json.loads((out / "gathered" / "session.json").read_text())["steps"]
+    } == {"one": "done"}
+
+
+def test_what_cannot_be_gathered_does_not_stop_the_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, good_runs = counting(tmp_path, "good")
+    of = Session(tmp_path / "out", "cpu", "tiny")
+    (tmp_path / "out" / "profile.parquet").write_text("whole")
+    damaging = f"import pathlib; p = pathlib.Path({str(tmp_path / 'out' / 'reference')!r}); p.mkdir()"
+    damaging += "; (p / 'reference.parquet').write_text('no table')"
+    assert of.run([step("damages", damaging), good], 100)
+    assert good_runs.exists()
+    assert "gathered: ValueError" in capsys.readouterr().err
+    assert (tmp_path / "out" / "gathered" / "profile.parquet").read_text() == "whole"
 
 
 def test_ctrl_c_ends_the_step_that_runs_and_leaves_it_for_the_next_call(
@@ -164,7 +241,7 @@ def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
 ) -> None:
     """Some of the reference and a sweep of one run with the tiny model, gathered into the page."""
     small = ["parts=[decode]", "sizes.product=64", "sizes.decode_sequences=[2]"]
-    sweep = [*session.SHORT, "hydra.sweeper.params.seed=0", "policy=separate_50", "workload.rate_rps=4"]
+    sweep = [*session.SHORT, "policy=separate_50", "workload.rate_rps=4"]
 
     def steps(folder: Path, device: str, model: str) -> list[Step]:
         found = {one.name: one for one in steps_of(folder, device, model)}
@@ -182,7 +259,8 @@ def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
     text = (out / "gathered" / "RESULTS.md").read_text()
     assert "separate_50" in text and "2 x 64" in text and "not measured yet" in text
     assert (
-        "coserve bench experiment=gpu_paper device=cpu model=tiny hydra.sweep.dir=OUT/runs/gpu_paper" in text
+        "coserve bench experiment=gpu_paper device=cpu model=tiny seed=0 hydra.sweep.dir=OUT/runs/gpu_paper"
+        in text
     )
     (row,) = json.loads((out / "gathered" / "bench.json").read_text())["rows"]
     assert row["requests"] > 0 and row["pipelines"] == 2
