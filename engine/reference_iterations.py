@@ -196,7 +196,7 @@ def _rig(model: Model, sequences: list[int], max_tokens: int = 1, job: TrainingJ
     # Captured graphs take memory that is none of a sample's: without sequences there is nothing to capture.
     launching = LaunchSettings().on(model) if sequences else Launching()
     engine, jobs = assemble_engine(model, limits, [] if job is None else [job], launching=launching)
-    engine.warm_up()
+    # The one shape that is decoded is captured in the repeats that are left out.
     engine.fill()
     return Rig(engine, jobs)
 

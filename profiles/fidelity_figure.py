@@ -86,7 +86,13 @@ def _metrics(axis: Any, found: Sequence[Against]) -> None:
 
 
 def _label(metric: str) -> str:
-    return metric.removesuffix("_s").replace("_", " ") if "tok_s" not in metric else metric.replace("_", " ")
+    """A metric's name as it is written elsewhere: TTFT p50, goodput req/s, finetune tok/s."""
+    for suffix, unit in (("_tok_s", " tok/s"), ("_rps", " req/s"), ("_s", "")):
+        if metric.endswith(suffix):
+            metric = metric.removesuffix(suffix) + unit
+            break
+    first, *others = metric.split("_")
+    return " ".join([first.upper() if first in ("ttft", "tpot", "itl") else first, *others])
 
 
 def _parts(axis: Any, findings: Sequence[Finding]) -> None:

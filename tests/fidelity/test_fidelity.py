@@ -15,7 +15,7 @@ import pytest
 from profiles.against import METRICS, against
 from profiles.diagnosis import OTHERS, PARTS, diagnose
 from profiles.fidelity import findings_of, main, report
-from profiles.fidelity_figure import draw
+from profiles.fidelity_figure import _label, draw
 from profiles.schema import read_profile
 from sim.cli import main as coserve
 from sim.rerun import read_rerun, replay, same_plans, simulate
@@ -72,6 +72,14 @@ def test_what_no_run_has_is_an_empty_line_of_the_picture(
     none = tuple(m._replace(measured=0.0) if m.metric == "finetune_tok_s" else m for m in one.metrics)
     path = draw(tmp_path / "none.png", [replace(one, metrics=none)], findings_of([one]))
     assert path.stat().st_size > 0
+
+
+def test_metrics_of_the_picture_are_named_as_elsewhere() -> None:
+    names = [_label(metric) for metric in METRICS]
+    assert names[:4] == ["TTFT p50", "TTFT p90", "TTFT p99", "TPOT p50"]
+    assert names[9:] == [
+        "attainment", "goodput req/s", "inference tok/s", "finetune tok/s", "iterations", "iteration mean",
+    ]  # fmt: skip
 
 
 def test_factors_of_many_rows_are_those_of_all() -> None:
