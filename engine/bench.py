@@ -16,6 +16,8 @@ The warm-up serves the same traffic with the same engine before time 0 and drops
 measured run begins empty, as a simulated one does; only the finetuning job goes on from where it stands.
 
 A static split (`policy=separate_25`) is two pipelines on the device, each with its share of the device's time.
+Splits, graphs and a second stream are for one device: with model.tp=2 the first are refused, and kernels are
+launched one after the other.
 """
 
 from __future__ import annotations

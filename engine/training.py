@@ -238,12 +238,16 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
 
     shape = read_config(settings.model_name_or_path).shape
     shape.check_tp(settings.tp)
+    longest = max(len(sample.tokens) for sample in data.samples)
+    if longest > shape.max_context_tokens:
+        context = f"the model's context of {shape.max_context_tokens}"
+        _note(f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it")
     fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
     feed = _Counted(itertools.islice(passes(data.samples, settings.seed), done, all_samples))
     job = TrainingJob(
         id=folder.resolve().name,
         samples=feed,
-        max_sample_tokens=max(len(sample.tokens) for sample in data.samples),
+        max_sample_tokens=longest,
         adapter=fresh if found is None else read_adapter(found, shape),
         optimizer=settings.optimizer(total),
         accumulation=accumulation,

@@ -83,6 +83,8 @@ class Finding(NamedTuple):
             return f"{self.part}: no error found ({own})"
         text = f"{self.part}: measured {self.factor:.2f}x of what the profile says"
         text += f" ({self.low:.2f}-{self.high:.2f})" + ("  <- off" if self.off else "")
+        if self.off and self.part == "host":
+            text += ", as where other work keeps the processor busy"
         return text + (f", unless it is {' or '.join(self.rivals)}" if self.rivals else "")
 
 

@@ -42,7 +42,11 @@ _new = tuple.__new__
 
 
 class Jobs:
-    """Several jobs share the finetuning work by weight: the one furthest behind its share comes first."""
+    """Several jobs share the finetuning work by weight: the one furthest behind its share comes first.
+
+    What it leaves of an iteration goes to the next, and each works on one sample at a time. So weights hold where
+    an iteration has no room for a sample of each; where it has, nobody waits, and all get the same.
+    """
 
     def __init__(self, jobs: Iterable[Job] = ()) -> None:
         self.active: dict[str, Job] = {}

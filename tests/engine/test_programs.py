@@ -171,6 +171,16 @@ def test_long_samples_are_said_once(arguments: list[str], capsys: pytest.Capture
     assert error.count("note: d.jsonl: ") == 1 and "are longer than cutoff_len 8" in error
 
 
+def test_samples_beyond_the_models_context_are_said(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert finetune([*arguments, "packing=true", "cutoff_len=300", "max_steps=1"]) == 0
+    beyond = "note: samples have up to 300 tokens, more than the model's context of 256; a smaller cutoff_len"
+    assert beyond in capsys.readouterr().err
+    assert finetune([*arguments, "cutoff_len=300", "max_steps=1", "output_dir=short"]) == 0
+    assert "context" not in capsys.readouterr().err, "no sample is as long as it may be"
+
+
 def test_a_row_of_the_log_stands_for_its_steps(arguments: list[str]) -> None:
     """The mean of their losses, as transformers logs it; warmup by ratio rounds up as there."""
     every = [*arguments, "warmup_ratio=0.22", "lr_scheduler_type=linear"]

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from profiles.against import METRICS, against
-from profiles.diagnosis import OTHERS, PARTS, diagnose
+from profiles.diagnosis import OTHERS, PARTS, Finding, diagnose
 from profiles.fidelity import findings_of, main, report
 from profiles.fidelity_figure import _label, draw
 from profiles.schema import read_profile
@@ -72,6 +72,14 @@ def test_what_no_run_has_is_an_empty_line_of_the_picture(
     none = tuple(m._replace(measured=0.0) if m.metric == "finetune_tok_s" else m for m in one.metrics)
     path = draw(tmp_path / "none.png", [replace(one, metrics=none)], findings_of([one]))
     assert path.stat().st_size > 0
+
+
+def test_host_time_that_is_off_is_said_to_be_the_machines_load() -> None:
+    """It differs between two hours of a shared machine as much as between a right profile and a wrong one."""
+    host = Finding("host", 0.2, True, 1.5, 1.4, 1.6)
+    assert host.line().endswith("<- off, as where other work keeps the processor busy")
+    assert host._replace(part="backward").line().endswith("<- off")
+    assert "busy" not in host._replace(low=1.1).line()
 
 
 def test_metrics_of_the_picture_are_named_as_elsewhere() -> None:
