@@ -70,7 +70,7 @@ def page(folder: Path | None) -> str:
         f"Written by `{COMMAND}`; numbers are read from the files of that folder, "
         "and nothing here is typed by hand.",
         _about(session),
-        _targets(evidence),
+        _targets(evidence, session),
         _reference_tables(reference),
         _bench_table(bench),
         _fidelity_table(_frame(folder, FIDELITY)),
@@ -90,7 +90,7 @@ def _about(session: Mapping[str, Any]) -> str:
     )
 
 
-def _targets(evidence: Evidence) -> str:
+def _targets(evidence: Evidence, session: Mapping[str, Any]) -> str:
     lines = []
     for target in TARGETS:
         measured = target.measured(evidence)
@@ -101,7 +101,9 @@ def _targets(evidence: Evidence) -> str:
             lines.append((target.what, target.target, measured.text, reached))
     head = ("what", "target", "measured", "reached")
     title = "## Targets: one H200, Llama-3.1-8B in bfloat16"
-    return f"{title}\n\n{_table(head, lines)}"
+    other = f"{session['model']} on {session['device']}, which is below, fills no target." if session else ""
+    parts = [title, "" if _is_ours(session) else other, _table(head, lines)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def _reference_tables(rows: Sequence[Row]) -> str:

@@ -241,7 +241,9 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     longest = max(len(sample.tokens) for sample in data.samples)
     if longest > shape.max_context_tokens:
         context = f"the model's context of {shape.max_context_tokens}"
-        _note(f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it")
+        _note(
+            f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it"
+        )
     fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
     feed = _Counted(itertools.islice(passes(data.samples, settings.seed), done, all_samples))
     job = TrainingJob(

@@ -117,6 +117,8 @@ def test_another_device_fills_no_target(tmp_path: Path) -> None:
     targets = text.split("## Targets")[1].split("\n## ")[0]
     assert targets.count(NOT_MEASURED) == len(TARGETS)
     assert "1.234" in text and "98.7" in text, "but it is shown"
+    assert "llama_3_1_8b on cpu, which is below, fills no target." in targets
+    assert "fills no target" not in page(None)
 
 
 def test_a_target_is_reached_at_its_bound_and_not_beyond() -> None:
