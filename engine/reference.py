@@ -6,7 +6,7 @@
 One row per measurement in `reference.parquet`. `ratio` says how far it is from what it is compared with
 (column `against`): a decode against the time in which its bytes can be copied, a prefill or window against the
 rate of a large product, a fused iteration against the window alone, finetuning against PEFT. What does not
-fit is a result: its row has the words and no numbers.
+fit is a result: its row has the words and no numbers. What breaks off is told at the end, and the others go on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -42,7 +43,7 @@ from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.specs import DeviceSpec, LoraSpec
-from sim.errors import keys_as
+from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest
 
@@ -152,7 +153,8 @@ def reference(config: DictConfig) -> dict[str, Any]:
     folder = Path(settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
-    for found in _Measurement(model, sizes, settings).rows():
+    measurement = _Measurement(model, sizes, settings)
+    for found in measurement.rows():
         rows = compared([*rows, found])
         print(_line(found), file=sys.stderr, flush=True)
         _write_rows(rows, folder / "reference.parquet")
@@ -163,7 +165,10 @@ def reference(config: DictConfig) -> dict[str, Any]:
         "seconds": settings.seconds,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    return {"rows": rows, "folder": str(folder)}
+    result = {"rows": rows, "folder": str(folder)}
+    if measurement.failures:
+        raise FailedInPart("; ".join(measurement.failures), result)
+    return result
 
 
 def _write_rows(rows: Sequence[Row], path: Path) -> None:
@@ -186,6 +191,8 @@ class _Measurement:
         self._shape = model.config.shape
         self._sizes = sizes
         self._settings = settings
+        self.failures: list[str] = []
+        """Measurements that broke off, which have no row; the others do not rest on them."""
         self._rate = self._copy_bytes_s = math.nan
         release()
         self._beside_bytes = allocated_bytes(model.device)
@@ -194,8 +201,21 @@ class _Measurement:
 
     def rows(self) -> Iterator[Row]:
         """Measure everything, in order."""
-        for measure in self._all():
-            yield from measure()
+        for n, measure in enumerate(self._all()):
+            try:
+                found = measure()
+            except ValueError:
+                raise
+            except Exception as error:
+                if n == 0:
+                    raise
+                traceback.print_exc()
+                self.failures.append(f"{_named(measure)}: {type(error).__name__}: {error}".partition("\n")[0])
+                traceback.clear_frames(error.__traceback__)
+                continue
+            finally:
+                release()
+            yield from found
 
     def _all(self) -> Iterator[Callable[[], list[Row]]]:
         """One call per measurement. The ceilings always come first: others divide by them."""
@@ -349,6 +369,13 @@ class _Measurement:
 
     def _lora(self, name: str) -> LoraSpec:
         return LoraSpec(rank=self._settings.rank, alpha=self._settings.alpha, targets=LORAS[name])
+
+
+def _named(measure: Callable[[], list[Row]]) -> str:
+    """A measurement as a person would call it: window all-linear."""
+    assert isinstance(measure, partial)
+    given = (part.name if isinstance(part, Setup) else str(part) for part in measure.args)
+    return " ".join((measure.func.__name__.removeprefix("_"), *given))
 
 
 def compared(rows: Sequence[Row]) -> list[Row]:

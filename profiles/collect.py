@@ -211,6 +211,9 @@ class ProfileFile:
         return {name: np.array([row[name] for row in self.rows], dtype=np.float64) for name in names}
 
     def write(self) -> None:
+        """Put the file in place; none without a row."""
+        if not self.rows:
+            return
         about = {**self._about, "passed": self.passed}
         write_profile(self.path, self.columns(), self._provenance, about)
 
@@ -246,8 +249,12 @@ def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> int:
         for point in rest:
             if time.perf_counter() - started_s > settings.seconds:
                 break
-            row = timing.row(point, file.passed)
             file.passed += 1
+            try:
+                row = timing.row(point, file.passed - 1)
+            except Exception:
+                file.write()  # the next call goes on behind it
+                raise
             if row is not None:
                 file.add(row)
                 left_out += _settle(timing, file)

@@ -91,19 +91,30 @@ def main() -> None:
         "matrix_rate_flops": rate_flops,
     }
     rows: list[Row] = []
+    failed = 0
     for case in cases():
         if arguments.only not in case.name:
             continue
         for variant, install in tile_variants(case.tile) if arguments.tiles else [("chosen", None)]:
-            with tiles(install):
-                rows.append(time_case(case, variant, bandwidth_bytes_s, rate_flops))
-            torch.cuda.empty_cache()
+            try:
+                with tiles(install):
+                    rows.append(time_case(case, variant, bandwidth_bytes_s, rate_flops))
+            except Exception as error:  # of one kernel, or of what it is held against: the others go on
+                failed += 1
+                print(
+                    f"{case.name:38} {variant:26} {type(error).__name__}: {error}".split("\n")[0], flush=True
+                )
+                continue
+            finally:
+                torch.cuda.empty_cache()
             print_row(rows[-1], header=len(rows) == 1)
             # After each: who is stopped midway leaves what was measured.
             found = {**record, "rows": [row._asdict() for row in rows]}
             partial = arguments.folder / ".kernels.json.partial"
             partial.write_text(json.dumps(found, indent=1) + "\n")
             partial.replace(arguments.folder / "kernels.json")
+    if failed:
+        raise SystemExit(f"{failed} of {failed + len(rows)} could not be timed")
 
 
 def ceilings() -> tuple[float, float]:

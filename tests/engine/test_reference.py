@@ -182,6 +182,20 @@ def test_the_command_writes_a_row_for_everything_and_missing_is_missing(
     assert len(ours) == 4 and ours["ratio"].notna().all()
 
 
+def test_a_measurement_that_breaks_off_leaves_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("an illegal address\nand more")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reference, "window_times", broken)
+    assert main(["seconds=0.01", "out=found", "parts=[window,prefill,peft]", *SMALL]) != 0
+    assert {"prefill", "finetune"} <= set(pd.read_parquet("found/reference.parquet")["what"])
+    told = "window all-linear: RuntimeError: an illegal address; window down_proj: RuntimeError"
+    assert told in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_ratios_are_against_the_same_adapter_and_what_did_not_fit_has_none() -> None:
     def row(what: str, variant: str, **known: Any) -> Row:
         return Row(what=what, variant=variant, **known)

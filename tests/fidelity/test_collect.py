@@ -215,6 +215,26 @@ def test_a_profile_that_was_interrupted_is_sound_and_goes_on(
     assert after.collected is not None and after.collected["passed"] == 30
 
 
+def test_a_point_that_breaks_off_is_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A kernel that cannot be launched for one shape: the call ends with the reason, the next goes on behind it."""
+    path, timed = tmp_path / "own.parquet", Timing.row
+
+    def row(timing: Timing, point: Point, index: int) -> dict[str, float] | None:
+        if index == 7:
+            raise RuntimeError("out of resource")
+        return timed(timing, point, index)
+
+    monkeypatch.setattr(Timing, "row", row)
+    assert collect(path, "points=12") != 0
+    assert "out of resource" in capsys.readouterr().err
+    assert collect(path, "points=12") == 0
+    found = read_profile(path)
+    assert found.collected is not None and found.collected["passed"] == 12
+    assert 7 not in found.columns["point"] and found.columns["point"].max() > 7
+
+
 def test_samples_need_not_fill_their_last_block() -> None:
     """A rig warms up a job with all that its blocks hold, here more than any request is long."""
     model = tiny_model("llama")
