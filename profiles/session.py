@@ -313,7 +313,9 @@ class Session:
         log = self._folder / f"{step.name}.log"
         path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
         caches = {name: str(self._folder / "cache" / folder) for name, folder in CACHES.items()}
-        environment = {**caches, **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+        # One thread: what a GPU leaves to the processor is small, and tests run side by side.
+        asked = {**caches, "OMP_NUM_THREADS": "1", **os.environ}
+        environment = {**asked, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
         start_s = time.perf_counter()
         with log.open("ab") as out:
             process = subprocess.Popen(
