@@ -136,7 +136,7 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
                 f"out={profile}",
             ),
             limit_s=360,
-            least_s=60,
+            least_s=240,
             goes_on=True,
         ),
         Step(name="bench", command=sweep("gpu_paper", 0), limit_s=1100, least_s=100, goes_on=True),

@@ -98,7 +98,7 @@ def test_a_warm_up_is_in_no_number_and_the_job_goes_on_from_it(folder: Path) -> 
         assert iterations["start_s"].iloc[0] < 0.2 and iterations["decode_count"].iloc[0] == 0
         assert run.summary["finetune_share_of_peak"] > 0
     assert cold.table("steps")["step"].iloc[0] == 1
-    assert warm.table("steps")["step"].iloc[0] > 3
+    assert warm.table("steps")["step"].iloc[0] > 1
     first_s = warm.table("steps")["end_s"].iloc[0]
     assert 0 < first_s < 1
 

@@ -135,6 +135,8 @@ def test_a_missing_library_is_an_error_before_the_first_iteration(monkeypatch: p
 @pytest.mark.parametrize("rows", [1, 7, 16, 512])
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 def test_what_runs_on_cuda_equals_what_runs_on_the_cpu(dtype: torch.dtype, rows: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
     kind: Any = {"device": "cuda", "dtype": dtype}
     x, dy, weight = draw(0, rows, 96, **kind), draw(1, rows, 96, **kind), draw(2, 96, **kind)
     pairs = [
