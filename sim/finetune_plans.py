@@ -4,6 +4,8 @@ A job with `memory: auto` gets the plan that runs least again of those that fit 
 what is left beside the KV cache where its size is given, else at most AUTO_SHARE of what weights and activations
 leave, so that the KV cache has the rest (more only where no plan is that small). Jobs divide it equally, after
 those that do not ask.
+
+The compiler is loaded when the first plan is asked for: runs without finetuning start without it.
 """
 
 from __future__ import annotations
@@ -11,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import TYPE_CHECKING
 
-from sim.compile.compiler import compile_plan, plan_for_memory
-from sim.compile.peft import PeftSpec
-from sim.compile.plan import CompilePlan
 from sim.core.finetune import AUTO
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.workload.finetune import Finetune
+
+if TYPE_CHECKING:
+    from sim.compile.plan import CompilePlan
 
 AUTO_SHARE = 0.5
 
@@ -90,6 +93,9 @@ def plans_of(
 def _compiled(
     model: ModelShape, lora: LoraSpec, device: DeviceSpec, tp: int, tokens: int, order: str, memory: str
 ) -> CompilePlan:
+    from sim.compile.compiler import compile_plan
+    from sim.compile.peft import PeftSpec
+
     spec = PeftSpec.from_lora(lora)
     return compile_plan(model, spec, seq_tokens=tokens, device=device, tp=tp, mode=memory, order=order)
 
@@ -105,6 +111,9 @@ def _fitting(
     free_bytes: float,
     share: float,
 ) -> CompilePlan:
+    from sim.compile.compiler import plan_for_memory
+    from sim.compile.peft import PeftSpec
+
     return plan_for_memory(
         model,
         PeftSpec.from_lora(lora),
