@@ -214,11 +214,12 @@ class TokenTimes:
         waits = self._first_s[returned] - last_s[returned - 1]
 
         size = self._tick_s.size + 1
-        edges = np.bincount(first_index[some] + 1, minlength=size)
-        edges -= np.bincount(last_index[some] + 1, minlength=size)
-        times = np.cumsum(edges)[:-1]
-        shared = np.flatnonzero(times)
-        values = np.concatenate((self._tick_s[shared] - self._tick_s[shared - 1], to_tick, waits))
+        times = np.bincount(first_index[some] + 1, minlength=size)
+        times -= np.bincount(last_index[some] + 1, minlength=size)
+        np.cumsum(times, out=times)
+        times = times[1:-1]  # over each gap between two ticks
+        shared = times > 0
+        values = np.concatenate((np.diff(self._tick_s)[shared], to_tick, waits))
         ones = np.ones(to_tick.size + waits.size, dtype=np.int64)
         return values, np.concatenate((times[shared], ones))
 
@@ -234,10 +235,11 @@ def weighted_percentiles(
     if total == 0:
         return [math.nan] * len(percents)
     order = np.argsort(values)
-    ranked, up_to = values[order], np.cumsum(weights[order])
+    up_to = weights[order]
+    np.cumsum(up_to, out=up_to)
 
     def at(position: int) -> float:
-        return float(ranked[np.searchsorted(up_to, position, side="right")])
+        return float(values[order[np.searchsorted(up_to, position, side="right")]])
 
     out = []
     for percent in percents:

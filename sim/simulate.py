@@ -56,14 +56,14 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     single = hydra.mode == RunMode.RUN
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assembly, alone = assemble(config), assemble(config)
+        assembly = assemble(config)
+        peak_tok_s = finetune_peak_tok_s(assemble(config))
     if single:
         notes = [*(str(warning.message) for warning in caught), *assembly.workload.notes]
         for note in dict.fromkeys(notes):
             print(f"note: {note}", file=sys.stderr)
     if assembly.labels["name"] is None:
         assembly.labels["name"] = _distinction(hydra.overrides.task)
-    peak_tok_s = finetune_peak_tok_s(alone)
     with _progress(assembly, show=single) as on_progress:
         row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
     if single and config.run.bounds:

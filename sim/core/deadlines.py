@@ -3,12 +3,15 @@
 A sequence keeps its mean TPOT if its k-th token after the first comes by `first + k * tpot`. All decoding
 sequences advance together, so that is `base + tick * tpot` with a `base` fixed when it joins: one heap per
 TPOT bound, and the earliest deadline at any tick is read from the tops.
+
+An entry of a sequence that decodes no more is dropped when it comes to the top. While iterations are shorter
+than the bound each newer base is earlier, so most never would: a heap mostly of such entries is made anew.
 """
 
 from __future__ import annotations
 
 import math
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 
 from sim.core.sequence import Sequence
 
@@ -34,7 +37,7 @@ class TokenDeadlines:
         self._tops = None
 
     def remove(self, sequence: Sequence) -> None:
-        """The sequence decodes no more; its heap entry is dropped when it surfaces."""
+        """The sequence decodes no more; its heap entry is dropped later."""
         if self._base_s.pop(sequence.id, None) is not None:
             self._tops = None
 
@@ -52,6 +55,9 @@ class TokenDeadlines:
     def _find_tops(self) -> list[tuple[float, float]]:
         tops = []
         for tpot_s, heap in self._heaps.items():
+            if len(heap) > 2 * len(self._base_s) + 64:
+                heap[:] = [entry for entry in heap if self._base_s.get(entry[1]) == entry[0]]
+                heapify(heap)
             while heap and self._base_s.get(heap[0][1]) != heap[0][0]:
                 heappop(heap)
             if heap:

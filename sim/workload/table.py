@@ -108,7 +108,7 @@ class RequestTable:
         first, last = np.searchsorted(self.arrival_s, (start_s, end_s), side="left").tolist()
         if first == last:
             raise ValueError(f"{self.name}: no request arrives in [{start_s:g}, {end_s:g}) s")
-        return self._rows(np.s_[first:last], self.arrival_s[first:last] - start_s, end_s - start_s)
+        return self._rows(np.arange(first, last), self.arrival_s[first:last] - start_s, end_s - start_s)
 
     def head(self, count: int) -> RequestTable:
         """The first `count` requests, or all; the window closes one mean gap after the last one."""
@@ -116,7 +116,7 @@ class RequestTable:
         if count >= len(self):
             return self
         arrival_s = self.arrival_s[:count]
-        return self._rows(np.s_[:count], arrival_s, window_s(arrival_s))
+        return self._rows(np.arange(count), arrival_s, window_s(arrival_s))
 
     def at_rate(self, rate_rps: float) -> RequestTable:
         """The same requests with time stretched so that `rate_rps` is exactly the mean rate.
@@ -159,7 +159,10 @@ class RequestTable:
         return replace(kept, notes=(*self.notes, note))
 
     def _rows(self, rows: Any, arrival_s: Floats, duration_s: float) -> RequestTable:
-        """`rows` of every column with other times. Rounding may not push a time out of the window."""
+        """`rows` of every column with other times. Rounding may not push a time out of the window.
+
+        Rows by number are copied: a view of a few would keep all the others in memory.
+        """
         return replace(
             self,
             duration_s=duration_s,
