@@ -337,6 +337,7 @@ def _system_row(
     """What belongs to the run as a whole and to no request."""
     rows, steps = column_views(recorder.iterations), column_views(recorder.steps)
     ended = rows["end_s"] <= duration_s
+    extrapolated_share = _mean(extrapolated(recorder, pipelines)[0][ended])
     took_s = (rows["end_s"] - rows["start_s"])[ended]
     lost = steps["failed"] > 0
     trained = float(steps["tokens"][(steps["end_s"] <= duration_s) & ~lost].sum())
@@ -361,7 +362,7 @@ def _system_row(
         "gpu_busy_share": float(busy.mean()),
         "kv_use_mean": _ratio(float(use @ took_s), float(took_s.sum())),
         "kv_use_max": float(use.max()) if use.size else math.nan,
-        "extrapolated_share": _mean(extrapolated(recorder, pipelines)[0][ended]),
+        "extrapolated_share": extrapolated_share,
         "prediction_error_p50": float(np.percentile(error, 50)) if error.size else math.nan,
         "prediction_error_p90": float(np.percentile(error, 90)) if error.size else math.nan,
         "energy_j": energy_j,
@@ -386,10 +387,12 @@ def extrapolated(
         flags[own] = 0.0
         for name, (low, high) in facts.measured.items():
             values = _pass_tokens(rows) if name == PASS_TOKENS else rows[name]
-            beyond = np.where(own, np.maximum(low - values, values - high), 0.0)
-            if (beyond > 0).any():
-                flags[beyond > 0] = 1.0
-                found[name] = (low, high, float(values[int(np.argmax(beyond))]))
+            beyond = own & ((values < low) | (values > high))
+            if beyond.any():
+                flags[beyond] = 1.0
+                outside = values[beyond].astype(np.float64)
+                furthest = int(np.argmax(np.maximum(low - outside, outside - high)))
+                found[name] = (low, high, float(outside[furthest]))
     return flags, found
 
 

@@ -38,8 +38,8 @@ SOURCES = ("sim", "engine")
 TABLES = ("requests", "iterations", "steps", "ticks", "segments")
 SUMMARY = "summary.json"
 
-_ROWS_PER_GROUP = 1 << 18
-"""Rows converted and written at a time: bounds the memory of writing, 6 MB for each ten columns."""
+_ROWS_PER_GROUP = 1 << 16
+"""Rows converted and written at a time: bounds the memory of writing, 5 MB for each ten columns."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

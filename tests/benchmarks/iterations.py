@@ -43,7 +43,8 @@ by tokens instead of the formula in floats, and a search started from the last t
 from __future__ import annotations
 
 import argparse
-import resource
+import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,7 @@ AZURE = [
     "workload.duration_s=100000", "workload.max_requests=10000",
 ]  # fmt: skip
 # Memory goes to the rows of iterations, 127 bytes each: the slower the arrivals, the more of them per request.
+# `coserve simulate` also runs the two bounds, so co-serving needs what serving alone needs, and its own plans.
 MANY = [
     "policy=inference_only", "cluster=single", "finetune=none", "cluster.limits.max_tokens=2048",
     "workload=poisson", "workload.rate_rps=8", "workload.duration_s=1000000", "workload.max_requests=500000",
@@ -84,7 +86,6 @@ MANY_COSERVING = [
     "policy=coserving", "cluster=single", "cluster.limits.max_tokens=2048", "workload=poisson",
     "workload.rate_rps=8", "workload.duration_s=62500",
 ]  # fmt: skip
-RUNS = {"azure": AZURE, "many": MANY, "many_coserving": MANY_COSERVING}
 GRID = [
     "policy=coserving,coserving_slack,coserving_static,inference_only,spatial,spatial_limited,"
     "temporal,temporal_dynamic,temporal_limited",
@@ -113,11 +114,10 @@ class AtOnce:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="leave out the large runs and the grid")
-    parser.add_argument("--run", choices=list(RUNS), help="one run in this process, for its own rows")
+    parser.add_argument("--azure", action="store_true", help="the run of that trace, for a row of its own")
     options = parser.parse_args()
-    if options.run:
-        recorder = run_assembly(_assembled(RUNS[options.run]))
-        print(len(recorder.requests), _peak_gib())
+    if options.azure:
+        run_assembly(_assembled(AZURE))
         return
     table = Table("what", "number", "target")
     for row in _rows(options.quick):
@@ -135,12 +135,26 @@ def _rows(quick: bool) -> Iterator[Row]:
     yield from _azure_rows()
     if quick:
         return
-    for run, policy in (("many", "inference_only"), ("many_coserving", "coserving")):
-        wall_s, printed = _process(__file__, "--run", run)
-        requests, gib = printed.split()
-        what = f"{policy}, {int(requests):,} requests at 8 req/s, peak memory ({wall_s:.0f} s)"
-        yield what, f"{float(gib):.2f} GiB", "< 1 GiB"
+    for policy, overrides in (("inference_only", MANY), ("coserving", MANY_COSERVING)):
+        wall_s, requests, gib = _simulated(overrides)
+        what = f"{policy}, {requests:,} requests at 8 req/s, peak memory of it all ({wall_s:.0f} s)"
+        yield what, f"{gib:.2f} GiB", "< 1 GiB"
     yield "9 systems x 3 models x 5 rates x 10 minutes, 2 processes", f"{_grid_s():.0f} s", "< 90 s"
+
+
+def _simulated(overrides: list[str]) -> tuple[float, int, float]:
+    """Wall seconds, requests and peak memory in GiB of `coserve simulate`: metrics, Parquet, bounds, figure."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "sim.cli", "simulate", *overrides, f"hydra.run.dir={folder}"]
+        started_s = time.perf_counter()
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, usage = os.wait4(child.pid, 0)
+        wall_s = time.perf_counter() - started_s
+        assert status == 0, f"{' '.join(command)} failed"
+        requests = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))["requests"]
+    # The kernel counts in KiB, on macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return wall_s, requests, usage.ru_maxrss * unit / 2**30
 
 
 def _grid_s() -> float:
@@ -178,7 +192,7 @@ def _azure_rows() -> Iterator[Row]:
         return
     seconds, iterations = _fastest(lambda: _assembled(AZURE))
     yield f"{what}: {iterations:,} iterations", f"{seconds:.2f} s", "< 1.0 s"
-    wall_s = min(_process(__file__, "--run", "azure")[0] for _ in range(3))
+    wall_s = min(_process(__file__, "--azure")[0] for _ in range(3))
     yield f"{what}, as a process", f"{wall_s:.2f} s", "< 2 s"
 
 
@@ -218,25 +232,28 @@ def _fastest(
 
 
 def _import_s(module: str) -> float:
-    """Seconds of an import in a fresh interpreter, the fastest of five."""
+    """Seconds of an import in a fresh interpreter, the fastest of six: bytecode is cached, as from the second
+    start on, also where the environment says not to write it beside the sources."""
     program = (
         f"import sys, time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t);"
         "assert 'torch' not in sys.modules"
     )
-    return min(float(_process("-c", program)[1]) for _ in range(5))
+    with tempfile.TemporaryDirectory() as caches:
+        cached = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": caches}
+        return min(float(_process("-c", program, **cached)[1]) for _ in range(6))
 
 
-def _process(*arguments: str) -> tuple[float, str]:
+def _process(*arguments: str, **environment: str) -> tuple[float, str]:
     """(wall seconds, what it printed) of a fresh Python."""
     started_s = time.perf_counter()
-    done = subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
+    )
     return time.perf_counter() - started_s, done.stdout
-
-
-def _peak_gib() -> float:
-    """Peak resident memory of this process; the kernel counts in KiB, on macOS in bytes."""
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 if __name__ == "__main__":
