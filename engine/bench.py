@@ -63,8 +63,8 @@ from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
+from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
-from sim.cost.table import FittedCost
 from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize

@@ -26,7 +26,8 @@ from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import WORK_COLUMNS, Recorder, work_row
 from sim.core.state import PipelineState
-from sim.cost.table import FittedCost, timed_table
+from sim.cost.fitted import FittedCost
+from sim.cost.table import timed_table
 
 LEAST_ROWS = 60
 LONGER = 3

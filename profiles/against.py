@@ -24,9 +24,9 @@ from sim.checked import build
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
+from sim.cost.fitted import FittedCost
 from sim.cost.flat import row_parts, row_seconds
 from sim.cost.noisy import NoisyCost
-from sim.cost.table import FittedCost
 from sim.metrics import PipelineFacts, summarize
 from sim.rerun import COMPARED, Rerun, replay, same_plans, simulate
 

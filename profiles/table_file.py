@@ -9,7 +9,7 @@ import numpy as np
 from profiles.fit import fit, hides
 from profiles.schema import Profile, find_profile, read_profile
 from sim.cost.context import CostContext
-from sim.cost.table import FittedCost
+from sim.cost.fitted import FittedCost
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

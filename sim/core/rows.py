@@ -236,48 +236,41 @@ def work_row(work: Work) -> tuple[float, ...]:
     """`work` in WORK_COLUMNS order."""
     prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
     prefill_tokens = forward_tokens = backward_layers = backward_tokens = recompute_tokens = 0
-    prefill_pairs: float = 0
-    forward_pairs: float = 0
-    backward_pairs: float = 0
-    recompute_pairs: float = 0
-    # Twice the pairs of a chunk, a whole number: those are multiplied faster.
+    # Twice the pairs, which are whole numbers: those are multiplied faster.
+    prefill_pairs = forward_pairs = backward_pairs = recompute_pairs = 0
     if prefill:
         for tokens, before in prefill:
             prefill_tokens += tokens
             prefill_pairs += tokens * (before + before + tokens + 1)
-        prefill_pairs *= 0.5
     if forward:
         for tokens, before in forward:
             forward_tokens += tokens
             forward_pairs += tokens * (before + before + tokens + 1)
-        forward_pairs *= 0.5
     if backward:
         for layers, tokens, before in backward:
             layer_tokens = layers * tokens
             backward_layers += layers
             backward_tokens += layer_tokens
             backward_pairs += layer_tokens * (before + before + tokens + 1)
-        backward_pairs *= 0.5
     if recompute:
         for tokens, before in recompute:
             recompute_tokens += tokens
             recompute_pairs += tokens * (before + before + tokens + 1)
-        recompute_pairs *= 0.5
     return (
         len(prefill),
         prefill_tokens,
-        prefill_pairs,
+        0.5 * prefill_pairs,
         count,
         context,
         sampled,
         len(forward),
         forward_tokens,
-        forward_pairs,
+        0.5 * forward_pairs,
         backward_layers,
         backward_tokens,
-        backward_pairs,
+        0.5 * backward_pairs,
         recompute_tokens,
-        recompute_pairs,
+        0.5 * recompute_pairs,
         params,
         adapters,
         overlap,

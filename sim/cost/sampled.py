@@ -14,8 +14,9 @@ from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.specs import ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostBuilder, CostContext
+from sim.cost.fitted import FittedCost
 from sim.cost.noisy import Noisy
-from sim.cost.table import FittedCost, Table
+from sim.cost.table import Table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

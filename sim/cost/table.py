@@ -21,11 +21,10 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.rows import WORK_COLUMNS, work_row
-from sim.core.work import Work
+from sim.core.rows import WORK_COLUMNS
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
+from sim.cost.fitted import FittedCost
 from sim.cost.flat import device_seconds, halves
-from sim.cost.iteration import IterationCost
 from sim.cost.nnls import nnls
 
 Floats = NDArray[np.float64]
@@ -52,27 +51,6 @@ LINEAR = (
     "adapters",
     "optimizer_params",
 )
-
-
-class FittedCost(IterationCost):
-    """An `IterationCost` that knows the range of the rows it was fitted to."""
-
-    def __init__(self, curves: Curves, ranges: dict[str, tuple[float, float]], lookahead: int = 0) -> None:
-        super().__init__(curves, lookahead)
-        self.ranges = ranges
-        """Work column -> least and largest value among the rows."""
-
-    @property
-    def region(self) -> dict[str, tuple[float, float]]:
-        return self.ranges
-
-    def outside(self, work: Work) -> tuple[str, ...]:
-        """Columns of `work` that lie outside the fitted rows; empty when it is interpolation."""
-        values = zip(WORK_COLUMNS, work_row(work), strict=True)
-        return tuple(n for n, v in values if not self.ranges[n][0] <= v <= self.ranges[n][1])
-
-    def extrapolates(self, work: Work) -> bool:
-        return bool(self.outside(work))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,12 +17,13 @@ from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
+from sim.cost.fitted import FittedCost
 from sim.cost.nnls import nnls
 from sim.cost.noisy import BLOCK, Noisy
 from sim.cost.roofline import Roofline
 from sim.cost.sampled import Sampled, designed_works
 from sim.cost.scaled import Scaled
-from sim.cost.table import FittedCost, Table
+from sim.cost.table import Table
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 COSTS = sorted(path.stem for path in (CONFIGS / "cost").glob("*.yaml"))

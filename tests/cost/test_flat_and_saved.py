@@ -12,12 +12,13 @@ from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.specs import LoraSpec
 from sim.core.work import Chunk, Work
 from sim.cost.context import CostContext
+from sim.cost.fitted import FittedCost
 from sim.cost.flat import row_parts, row_seconds
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
 from sim.cost.sampled import Sampled, designed_works
 from sim.cost.saved import from_plain, to_plain
-from sim.cost.table import FittedCost, Table, timed_table
+from sim.cost.table import Table, timed_table
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from sim.core.request import Request
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
-from sim.cost.table import FittedCost
+from sim.cost.fitted import FittedCost
 from tests.support import ListArrivals
 
 FOLDER = Path(__file__).parent / "golden"

@@ -22,7 +22,7 @@ from engine import bench
 from engine.driver import Driver
 from sim.core.loop import Command, Done, Execute, Sleep
 from sim.cost.curves import LISTS, Curves
-from sim.cost.table import FittedCost
+from sim.cost.fitted import FittedCost
 from sim.results import read_run
 from tests.engine.golden_log import FOLDER, plan_row
 
