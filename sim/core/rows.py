@@ -143,7 +143,7 @@ class Table:
         self._kinds = kinds
         self._pack = struct.Struct("=" + "".join(kinds.values())).pack
 
-    def append(self, row: Sequence[float]) -> None:
+    def append(self, row: Sequence[int | float]) -> None:
         """Add one row, in column order. Raises ValueError for a value that its column cannot hold."""
         try:
             self.data.frombytes(self._pack(*row))
@@ -158,7 +158,7 @@ class Table:
         rows = np.frombuffer(self.data, self.dtype) if self.data else np.empty(0, self.dtype)
         return {name: rows[name].astype(np.float64) for name in self.columns}
 
-    def _refused(self, row: Sequence[float]) -> str:
+    def _refused(self, row: Sequence[int | float]) -> str:
         """What is wrong with a row that cannot be packed."""
         for (name, kind), value in zip(self._kinds.items(), row, strict=True):
             try:
