@@ -14,7 +14,7 @@ from collections.abc import Generator, Sequence
 from typing import Protocol
 
 from sim.core.loop import Command, Done, Execute, Sleep
-from sim.core.plan import Plan, Policy, View
+from sim.core.plan import LATER, Plan, Policy, View
 from sim.core.state import PipelineState
 from sim.core.work import Work
 
@@ -52,7 +52,7 @@ class Gate:
 
     def plan(self, view: View) -> Plan:
         if not self.open:
-            return Plan()
+            return LATER
         self.open = False
         return self._policy.plan(view)
 

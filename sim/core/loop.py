@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sim.core.arrivals import Arrivals
-from sim.core.plan import Plan, Policy
+from sim.core.plan import LATER, Plan, Policy
 from sim.core.state import PipelineState
 from sim.core.work import Work
 
@@ -133,7 +133,7 @@ def run_loop(
             gone = commit(now_s, ended, aborted, failed)
         else:
             until_s, changes = _next_event_s(state, arrivals, horizon, now_s)
-            if not changes and not over and policy.serves and state.unfinished:
+            if not (changes or plan is LATER) and policy.serves and state.unfinished:
                 raise StuckPolicy(
                     f"{type(policy).__name__} at {now_s:.6f} s: nothing planned with {len(state.running)} running "
                     f"and {len(state.waiting)} waiting requests, and nothing else will arrive"

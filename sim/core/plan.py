@@ -135,6 +135,11 @@ class Plan(NamedTuple):
     memory: Any = None
 
 
+LATER = Plan()
+"""The answer, this very object, of a policy that may not plan now and will be asked again: unlike any other
+empty plan it says nothing of the work that waits."""
+
+
 class Policy(Protocol):
     """A pure rule from view to plan. `serves` tells the router whether requests may come here, `finetunes`
     whether memory must be kept for samples in flight."""
