@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -20,13 +21,14 @@ from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
+from engine.placement import Placement, placements_of
 from engine.shares import own_adapter
-from sim.compile.compiler import compile_plan, plan_for_memory
+from sim.compile.compiler import REFERENCE, compile_plan, plan_for_memory, serving_bypasses
 from sim.compile.peft import PeftSpec
-from sim.compile.plan import CompilePlan
+from sim.compile.plan import BypassPlan, CompilePlan
 from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
-from sim.core.specs import ModelShape
+from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import kv_bytes_per_token
 
 USABLE = 0.9
@@ -68,8 +70,6 @@ def assemble_engine(
     Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
     Raises ValueError where no plan fits.
     """
-    own = {name: own_adapter(model, adapter) for name, adapter in (adapters or {}).items()}
-    trained = [own_adapter(model, job.adapter) for job in jobs]
     blocks = limits.kv_tokens // limits.block_tokens
     ranges = []
     for job in jobs:
@@ -78,9 +78,16 @@ def assemble_engine(
         blocks += count
     plans = plan_jobs(model, limits, jobs)
     pages = model.new_pages(blocks, limits.block_tokens)
-    bank = _bank(model, [*own.values(), *trained])
+    given = adapters or {}
+    served = {name: _served_as(model, limits, adapter) for name, adapter in given.items()}
+    trained = [_placed(model, plan.bypasses, job.adapter) for job, plan in zip(jobs, plans, strict=True)]
+    bank = _bank(model, [*served.values(), *trained])
+    slots = {}
+    for name, placements in served.items():
+        assert bank is not None
+        slots[name] = bank.put(own_adapter(given[name], placements, model.group), placements)
     counted, trainers = [], []
-    for job, adapter, pages_of, plan in zip(jobs, trained, ranges, plans, strict=True):
+    for job, placements, pages_of, plan in zip(jobs, trained, ranges, plans, strict=True):
         assert bank is not None
         feed = job.samples if isinstance(job.samples, SampleFeed) else SampleFeed(job.samples)
         spec = _spec(job, plan)
@@ -93,7 +100,8 @@ def assemble_engine(
                 pages=pages,
                 blocks=pages_of,
                 bank=bank,
-                adapter=adapter,
+                adapter=own_adapter(job.adapter, placements, model.group),
+                placements=placements,
                 feed=feed,
                 optimizer=job.optimizer,
             )
@@ -103,7 +111,7 @@ def assemble_engine(
         pages=pages,
         limits=limits,
         bank=bank,
-        adapters=own,
+        adapters=slots,
         trainers=trainers,
         on_token=on_token,
         launching=launching,
@@ -117,23 +125,31 @@ def plan_jobs(
     jobs: Sequence[TrainingJob],
     memory_bytes: float | None = None,
     wanted_share: float = 1.0,
+    device: DeviceSpec = REFERENCE,
 ) -> list[CompilePlan]:
     """The compile plan of each job, for samples up to a whole number of pages.
 
-    `memory_bytes` are left on the device beside the weights; unless given, the device is asked as soon as a
-    job with `memory: auto` needs it. Such jobs take no more than `wanted_share` of it if they can.
+    `device` prices the placement of the bypasses. `memory_bytes` are left on the device beside the weights;
+    unless given, the device is asked as soon as a job with `memory: auto` needs it. Such jobs take no more than
+    `wanted_share` of it if they can.
     """
     for job in jobs:
         if job.memory not in (*MEMORIES, AUTO):
             allowed = ", ".join((*MEMORIES, AUTO))
             raise ValueError(f"finetune job {job.id}: memory must be one of {allowed}, got {job.memory!r}")
-    plans = {job.id: job.plan or _plan(model, limits, job) for job in jobs if job.plan or job.memory != AUTO}
+    plans = {
+        job.id: job.plan or _plan(model, limits, job, device)
+        for job in jobs
+        if job.plan or job.memory != AUTO
+    }
     asking = [job for job in jobs if job.id not in plans]
     if asking:
         free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
         free -= limits.kv_tokens * kv_bytes_per_token(_shape(model), model.group.size)
         free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
-        plans |= {job.id: _plan(model, limits, job, free / len(asking), wanted_share) for job in asking}
+        plans |= {
+            job.id: _plan(model, limits, job, device, free / len(asking), wanted_share) for job in asking
+        }
     return [plans[job.id] for job in jobs]
 
 
@@ -154,19 +170,39 @@ def _plan(
     model: Model,
     limits: Limits,
     job: TrainingJob,
+    device: DeviceSpec,
     free_bytes: float | None = None,
     wanted_share: float = 1.0,
 ) -> CompilePlan:
     """The plan of one job: its own mode, or with `free_bytes` the one that these allow."""
-    adapter = job.adapter
-    spec = PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
     tokens = -(-job.max_sample_tokens // limits.block_tokens) * limits.block_tokens
-    shape, tp = _shape(model), model.group.size
-    if free_bytes is None:
-        return compile_plan(shape, spec, seq_tokens=tokens, tp=tp, mode=job.memory, order=job.order)
-    return plan_for_memory(
-        shape, spec, free_bytes, wanted_share=wanted_share, seq_tokens=tokens, tp=tp, order=job.order
+    given = partial(
+        compile_plan if free_bytes is None else plan_for_memory,
+        _shape(model),
+        _spec_of(job.adapter),
+        seq_tokens=tokens,
+        device=device,
+        tp=model.group.size,
+        order=job.order,
+        accumulation=job.accumulation,
     )
+    if free_bytes is None:
+        return given(mode=job.memory)
+    return given(free_bytes=free_bytes, wanted_share=wanted_share)
+
+
+def _spec_of(adapter: Adapter) -> PeftSpec:
+    return PeftSpec(targets=adapter.targets, rank=adapter.rank, alpha=adapter.alpha, rslora=adapter.rslora)
+
+
+def _placed(model: Model, bypasses: Iterable[BypassPlan], adapter: Adapter) -> dict[str, Placement]:
+    return placements_of(bypasses, adapter.rank, model.group, model.whole.shape)
+
+
+def _served_as(model: Model, limits: Limits, adapter: Adapter) -> dict[str, Placement]:
+    """Where no job's plan says it: as the compiler places what is only served."""
+    plans = serving_bypasses(_shape(model), _spec_of(adapter), model.group.size, limits.max_sequences)
+    return _placed(model, plans, adapter)
 
 
 def _shape(model: Model) -> ModelShape:
@@ -174,15 +210,14 @@ def _shape(model: Model) -> ModelShape:
     return replace(model.whole.shape, dtype_bytes=model.dtype.itemsize)
 
 
-def _bank(model: Model, adapters: Sequence[Adapter]) -> AdapterBank | None:
-    """Room for the largest rank, for all linear layers that any adapter has, and for three more versions:
-    a bank that grows moves, and what is captured of it must be captured again."""
-    if not adapters:
+def _bank(model: Model, placed: Sequence[Mapping[str, Placement]]) -> AdapterBank | None:
+    """Room for adapters so placed, and for three more versions: a bank that grows moves, and what is captured of
+    it must be captured again."""
+    if not placed:
         return None
-    targets = tuple(dict.fromkeys(target for adapter in adapters for target in adapter.targets))
-    rank = max(adapter.rank for adapter in adapters)
-    slots = len(adapters) + 3
-    return AdapterBank(model.config.shape, targets, rank, model.dtype, model.device, slots)
+    every = [placement for placements in placed for placement in placements.values()]
+    layers, slots = model.config.shape.layers, len(placed) + 3
+    return AdapterBank(every, model.group, layers, model.dtype, model.device, slots)
 
 
 def _spec(job: TrainingJob, plan: CompilePlan) -> JobSpec:

@@ -16,9 +16,9 @@ import torch
 
 from engine.elementwise import rms_norm_backward, rotate, swiglu_backward
 from engine.kernels.attention_backward import attention_backward
-from engine.kernels.grouped_lora import grouped_lora, lora_weight_grad
 from engine.model import Model
 from engine.recall import LayerTensors
+from engine.shelf import Segments
 
 
 def backward_layer(
@@ -110,32 +110,20 @@ class _Bypass:
     def __init__(self, saved: LayerTensors) -> None:
         self._saved = saved
         self._lora = saved.lora
-        self._start = torch.zeros(2, dtype=torch.int32, device=saved.lora.segment_adapter.device)
-        self._start[1:].fill_(saved.tokens)
+        start = torch.zeros(2, dtype=torch.int32, device=saved.lora.segment_slot.device)
+        start[1:].fill_(saved.tokens)
+        self._segments = Segments(start, saved.lora.segment_slot)
 
     def run(self, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
         """dx += scale (dy B) A unless it is None, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing
         if `target` is not trained."""
-        grads, index = self._lora.grads, self._saved.index
-        if target not in grads.a:
+        lora, saved = self._lora, self._saved
+        if target not in lora.grads.a:
             return
-        u = self._through(target, dx, dy)
-        s = self._saved[f"low {target}"].to(u.dtype)
-        lora_weight_grad(grads.a[target][index], u, self._saved.input_of(target), grads.scale)
-        lora_weight_grad(grads.b[target][index].T, s, dy, grads.scale)
-
-    def _through(self, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> torch.Tensor:
-        """dy B [N, >= r] in the type of the gradients; adds scale (dy B) A to dx."""
-        lora, index = self._lora, self._saved.index
-        if dx is None:
-            return (dy @ lora.b(target, index)).to(lora.grads.b[target].dtype)
-        return grouped_lora(
-            dx,
-            dy,
-            lora.bank.b[target][index].transpose(1, 2),
-            lora.bank.a[target][index].transpose(1, 2),
-            lora.bank.ranks,
-            lora.bank.scales,
-            self._start,
-            lora.segment_adapter,
-        )
+        shelf, index = lora.shelves[target], saved.index
+        after = shelf.placement.after
+        grad = dy if after is None else after.backward(dy, saved.tokens)
+        u = shelf.add_input_grad(dx, grad, index, lora.scales, self._segments, saved.tokens)
+        grads = lora.grads.a[target][index], lora.grads.b[target][index]
+        low, x = saved[f"low {target}"], saved.bypass_input_of(target)
+        shelf.add_weight_grads(grads, lora.grads.scale, u, x, low, grad)

@@ -65,7 +65,7 @@ def run_composition(
     for step in plan.steps:
         inputs.append(y)
         y = _forward(step, y, local)
-    end, path = gradient_path(bypass, plan.steps)
+    end, path = gradient_path(bypass.output_state, plan.steps)
     g = _take(grad, {P: R}.get(bypass.output_state, bypass.output_state))
     made: dict[int, torch.Tensor] = {}
     for (step, came, _state, collective), before in zip(path, reversed(inputs), strict=True):

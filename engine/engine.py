@@ -25,10 +25,10 @@ from engine.finetune import ForwardWindow, Sample, StepResult, Trainer
 from engine.graphs import Decodes, Graphs
 from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
-from engine.model import Batch, LoraBatch, Model, Pages, Window
+from engine.model import Batch, Model, Pages, Window
 from engine.packing import Piece, Staging, pack
 from engine.sampling import Sampling, sample
-from engine.shares import whole_adapter
+from engine.shelf import Segments
 from sim.core.block_tables import BlockTables, Placement, Span
 from sim.core.finetune import Backward, Forward, Slice
 from sim.core.plan import Limits, Plan
@@ -99,15 +99,15 @@ class Engine:
         pages: Pages,
         limits: Limits,
         bank: AdapterBank | None = None,
-        adapters: Mapping[str, Adapter] | None = None,
+        adapters: Mapping[str, int] | None = None,
         trainers: Iterable[Trainer] = (),
         on_token: Callable[[int, int], None] | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
         launching: Launching = Launching(),  # noqa: B008 - a value without state
     ) -> None:
         """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
-        of `adapters` or a trainer's job. `on_token(id, token)` is called for each token in order,
-        `on_step(record)` for each optimizer step."""
+        of `adapters`, whose slots in the bank are the engine's from now on, or a trainer's job.
+        `on_token(id, token)` is called for each token in order, `on_step(record)` for each optimizer step."""
         self.model = model
         self.tables = BlockTables(limits)
         self.trainers = {trainer.spec.id: trainer for trainer in trainers}
@@ -122,7 +122,7 @@ class Engine:
         self._versions: dict[str, int] = {}
         """Adapter -> the bank's slot that newly admitted requests take."""
         if bank is not None:
-            self._versions = {name: bank.put(adapter) for name, adapter in (adapters or {}).items()}
+            self._versions = {**(adapters or {})}
             self._versions |= {name: bank.hold(t.slot) for name, t in self.trainers.items()}
         self._live: dict[int, _Live] = {}
         self._last_token = torch.zeros(limits.max_sequences, dtype=torch.int32, device=model.device)
@@ -154,7 +154,7 @@ class Engine:
 
     def adapter(self, job: str) -> Adapter:
         """A job's newest masters, whole; not a copy."""
-        return whole_adapter(self.model, self.trainers[job].masters)
+        return self.trainers[job].adapter()
 
     def optimizer_state(self, job: str) -> dict[str, Any]:
         """What `restore` needs besides the adapter."""
@@ -335,7 +335,8 @@ class Engine:
             keeping += trainer.keep(window, slice(first, first + len(window.tokens)))
         lora = None
         if self._bank is not None and (packed.segment_adapter >= 0).any():
-            lora = LoraBatch(self._bank, segment_start, segment_adapter)
+            segments = Segments(segment_start, segment_adapter)
+            lora = self._bank.batch(segments, packed.segment_start, packed.segment_adapter)
         batch = Batch(
             tokens=tokens,
             positions=positions,

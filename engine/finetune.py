@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -25,11 +25,13 @@ from engine.elementwise import rms_norm_backward
 from engine.kept import Kept
 from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
 from engine.lora import Adapter, AdapterBank
-from engine.model import Batch, LoraBatch, Model, Pages, Window
+from engine.model import Batch, Model, Pages, Window
 from engine.optimizer import MasterOptimizer, OptimizerSettings
 from engine.packing import upload
+from engine.placement import Placement
 from engine.recall import LayerTensors, TrainedLora
-from engine.shares import shares_of
+from engine.shares import Shares
+from engine.shelf import Segments
 from sim.compile.plan import CompilePlan
 from sim.core.finetune import JobSpec, JobView, backward_chunks
 
@@ -99,11 +101,14 @@ class Trainer:
         blocks: range,
         bank: AdapterBank,
         adapter: Adapter,
+        placements: Mapping[str, Placement],
         feed: SampleFeed,
         optimizer: OptimizerSettings,
     ) -> None:
-        """`adapter` is copied as the masters; `blocks` are the job's own pages, for `plan.seq_tokens` tokens."""
+        """`adapter`, this rank's part as `placements` have it, is copied as the masters; `blocks` are the job's
+        own pages, for `plan.seq_tokens` tokens."""
         assert (plan.mode, plan.order, plan.layers) == (spec.memory, spec.order, spec.layers)
+        assert plan.tp == model.group.size
         self.spec = spec
         self.plan = plan
         self._model = model
@@ -120,9 +125,15 @@ class Trainer:
         self.masters = _map(adapter, lambda t: t.to(device, model.compute, copy=True))
         grads = _map(self.masters, torch.zeros_like)
         tensors = [*self.masters.tensors()], [*grads.tensors()]
-        self.optimizer = MasterOptimizer(optimizer, *tensors, shares_of(model, self.masters.targets))
-        self.slot = bank.put(self.masters)
+        self._shares: Shares | None = None
+        """What other ranks have of the tensors."""
+        if model.group.size > 1:
+            self._shares = Shares(placements, model.group, self.masters.targets)
+        self.optimizer = MasterOptimizer(optimizer, *tensors, self._shares)
+        self._placements = placements
+        self.slot = bank.put(self.masters, placements)
         """The bank's slot of the newest weights; training uses it, requests after it is published."""
+        self._shelves = {target: bank.shelf(placements[target]) for target in self.masters.targets}
         self._grads = grads
 
         shape = model.config.shape
@@ -147,6 +158,10 @@ class Trainer:
         pages = 2 * k.shape[0] * self.max_tokens * k[0, 0, 0].nbytes
         kept = 0 if self._kept is None else self._kept.nbytes
         return pages + kept + self._dk.nbytes + self._dv.nbytes + self._dx.nbytes
+
+    def adapter(self) -> Adapter:
+        """The newest masters, whole; not a copy. A collective."""
+        return self.masters if self._shares is None else self._shares.whole(self.masters)
 
     def _new_kept(self) -> Kept:
         return Kept(self.plan, self._model.config.shape.head_dim, self._model.dtype, self._model.device)
@@ -261,13 +276,23 @@ class Trainer:
             context_lens=torch.full((1,), start, dtype=torch.int32, device=model.device),
             decodes=0,
             max_keys=start + tokens,
-            lora=LoraBatch(self._bank, ends, lora.segment_adapter),
+            lora=self._bank.batch(
+                Segments(ends, lora.segment_slot),
+                np.array([0, tokens], np.int32),
+                np.array([self.slot], np.int32),
+            ),
         )
         model.forward(batch, self._pages, [window])
 
     def _lora(self) -> TrainedLora:
         slot = torch.full((1,), self.slot, dtype=torch.int32, device=self._model.device)
-        return TrainedLora(bank=self._bank, slot=self.slot, segment_adapter=slot, grads=self._grads)
+        return TrainedLora(
+            shelves=self._shelves,
+            scales=self._bank.scales,
+            slot=self.slot,
+            segment_slot=slot,
+            grads=self._grads,
+        )
 
     # Steps
 
@@ -290,7 +315,7 @@ class Trainer:
             torch.where(self._sound, master, old, out=master)
         self._loss.zero_()
         self._count.zero_()
-        before, self.slot = self.slot, self._bank.put(self.masters)
+        before, self.slot = self.slot, self._bank.put(self.masters, self._placements)
         self._bank.drop(before)
         published = self._bank.hold(self.slot)
         return StepResult(

@@ -25,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 
 from engine.lora import AdapterBank
-from engine.model import Batch, LoraBatch, Model, Pages
+from engine.model import Batch, Model, Pages
 from engine.packing import Ints, Staging, segments_of
+from engine.shelf import Segments
 
 Body = Callable[[], torch.Tensor]
 Capture = Callable[[Body], Body]
@@ -118,7 +119,7 @@ class _Captured:
         self.slots, contexts, kv_slots, tables, start, adapter = torch.split(self._flat, sizes)
         graphs.staging.upload_into(self._flat, self._pack(Decodes(*[_NONE] * 3), graphs))
         self._query_start = torch.arange(n + 1, dtype=torch.int32, device=model.device)
-        lora = LoraBatch(bank, start, adapter) if bank is not None and shape.adapters else None
+        lora = bank.batch(Segments(start, adapter)) if bank is not None and shape.adapters else None
 
         def body() -> torch.Tensor:
             batch = Batch(

@@ -1,8 +1,9 @@
 """LoRA adapters: PEFT's folders, and the bank that holds those in use on the device.
 
 An adapter is A [r, in] and B [out, r] for each of its linear layers; y += scale * (x A^T) B^T. The bank
-keeps all adapters in use in buffers of one padded rank, so that a batch may mix them. A slot of it is one
-*version* of an adapter: training publishes into a new one while requests still run on the old.
+keeps all adapters in use in buffers of one padded rank, so that a batch may mix them; those that are placed
+otherwise on the ranks have buffers of their own (`engine.shelf`). A slot of it is one *version* of an adapter:
+training publishes into a new one while requests still run on the old.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 
+from engine.parallel import Group
+from engine.placement import Placement
+from engine.shelf import Segments, Shelf
 from sim.core.specs import LoraSpec, ModelShape
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -126,6 +133,22 @@ def peft_tensors(adapter: Adapter) -> Iterator[tuple[str, torch.Tensor]]:
                 yield _name(layer, target, kind), tensor
 
 
+class LoraRun(NamedTuple):
+    """Rows of a batch whose adapters have one placement."""
+
+    shelf: Shelf
+    rows: slice
+    segments: Segments
+    """Of these rows."""
+
+
+class LoraBatch(NamedTuple):
+    """Which adapter each token of a batch takes, by linear layer."""
+
+    runs: Mapping[str, Sequence[LoraRun]]
+    scales: torch.Tensor  # [N]
+
+
 class AdapterBank:
     """Adapters on the device in slots; requests and jobs hold a slot as long as they need it.
 
@@ -135,50 +158,84 @@ class AdapterBank:
 
     def __init__(
         self,
-        shape: ModelShape,
-        targets: tuple[str, ...],
-        max_rank: int,
+        placements: Iterable[Placement],
+        group: Group,
+        layers: int,
         dtype: torch.dtype,
         device: torch.device,
         slots: int = 4,
     ) -> None:
-        self._max_rank = max_rank
+        """Room for adapters with any of `placements`, and with smaller ranks where these have the same key."""
+        widest: dict[str, dict[object, Placement]] = {}
+        for placement in placements:
+            own = widest.setdefault(placement.target, {})
+            before = own.get(placement.key, placement)
+            own[placement.key] = max(before, placement, key=lambda p: p.lora_rank)
+        self.shelves = {
+            target: [Shelf(p, group, layers, slots, dtype, device) for p in own.values()]
+            for target, own in widest.items()
+        }
+        """By linear layer."""
+        everything = [shelf for shelves in self.shelves.values() for shelf in shelves]
+        self._chooses = len(everything) > len(self.shelves) or any(s.placement.sends for s in everything)
+        """Whether the rows of a batch decide what runs."""
         self._users = [0] * slots
         self.moved = 0
         """How often the buffers have been replaced: who knows their addresses must look again."""
-        self.a: dict[str, torch.Tensor] = {}
-        """target -> [layers, N, R, in]"""
-        self.b: dict[str, torch.Tensor] = {}
-        """target -> [layers, N, out, R]"""
-        for target in targets:
-            wide_in, wide_out = shape.linears[target]
-            a_size, b_size = (slots, max_rank, wide_in), (slots, wide_out, max_rank)
-            self.a[target] = torch.zeros((shape.layers, *a_size), dtype=dtype, device=device)
-            self.b[target] = torch.zeros((shape.layers, *b_size), dtype=dtype, device=device)
-        self.ranks = torch.zeros(slots, dtype=torch.int32, device=device)
         self.scales = torch.zeros(slots, dtype=torch.float32, device=device)
 
-    def put(self, adapter: Adapter) -> int:
-        """Copy an adapter into a free slot, held once, and return the slot."""
-        if adapter.rank > self._max_rank:
-            raise ValueError(f"the bank holds ranks up to {self._max_rank}, got {adapter.rank}")
-        unknown = [t for t in adapter.targets if t not in self.a]
+    def put(self, adapter: Adapter, placements: Mapping[str, Placement]) -> int:
+        """Copy this rank's part of an adapter into a free slot, held once, and return the slot."""
+        unknown = [t for t in adapter.targets if t not in self.shelves]
         if unknown:
-            raise ValueError(f"the bank holds {', '.join(self.a)}, got an adapter of {unknown[0]}")
+            raise ValueError(f"the bank holds {', '.join(self.shelves)}, got an adapter of {unknown[0]}")
+        shelves = {target: self.shelf(placements[target]) for target in adapter.targets}
         if 0 not in self._users:
             self._double()
         slot = self._users.index(0)
         self._users[slot] = 1
-        r = adapter.rank
-        for target in self.a:
-            self.b[target][:, slot].zero_()
-            if target in adapter.a:
-                self.a[target][:, slot, :r] = adapter.a[target]
-                self.b[target][:, slot, :, :r] = adapter.b[target]
+        for target, every in self.shelves.items():
+            for shelf in every:
+                if shelf is shelves.get(target):
+                    shelf.put(slot, adapter.a[target], adapter.b[target])
+                else:
+                    shelf.clear(slot)
         # Not by assignment: the number would be a tensor of the host, and the copy waited for.
-        self.ranks[slot].fill_(r)
         self.scales[slot].fill_(adapter.scale)
         return slot
+
+    def shelf(self, placement: Placement) -> Shelf:
+        """Where adapters with this placement are. ValueError for a rank that there is no room for."""
+        shelf = next((s for s in self.shelves[placement.target] if s.placement.key == placement.key), None)
+        assert shelf is not None, f"the bank was made without {placement.target} placed as {placement.key}"
+        if placement.lora_rank > shelf.placement.lora_rank:
+            raise ValueError(
+                f"the bank holds ranks up to {shelf.placement.lora_rank}, got {placement.lora_rank}"
+            )
+        return shelf
+
+    def batch(
+        self,
+        segments: Segments,
+        starts: NDArray[np.int32] | None = None,
+        slots: NDArray[np.int32] | None = None,
+    ) -> LoraBatch:
+        """What runs for a batch. `starts` and `slots` are `segments` on the host; without them everything runs."""
+        if not self._chooses or starts is None or slots is None:
+            whole = slice(None)
+            runs = {t: [LoraRun(s, whole, segments) for s in shelves] for t, shelves in self.shelves.items()}
+            return LoraBatch(runs, self.scales)
+        chosen: dict[str, list[LoraRun]] = {}
+        for target, shelves in self.shelves.items():
+            for shelf in shelves:
+                used = [n for n, slot in enumerate(slots.tolist()) if slot in shelf.slots]
+                if not used:
+                    continue
+                first, end = used[0], used[-1] + 1
+                rows = slice(int(starts[first]), int(starts[end]))
+                own = Segments(segments.start[first : end + 1] - rows.start, segments.slot[first:end])
+                chosen.setdefault(target, []).append(LoraRun(shelf, rows, own))
+        return LoraBatch(chosen, self.scales)
 
     def hold(self, slot: int) -> int:
         """Another user of the slot; returns it."""
@@ -198,10 +255,9 @@ class AdapterBank:
     def _double(self) -> None:
         self.moved += 1
         self._users += [0] * len(self._users)
-        for tensors in (self.a, self.b):
-            for target, old in tensors.items():
-                tensors[target] = torch.cat((old, torch.zeros_like(old)), dim=1)
-        self.ranks = torch.cat((self.ranks, torch.zeros_like(self.ranks)))
+        for shelves in self.shelves.values():
+            for shelf in shelves:
+                shelf.double()
         self.scales = torch.cat((self.scales, torch.zeros_like(self.scales)))
 
 

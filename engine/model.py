@@ -20,10 +20,9 @@ import torch.nn.functional as F  # noqa: N812
 from engine.config import ModelConfig
 from engine.elementwise import compute_dtype, require_kernels, rms_norm, rotate, swiglu
 from engine.kept import Kept
-from engine.kernels.grouped_lora import grouped_lora
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
-from engine.lora import AdapterBank
+from engine.lora import LoraBatch
 from engine.parallel import ALONE, Group, gather_columns, share_of
 
 
@@ -53,14 +52,6 @@ class Pages(NamedTuple):
 
     k: torch.Tensor  # [layers, P, B, K, D]
     v: torch.Tensor  # [layers, P, B, K, D]
-
-
-class LoraBatch(NamedTuple):
-    """Which adapter each token of a batch takes."""
-
-    bank: AdapterBank
-    segment_start: torch.Tensor  # [G + 1] int32
-    segment_adapter: torch.Tensor  # [G] int32, -1 is the base model
 
 
 class Batch(NamedTuple):
@@ -209,16 +200,15 @@ def _add_lora(
     made: dict[str, torch.Tensor],
 ) -> None:
     """Add the adapters' share of linear layer `target` to y, in place, and its low-rank product to `made`."""
-    if lora is None or target not in lora.bank.a:
+    if lora is None:
         return
-    bank = lora.bank
-    made[f"low {target}"] = grouped_lora(
-        y,
-        x,
-        bank.a[target][layer],
-        bank.b[target][layer],
-        bank.ranks,
-        bank.scales,
-        lora.segment_start,
-        lora.segment_adapter,
-    )
+    runs = lora.runs.get(target, ())
+    for run in runs:
+        low = run.shelf.add(y[run.rows], x[run.rows], layer, lora.scales, run.segments)
+        if len(runs) == 1 and low.shape[0] == x.shape[0]:
+            made[f"low {target}"] = low
+        elif not run.shelf.placement.rows_up:
+            # Adapters that are placed otherwise have other rows; where tokens are split, nothing is kept.
+            width = max(each.shelf.b.shape[3] for each in runs)
+            whole = made.setdefault(f"low {target}", low.new_empty((x.shape[0], width)))
+            whole[run.rows, : low.shape[1]] = low

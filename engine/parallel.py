@@ -67,6 +67,24 @@ class Group:
             raise PeerLost(str(error)) from error
         return every
 
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """This rank's part of the sum over the ranks of x [size, ...]."""
+        own = x.new_empty(x.shape[1:])
+        try:
+            dist.reduce_scatter(own, list(x.contiguous().unbind()))
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+        return own
+
+    def all_to_all(self, x: torch.Tensor) -> torch.Tensor:
+        """What every rank has for this one of its x [size, ...], in their order."""
+        every = torch.empty_like(x, memory_format=torch.contiguous_format)
+        try:
+            dist.all_to_all_single(every, x.contiguous())
+        except RuntimeError as error:
+            raise PeerLost(str(error)) from error
+        return every
+
 
 ALONE = Group()
 """A replica on one device."""

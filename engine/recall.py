@@ -8,7 +8,7 @@ Shapes as in `engine.model`, with N the tokens of the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,8 +18,9 @@ import torch.nn.functional as F  # noqa: N812
 from engine.elementwise import rms_norm, rotate
 from engine.kept import Kept
 from engine.kernels.paged_attention import paged_attention
-from engine.lora import Adapter, AdapterBank
+from engine.lora import Adapter
 from engine.model import Model, Pages
+from engine.shelf import Shelf
 from sim.compile.plan import RECOMPUTE, CompilePlan
 
 INPUTS = {
@@ -38,19 +39,13 @@ INPUTS = {
 class TrainedLora:
     """The adapter that a window trains: its weights in the bank, and where its gradients are summed."""
 
-    bank: AdapterBank
+    shelves: Mapping[str, Shelf]
+    """By linear layer."""
+    scales: torch.Tensor
     slot: int
-    segment_adapter: torch.Tensor
+    segment_slot: torch.Tensor
     """[1] int32: the slot, on the device."""
     grads: Adapter
-
-    def a(self, target: str, index: int) -> torch.Tensor:
-        """[r, in]"""
-        return self.bank.a[target][index, self.slot, : self.grads.rank]
-
-    def b(self, target: str, index: int) -> torch.Tensor:
-        """[out, r]"""
-        return self.bank.b[target][index, self.slot, :, : self.grads.rank]
 
 
 class LayerTensors:
@@ -97,6 +92,16 @@ class LayerTensors:
         """What linear layer `target` reads: [N, in]."""
         return self[INPUTS[target]].flatten(1)
 
+    def bypass_input_of(self, target: str) -> torch.Tensor:
+        """The same as the first product of its bypass reads it: what a collective brings there runs again, once."""
+        before = self.lora.shelves[target].placement.before
+        if before is None:
+            return self.input_of(target)
+        role = f"bypass input {target}"
+        if role not in self._have:
+            self._have[role] = before.forward(self.input_of(target), self.tokens)
+        return self._have[role]
+
     # Rules
 
     def _norm(self, role: str, weight: torch.Tensor) -> torch.Tensor:
@@ -137,14 +142,18 @@ class LayerTensors:
         return self._bypassed(target, self.input_of(target) @ weight.T)
 
     def _low(self, target: str) -> torch.Tensor:
-        return self.input_of(target) @ self.lora.a(target, self.index).T
+        rank = self.lora.grads.a[target].shape[1]
+        x = self.bypass_input_of(target)
+        return self.lora.shelves[target].low(x, self.index, self.lora.slot, rank, self.tokens)
 
     def _bypassed(self, target: str, y: torch.Tensor) -> torch.Tensor:
-        """y + scale * low B^T, if `target` has a bypass."""
+        """y with the bypass of `target`, if it has one."""
         if target not in self.lora.grads.a:
             return y
-        b = self.lora.b(target, self.index)
-        return torch.addmm(y, self[f"low {target}"], b.T, alpha=self.lora.grads.scale)
+        rank, low = self.lora.grads.b[target].shape[2], self[f"low {target}"]
+        return self.lora.shelves[target].bypassed(
+            y, low, self.index, self.lora.slot, rank, self.lora.grads.scale
+        )
 
     def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin of the window's angles."""

@@ -36,7 +36,7 @@ def limits_and_plans(
     shape, tp = model.whole.shape, model.group.size
     if given.kv_tokens is not None:
         limits = _limits(given, given.kv_tokens, shape)
-        return limits, _by_id(jobs, plan_jobs(model, limits, jobs))
+        return limits, _by_id(jobs, plan_jobs(model, limits, jobs, device=device))
     if model.device.type == "cpu":
         raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
     batch_tokens = given.max_tokens + max(job.max_sample_tokens for job in jobs)
@@ -50,7 +50,7 @@ def limits_and_plans(
         batch_sequences=given.max_sequences,
     )
     none = _limits(given, given.block_tokens, shape)
-    plans = _by_id(jobs, plan_jobs(model, none, jobs, free, AUTO_SHARE))
+    plans = _by_id(jobs, plan_jobs(model, none, jobs, free, AUTO_SHARE, device))
     room = kv_room_tokens(
         device=seen,
         model=shape,

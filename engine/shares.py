@@ -1,51 +1,29 @@
-"""Adapters under tensor parallelism: which part of A and B a rank holds, and what is added up at a step.
+"""Adapters on the ranks: taken apart and put together, and what is added up over the ranks at a step.
 
-The compositions that `sim.compile.parallel` finds cheapest for usual ranks, none of which has a collective
-of its own in an iteration (rules of FlexLLM, arXiv 2402.18789):
-
-    column-parallel (q, k, v, gate, up)   `1 4`   A whole, B split by its output
-    row-parallel (o, down)                `2 5`   A split by its input, B whole
-
-Column-parallel: every rank computes the same x A^T, and its part of the gradient at x joins the backbone's
-all-reduce. Row-parallel: partial sums of rank r pass through B, and so join the backbone's all-reduce forward.
-What a rank has whole got a gradient from its own part of the rest: that is summed over the ranks, once a step.
+Where a tensor is split, and whose gradient is a sum over the ranks, its placement says (`engine.placement`).
+Ranks that hold the same key and value heads have different queries: gradients of their parts are added up too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 import torch
 
 from engine.lora import Adapter
-from engine.parallel import Group, parts_of, splits_input
-from sim.core.specs import ModelShape
-
-if TYPE_CHECKING:
-    from engine.model import Model
-
-
-class _Share(NamedTuple):
-    """One tensor of an adapter on the ranks."""
-
-    dim: int | None
-    """It is split along this dimension; None: every rank has it whole."""
-    parts: int
-    """Different parts; where they are fewer than ranks, neighbours hold the same."""
+from engine.parallel import Group
+from engine.placement import Placement, Share
 
 
 class Shares:
     """The tensors of an adapter, in the order of `Adapter.tensors`."""
 
-    def __init__(self, whole: ModelShape, group: Group, targets: Iterable[str]) -> None:
+    def __init__(self, placements: Mapping[str, Placement], group: Group, targets: Iterable[str]) -> None:
         self._group = group
-        self._tensors: list[_Share] = []
+        self._tensors: list[Share] = []
         for target in targets:
-            a, b = (_Share(2, group.size), _Share(None, 1))
-            if not splits_input(target):
-                a, b = (_Share(None, 1), _Share(1, parts_of(target, whole, group.size)))
-            self._tensors += [a, b]
+            self._tensors += [placements[target].a, placements[target].b]
 
     def own(self, adapter: Adapter) -> Adapter:
         """This rank's part of a whole adapter."""
@@ -58,10 +36,9 @@ class Shares:
     def reduce(self, grads: Sequence[torch.Tensor]) -> None:
         """Make gradients of parts of the sum those of the sum, in place. A collective."""
         for share, grad in self._with(grads):
-            if share.parts == 1:
+            if share.reduced:
                 self._group.all_reduce(grad)
-            elif share.parts < self._group.size:
-                # Ranks that hold the same key and value heads have different queries.
+            elif share.dim is not None and share.parts < self._group.size:
                 every = grad.new_zeros((share.parts, *grad.shape))
                 own = every[self._part(share)]
                 own.copy_(grad)
@@ -82,44 +59,32 @@ class Shares:
         """This rank's part of `whole_state`."""
         return _mapped(state, lambda n, t: self._own(self._tensors[n], t))
 
-    def _with(self, tensors: Iterable[torch.Tensor]) -> list[tuple[_Share, torch.Tensor]]:
+    def _with(self, tensors: Iterable[torch.Tensor]) -> list[tuple[Share, torch.Tensor]]:
         return list(zip(self._tensors, tensors, strict=True))
 
-    def _part(self, share: _Share) -> int:
+    def _part(self, share: Share) -> int:
         return self._group.rank * share.parts // self._group.size
 
-    def _counts(self, share: _Share) -> bool:
+    def _counts(self, share: Share) -> bool:
         """Whether no lower rank holds the same."""
         return self._group.rank * share.parts % self._group.size < share.parts
 
-    def _own(self, share: _Share, tensor: torch.Tensor) -> torch.Tensor:
+    def _own(self, share: Share, tensor: torch.Tensor) -> torch.Tensor:
         if share.dim is None:
             return tensor
         own = self._group.share(tensor.shape[share.dim], share.parts)
         return tensor.narrow(share.dim, own.start, own.stop - own.start).contiguous()
 
-    def _whole(self, share: _Share, tensor: torch.Tensor) -> torch.Tensor:
+    def _whole(self, share: Share, tensor: torch.Tensor) -> torch.Tensor:
         if share.dim is None:
             return tensor
         repeated = self._group.size // share.parts
         return torch.cat(list(self._group.all_gather(tensor)[::repeated]), dim=share.dim)
 
 
-def shares_of(model: Model, targets: Iterable[str]) -> Shares | None:
-    """How adapters of `targets` lie on the ranks of `model`; None on one."""
-    return None if model.group.size == 1 else Shares(model.whole.shape, model.group, targets)
-
-
-def own_adapter(model: Model, adapter: Adapter) -> Adapter:
-    """What the rank of `model` holds of a whole adapter."""
-    shares = shares_of(model, adapter.targets)
-    return adapter if shares is None else shares.own(adapter)
-
-
-def whole_adapter(model: Model, adapter: Adapter) -> Adapter:
-    """The adapter that the rank of `model` has a part of. A collective."""
-    shares = shares_of(model, adapter.targets)
-    return adapter if shares is None else shares.whole(adapter)
+def own_adapter(adapter: Adapter, placements: Mapping[str, Placement], group: Group) -> Adapter:
+    """What this rank holds of a whole adapter."""
+    return adapter if group.size == 1 else Shares(placements, group, adapter.targets).own(adapter)
 
 
 def _of(like: Adapter, tensors: Sequence[torch.Tensor]) -> Adapter:

@@ -10,11 +10,16 @@ transposed, so it is the same pair of kernels on transposed views:
     backward   u = dy B        dx += scale * u A          = grouped_lora(dx, dy, B^T, A^T)
                dA += scale * u^T x       dB += scale * dy^T s
 
+Where ranks send something between the two products, each is called alone.
+
 Shapes: T packed tokens, I input and O output features, N adapters, R padded rank (the buffers'), r an
 adapter's own rank, G segments, C splits of the contraction. Sums are float32.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 
@@ -29,6 +34,7 @@ from engine.kernels.checks import (
 from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, power_of_2_from, tl, uses_triton
 
 MAX_RANK = 128
+"""Of one launch; a larger rank takes several, each with its columns of A^T and B."""
 MAX_SPLITS = 16
 MAX_PARTS = 8192
 """Partial sums that a program of the expand reads at once: 64 registers of each of its 128 threads.
@@ -62,6 +68,39 @@ def grouped_lora(
     return run(y, x, a, b, ranks, scales, segment_start, segment_adapter)
 
 
+def lora_shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """The first product of `grouped_lora` alone: s = x A^T [T, R] (float32; float64 for float64 on the CPU).
+
+    Columns beyond an adapter's rank are 0; tokens without an adapter are undefined. Raises ValueError for
+    tensors that do not fit together.
+    """
+    run = lora_shrink_triton if uses_triton(x) else lora_shrink_reference
+    return run(x, a, ranks, segment_start, segment_adapter)
+
+
+def lora_expand(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """The second product alone: y += scale * s B^T, with s [T, >= R] of y's type or that of sums. y is modified.
+
+    Raises ValueError for tensors that do not fit together.
+    """
+    run = lora_expand_triton if uses_triton(y) else lora_expand_reference
+    run(y, s, b, ranks, scales, segment_start, segment_adapter)
+
+
 def lora_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> None:
     """grad += scale * small^T @ wide over the tokens of one segment: dA and dB.
 
@@ -88,17 +127,66 @@ def grouped_lora_triton(
     segment_adapter: torch.Tensor,
 ) -> torch.Tensor:
     """`grouped_lora` by the kernels of this file."""
-    launches, s = lora_launches(y, x, a, b, ranks, scales, segment_start, segment_adapter)
-    for launch in launches:
+    found = []
+    for part in _rank_parts(a.shape[1]):
+        own = ranks if part.start == 0 else ranks - part.start
+        launches, s = lora_launches(
+            y, x, a[:, part], b[:, :, part], own, scales, segment_start, segment_adapter
+        )
+        for launch in launches:
+            launch.run()
+        found.append(s)
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def lora_shrink_triton(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """`lora_shrink` by the kernel of this file."""
+    check_shrink(x, a, ranks, segment_start, segment_adapter)
+    check_dtype("x", x, FLOATS)
+    found = []
+    for part in _rank_parts(a.shape[1]):
+        own = ranks if part.start == 0 else ranks - part.start
+        launch, parts = _shrink_launch(x, a[:, part], own, segment_start, segment_adapter)
         launch.run()
-    return s
+        found.append(parts[0] if len(parts) == 1 else parts.sum(0))
+    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+
+
+def lora_expand_triton(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """`lora_expand` by the kernel of this file."""
+    check_expand(y, s, b, ranks, scales, segment_start, segment_adapter)
+    check_dtype("y", y, FLOATS)
+    for part in _rank_parts(b.shape[2]):
+        own = ranks if part.start == 0 else ranks - part.start
+        one = s[None, :, part].contiguous()
+        _expand_launch(y, b[:, :, part], one, one[0], own, scales, segment_start, segment_adapter).run()
 
 
 def lora_weight_grad_triton(
     grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
 ) -> None:
     """`lora_weight_grad` by the kernel of this file."""
-    weight_grad_launch(grad, small, wide, scale).run()
+    for part in _rank_parts(grad.shape[0]):
+        weight_grad_launch(grad[part], small[:, part], wide, scale).run()
+
+
+def _rank_parts(rank: int) -> list[slice]:
+    """Of the padded rank, one for each launch."""
+    return [slice(first, min(first + MAX_RANK, rank)) for first in range(0, rank, MAX_RANK)]
 
 
 def lora_launches(
@@ -114,45 +202,87 @@ def lora_launches(
     """The shrink and the expand, and s, which the expand writes."""
     check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
     check_dtype("x", x, FLOATS)
-    (tokens, wide_in), wide_out, rank = x.shape, y.shape[1], a.shape[1]
-    segments = segment_adapter.shape[0]
-    if rank > MAX_RANK:
-        raise ValueError(f"the padded rank must be at most {MAX_RANK}, got {rank}")
-    large = tokens >= LARGE_SEGMENT_TOKENS * segments
-    block_r = max(16, power_of_2_from(rank))
-    block_t = min(64, 2048 // block_r) if large else 16
-    programs = tokens // block_t + segments
+    index = (segment_start, segment_adapter)
+    shrink, parts = _shrink_launch(x, a, ranks, *index)
+    s = torch.empty_like(parts[0]) if len(parts) > 1 else parts[0]
+    return [shrink, _expand_launch(y, b, parts, s, ranks, scales, *index)], s
+
+
+def _shrink_launch(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> tuple[Launch, torch.Tensor]:
+    """The shrink, and its partial sums [C, T, R]."""
+    (tokens, wide_in), rank, segments = x.shape, a.shape[1], segment_adapter.shape[0]
+    tiles = _tiles(tokens, rank, segments)
+    programs, block_t, block_r = tiles["programs"], tiles["block_t"], tiles["block_r"]
     block_i = 128 if block_r <= 32 else 64
     splits = choose_splits(
         programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i)
     )
     parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=x.device)
-    s = torch.empty((tokens, rank), dtype=torch.float32, device=x.device) if splits > 1 else parts[0]
+    index = (ranks, segment_start, segment_adapter)
+    launch = Launch(
+        _shrink,
+        (programs, splits),
+        (
+            *(x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
+            cdiv(cdiv(wide_in, splits), block_i),
+        ),
+        {"block_t": block_t, "block_r": block_r, "block_g": tiles["block_g"], "block_i": block_i},
+        4,
+        4,
+    )
+    return launch, parts
+
+
+def _expand_launch(
+    y: torch.Tensor,
+    b: torch.Tensor,
+    parts: torch.Tensor,
+    s: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> Launch:
+    """The expand of partial sums [C, T, R]; their sum goes to s where there are several."""
+    (tokens, wide_out), rank, segments = y.shape, b.shape[2], segment_adapter.shape[0]
+    tiles = _tiles(tokens, rank, segments)
     block_o = 128
     index = (ranks, scales, segment_start, segment_adapter)
-    common = {"block_t": block_t, "block_r": block_r, "block_g": max(256, power_of_2_from(segments))}
-    launches = [
-        Launch(
-            _shrink,
-            (programs, splits),
-            (
-                *(x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
-                cdiv(cdiv(wide_in, splits), block_i),
-            ),
-            {**common, "block_i": block_i},
-            4,
-            4,
-        ),
-        Launch(
-            _expand,
-            (programs, cdiv(wide_out, block_o)),
-            (y, b, parts, s, *index, segments, tokens, wide_out, rank, y.stride(0), *b.stride()),
-            {**common, "block_o": block_o, "splits": splits},
-            4,
-            1,
-        ),
-    ]
-    return launches, s
+    return Launch(
+        _expand,
+        (tiles["programs"], cdiv(wide_out, block_o)),
+        (y, b, parts, s, *index, segments, tokens, wide_out, rank, y.stride(0), *b.stride()),
+        {
+            "block_t": tiles["block_t"],
+            "block_r": tiles["block_r"],
+            "block_g": tiles["block_g"],
+            "block_o": block_o,
+            "splits": len(parts),
+        },
+        4,
+        1,
+    )
+
+
+def _tiles(tokens: int, rank: int, segments: int) -> dict[str, int]:
+    """What both kernels have in common: their tiles of tokens, and how many there may be."""
+    if rank > MAX_RANK:
+        raise ValueError(f"the padded rank must be at most {MAX_RANK}, got {rank}")
+    large = tokens >= LARGE_SEGMENT_TOKENS * segments
+    block_r = max(16, power_of_2_from(rank))
+    block_t = min(64, 2048 // block_r) if large else 16
+    return {
+        "programs": tokens // block_t + segments,
+        "block_t": block_t,
+        "block_r": block_r,
+        "block_g": max(256, power_of_2_from(segments)),
+    }
 
 
 def choose_splits(programs: int, wanted_programs: int, tile: int, limit: int) -> int:
@@ -209,32 +339,82 @@ def check_lora(
     segment_adapter: torch.Tensor,
 ) -> None:
     """Raise ValueError unless the tensors of one grouped LoRA fit together."""
-    check_shape("x", x, (None, None))
     check_shape("y", y, (x.shape[0], None))
-    check_rows("x", x)
-    check_rows("y", y)
-    check_shape("a", a, (None, None, x.shape[1]))
     check_shape("b", b, (a.shape[0], y.shape[1], a.shape[1]))
-    for name, tensor in (("y", y), ("a", a), ("b", b)):
-        check_dtype(name, tensor, (x.dtype,))
-    for name, tensor in (("a", a), ("b", b)):
-        if 1 not in tensor.stride()[1:]:
-            raise ValueError(f"{name} must be contiguous along one side, got strides {tensor.stride()}")
-    check_index("ranks", ranks, (a.shape[0],))
-    check_shape("scales", scales, (a.shape[0],))
+    check_dtype("y", y, (x.dtype,))
+    check_device("y", y, x.device)
+    check_shrink(x, a, ranks, segment_start, segment_adapter)
+    _check_factor("y", y, "b", b)
+    _check_scales(scales, b)
+
+
+def check_shrink(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the tensors of the first product fit together."""
+    check_shape("x", x, (None, None))
+    check_shape("a", a, (None, None, x.shape[1]))
+    _check_factor("x", x, "a", a)
+    _check_index(x, a, ranks, segment_start, segment_adapter)
+
+
+def check_expand(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """Raise ValueError unless the tensors of the second product fit together."""
+    check_shape("y", y, (None, None))
+    check_shape("s", s, (y.shape[0], None))
+    check_shape("b", b, (None, y.shape[1], None))
+    if s.shape[1] < b.shape[2]:
+        raise ValueError(f"s must have at least {b.shape[2]} columns, got {s.shape[1]}")
+    check_rows("s", s)
+    check_dtype("s", s, (y.dtype, torch.float32, torch.float64))
+    check_device("s", s, y.device)
+    _check_factor("y", y, "b", b)
+    _check_scales(scales, b)
+    _check_index(y, b, ranks, segment_start, segment_adapter)
+
+
+def _check_factor(name: str, wide: torch.Tensor, factor_name: str, factor: torch.Tensor) -> None:
+    check_rows(name, wide)
+    check_dtype(factor_name, factor, (wide.dtype,))
+    if 1 not in factor.stride()[1:]:
+        raise ValueError(f"{factor_name} must be contiguous along one side, got strides {factor.stride()}")
+    check_device(factor_name, factor, wide.device)
+
+
+def _check_scales(scales: torch.Tensor, factor: torch.Tensor) -> None:
+    check_shape("scales", scales, (factor.shape[0],))
     check_dtype("scales", scales, (torch.float32,))
+    check_device("scales", scales, factor.device)
+
+
+def _check_index(
+    wide: torch.Tensor,
+    factor: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    check_index("ranks", ranks, (factor.shape[0],))
     check_index("segment_adapter", segment_adapter, (None,))
     check_index("segment_start", segment_start, (segment_adapter.shape[0] + 1,))
     for name, tensor in (
-        ("y", y),
-        ("a", a),
-        ("b", b),
         ("ranks", ranks),
-        ("scales", scales),
         ("segment_start", segment_start),
         ("segment_adapter", segment_adapter),
     ):
-        check_device(name, tensor, x.device)
+        check_device(name, tensor, wide.device)
 
 
 def check_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor) -> None:
@@ -277,7 +457,6 @@ def _shrink(
     a: tl.tensor,
     parts: tl.tensor,
     ranks: tl.tensor,
-    scales: tl.tensor,
     segment_start: tl.tensor,
     segment_adapter: tl.tensor,
     segments: tl.tensor,
@@ -426,19 +605,55 @@ def grouped_lora_reference(
 ) -> torch.Tensor:
     """`grouped_lora` in torch, segment by segment; s is 0 where it is undefined."""
     check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+    s = lora_shrink_reference(x, a, ranks, segment_start, segment_adapter)
+    lora_expand_reference(y, s, b, ranks, scales, segment_start, segment_adapter)
+    return s
+
+
+def lora_shrink_reference(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    ranks: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> torch.Tensor:
+    """`lora_shrink` in torch; s is 0 where it is undefined."""
+    check_shrink(x, a, ranks, segment_start, segment_adapter)
     check_dtype("x", x, (*FLOATS, torch.float64))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     s = torch.zeros((x.shape[0], a.shape[1]), dtype=compute, device=x.device)
-    starts, rank_of, scale_of = segment_start.tolist(), ranks.tolist(), scales.tolist()
-    for g, n in enumerate(segment_adapter.tolist()):
-        first, end = starts[g], starts[g + 1]
-        if n < 0 or first == end:
-            continue
-        r = rank_of[n]
-        s[first:end, :r] = x[first:end].to(compute) @ a[n, :r].to(compute).T
-        update = s[first:end, :r] @ b[n, :, :r].to(compute).T
-        y[first:end] = (y[first:end].to(compute) + update * scale_of[n]).to(y.dtype)
+    for own, n, r in _segments(ranks, segment_start, segment_adapter):
+        s[own, :r] = x[own].to(compute) @ a[n, :r].to(compute).T
     return s
+
+
+def lora_expand_reference(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> None:
+    """`lora_expand` in torch."""
+    check_expand(y, s, b, ranks, scales, segment_start, segment_adapter)
+    check_dtype("y", y, (*FLOATS, torch.float64))
+    compute = torch.float64 if y.dtype == torch.float64 else torch.float32
+    scale_of = scales.tolist()
+    for own, n, r in _segments(ranks, segment_start, segment_adapter):
+        update = s[own, :r].to(compute) @ b[n, :, :r].to(compute).T
+        y[own] = (y[own].to(compute) + update * scale_of[n]).to(y.dtype)
+
+
+def _segments(
+    ranks: torch.Tensor, segment_start: torch.Tensor, segment_adapter: torch.Tensor
+) -> Iterator[tuple[slice, int, int]]:
+    """Tokens, adapter and rank of each segment with an adapter."""
+    starts, rank_of = segment_start.tolist(), ranks.tolist()
+    for (first, end), n in zip(pairwise(starts), segment_adapter.tolist(), strict=True):
+        if n >= 0 and first < end and rank_of[n]:
+            yield slice(first, end), n, rank_of[n]
 
 
 def lora_weight_grad_reference(

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from sim.compile.bypass import S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
+from sim.compile.bypass import S0, S1, Bypass, P, R, adapter_bypass, ia3_bypass, lora_bypass
 from sim.compile.families import head_graph, layer_graph
 from sim.compile.ir import Graph, Op
-from sim.compile.parallel import MASTER_BYTES, Composition, compositions
+from sim.compile.parallel import MASTER_BYTES, Composition, changes_of, compositions, sends
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import (
     DROP,
@@ -31,7 +31,7 @@ from sim.compile.prune import Need, autograd, kept_bytes, prune, wanted
 from sim.compile.remat import Point, pareto
 from sim.compile.roles import ROW_PARALLEL, keepable, keys_and_values, kind_of, layer_of, roles_of
 from sim.compile.rules import backward_flops, forward_flops
-from sim.core.specs import DeviceSpec, ModelShape
+from sim.core.specs import BypassWork, DeviceSpec, ModelShape
 
 WINDOW_TOKENS = 1024
 """Of a window that runs again: enough rows to keep a device busy, an eighth of a long sample's bytes."""
@@ -92,13 +92,14 @@ def plan_for_memory(
     order: str | None = None,
     window_tokens: int = WINDOW_TOKENS,
     loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
+    accumulation: int = 8,
 ) -> CompilePlan:
     """The plan with the fewest extra FLOPs whose total and adapter take at most `wanted_share` of `free_bytes`
     per device, else the smallest if it takes no more than all: stash along the Pareto list, or recompute where
     `order` allows it (None: any). Raises ValueError where none fits."""
     analysis = Analysis(
         model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
-        loss_chunk_tokens=loss_chunk_tokens,
+        loss_chunk_tokens=loss_chunk_tokens, accumulation=accumulation,
     )  # fmt: skip
     shares = [None, *(p.extra_share for p in analysis.pareto)]
     modes = [mode for mode in MODES if mode == "stash" or order != "layer_major"]
@@ -148,9 +149,14 @@ class Analysis:
         self.loss_chunk_tokens = loss_chunk_tokens
         self.local = local_shape(model, tp)
         self.context_tokens = (seq_tokens + 1) / 2
-        self.graph = layer_graph(self.local, spec)
-        self.step_flops, self.points = frontier(self.graph, self.context_tokens, tp)
-        self.first_points = frontier(self.graph, self.context_tokens, tp, input_grad=False)[1]
+        window, step = min(window_tokens, seq_tokens), accumulation * seq_tokens
+        self.bypasses = tuple(
+            _bypass_plan(bypass, price_bypass(bypass, tp, window, step, device)[0], model.dtype_bytes)
+            for bypass in bypasses_of(model, spec)
+        )
+        self.graph = placed_graph(layer_graph(self.local, spec), self.bypasses, tp)
+        self.step_flops, self.points = frontier(self.graph, self.context_tokens, tp, self.bypasses)
+        self.first_points = frontier(self.graph, self.context_tokens, tp, self.bypasses, input_grad=False)[1]
         self.pareto = tuple(
             ParetoPoint(
                 kept_bytes=p.kept_bytes,
@@ -167,10 +173,6 @@ class Analysis:
         )
         self._wanted = wanted(self.graph), wanted(self.graph, input_grad=False)
         self._roles, self._pinned = roles_of(self.graph), keys_and_values(self.graph)
-        self.bypasses = tuple(
-            _bypass_plan(bypass, tp, window_tokens, accumulation * seq_tokens, device, model.dtype_bytes)
-            for bypass in bypasses_of(model, spec)
-        )
 
     def plan(self, mode: str, budget_share: float | None = None, order: str | None = None) -> CompilePlan:
         """The plan with the fewest kept bytes within `budget_share` extra FLOPs, or, with None, without
@@ -271,13 +273,29 @@ def local_shape(model: ModelShape, tp: int) -> ModelShape:
     )
 
 
+def placed_graph(graph: Graph, bypasses: Iterable[BypassPlan], tp: int) -> Graph:
+    """`graph`, bound, with LoRA's tensors of rank r as one device of `tp` has them."""
+    tensors = dict(graph.tensors)
+    for bypass in bypasses:
+        for op in graph.ops:
+            if _is_low(op, bypass.target) and _low_state(bypass) == S1:
+                *rest, width = tensors[op.out].shape
+                tensors[op.out] = replace(tensors[op.out], shape=(*rest, int(width) // tp))
+    return replace(graph, tensors=tensors)
+
+
 def frontier(
-    graph: Graph, context_tokens: float, tp: int = 1, input_grad: bool = True
+    graph: Graph,
+    context_tokens: float,
+    tp: int = 1,
+    bypasses: Iterable[BypassPlan] = (),
+    input_grad: bool = True,
 ) -> tuple[float, list[Point]]:
     """FLOPs per token of the layer's forward and backward, and its Pareto list, K and V pinned.
 
-    Tensors that exist only inside a fused kernel are never kept (`roles.keepable`). With tp > 1 row-parallel
-    layers never run again: it would repeat their all-reduce.
+    Tensors that exist only inside a fused kernel are never kept (`roles.keepable`), nor are those of `bypasses`
+    that are split by tokens. What a collective made never runs again: with tp > 1 row-parallel layers, and what
+    `bypasses` send.
     """
     grads = wanted(graph, input_grad)
     step = sum(
@@ -285,13 +303,21 @@ def frontier(
         for op in graph.ops
     )
     needed = {n for n, need in prune(graph, input_grad).items() if need.kept}
+    once = set(ROW_PARALLEL) if tp > 1 else set()
+    may_keep = keepable(graph)
+    for bypass in bypasses:
+        once |= {bypass.target} if sends(changes_of(bypass.steps)[-1]) else set()
+        for op in graph.ops:
+            if _is_low(op, bypass.target):
+                once |= {op.out} if _low_stays(bypass) else set()
+                may_keep -= {op.out} if _low_state(bypass) == S0 else set()
     points = pareto(
         graph,
         needed,
         context_tokens,
         pinned=keys_and_values(graph),
-        may_keep=keepable(graph),
-        may_recompute=(lambda op: layer_of(op.out) not in ROW_PARALLEL) if tp > 1 else None,
+        may_keep=may_keep,
+        may_recompute=(lambda op: layer_of(op.out) not in once and op.out not in once) if once else None,
     )
     return step, points
 
@@ -330,22 +356,58 @@ def price_bypass(
     return compositions(bypass, tp, tokens, device, latency_s, tokens_per_step)
 
 
-def _bypass_plan(
-    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec, item_bytes: int
-) -> BypassPlan:
-    best = price_bypass(bypass, tp, tokens, tokens_per_step, device)[0]
+def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) -> tuple[BypassPlan, ...]:
+    """How adapters lie that are only served, which no job's plan places: the cheapest forward of `tokens`.
+
+    The one place that decides it, for engine and simulator. `tokens` are those of a pass in which every
+    sequence decodes, the shape that serving runs most: there a collective's latency is more than the work that
+    it spares, so that none is chosen which has one.
+    """
+    plans = []
+    for bypass in bypasses_of(model, spec):
+        found = price_bypass(bypass, tp, tokens, tokens, REFERENCE)
+        best = min(found, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
+        plans.append(_bypass_plan(bypass, best, model.dtype_bytes))
+    return tuple(plans)
+
+
+def _bypass_plan(bypass: Bypass, best: Composition, item_bytes: int) -> BypassPlan:
+    tp = best.tp
     trained = [stage.params for stage in bypass.stages if stage.params]
     params = sum(n // (1 if w == R else tp) for n, w in zip(trained, best.weights, strict=True))
     return BypassPlan(
         target=bypass.name,
         composition=best.label,
+        steps=best.steps,
         input_state=bypass.input_state if tp > 1 else R,
         output_state=bypass.output_state if tp > 1 else R,
         weights=best.weights,
         weight_bytes=params * (item_bytes + MASTER_BYTES),
-        collectives=best.collectives,
+        work=BypassWork(
+            values=best.values,
+            forward=best.forward,
+            backward=best.backward,
+            own_params=params,
+            reduced_params=sum(bypass.stages[at].params for at in best.reduced),
+        ),
         reduced_stages=best.reduced,
         flops=best.flops,
         collective_bytes=best.collective_bytes,
         seconds=best.seconds,
     )
+
+
+def _is_low(op: Op, target: str) -> bool:
+    """Whether the operator makes the rank-r tensor of LoRA on `target`."""
+    return op.kind == "linear" and op.inputs[1].endswith(f".{target}.lora_A.weight")
+
+
+def _low_state(bypass: BypassPlan) -> str:
+    """State of the rank-r tensor as the second product reads it."""
+    return [step for step in bypass.steps if step.kind != "change"][1].before
+
+
+def _low_stays(bypass: BypassPlan) -> bool:
+    """Whether the rank-r tensor must be kept, as a collective made it (`parallel.runs_again` has the others)."""
+    change = changes_of(bypass.steps)[1]
+    return sends(change) and _low_state(bypass) != S0

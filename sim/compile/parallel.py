@@ -18,6 +18,14 @@ linearity gives, which lets low-rank partial sums go on into the backbone's own 
 `compositions` enumerates every chain of these with at most one change of state between two operators,
 from the state in which the backbone has the bypass's input to the one in which it adds the output, and
 prices each: FLOPs, memory traffic, collectives forward and backward, gradients reduced at the update.
+
+The gradient of W reads the operator's input in its own state. Where a collective brought it there, the
+backward has it thus:
+
+    kept   one of the bypass's own, of rank r: it stays as the operator read it
+    again  the backbone's input, which is wide and kept as the backbone has it; and whatever is split by
+           tokens, as the windows of the backward are not those of the forward, so that a device would have
+           kept tokens that are another's now. The collective runs once more, and is priced.
 """
 
 from __future__ import annotations
@@ -27,7 +35,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sim.compile.bypass import S0, S1, Bypass, P, R, Stage
-from sim.core.specs import DeviceSpec
+from sim.core.specs import Collective, DeviceSpec
 
 LINEAR_RULES = ((1, R, "R", R), (2, S1, "Sin", P), (3, S0, "R", S0), (4, R, "Sout", S1), (5, P, "R", P))
 """(number, state of x, placement of W, state of y)."""
@@ -72,25 +80,31 @@ class Composition:
     bypass: str
     tp: int
     steps: tuple[Step, ...]
-    collectives: tuple[str, ...]
-    """Forward in order, then backward in order."""
+    forward: tuple[Collective, ...]
+    backward: tuple[Collective, ...]
+    """What the backward runs again is among it."""
     reduced: tuple[int, ...]
     flops: float
     memory_traffic_bytes: float
     collective_bytes: float
     """Sent by one device, reductions at the update included at their share."""
+    values: float
+    """Read and written per token in the forward, the output where it is added included."""
     resident_bytes: float
     """Parameters with optimizer state, and inner activations kept for the backward."""
     seconds: float
+    forward_seconds: float
+    """Of the forward alone, which is all that serving runs."""
 
     @property
     def label(self) -> str:
         """Rules and changes of state, e.g. `2 P>R 4`."""
-        parts = [
-            f"{s.before}>{s.after}" if s.kind == "change" else str(s.rule) if s.rule else s.kind
-            for s in self.steps
-        ]
-        return " ".join(parts)
+        return label_of(self.steps)
+
+    @property
+    def collectives(self) -> tuple[str, ...]:
+        """Forward in order, then backward in order."""
+        return tuple(c.kind for c in (*self.forward, *self.backward))
 
     @property
     def rules(self) -> tuple[int, ...]:
@@ -99,6 +113,36 @@ class Composition:
     @property
     def weights(self) -> tuple[str, ...]:
         return tuple(s.weight for s in self.steps if s.weight is not None)
+
+
+def label_of(steps: tuple[Step, ...]) -> str:
+    """Rules and changes of state in order, e.g. `2 P>R 4`."""
+    return " ".join(
+        f"{s.before}>{s.after}" if s.kind == "change" else str(s.rule) if s.rule else s.kind for s in steps
+    )
+
+
+def changes_of(steps: tuple[Step, ...]) -> tuple[Step | None, ...]:
+    """The change of state before each stage, and after the last; None where there is none."""
+    found: list[Step | None] = [None]
+    for step in steps:
+        if step.kind == "change":
+            found[-1] = step
+        else:
+            found.append(None)
+    return tuple(found)
+
+
+def sends(step: Step | None) -> bool:
+    """Whether a change of state is a collective."""
+    return step is not None and step.kind == "change" and COLLECTIVES[step.before, step.after] is not None
+
+
+def runs_again(steps: tuple[Step, ...]) -> Iterator[int]:
+    """Indices of the collectives before operators that the backward repeats: `again` of the module's list."""
+    for n, step in enumerate(steps[:-1]):
+        if sends(step) and (n == 0 or step.after == S0):
+            yield n
 
 
 def compositions(
@@ -157,31 +201,24 @@ def _stage_steps(stage: Stage, state: str, tp: int, at: int) -> Iterator[Step]:
                 yield Step(kind="linear", before=before, after=after, rule=rule, weight=weight, stage=at)
 
 
-@dataclass(slots=True)
-class _Bill:
-    """Costs added up while a composition is walked."""
+ITEM_BYTES = 2
 
-    tp: int
-    item_bytes: int = 2
-    flops: float = 0.0
-    traffic: float = 0.0
-    link: float = 0.0
 
-    def collective(self, kind: str, full_bytes: float) -> None:
-        """Bytes that a device sends of a tensor of `full_bytes` (ring algorithms)."""
-        share = (self.tp - 1) / self.tp
-        self.link += full_bytes * {"all_reduce": 2 * share, "all_to_all": share / self.tp}.get(kind, share)
+def sent_bytes(kind: str, full_bytes: float, tp: int) -> float:
+    """Bytes that a device sends in a collective on a tensor of `full_bytes` (ring algorithms)."""
+    share = (tp - 1) / tp
+    return full_bytes * {"all_reduce": 2 * share, "all_to_all": share / tp}.get(kind, share)
 
 
 def gradient_path(
-    bypass: Bypass, steps: tuple[Step, ...]
+    output_state: str, steps: tuple[Step, ...]
 ) -> tuple[str, list[tuple[Step, str, str, str | None]]]:
     """The backward of a composition: state of the input's gradient, and per step from the last
     (step, state of the gradient after it, state before it, collective).
 
     The gradient of a P tensor is R; of an R tensor R, or P where devices hold parts of the sum.
     """
-    state = {P: R, R: R}.get(bypass.output_state, bypass.output_state)
+    state = {P: R}.get(output_state, output_state)
     path = []
     for step in reversed(steps):
         came = state
@@ -217,69 +254,69 @@ def _price(
     latency_s: float,
     tokens_per_step: int,
 ) -> Composition:
-    bill = _Bill(tp=tp)
-    collectives, resident = [], 0.0
+    flops = values = resident = 0.0
+    forward, width = [], []
     features = bypass.stages[0].features_in
-    width: dict[int, int] = {}
-    for n, step in enumerate(steps):
-        width[n] = features
+    for step in steps:
+        width.append(features)
         if step.kind == "change":
             kind = COLLECTIVES[step.before, step.after]
             if kind is not None:
-                bill.collective(kind, tokens * features * bill.item_bytes)
-                collectives.append(kind)
+                forward.append(Collective(kind, features))
             continue
         stage = bypass.stages[step.stage or 0]
-        split = tp if _split(step) else 1
-        bill.flops += 3 * 2.0 * tokens * stage.params / split if step.kind == "linear" else 0.0
-        # Forward, gradient of x and gradient of W each read or write both sides once.
-        bill.traffic += (
-            3
-            * bill.item_bytes
-            * tokens
-            * (
-                features / (tp if step.before in (S0, S1) else 1)
-                + stage.features_out / (tp if step.after in (S0, S1) else 1)
-            )
-        )
+        flops += 2.0 * tokens * stage.params / (tp if _split(step) else 1) if step.kind == "linear" else 0.0
+        values += values_of(step, stage, tp)
         params = stage.params / (tp if step.weight in ("Sin", "Sout") else 1)
-        resident += params * (bill.item_bytes + MASTER_BYTES)
+        resident += params * (ITEM_BYTES + MASTER_BYTES)
         if step.stage:
-            resident += tokens * features * bill.item_bytes / (tp if step.before in (S0, S1) else 1)
+            resident += tokens * features * ITEM_BYTES / (tp if step.before in (S0, S1) else 1)
         features = stage.features_out
-    end, path = gradient_path(bypass, steps)
-    index = {id(s): n for n, s in enumerate(steps)}
-    for step, _came, _state, kind in path:
-        if kind is not None:
-            bill.collective(kind, tokens * width[index[id(step)]] * bill.item_bytes)
-            collectives.append(kind)
+    end, path = gradient_path(bypass.output_state, steps)
+    features_at = {id(step): features for step, features in zip(steps, width, strict=True)}
+    backward = [Collective(kind, features_at[id(step)]) for step, _came, _state, kind in path if kind]
     if end == P and bypass.input_state == R and not bypass.input_grad_reduced:
-        bill.collective("all_reduce", tokens * bypass.stages[0].features_in * bill.item_bytes)
-        collectives.append("all_reduce")
-    latency = len(collectives) * latency_s
-    share = tokens / tokens_per_step
+        backward.append(Collective("all_reduce", bypass.stages[0].features_in))
+    for n in runs_again(steps):
+        kind = COLLECTIVES[steps[n].before, steps[n].after]
+        assert kind is not None
+        backward.append(Collective(kind, width[n]))
     reduced = tuple(sorted(_reduced_stages(path))) if tp > 1 else ()
-    for at in reduced:
-        before = bill.link
-        bill.collective("all_reduce", bypass.stages[at].params * 4)
-        bill.link = before + (bill.link - before) * share
-        latency += latency_s * share
-    seconds = max(bill.flops / device.peak_flops, bill.traffic / device.memory_bandwidth_bytes_s) + latency
-    if bill.link:
-        seconds += bill.link / device.link_bandwidth_bytes_s
+    link_s = 1.0 / device.link_bandwidth_bytes_s if tp > 1 else 0.0
+
+    def sent(collectives: list[Collective]) -> float:
+        return sum(sent_bytes(c.kind, tokens * c.features * ITEM_BYTES, tp) for c in collectives)
+
+    share = tokens / tokens_per_step
+    updates = share * sum(sent_bytes("all_reduce", bypass.stages[at].params * 4, tp) for at in reduced)
+    link = sent(forward) + sent(backward) + updates
+    latency = (len(forward) + len(backward) + share * len(reduced)) * latency_s
+    # Forward, gradient of x and gradient of W each read or write both sides once.
+    traffic = ITEM_BYTES * tokens * values
+    work_s = max(flops / device.peak_flops, traffic / device.memory_bandwidth_bytes_s)
+    seconds = 3 * work_s + latency + link * link_s
     assert math.isfinite(seconds)
     return Composition(
         bypass=bypass.name,
         tp=tp,
         steps=steps,
-        collectives=tuple(collectives),
+        forward=tuple(forward),
+        backward=tuple(backward),
         reduced=reduced,
-        flops=bill.flops,
-        memory_traffic_bytes=bill.traffic,
-        collective_bytes=bill.link,
+        flops=3 * flops,
+        memory_traffic_bytes=3 * traffic,
+        collective_bytes=link,
+        values=values + features / (tp if bypass.output_state in (S0, S1) else 1),
         resident_bytes=resident,
         seconds=seconds,
+        forward_seconds=work_s + len(forward) * latency_s + sent(forward) * link_s,
     )
+
+
+def values_of(step: Step, stage: Stage, tp: int) -> float:
+    """Values of its input and its output per token that a device reads and writes in a stage."""
+    into = stage.features_in / (tp if step.before in (S0, S1) else 1)
+    return into + stage.features_out / (tp if step.after in (S0, S1) else 1)
 
 
 def _split(step: Step) -> bool:

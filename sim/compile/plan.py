@@ -25,7 +25,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from sim.compile.parallel import Step
 from sim.core.finetune import ORDERS
+from sim.core.specs import BypassWork, Collective
 
 KEEP, PIN, RECOMPUTE, DROP = "keep", "pin", "recompute", "drop"
 MODES = ("stash", "recompute")
@@ -79,21 +81,32 @@ class Again:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BypassPlan:
-    """How the bypass of one target is placed (`parallel.Composition`, chosen)."""
+    """How the bypass of one target is placed (`parallel.Composition`, chosen): the engine executes `steps`, the
+    simulator charges for `work`."""
 
     target: str
     composition: str
     """Rules and changes of state in order, e.g. `2 5`."""
+    steps: tuple[Step, ...]
     input_state: str
     output_state: str
     weights: tuple[str, ...]
     weight_bytes: int
     """Of one layer: in the model's dtype, and fp32 master, gradient and two moments."""
-    collectives: tuple[str, ...]
+    work: BypassWork
     reduced_stages: tuple[int, ...]
     flops: float
     collective_bytes: float
     seconds: float
+
+    @classmethod
+    def of(cls, row: dict[str, Any]) -> BypassPlan:
+        """From what `asdict` makes of one, through JSON."""
+        work = row["work"] | {
+            key: tuple(Collective(*sent) for sent in row["work"][key]) for key in ("forward", "backward")
+        }
+        nested = {"steps": tuple(Step(**step) for step in row["steps"]), "work": BypassWork(**work)}
+        return cls(**{k: _tuple(v) for k, v in (row | nested).items()})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +216,18 @@ class CompilePlan:
             flops=(inner * self.again.flops + first.flops) / self.layers,
         )
 
+    @property
+    def bypass_work(self) -> BypassWork:
+        """Of all bypasses of a layer."""
+        works = [bypass.work for bypass in self.bypasses]
+        return BypassWork(
+            values=sum(work.values for work in works),
+            forward=tuple(sent for work in works for sent in work.forward),
+            backward=tuple(sent for work in works for sent in work.backward),
+            own_params=sum(work.own_params for work in works),
+            reduced_params=sum(work.reduced_params for work in works),
+        )
+
     def live_bytes(self) -> dict[str, int]:
         """Bytes held for a sample of `seq_tokens`, by part."""
         tokens, kv_bytes = self.seq_tokens, self.layers * self.kv_bytes
@@ -256,11 +281,11 @@ class CompilePlan:
             "tensors": TensorPlan,
             "first_tensors": TensorPlan,
             "pareto": ParetoPoint,
-            "bypasses": BypassPlan,
         }
         try:
             for key, kind in nested.items():
                 data[key] = tuple(kind(**{k: _tuple(v) for k, v in row.items()}) for row in data[key])
+            data["bypasses"] = tuple(BypassPlan.of(row) for row in data["bypasses"])
             data |= {key: Again(**data[key]) for key in ("again", "first_again")}
             return cls(**{k: _tuple(v) for k, v in data.items()})
         except (TypeError, KeyError) as error:

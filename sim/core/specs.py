@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +118,29 @@ class LoraSpec:
 
     def params(self, model: ModelShape) -> int:
         return model.layers * self.layer_params(model)
+
+
+class Collective(NamedTuple):
+    """A collective over the devices of a replica, on a tensor of tokens x features."""
+
+    kind: str
+    """all_reduce, all_gather, reduce_scatter or all_to_all."""
+    features: int
+    """Of the whole tensor, which may be split over the devices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BypassWork:
+    """What an adapter's bypasses make a device do in one layer, as they are placed."""
+
+    values: float
+    """Read and written per token in the forward: inputs, rank values, and outputs that are added up."""
+    forward: tuple[Collective, ...] = ()
+    backward: tuple[Collective, ...] = ()
+    own_params: int
+    """Parameters that the device holds and updates."""
+    reduced_params: int = 0
+    """Parameters whose gradient is added up over the devices, once a step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,6 @@ import torch
 
 from engine.graphs import CudaCapture, Decodes, Graphs
 from engine.launching import Launching, LaunchSettings, SecondStream
-from engine.lora import AdapterBank
 from engine.model import Model
 from engine.optimizer import KINDS, MasterOptimizer, OptimizerSettings
 from engine.sampling import Sampling
@@ -29,7 +28,9 @@ from tests.engine.tiny import (
     EngineRun,
     JobSetup,
     adapter_of,
+    bank_of,
     on_cuda,
+    put,
     sample_of,
     tiny_model,
     tokens_of,
@@ -142,9 +143,9 @@ def test_finetuning_beside_inference_gives_the_adapter_that_it_gives_after_it(
 def test_a_replay_is_the_padded_batch_bit_for_bit(count: int, adapters: bool) -> None:
     """And so it stays while requests, pages and adapters change."""
     model = on_cuda(tiny_model("llama", torch.bfloat16))
-    bank = AdapterBank(CONFIGS["llama"].shape, ("q_proj", "down_proj"), 4, model.dtype, model.device, 2)
+    bank = bank_of("llama", ("q_proj", "down_proj"), 4, model.dtype, 2, model.device)
     for seed in range(2):
-        bank.put(adapter_of("llama", 4, ["q_proj", "down_proj"], seed=seed))
+        put(bank, "llama", adapter_of("llama", 4, ["q_proj", "down_proj"], seed=seed))
     random = np.random.default_rng(count)
     table = random.permutation(12 * 80).astype(np.int32).reshape(12, 80)
 
@@ -181,7 +182,7 @@ def test_every_shape_can_be_captured_and_a_moved_bank_is_captured_anew() -> None
         wide = adapter_of("llama", 8, ["k_proj"], seed=5)
         before = engine._bank.moved
         while engine._bank.moved == before:
-            engine._bank.put(wide)
+            put(engine._bank, "llama", wide)
 
     model = tiny_model("llama")
     reference = run(model, MODES[0], 0, Launching())

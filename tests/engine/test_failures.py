@@ -100,8 +100,9 @@ def test_a_spoilt_job_is_given_up_and_all_else_goes_on(kind: str, lookahead: int
         assert torch.equal(kept, now)
     for target in trainer.masters.targets:
         rank = trainer.masters.rank
-        assert torch.equal(bank.a[target][:, slot, :rank], trainer.masters.a[target])
-        assert torch.equal(bank.b[target][:, slot, :, :rank], trainer.masters.b[target])
+        (shelf,) = bank.shelves[target]
+        assert torch.equal(shelf.a[:, slot, :rank], trainer.masters.a[target])
+        assert torch.equal(shelf.b[:, slot, :, :rank], trainer.masters.b[target])
 
     outcomes = spoilt.recorder.requests.arrays()["outcome"]
     assert (outcomes == Outcome.FINISHED).all() and len(outcomes) == 12

@@ -24,7 +24,17 @@ from engine.lora import AdapterBank
 from engine.parallel import Group
 from engine.sampling import Sampling
 from sim.core.request import Request
-from tests.engine.tiny import CONFIGS, EngineRun, JobSetup, adapter_of, sample_of, tiny_model, tokens_of
+from tests.engine.tiny import (
+    CONFIGS,
+    EngineRun,
+    JobSetup,
+    adapter_of,
+    bank_of,
+    put,
+    sample_of,
+    tiny_model,
+    tokens_of,
+)
 from tests.support import LinearCost, build_policy, limits_of
 
 BLOCK = 4
@@ -158,23 +168,22 @@ def test_capturing_changes_nothing() -> None:
 
 def test_without_requests_that_name_adapters_only_the_base_model_is_captured() -> None:
     captures = Counting()
-    graphs, _ = graphs_of(bank_of(2), captures)
+    graphs, _ = graphs_of(graph_bank(2), captures)
     shapes = len(sequence_sizes(12)) * len(key_sizes(WIDTH, BLOCK))
     assert graphs.warm_up(adapters=False) == shapes
     assert graphs.warm_up() == captures.captured == 2 * shapes
 
 
-def bank_of(slots: int) -> AdapterBank:
-    shape = CONFIGS["llama"].shape
-    return AdapterBank(shape, ("q_proj", "down_proj"), 4, torch.float64, torch.device("cpu"), slots)
+def graph_bank(slots: int) -> AdapterBank:
+    return bank_of("llama", ("q_proj", "down_proj"), 4, torch.float64, slots)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 11])
 def test_each_row_is_what_it_is_alone(count: int) -> None:
     """Whatever is in the other rows, in the padding, and was in the buffers before."""
-    bank = bank_of(2)
+    bank = graph_bank(2)
     for n in range(2):
-        bank.put(adapter_of("llama", 2 + n, ["q_proj", "down_proj"], seed=n))
+        put(bank, "llama", adapter_of("llama", 2 + n, ["q_proj", "down_proj"], seed=n))
     graphs, pages = graphs_of(bank, Counting())
     graphs.run(decodes(12, adapters=True))
     start = [part.clone() for part in pages]
@@ -189,15 +198,15 @@ def test_each_row_is_what_it_is_alone(count: int) -> None:
 
 
 def test_a_bank_that_moved_makes_captures_void() -> None:
-    bank, counting = bank_of(1), Counting()
-    bank.put(adapter_of("llama", 4, ["q_proj"], seed=1))
+    bank, counting = graph_bank(1), Counting()
+    put(bank, "llama", adapter_of("llama", 4, ["q_proj"], seed=1))
     graphs, _ = graphs_of(bank, counting)
     given = Decodes(*[np.array([n], np.int32) for n in (3, 5, 0)])
     before = graphs.run(given)[0].clone()
     graphs.run(given)
     assert (counting.captured, counting.made) == (1, 1)
-    old = [*bank.a.values(), *bank.b.values(), bank.ranks, bank.scales]
-    bank.put(adapter_of("llama", 4, ["q_proj"], seed=2))
+    old = [t for (s,) in bank.shelves.values() for t in (s.a, s.b, s.a_ranks)] + [bank.scales]
+    put(bank, "llama", adapter_of("llama", 4, ["q_proj"], seed=2))
     for tensor in old:
         tensor.fill_(-1)  # the memory is somebody else's now
     torch.testing.assert_close(graphs.run(given)[0], before)
@@ -300,8 +309,8 @@ def test_what_a_capture_reads_outlives_it() -> None:
         read.update(memory([cell.cell_contents for cell in body.__closure__ or ()]))
         return lambda: out
 
-    bank = bank_of(2)
-    bank.put(adapter_of("llama", 4, ["q_proj", "down_proj"], seed=0))
+    bank = graph_bank(2)
+    put(bank, "llama", adapter_of("llama", 4, ["q_proj", "down_proj"], seed=0))
     graphs, _ = graphs_of(bank, lambda: capture)
     graphs.warm_up()
     gc.collect()

@@ -36,7 +36,16 @@ from sim.core.request import Request
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from tests.engine.test_streams import Device
-from tests.engine.tiny import CONFIGS, JobSetup, adapter_of, assemble_engine, sample_of, tiny_model, tokens_of
+from tests.engine.tiny import (
+    CONFIGS,
+    JobSetup,
+    adapter_of,
+    assemble_engine,
+    put,
+    sample_of,
+    tiny_model,
+    tokens_of,
+)
 from tests.support import SLOS, LinearCost, ListArrivals, build_policy, limits_of
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "repeat_interleave")
@@ -136,7 +145,7 @@ def serve(policy: str, order: str, memory: str, launching: Launching) -> Engine:
     ours, jobs = assemble_engine(model, limits, [job.of()], {"wide": wide}, launching=launching)
     for _ in range(3):
         assert ours._bank is not None
-        ours._bank.hold(ours._bank.put(wide))  # so that steps move the bank
+        ours._bank.hold(put(ours._bank, "qwen2", wide))  # so that steps move the bank
     prompts: dict[int, Any] = {}
     for id in range(9):
         prompt = tokens_of(3 + (id * 23) % 58, seed=id)

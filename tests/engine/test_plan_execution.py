@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from engine.engine import Engine
 from engine.finetune import SampleFeed, Trainer
 from engine.kernels.loss import linear_cross_entropy
-from engine.lora import ATTENTION, Adapter, AdapterBank
+from engine.lora import ATTENTION, Adapter
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from sim.compile.compiler import Analysis, compile_plan
@@ -27,7 +27,7 @@ from sim.compile.plan import CompilePlan
 from sim.core.finetune import Backward, Forward, JobSpec
 from sim.core.plan import Plan
 from tests.engine.test_finetune_gradients import MODES, peft_grads, peft_of, summed_loss
-from tests.engine.tiny import CONFIGS, adapter_of, sample_of, tiny_model
+from tests.engine.tiny import CONFIGS, adapter_of, bank_of, placed, sample_of, tiny_model
 from tests.support import limits_of
 
 SUBSETS = [s for n in range(1, 8) for s in itertools.combinations(LINEARS, n)]
@@ -71,7 +71,8 @@ def trainer_of(model: Model, adapter: Adapter, plan: CompilePlan) -> tuple[Train
         id="job", layers=plan.layers, optimizer_params=1, accumulation=1, order=plan.order, memory=plan.mode
     )
     pages = model.new_pages(PAGES + 3, PAGE)
-    bank = AdapterBank(model.config.shape, LINEARS, RANK + 1, model.dtype, model.device)
+    family = model.config.family
+    bank = bank_of(family, LINEARS, RANK + 1, model.dtype)
     feed = SampleFeed([SAMPLE])
     trainer = Trainer(
         spec=spec,
@@ -81,6 +82,7 @@ def trainer_of(model: Model, adapter: Adapter, plan: CompilePlan) -> tuple[Train
         blocks=range(3, 3 + PAGES),
         bank=bank,
         adapter=adapter,
+        placements=placed(family, adapter.rank, adapter.targets),
         feed=feed,
         optimizer=OptimizerSettings(schedule="constant"),
     )
@@ -232,7 +234,8 @@ def test_bytes_held_for_a_sample_are_those_of_the_plan(
         with Counted() as counted:
             trainer, engine = trainer_of(model, adapter, plan)
         job = (*trainer.masters.tensors(), *trainer._grads.tensors(), trainer._loss)
-        bank = (*trainer._bank.a.values(), *trainer._bank.b.values(), trainer._bank.ranks)
+        shelves = [shelf for (shelf,) in trainer._bank.shelves.values()]
+        bank = [tensor for shelf in shelves for tensor in (shelf.a, shelf.b, shelf.a_ranks)]
         flags = (trainer._count, trainer._sound)
         others = [*job, *bank, *flags, trainer._bank.scales, engine._last_token, *engine._pages]
         held = counted.live_bytes() - sum(t.untyped_storage().nbytes() for t in others)

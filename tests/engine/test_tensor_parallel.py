@@ -28,10 +28,10 @@ from engine.lora import Adapter, read_adapter, write_adapter
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.parallel import ALONE, Group, share_of
+from engine.placement import Placement
 from engine.ranks import RankFailed
 from engine.replica import Replica, replica
 from engine.sampling import Sampling
-from engine.shares import Shares
 from engine.training import main as finetune
 from sim.compile.compiler import bypasses_of, compile_plan
 from sim.compile.parallel import compositions
@@ -444,15 +444,16 @@ H100 = DeviceSpec(
 @pytest.mark.parametrize("rank", [8, 16, 32])
 def test_adapters_lie_as_the_cheapest_composition_says(rank: int, tp: int) -> None:
     """Placement of A and B, and which gradients are reduced at the update."""
-    for bypass, target in zip(
-        bypasses_of(LARGE, PeftSpec(method="lora", rank=rank, targets=ALL)), ALL, strict=True
-    ):
-        best = compositions(bypass, tp, 512, H100, 9e-6, 8 * 4096)[0]
-        shares = Shares(LARGE, Group(1, tp), [target])._tensors
+    spec = PeftSpec(method="lora", rank=rank, targets=ALL)
+    plan = compile_plan(LARGE, spec, seq_tokens=4096, device=H100, tp=tp, window_tokens=512)
+    for bypass, best in zip(plan.bypasses, bypasses_of(LARGE, spec), strict=True):
+        cheapest = compositions(best, tp, 512, H100, 9e-6, 8 * 4096)[0]
+        placement = Placement(bypass, rank, Group(1, tp), LARGE)
+        shares = (placement.a, placement.b)
         split = [{None: "R", 2: "Sin", 1: "Sout"}[share.dim] for share in shares]
-        assert tuple(split) == best.weights
-        assert tuple(n for n, share in enumerate(shares) if share.dim is None) == best.reduced
-        assert best.collectives == ()
+        assert tuple(split) == cheapest.weights
+        assert tuple(n for n, share in enumerate(shares) if share.reduced) == cheapest.reduced
+        assert placement.plain and cheapest.collectives == ()
 
 
 def test_what_a_rank_holds_is_what_the_memory_model_charges() -> None:

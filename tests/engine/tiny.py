@@ -20,11 +20,14 @@ from engine.engine import Engine
 from engine.finetune import Sample
 from engine.launching import Launching
 from engine.load import random_model, save_model
-from engine.lora import Adapter, new_adapter
+from engine.lora import Adapter, AdapterBank, new_adapter
 from engine.model import LayerWeights, Model, Weights
 from engine.optimizer import OptimizerSettings
 from engine.parallel import ALONE, Group
+from engine.placement import Placement, placements_of
 from engine.sampling import Sampling
+from sim.compile.compiler import serving_bypasses
+from sim.compile.peft import PeftSpec
 from sim.compile.plan import CompilePlan
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Plan, Policy, View
@@ -156,6 +159,24 @@ def adapter_of(
     for b in adapter.b.values():
         b.normal_(0.0, 0.2, generator=generator)
     return adapter
+
+
+def placed(family: str, rank: int, targets: Sequence[str]) -> dict[str, Placement]:
+    """Of an adapter on one device."""
+    shape, spec = config_of(family).shape, PeftSpec(targets=tuple(targets), rank=rank)
+    return placements_of(serving_bypasses(shape, spec, 1, 1), rank, ALONE, shape)
+
+
+def bank_of(
+    family: str, targets: Sequence[str], rank: int, dtype: torch.dtype, slots: int = 4, device: Any = "cpu"
+) -> AdapterBank:
+    """A bank on one device, with room for ranks up to `rank`."""
+    placements = placed(family, rank, targets).values()
+    return AdapterBank(placements, ALONE, config_of(family).shape.layers, dtype, torch.device(device), slots)
+
+
+def put(bank: AdapterBank, family: str, adapter: Adapter) -> int:
+    return bank.put(adapter, placed(family, adapter.rank, adapter.targets))
 
 
 def tokens_of(count: int, seed: int) -> list[int]:
