@@ -106,7 +106,7 @@ class Change:
         parts = len({columns.start for columns in self._columns})
         if parts < len(self._columns):
             every = every.view(parts, -1, *every.shape[1:]).sum(1)
-        return every.transpose(0, 1).flatten(1)
+        return torch.cat(every.unbind(), dim=1)
 
 
 def _block(group: Group, tokens: int) -> int:

@@ -37,6 +37,12 @@ class Bypass:
     input_grad_reduced: bool = True
     """The backbone reduces the gradient of this input anyway (column-parallel layers), so a partial
     one joins it for nothing."""
+    repeated: int = 1
+    """Devices that have the same features of an output that is split by them: those of a K/V head."""
+
+    def own(self, stage: int, tp: int) -> float:
+        """Share of the features that a device of `tp` has of what a stage makes, where they are split."""
+        return (self.repeated if stage == len(self.stages) - 1 else 1) / tp
 
 
 def lora_bypass(name: str, features_in: int, features_out: int, rank: int, row_parallel: bool) -> Bypass:

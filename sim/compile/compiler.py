@@ -151,8 +151,10 @@ class Analysis:
         self.context_tokens = (seq_tokens + 1) / 2
         window, step = min(window_tokens, seq_tokens), accumulation * seq_tokens
         self.bypasses = tuple(
-            _bypass_plan(bypass, price_bypass(bypass, tp, window, step, device)[0], model.dtype_bytes)
-            for bypass in bypasses_of(model, spec)
+            _bypass_plan(
+                bypass, price_bypass(bypass, tp, window, step, device, model.layers)[0], model.dtype_bytes
+            )
+            for bypass in bypasses_of(model, spec, tp)
         )
         self.graph = placed_graph(layer_graph(self.local, spec), self.bypasses, tp)
         self.step_flops, self.points = frontier(self.graph, self.context_tokens, tp, self.bypasses)
@@ -333,8 +335,14 @@ def autograd_bytes(model: ModelShape, spec: PeftSpec, tp: int = 1) -> tuple[int,
     )
 
 
-def bypasses_of(model: ModelShape, spec: PeftSpec) -> Iterator[Bypass]:
-    """The bypasses of one layer in the states that Megatron's placement gives their ends."""
+def bypasses_of(model: ModelShape, spec: PeftSpec, tp: int = 1) -> Iterator[Bypass]:
+    """The bypasses of one layer in the states that Megatron's placement gives their ends, on `tp` devices."""
+    repeated = max(1, tp // model.kv_heads)
+    for bypass in _bypasses_of(model, spec):
+        yield replace(bypass, repeated=repeated) if bypass.name in ("k_proj", "v_proj") else bypass
+
+
+def _bypasses_of(model: ModelShape, spec: PeftSpec) -> Iterator[Bypass]:
     for target in spec.targets:
         wide_in, wide_out = model.linears[target]
         row = target in ROW_PARALLEL
@@ -349,11 +357,11 @@ def bypasses_of(model: ModelShape, spec: PeftSpec) -> Iterator[Bypass]:
 
 
 def price_bypass(
-    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec
+    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec, layers: int
 ) -> list[Composition]:
-    """Its compositions on that device, cheapest first."""
+    """Its compositions in `layers` layers on that device, cheapest first."""
     latency_s = device.extras.get("collective_latency_s", COLLECTIVE_LATENCY_S)
-    return compositions(bypass, tp, tokens, device, latency_s, tokens_per_step)
+    return compositions(bypass, tp, tokens, device, latency_s, tokens_per_step, layers)
 
 
 def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) -> tuple[BypassPlan, ...]:
@@ -364,8 +372,8 @@ def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) ->
     it spares, so that none is chosen which has one.
     """
     plans = []
-    for bypass in bypasses_of(model, spec):
-        found = price_bypass(bypass, tp, tokens, tokens, REFERENCE)
+    for bypass in bypasses_of(model, spec, tp):
+        found = price_bypass(bypass, tp, tokens, tokens, REFERENCE, model.layers)
         best = min(found, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
         plans.append(_bypass_plan(bypass, best, model.dtype_bytes))
     return tuple(plans)
@@ -373,8 +381,6 @@ def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) ->
 
 def _bypass_plan(bypass: Bypass, best: Composition, item_bytes: int) -> BypassPlan:
     tp = best.tp
-    trained = [stage.params for stage in bypass.stages if stage.params]
-    params = sum(n // (1 if w == R else tp) for n, w in zip(trained, best.weights, strict=True))
     return BypassPlan(
         target=bypass.name,
         composition=best.label,
@@ -382,13 +388,13 @@ def _bypass_plan(bypass: Bypass, best: Composition, item_bytes: int) -> BypassPl
         input_state=bypass.input_state if tp > 1 else R,
         output_state=bypass.output_state if tp > 1 else R,
         weights=best.weights,
-        weight_bytes=params * (item_bytes + MASTER_BYTES),
+        weight_bytes=best.own_params * (item_bytes + MASTER_BYTES),
         work=BypassWork(
             values=best.values,
             forward=best.forward,
             backward=best.backward,
-            own_params=params,
-            reduced_params=sum(bypass.stages[at].params for at in best.reduced),
+            own_params=best.own_params,
+            reduced_params=best.reduced_params,
         ),
         reduced_stages=best.reduced,
         flops=best.flops,

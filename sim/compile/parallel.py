@@ -84,6 +84,10 @@ class Composition:
     backward: tuple[Collective, ...]
     """What the backward runs again is among it."""
     reduced: tuple[int, ...]
+    own_params: int
+    """Parameters that a device holds."""
+    reduced_params: int
+    """Parameters whose gradient is reduced at the update."""
     flops: float
     memory_traffic_bytes: float
     collective_bytes: float
@@ -146,12 +150,18 @@ def runs_again(steps: tuple[Step, ...]) -> Iterator[int]:
 
 
 def compositions(
-    bypass: Bypass, tp: int, tokens: int, device: DeviceSpec, latency_s: float, tokens_per_step: int
+    bypass: Bypass,
+    tp: int,
+    tokens: int,
+    device: DeviceSpec,
+    latency_s: float,
+    tokens_per_step: int,
+    layers: int = 1,
 ) -> list[Composition]:
     """Every legal composition, cheapest first (seconds, then resident bytes).
 
     `latency_s` is the time of a collective of no size; reductions at the update count
-    tokens / `tokens_per_step` of their cost. On one device all states are R.
+    tokens / `tokens_per_step` of their cost, and one is of all `layers`. On one device all states are R.
     Raises ValueError where tp does not divide the features.
     """
     for stage in bypass.stages:
@@ -166,7 +176,7 @@ def compositions(
     if tp == 1:
         bypass = replace(bypass, input_state=R, output_state=R)
     found = [
-        _price(bypass, steps, tp, tokens, device, latency_s, tokens_per_step)
+        _price(bypass, steps, tp, tokens, device, latency_s, tokens_per_step, layers)
         for steps in _chains(bypass, tp, 0, bypass.input_state, changed=False)
     ]
     return sorted(found, key=lambda c: (c.seconds, c.resident_bytes, c.label))
@@ -253,9 +263,10 @@ def _price(
     device: DeviceSpec,
     latency_s: float,
     tokens_per_step: int,
+    layers: int,
 ) -> Composition:
     flops = values = resident = 0.0
-    forward, width = [], []
+    held, forward, width = 0, [], []
     features = bypass.stages[0].features_in
     for step in steps:
         width.append(features)
@@ -264,14 +275,17 @@ def _price(
             if kind is not None:
                 forward.append(Collective(kind, features))
             continue
-        stage = bypass.stages[step.stage or 0]
-        flops += 2.0 * tokens * stage.params / (tp if _split(step) else 1) if step.kind == "linear" else 0.0
-        values += values_of(step, stage, tp)
-        params = stage.params / (tp if step.weight in ("Sin", "Sout") else 1)
-        resident += params * (ITEM_BYTES + MASTER_BYTES)
+        at = step.stage or 0
+        stage = bypass.stages[at]
+        made = bypass.own(at, tp) if step.after == S1 else 1 / tp if step.after == S0 else 1.0
+        read = 1 / tp if step.before in (S0, S1) else 1.0
+        if step.kind == "linear":
+            flops += 2.0 * tokens * stage.params * min(read, made)
+        values += stage.features_in * read + stage.features_out * made
+        held += _own_params(bypass, step, tp)
         if step.stage:
-            resident += tokens * features * ITEM_BYTES / (tp if step.before in (S0, S1) else 1)
-        features = stage.features_out
+            resident += tokens * features * ITEM_BYTES * read
+        features = stage.features_out * (bypass.repeated if at == len(bypass.stages) - 1 else 1)
     end, path = gradient_path(bypass.output_state, steps)
     features_at = {id(step): features for step, features in zip(steps, width, strict=True)}
     backward = [Collective(kind, features_at[id(step)]) for step, _came, _state, kind in path if kind]
@@ -282,15 +296,18 @@ def _price(
         assert kind is not None
         backward.append(Collective(kind, width[n]))
     reduced = tuple(sorted(_reduced_stages(path))) if tp > 1 else ()
+    # Devices that share a key and value head have different queries: parts of a sum again.
+    shared = bypass.stages[-1:] if bypass.repeated > 1 and steps[-1].weight == "Sout" else ()
+    updated = [bypass.stages[at].params for at in reduced] + [stage.params for stage in shared]
     link_s = 1.0 / device.link_bandwidth_bytes_s if tp > 1 else 0.0
 
     def sent(collectives: list[Collective]) -> float:
         return sum(sent_bytes(c.kind, tokens * c.features * ITEM_BYTES, tp) for c in collectives)
 
     share = tokens / tokens_per_step
-    updates = share * sum(sent_bytes("all_reduce", bypass.stages[at].params * 4, tp) for at in reduced)
+    updates = share * sum(sent_bytes("all_reduce", params * 4, tp) for params in updated)
     link = sent(forward) + sent(backward) + updates
-    latency = (len(forward) + len(backward) + share * len(reduced)) * latency_s
+    latency = (len(forward) + len(backward) + share * len(updated) / layers) * latency_s
     # Forward, gradient of x and gradient of W each read or write both sides once.
     traffic = ITEM_BYTES * tokens * values
     work_s = max(flops / device.peak_flops, traffic / device.memory_bandwidth_bytes_s)
@@ -303,24 +320,25 @@ def _price(
         forward=tuple(forward),
         backward=tuple(backward),
         reduced=reduced,
+        own_params=held,
+        reduced_params=sum(updated),
         flops=3 * flops,
         memory_traffic_bytes=3 * traffic,
         collective_bytes=link,
         values=values + features / (tp if bypass.output_state in (S0, S1) else 1),
-        resident_bytes=resident,
+        resident_bytes=resident + held * (ITEM_BYTES + MASTER_BYTES),
         seconds=seconds,
         forward_seconds=work_s + len(forward) * latency_s + sent(forward) * link_s,
     )
 
 
-def values_of(step: Step, stage: Stage, tp: int) -> float:
-    """Values of its input and its output per token that a device reads and writes in a stage."""
-    into = stage.features_in / (tp if step.before in (S0, S1) else 1)
-    return into + stage.features_out / (tp if step.after in (S0, S1) else 1)
-
-
-def _split(step: Step) -> bool:
-    return step.weight in ("Sin", "Sout") or step.before in (S0, S1)
+def _own_params(bypass: Bypass, step: Step, tp: int) -> int:
+    """Parameters of a stage that a device holds."""
+    assert step.stage is not None
+    params = bypass.stages[step.stage].params
+    if step.weight == "Sout":
+        return round(params * bypass.own(step.stage, tp))
+    return params // tp if step.weight == "Sin" else params
 
 
 def _reduced_stages(path: list[tuple[Step, str, str, str | None]]) -> Iterator[int]:

@@ -61,7 +61,7 @@ def placement_table(
         for tp in tps:
             for rank in ranks:
                 bypass = lora_bypass(layer, *model.linears[layer], rank, layer in ROW_PARALLEL)
-                found = price_bypass(bypass, tp, tokens, accumulation_tokens, device)
+                found = price_bypass(bypass, tp, tokens, accumulation_tokens, device, model.layers)
                 rows += [
                     PlacementRow(
                         layer=layer,
