@@ -25,7 +25,7 @@ from sim.core.work import Chunk, Work
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.memory import free_bytes, kv_bytes_per_token, kv_room_tokens
 from sim.errors import nearest
-from sim.finetune_plans import FinetunePlans, plans_of
+from sim.finetune_plans import FinetunePlans, plans_of, served_work
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
 from sim.routing import Router
@@ -286,6 +286,8 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
             lookahead=cluster.limits.lookahead,
             again_gemm=plans.again_gemm,
             again_attention=plans.again_attention,
+            trained=plans.trained,
+            served=served_work(model, finetune.lora, tp, cluster.limits.max_sequences),
         )
         world = build(None, config.cost.world, "cost.world")
         predictor = build(None, config.cost.predictor, "cost.predictor").build(context)

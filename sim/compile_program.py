@@ -39,6 +39,11 @@ class FinetuneSettings:
     mode: str
     flops_budget: float | None
     window_tokens: int
+    accumulation: int
+
+    def __post_init__(self) -> None:
+        if self.accumulation < 1:
+            raise ValueError(f"finetune.accumulation must be at least 1, got {self.accumulation}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -78,7 +83,13 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     spec = build(None, config.peft, "peft")
     assert isinstance(spec, PeftSpec)
     if config.show == "placements":
-        print_placements(placement_table(model, device=device, tokens=settings.window_tokens))
+        rows = placement_table(
+            model,
+            device=device,
+            tokens=min(settings.window_tokens, settings.seq_len),
+            accumulation_tokens=settings.accumulation * settings.seq_len,
+        )
+        print_placements(rows)
         return {}
     tp = model.tp if config.tp is None else config.tp
     model.check_tp(tp)
@@ -91,6 +102,7 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         mode=settings.mode,
         budget_share=settings.flops_budget,
         window_tokens=settings.window_tokens,
+        accumulation=settings.accumulation,
         memory_fraction=config.memory_utilization,
     )
     folder = Path(HydraConfig.get().runtime.output_dir)

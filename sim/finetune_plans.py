@@ -16,7 +16,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from sim.core.finetune import AUTO
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.core.specs import BypassWork, DeviceSpec, LoraSpec, ModelShape
 from sim.workload.finetune import Finetune
 
 if TYPE_CHECKING:
@@ -49,6 +49,13 @@ class FinetunePlans:
     def again_attention(self) -> float:
         return max((plan.mean_again.attention for plan in self.plans.values()), default=0.0)
 
+    @property
+    def trained(self) -> BypassWork | None:
+        """What the bypasses of a window do in a layer; of jobs that differ, those that take longest."""
+        plans = self.plans.values()
+        longest = max(plans, key=lambda plan: sum(b.seconds for b in plan.bypasses), default=None)
+        return None if longest is None else longest.bypass_work
+
     def settle(self, finetune: Finetune) -> Finetune:
         """`finetune` with the memory that the plans chose."""
         jobs = {name: replace(job, memory=self.plans[name].mode) for name, job in finetune.jobs.items()}
@@ -66,9 +73,10 @@ def plans_of(
     """Compile every job. `free_bytes` per device are left beside weights and activations, `kv_bytes` of them
     are the KV cache's (None: not said). Raises ValueError where nothing fits a job that asks."""
     finetune.lora.layer_params(model)  # refuses targets that the model does not have
+    of = (model, finetune.lora, device, tp)
     fixed = {name: job for name, job in finetune.jobs.items() if job.memory != AUTO}
     plans = {
-        name: _compiled(model, finetune.lora, device, tp, job.cutoff_len, job.order, job.memory)
+        name: _compiled(*of, job.cutoff_len, job.accumulation, job.order, job.memory)
         for name, job in fixed.items()
     }
     share = AUTO_SHARE if kv_bytes is None else 1.0
@@ -82,7 +90,7 @@ def plans_of(
     for name, job in asking.items():
         try:
             plans[name] = _fitting(
-                model, finetune.lora, device, tp, job.cutoff_len, job.order, left / len(asking), share
+                *of, job.cutoff_len, job.accumulation, job.order, left / len(asking), share
             )
         except ValueError as error:
             raise ValueError(f"finetune.jobs.{name}.memory=auto: {error}") from None
@@ -90,14 +98,39 @@ def plans_of(
 
 
 @cache
+def served_work(model: ModelShape, lora: LoraSpec, tp: int, max_sequences: int) -> BypassWork:
+    """What the bypasses of inference tokens do in a layer."""
+    from sim.compile.compiler import serving_bypasses
+    from sim.compile.peft import PeftSpec
+    from sim.compile.plan import work_of
+
+    return work_of(serving_bypasses(model, PeftSpec.from_lora(lora), tp, max_sequences))
+
+
+@cache
 def _compiled(
-    model: ModelShape, lora: LoraSpec, device: DeviceSpec, tp: int, tokens: int, order: str, memory: str
+    model: ModelShape,
+    lora: LoraSpec,
+    device: DeviceSpec,
+    tp: int,
+    tokens: int,
+    accumulation: int,
+    order: str,
+    memory: str,
 ) -> CompilePlan:
     from sim.compile.compiler import compile_plan
     from sim.compile.peft import PeftSpec
 
-    spec = PeftSpec.from_lora(lora)
-    return compile_plan(model, spec, seq_tokens=tokens, device=device, tp=tp, mode=memory, order=order)
+    return compile_plan(
+        model,
+        PeftSpec.from_lora(lora),
+        seq_tokens=tokens,
+        device=device,
+        tp=tp,
+        mode=memory,
+        order=order,
+        accumulation=accumulation,
+    )
 
 
 @cache
@@ -107,6 +140,7 @@ def _fitting(
     device: DeviceSpec,
     tp: int,
     tokens: int,
+    accumulation: int,
     order: str,
     free_bytes: float,
     share: float,
@@ -123,4 +157,5 @@ def _fitting(
         device=device,
         tp=tp,
         order=order,
+        accumulation=accumulation,
     )

@@ -22,6 +22,7 @@ not the loss); under tensor parallelism that repeats the all-reduces, whose time
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -107,6 +108,18 @@ class BypassPlan:
         }
         nested = {"steps": tuple(Step(**step) for step in row["steps"]), "work": BypassWork(**work)}
         return cls(**{k: _tuple(v) for k, v in (row | nested).items()})
+
+
+def work_of(bypasses: Sequence[BypassPlan]) -> BypassWork:
+    """Of all bypasses of a layer."""
+    works = [bypass.work for bypass in bypasses]
+    return BypassWork(
+        values=sum(work.values for work in works),
+        forward=tuple(sent for work in works for sent in work.forward),
+        backward=tuple(sent for work in works for sent in work.backward),
+        own_params=sum(work.own_params for work in works),
+        reduced_params=sum(work.reduced_params for work in works),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,14 +232,7 @@ class CompilePlan:
     @property
     def bypass_work(self) -> BypassWork:
         """Of all bypasses of a layer."""
-        works = [bypass.work for bypass in self.bypasses]
-        return BypassWork(
-            values=sum(work.values for work in works),
-            forward=tuple(sent for work in works for sent in work.forward),
-            backward=tuple(sent for work in works for sent in work.backward),
-            own_params=sum(work.own_params for work in works),
-            reduced_params=sum(work.reduced_params for work in works),
-        )
+        return work_of(self.bypasses)
 
     def live_bytes(self) -> dict[str, int]:
         """Bytes held for a sample of `seq_tokens`, by part."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import math
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from sim.compile.peft import PeftSpec
 from sim.compile.plan import KEEP, MODES, PIN, CompilePlan
 from sim.compile.prune import autograd, prune, unpruned
 from sim.compile.roles import KINDS, kind_of
-from sim.core.specs import DeviceSpec, ModelShape
+from sim.core.specs import Collective, DeviceSpec, ModelShape
 
 COLUMNS = ("unpruned", "autograd", "pruned", "+remat", "+token-level")
 GRADIENTS = "dK dV and hidden gradient"
@@ -76,6 +77,7 @@ def run_compile(
     mode: str = "stash",
     budget_share: float | None = None,
     window_tokens: int = WINDOW_TOKENS,
+    accumulation: int = 8,
     memory_fraction: float = 0.9,
 ) -> CompileReport:
     """Compile and account. `memory_fraction` of the device is ours to use.
@@ -85,7 +87,15 @@ def run_compile(
     if not 0 < memory_fraction <= 1:
         raise ValueError(f"memory_utilization must be in (0, 1], got {memory_fraction}")
     start = time.perf_counter()
-    analysis = Analysis(model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens)
+    analysis = Analysis(
+        model,
+        spec,
+        seq_tokens=seq_tokens,
+        device=device,
+        tp=tp,
+        window_tokens=window_tokens,
+        accumulation=accumulation,
+    )
     plan = analysis.plan(mode, budget_share)
     rows = _rows(plan, analysis.graph, layer_graph(analysis.local, peft_default(spec)))
     inner, first, head = autograd_bytes(model, peft_default(spec), tp)
@@ -295,9 +305,30 @@ def _lines(report: CompileReport) -> list[str]:
         f"KV room left: {room}; compiled in {report.compile_s:.2f} s",
     ]
     if plan.tp > 1:
-        placed = ", ".join(f"{b.target}: {b.composition}" for b in plan.bypasses)
-        lines.append(f"bypass placements on {plan.tp} devices (rules, changes of state): {placed}")
+        lines += _placement_lines(plan)
     return lines
+
+
+def _placement_lines(plan: CompilePlan) -> list[str]:
+    """Which composition each bypass has, what of it is sent, and what at a step."""
+    placed = ", ".join(f"{b.target}: {b.composition}" for b in plan.bypasses)
+    # The engine runs LoRA, in windows of WINDOW_TOKENS; of all else it is said what would be cheapest.
+    run = plan.method == "lora" and plan.window_tokens == WINDOW_TOKENS
+    whose = "as engine and simulator run them" if run else "at the least cost"
+    work = plan.bypass_work
+    reduced = f"gradients of {work.reduced_params:,} parameters"
+    return [
+        f"bypasses on {plan.tp} devices, {whose} (rules, changes of state): {placed}",
+        f"in a layer they send forward {_sent(work.forward)}, backward {_sent(work.backward)}; "
+        f"added up at a step: {reduced if work.reduced_params else 'nothing'}",
+    ]
+
+
+def _sent(collectives: Iterable[Collective]) -> str:
+    """Collectives by kind and features per token."""
+    counts = Counter(collectives)
+    words = (f"{count} {sent.kind} of {sent.features}" for sent, count in sorted(counts.items()))
+    return ", ".join(words) or "nothing"
 
 
 def _kib(value: float) -> str:

@@ -46,6 +46,19 @@ def allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Eff
     return np.where(size_bytes < LARGE_BYTES, small_s, large_s)
 
 
+def collective_s(
+    kind: str, size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency
+) -> Floats:
+    """Any collective on a tensor of `size_bytes` in all, of which a device has its part before or after; kinds are
+    `sim.core.specs.Collective`'s."""
+    if kind == "all_reduce":
+        return allreduce_s(size_bytes, tp, device, efficiency)
+    if kind == "all_to_all":
+        # NCCL counts what one device has.
+        return nccl_s(size_bytes / tp, tp, "alltoall", device, efficiency)
+    return nccl_s(size_bytes, tp, kind, device, efficiency)
+
+
 def eager_allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
     """The same outside a graph: at least a launch, and the data is first copied to a shared buffer."""
     copy_s = 2.0 * size_bytes / (device.memory_bandwidth_bytes_s * efficiency.add_bandwidth)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sim.core.cost import Predictor
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.core.specs import BypassWork, DeviceSpec, LoraSpec, ModelShape
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +23,11 @@ class CostContext:
     again_gemm: float = 0.0
     """Share of a layer's matrix products that its backward runs again (compile plan)."""
     again_attention: float = 0.0
+    trained: BypassWork | None = None
+    """What the bypasses of a finetuning window do in a layer (compile plan). None: they are split as their linear
+    layers are, and nothing is sent between devices or reduced at a step."""
+    served: BypassWork | None = None
+    """The same of inference tokens with an adapter."""
 
     def __post_init__(self) -> None:
         self.model.check_tp(self.tp)

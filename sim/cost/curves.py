@@ -82,6 +82,10 @@ class Curves:
     lora_fixed_s: float
     """Bypasses of one pass: once when the inference tokens use an adapter, once for the windows."""
     lora_token_s: float
+    window_lora_token_s: float | None = None
+    """The same of a window's tokens, whose adapter may lie otherwise on the devices; None: as `lora_token_s`."""
+    window_collective_s: list[float] | None = None
+    """Collectives of the bypasses of so many window tokens, all layers; None: there are none."""
     adapter_s: float
     """Per distinct adapter among the inference tokens."""
     optimizer_param_s: float
@@ -108,9 +112,13 @@ class Curves:
         window's recompute without its all-reduces, and of the attention. Nothing changes with shares of 0."""
         if gemm == attention == 0:
             return self
-        collective_s = [0.0] * len(self.token_s) if self.collective_s is None else self.collective_s
+        nothing_s = [0.0] * len(self.token_s)
+        collectives_s = zip(
+            self.collective_s or nothing_s, self.window_collective_s or nothing_s, strict=True
+        )
         products_s = [
-            gemm / layers * max(0.0, s - c) for s, c in zip(self.recompute_s, collective_s, strict=True)
+            gemm / layers * max(0.0, s - a - b)
+            for s, (a, b) in zip(self.recompute_s, collectives_s, strict=True)
         ]
         seconds = (a + b for a, b in zip(self.backward_layer_s, products_s, strict=True))
         return replace(
@@ -128,7 +136,14 @@ LISTS = (
     "recompute_s",
     "backward_layer_s",
     "backward_collective_s",
+    "window_collective_s",
 )
+
+
+def window_lora_s(curves: Curves, tokens: int) -> float:
+    """Bypasses of so many window tokens, without their collectives."""
+    token_s = curves.lora_token_s if curves.window_lora_token_s is None else curves.window_lora_token_s
+    return curves.lora_fixed_s + token_s * tokens if tokens else 0.0
 
 
 def slope_s(values: list[float], known_tokens: int) -> float:

@@ -94,8 +94,14 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
         + row["recompute_pairs"] * c.recompute.pair_s,
         "optimizer": row["optimizer_params"] * c.optimizer_param_s,
         "adapters": lora * (row["adapters"] > 0),
-        "adapters_forward": (c.lora_fixed_s + c.lora_token_s * windows) * (windows > 0),
+        "adapters_forward": _windows_lora_s(c, windows),
     }
+
+
+def _windows_lora_s(c: Curves, windows: Floats) -> Floats:
+    per_token_s = c.lora_token_s if c.window_lora_token_s is None else c.window_lora_token_s
+    seconds: Floats = (c.lora_fixed_s + per_token_s * windows) * (windows > 0)
+    return seconds if c.window_collective_s is None else seconds + _at(c.window_collective_s, windows)
 
 
 def _chunks(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:

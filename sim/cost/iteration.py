@@ -23,7 +23,7 @@ from sim.core.cost import Fit
 from sim.core.finetune import JobView, backward_chunks, recompute_chunks
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.backward import largest_slice
-from sim.cost.curves import ChunkCost, Curves, extend, extended
+from sim.cost.curves import ChunkCost, Curves, extend, extended, window_lora_s
 from sim.cost.inverse import ROUNDING, Coefficients, largest_chunk, left_beside, settled
 
 
@@ -39,8 +39,9 @@ class IterationCost:
         """Passes beyond `known_tokens` in the works asked for so far."""
         self._token_s = list(curves.token_s)
         self._sampled_s = list(curves.sampled_s)
-        fixed_s, token_s = curves.lora_fixed_s, curves.lora_token_s
-        self._window_s = [s + fixed_s + token_s * n if n else 0.0 for n, s in enumerate(curves.loss_s)]
+        self._window_s = [s + window_lora_s(curves, n) for n, s in enumerate(curves.loss_s)]
+        if curves.window_collective_s is not None:
+            self._window_s = [a + b for a, b in zip(self._window_s, curves.window_collective_s, strict=True)]
         self._recompute_s = list(curves.recompute_s)
         self._backward_s = list(curves.backward_layer_s)
         self._prefill = _coefficients(curves.prefill)
@@ -48,7 +49,7 @@ class IterationCost:
         self._recompute = _coefficients(curves.recompute)
         self._backward = _coefficients(curves.backward)
         self._nothing_s = [0.0] * len(curves.token_s)
-        self._lora_s = [token_s * n for n in range(len(curves.token_s))]
+        self._lora_s = [curves.lora_token_s * n for n in range(len(curves.token_s))]
         self._decode_fixed_s, self._decode_sequence_s, self._decode_context_s = curves.decode
         self._backward_start_s = curves.backward_start_s
         self._optimizer_param_s = curves.optimizer_param_s
@@ -84,7 +85,9 @@ class IterationCost:
         windows, forward_s, backward_s, recompute_s, optimizer_s = self._finetuning(
             work.forward, work.backward, work.recompute, work.optimizer_params
         )
-        lora_s = curves.lora_fixed_s + curves.lora_token_s * windows if windows else 0.0
+        lora_s = window_lora_s(curves, windows)
+        if curves.window_collective_s is not None:
+            lora_s += extended(curves.window_collective_s, windows)
         passes = (tokens, windows) if work.overlap else (tokens + windows,)
         parts = {
             "forward_pass": sum([self._token_s[n] for n in passes]),
@@ -381,7 +384,7 @@ class IterationCost:
         return self._decode_fixed_s + work.decode_count * each_s + work.decode_context_tokens * context_s
 
     def _set_collective_apart(self, parts: dict[str, float], work: Work, passes: tuple[int, ...]) -> None:
-        """Move the all-reduces out of the parts that contain them. Modifies `parts`."""
+        """Move the collectives out of the parts that contain them. Modifies `parts`."""
         forward, backward = self.curves.collective_s, self.curves.backward_collective_s
         if forward is None or backward is None:
             return
@@ -390,6 +393,10 @@ class IterationCost:
             "backward": sum([c.layers * extended(backward, c.tokens) for c in work.backward]),
             "recompute": sum([extended(forward, c.tokens) for c in work.recompute]),
         }
+        bypasses = self.curves.window_collective_s
+        if bypasses is not None:
+            seconds["adapters"] = extended(bypasses, work.forward_tokens)
+            seconds["recompute"] += sum([extended(bypasses, c.tokens) for c in work.recompute])
         for name, collective_s in seconds.items():
             parts[name] -= collective_s
         parts["collective"] = sum(seconds.values())

@@ -8,18 +8,21 @@ One layer of a forward pass over m tokens on one of tp devices:
 
 The backward of a layer with frozen weights has the transposed GEMMs (dX = dY W^T: the FLOPs of the
 forward, none for dW), element-wise kernels that read the saved tensors again, the LoRA gradients, and
-the same two all-reduces. Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.cost.collective`.
+the same two all-reduces. LoRA's bypasses send what their placement says (`CostContext.trained`).
+Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.cost.collective`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.core.specs import BypassWork, Collective
 from sim.cost import attention
-from sim.cost.collective import allreduce_s
+from sim.cost.collective import allreduce_s, collective_s
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
 from sim.cost.efficiency import Efficiency
@@ -98,7 +101,7 @@ class _Terms:
     def __init__(self, settings: Roofline, context: CostContext) -> None:
         self.settings = settings
         self.model, self.device, self.tp = context.model, context.device, context.tp
-        self.lora = context.lora
+        self.lora, self.trained, self.served = context.lora, context.trained, context.served
         self.efficiency = Efficiency.of(context.device)
         self.m = np.arange(1, settings.max_tokens + 1, dtype=np.float64)
         self.kv_dim = attention.local_kv_heads(self.model, self.tp) * self.model.head_dim
@@ -111,25 +114,32 @@ class _Terms:
         model, device, tp, efficiency = self.model, self.device, self.tp, self.efficiency
         allreduce = 2.0 * allreduce_s(self.m * (model.hidden * model.dtype_bytes), tp, device, efficiency)
         token_s = self._forward_s(allreduce)
-        lora_token_s, lora_fixed_s = self._lora_s()
+        served_token_s, lora_fixed_s = self._lora_s(self.served)
+        trained_token_s, _ = self._lora_s(self.trained)
+        sent = () if self.trained is None else self.trained.forward
+        bypass_collectives = model.layers * self._collectives_s(sent)
+        back = () if self.trained is None else self.trained.backward
+        backward_collectives = allreduce + self._collectives_s(back)
         window = attention.chunk_cost(model.layers, model, tp, device, efficiency)
         return Curves(
             token_s=_curve(token_s),
             collective_s=_curve(model.layers * allreduce),
             sampled_s=_curve(self._logits_s()),
             loss_s=_curve(self._loss_s()),
-            recompute_s=_curve(token_s + (lora_fixed_s + lora_token_s * self.m)),
-            backward_layer_s=_curve(self._backward_layer_s(allreduce)),
-            backward_collective_s=_curve(allreduce),
+            recompute_s=_curve(token_s + (lora_fixed_s + trained_token_s * self.m) + bypass_collectives),
+            backward_layer_s=_curve(self._backward_layer_s(backward_collectives)),
+            backward_collective_s=_curve(backward_collectives),
             prefill=window,
             forward=window,
             recompute=window,
             backward=attention.backward_cost(model, tp, device, efficiency),
             decode=attention.decode_cost(model, tp, device, efficiency),
             lora_fixed_s=lora_fixed_s,
-            lora_token_s=lora_token_s,
+            lora_token_s=served_token_s,
+            window_lora_token_s=trained_token_s,
+            window_collective_s=_curve(bypass_collectives) if sent else None,
             adapter_s=self.lora.params(model) * model.dtype_bytes / tp * self.byte_s,
-            optimizer_param_s=OPTIMIZER_BYTES * self.byte_s,
+            optimizer_param_s=self._optimizer_param_s(),
             host_s=self.settings.host_s,
             overlap_contention=self.settings.overlap_contention,
         )
@@ -143,20 +153,28 @@ class _Terms:
         ends = self._elementwise_s(4 * model.hidden, kernels=2)
         return self._at_least_launches(model.layers * layer + ends, model.layers * launches + 2)
 
-    def _backward_layer_s(self, allreduce: Floats) -> Floats:
+    def _backward_layer_s(self, collectives: Floats) -> Floats:
         """One layer: transposed GEMMs; norms, rotary and SiLU-gate read saved tensors and gradients."""
         gemms = sum(self._gemm_s(self.m, n, k) for k, n in self._linears())
-        lora_token_s, lora_fixed_s = self._lora_s()
+        lora_token_s, lora_fixed_s = self._lora_s(self.trained)
         layers = self.model.layers
         # dB, dA and two gradients of activations: twice the products and kernels of the forward.
         lora = 2.0 * (lora_fixed_s + lora_token_s * self.m) / layers
-        layer = gemms + self._small_kernels_s(BACKWARD_VALUES) + lora + allreduce
+        layer = gemms + self._small_kernels_s(BACKWARD_VALUES) + lora + collectives
         launches = 9 + 4 * len(self.lora.targets) + (2 if self.tp > 1 else 0)
         return self._at_least_launches(layer, launches, captured=False)
 
-    def _lora_s(self) -> tuple[float, float]:
-        """Per token and per pass, all layers: two thin products per target, bound by their activations:
-        read the input, write and read rank values, read and write the output."""
+    def _lora_s(self, work: BypassWork | None) -> tuple[float, float]:
+        """Per token and per pass, all layers, without collectives: two thin products per target, bound by their
+        activations: read the input, write and read rank values, read and write the output."""
+        values = self._unplaced_values() if work is None else work.values
+        layers, kernels = self.model.layers, 2 * len(self.lora.targets)
+        return (
+            layers * values * self.model.dtype_bytes * self.byte_s,
+            layers * kernels * self.efficiency.elementwise_fixed_s,
+        )
+
+    def _unplaced_values(self) -> float:
         split_in = {"o_proj", "down_proj"}
         values = 0.0
         for target in self.lora.targets:
@@ -166,11 +184,28 @@ class _Terms:
             else:
                 outputs //= self.tp
             values += inputs + 2 * self.lora.rank + 2 * outputs
-        layers, kernels = self.model.layers, 2 * len(self.lora.targets)
-        return (
-            layers * values * self.model.dtype_bytes * self.byte_s,
-            layers * kernels * self.efficiency.elementwise_fixed_s,
-        )
+        return values
+
+    def _collectives_s(self, collectives: Iterable[Collective]) -> Floats:
+        """Of one layer, by tokens."""
+        found = np.zeros_like(self.m)
+        for kind, features in collectives:
+            size_bytes = self.m * (features * self.model.dtype_bytes)
+            found += collective_s(kind, size_bytes, self.tp, self.device, self.efficiency)
+        return found
+
+    def _optimizer_param_s(self) -> float:
+        """Per parameter of the adapter: the update of those that a device holds, after the gradients that are
+        sums over devices have been added up in float32."""
+        update_s = OPTIMIZER_BYTES * self.byte_s
+        if self.trained is None:
+            return update_s
+        layers, params = self.model.layers, self.lora.params(self.model)
+        reduced_bytes = np.array([4.0 * layers * self.trained.reduced_params])
+        reduce_s = 0.0
+        if reduced_bytes[0]:
+            reduce_s = float(allreduce_s(reduced_bytes, self.tp, self.device, self.efficiency)[0])
+        return update_s * (layers * self.trained.own_params / params) + reduce_s / params
 
     def _logits_s(self) -> Floats:
         """lm_head, gathering of the split vocabulary (half an all-reduce), and a sampler that reads the
