@@ -83,13 +83,13 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     spec = build(None, config.peft, "peft")
     assert isinstance(spec, PeftSpec)
     if config.show == "placements":
-        rows = placement_table(
+        placements = placement_table(
             model,
             device=device,
             tokens=min(settings.window_tokens, settings.seq_len),
             accumulation_tokens=settings.accumulation * settings.seq_len,
         )
-        print_placements(rows)
+        print_placements(placements)
         return {}
     tp = model.tp if config.tp is None else config.tp
     model.check_tp(tp)

@@ -48,10 +48,6 @@ REFERENCE = DeviceSpec(
 )
 """Prices the placement of bypasses where no device is given: only the proportions count."""
 
-COLLECTIVE_LATENCY_S = 9e-6
-"""Small NCCL collectives between two A100 (ai-dynamo/aiconfigurator, nccl 2.27.3: 9 us); a device
-says otherwise with extras["collective_latency_s"]."""
-
 
 def compile_plan(
     model: ModelShape,
@@ -150,12 +146,11 @@ class Analysis:
         self.local = local_shape(model, tp)
         self.context_tokens = (seq_tokens + 1) / 2
         window, step = min(window_tokens, seq_tokens), accumulation * seq_tokens
-        self.bypasses = tuple(
-            _bypass_plan(
-                bypass, price_bypass(bypass, tp, window, step, device, model.layers)[0], model.dtype_bytes
-            )
+        placed = [
+            (bypass, price_bypass(bypass, tp, window, step, device, model.layers)[0])
             for bypass in bypasses_of(model, spec, tp)
-        )
+        ]
+        self.bypasses = tuple(_bypass_plan(*pair, window, model.dtype_bytes) for pair in placed)
         self.graph = placed_graph(layer_graph(self.local, spec), self.bypasses, tp)
         self.step_flops, self.points = frontier(self.graph, self.context_tokens, tp, self.bypasses)
         self.first_points = frontier(self.graph, self.context_tokens, tp, self.bypasses, input_grad=False)[1]
@@ -360,8 +355,7 @@ def price_bypass(
     bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec, layers: int
 ) -> list[Composition]:
     """Its compositions in `layers` layers on that device, cheapest first."""
-    latency_s = device.extras.get("collective_latency_s", COLLECTIVE_LATENCY_S)
-    return compositions(bypass, tp, tokens, device, latency_s, tokens_per_step, layers)
+    return compositions(bypass, tp, tokens, device, tokens_per_step, layers)
 
 
 def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) -> tuple[BypassPlan, ...]:
@@ -375,11 +369,11 @@ def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) ->
     for bypass in bypasses_of(model, spec, tp):
         found = price_bypass(bypass, tp, tokens, tokens, REFERENCE, model.layers)
         best = min(found, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
-        plans.append(_bypass_plan(bypass, best, model.dtype_bytes))
+        plans.append(_bypass_plan(bypass, best, tokens, model.dtype_bytes))
     return tuple(plans)
 
 
-def _bypass_plan(bypass: Bypass, best: Composition, item_bytes: int) -> BypassPlan:
+def _bypass_plan(bypass: Bypass, best: Composition, tokens: int, item_bytes: int) -> BypassPlan:
     tp = best.tp
     return BypassPlan(
         target=bypass.name,
@@ -391,6 +385,7 @@ def _bypass_plan(bypass: Bypass, best: Composition, item_bytes: int) -> BypassPl
         weight_bytes=best.own_params * (item_bytes + MASTER_BYTES),
         work=BypassWork(
             values=best.values,
+            flops=best.flops / (3 * tokens),
             forward=best.forward,
             backward=best.backward,
             own_params=best.own_params,

@@ -17,7 +17,8 @@ linearity gives, which lets low-rank partial sums go on into the backbone's own 
 
 `compositions` enumerates every chain of these with at most one change of state between two operators,
 from the state in which the backbone has the bypass's input to the one in which it adds the output, and
-prices each: FLOPs, memory traffic, collectives forward and backward, gradients reduced at the update.
+prices each: FLOPs, memory traffic, collectives forward and backward, gradients reduced at the update. Seconds
+are the roofline's (`sim.core.efficiency`, `sim.core.collective`), so that what is chosen is what is charged least.
 
 The gradient of W reads the operator's input in its own state. Where a collective brought it there, the
 backward has it thus:
@@ -35,6 +36,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sim.compile.bypass import S0, S1, Bypass, P, R, Stage
+from sim.core.collective import one_collective_s
+from sim.core.efficiency import Efficiency
 from sim.core.specs import Collective, DeviceSpec
 
 LINEAR_RULES = ((1, R, "R", R), (2, S1, "Sin", P), (3, S0, "R", S0), (4, R, "Sout", S1), (5, P, "R", P))
@@ -154,14 +157,13 @@ def compositions(
     tp: int,
     tokens: int,
     device: DeviceSpec,
-    latency_s: float,
     tokens_per_step: int,
     layers: int = 1,
 ) -> list[Composition]:
     """Every legal composition, cheapest first (seconds, then resident bytes).
 
-    `latency_s` is the time of a collective of no size; reductions at the update count
-    tokens / `tokens_per_step` of their cost, and one is of all `layers`. On one device all states are R.
+    Reductions at the update count tokens / `tokens_per_step` of their cost, and one is of all `layers`. On one
+    device all states are R.
     Raises ValueError where tp does not divide the features.
     """
     for stage in bypass.stages:
@@ -176,7 +178,7 @@ def compositions(
     if tp == 1:
         bypass = replace(bypass, input_state=R, output_state=R)
     found = [
-        _price(bypass, steps, tp, tokens, device, latency_s, tokens_per_step, layers)
+        _price(bypass, steps, tp, tokens, device, tokens_per_step, layers)
         for steps in _chains(bypass, tp, 0, bypass.input_state, changed=False)
     ]
     return sorted(found, key=lambda c: (c.seconds, c.resident_bytes, c.label))
@@ -261,7 +263,6 @@ def _price(
     tp: int,
     tokens: int,
     device: DeviceSpec,
-    latency_s: float,
     tokens_per_step: int,
     layers: int,
 ) -> Composition:
@@ -299,19 +300,24 @@ def _price(
     # Devices that share a key and value head have different queries: parts of a sum again.
     shared = bypass.stages[-1:] if bypass.repeated > 1 and steps[-1].weight == "Sout" else ()
     updated = [bypass.stages[at].params for at in reduced] + [stage.params for stage in shared]
-    link_s = 1.0 / device.link_bandwidth_bytes_s if tp > 1 else 0.0
+    efficiency = Efficiency.of(device)
 
-    def sent(collectives: list[Collective]) -> float:
-        return sum(sent_bytes(c.kind, tokens * c.features * ITEM_BYTES, tp) for c in collectives)
+    def sent_s(kind: str, size_bytes: float) -> float:
+        return one_collective_s(kind, size_bytes, tp, device, efficiency)
 
+    forward_s, backward_s = (
+        sum(sent_s(kind, tokens * wide * ITEM_BYTES) for kind, wide in collectives)
+        for collectives in (forward, backward)
+    )
     share = tokens / tokens_per_step
-    updates = share * sum(sent_bytes("all_reduce", params * 4, tp) for params in updated)
-    link = sent(forward) + sent(backward) + updates
-    latency = (len(forward) + len(backward) + share * len(updated) / layers) * latency_s
+    update_s = share / layers * sum(sent_s("all_reduce", layers * params * 4) for params in updated)
+    link = sum(sent_bytes(kind, tokens * wide * ITEM_BYTES, tp) for kind, wide in (*forward, *backward))
+    link += share * sum(sent_bytes("all_reduce", params * 4, tp) for params in updated)
     # Forward, gradient of x and gradient of W each read or write both sides once.
     traffic = ITEM_BYTES * tokens * values
-    work_s = max(flops / device.peak_flops, traffic / device.memory_bandwidth_bytes_s)
-    seconds = 3 * work_s + latency + link * link_s
+    bandwidth = device.memory_bandwidth_bytes_s * efficiency.elementwise_bandwidth
+    work_s = max(flops / (device.peak_flops * efficiency.layer_flops), traffic / bandwidth)
+    seconds = 3 * work_s + forward_s + backward_s + update_s
     assert math.isfinite(seconds)
     return Composition(
         bypass=bypass.name,
@@ -328,7 +334,7 @@ def _price(
         values=values + features / (tp if bypass.output_state in (S0, S1) else 1),
         resident_bytes=resident + held * (ITEM_BYTES + MASTER_BYTES),
         seconds=seconds,
-        forward_seconds=work_s + len(forward) * latency_s + sent(forward) * link_s,
+        forward_seconds=work_s + forward_s,
     )
 
 

@@ -115,6 +115,7 @@ def work_of(bypasses: Sequence[BypassPlan]) -> BypassWork:
     works = [bypass.work for bypass in bypasses]
     return BypassWork(
         values=sum(work.values for work in works),
+        flops=sum(work.flops for work in works),
         forward=tuple(sent for work in works for sent in work.forward),
         backward=tuple(sent for work in works for sent in work.backward),
         own_params=sum(work.own_params for work in works),

@@ -135,6 +135,8 @@ class BypassWork:
 
     values: float
     """Read and written per token in the forward: inputs, rank values, and outputs that are added up."""
+    flops: float
+    """Of both products per token, in the forward."""
     forward: tuple[Collective, ...] = ()
     backward: tuple[Collective, ...] = ()
     own_params: int

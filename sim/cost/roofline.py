@@ -9,7 +9,7 @@ One layer of a forward pass over m tokens on one of tp devices:
 The backward of a layer with frozen weights has the transposed GEMMs (dX = dY W^T: the FLOPs of the
 forward, none for dW), element-wise kernels that read the saved tensors again, the LoRA gradients, and
 the same two all-reduces. LoRA's bypasses send what their placement says (`CostContext.trained`).
-Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.cost.collective`.
+Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.core.collective`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.core.collective import allreduce_s, collective_s
+from sim.core.efficiency import Efficiency
 from sim.core.specs import BypassWork, Collective
 from sim.cost import attention
-from sim.cost.collective import allreduce_s, collective_s
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
-from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import elementwise_s
 from sim.cost.gemm_table import GEMMS, product_s
 from sim.cost.iteration import IterationCost
@@ -166,11 +166,14 @@ class _Terms:
 
     def _lora_s(self, work: BypassWork | None) -> tuple[float, float]:
         """Per token and per pass, all layers, without collectives: two thin products per target, bound by their
-        activations: read the input, write and read rank values, read and write the output."""
+        activations (read the input, write and read rank values, read and write the output), or by arithmetic
+        where ranks are large and it is known how they lie."""
         values = self._unplaced_values() if work is None else work.values
+        flop_s = 1.0 / (self.device.peak_flops * self.efficiency.layer_flops)
+        product_s = 0.0 if work is None else work.flops * flop_s
         layers, kernels = self.model.layers, 2 * len(self.lora.targets)
         return (
-            layers * values * self.model.dtype_bytes * self.byte_s,
+            layers * max(values * self.model.dtype_bytes * self.byte_s, product_s),
             layers * kernels * self.efficiency.elementwise_fixed_s,
         )
 

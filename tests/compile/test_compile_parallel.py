@@ -21,7 +21,7 @@ HIDDEN, FFN = 4096, 14336
 
 
 def priced(bypass: Bypass, tp: int, tokens: int = 1024) -> list[Composition]:
-    return compositions(bypass, tp, tokens, A100, 9e-6, 8 * tokens)
+    return compositions(bypass, tp, tokens, A100, 8 * tokens)
 
 
 @pytest.mark.parametrize("tp", [2, 4, 8])

@@ -447,7 +447,7 @@ def test_adapters_lie_as_the_cheapest_composition_says(rank: int, tp: int) -> No
     spec = PeftSpec(method="lora", rank=rank, targets=ALL)
     plan = compile_plan(LARGE, spec, seq_tokens=4096, device=H100, tp=tp, window_tokens=512)
     for bypass, best in zip(plan.bypasses, bypasses_of(LARGE, spec), strict=True):
-        cheapest = compositions(best, tp, 512, H100, 9e-6, 8 * 4096)[0]
+        cheapest = compositions(best, tp, 512, H100, 8 * 4096, 32)[0]
         placement = Placement(bypass, rank, Group(1, tp), LARGE)
         shares = (placement.a, placement.b)
         split = [{None: "R", 2: "Sin", 1: "Sout"}[share.dim] for share in shares]
