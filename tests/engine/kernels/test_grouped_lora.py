@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import pytest
@@ -8,7 +9,11 @@ import torch
 from engine.kernels.grouped_lora import (
     grouped_lora,
     grouped_lora_triton,
+    lora_expand_reference,
+    lora_expand_triton,
     lora_launches,
+    lora_shrink_reference,
+    lora_shrink_triton,
     lora_weight_grad,
     lora_weight_grad_triton,
     weight_grad_launch,
@@ -119,6 +124,39 @@ def test_kernels_are_each_tokens_own_adapter(
             rank = int(batch.ranks[n])
             assert error(s[part, :rank], wanted_s[part, :rank]) < TOLERANCE[dtype]
     assert torch.equal(batch.y[start[-1] :], untouched[start[-1] :])
+
+
+@pytest.mark.parametrize("padded_rank", [16, 160])
+@pytest.mark.parametrize("mix", ["decodes", "window beside decodes"])
+def test_products_alone_and_ranks_of_several_launches_are_each_tokens_own_adapter(
+    mix: str, padded_rank: int, native: str
+) -> None:
+    batch = make_batch(MIXES[mix], 300, 130, torch.float32, native, padded_rank)
+    y, x, a, b, ranks, scales, *index = batch
+    wanted_y, wanted_s = exact(batch)
+    adapted = torch.zeros(len(x), dtype=torch.bool)
+    for (first, end), n in zip(pairwise(index[0].tolist()), index[1].tolist(), strict=True):
+        adapted[first:end] = n >= 0
+    for shrink, expand in (
+        (lora_shrink_triton, lora_expand_triton),
+        (lora_shrink_reference, lora_expand_reference),
+    ):
+        s = shrink(x, a, ranks, *index)
+        assert error(s[adapted.to(s.device)], wanted_s[adapted]) < TOLERANCE[torch.float32]
+        out = y.clone()
+        expand(out, s, b, ranks, scales, *index)
+        assert error(out, wanted_y) < TOLERANCE[torch.float32]
+    fused = y.clone()
+    s = grouped_lora_triton(fused, x, a, b, ranks, scales, *index)
+    assert error(s[adapted.to(s.device)], wanted_s[adapted]) < TOLERANCE[torch.float32]
+    assert error(fused, wanted_y) < TOLERANCE[torch.float32]
+
+
+def test_weight_gradients_of_a_rank_of_several_launches(native: str) -> None:
+    small, wide = torch.randn(50, 160), torch.randn(50, 90)
+    grad = torch.ones(150, 90, device=native)
+    lora_weight_grad_triton(grad, small.to(native), wide.to(native), 0.5)
+    assert error(grad, 1 + 0.5 * small[:, :150].double().T @ wide.double()) < TOLERANCE[torch.float32]
 
 
 def test_kernels_in_half_precision(native: str) -> None:
