@@ -1,4 +1,5 @@
-"""The compile plans of a pipeline's finetuning jobs: what they hold beside serving, and what they run again.
+"""The compile plans of a pipeline's finetuning jobs: what they hold beside serving, what they run again, and what
+their bypasses do and send under tensor parallelism.
 
 A job with `memory: auto` gets the plan that runs least again of those that fit its share of the free memory:
 what is left beside the KV cache where its size is given, else at most AUTO_SHARE of what weights and activations
