@@ -100,7 +100,8 @@ def plans_of(
 
 @cache
 def served_work(model: ModelShape, lora: LoraSpec, tp: int, max_sequences: int) -> BypassWork:
-    """What the bypasses of inference tokens do in a layer."""
+    """What the bypasses of inference tokens do in a layer. Requests on an adapter in training are charged for as
+    the others are, though the engine runs them as that job's plan says."""
     from sim.compile.compiler import serving_bypasses
     from sim.compile.peft import PeftSpec
     from sim.compile.plan import work_of

@@ -359,16 +359,17 @@ def price_bypass(
 
 
 def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) -> tuple[BypassPlan, ...]:
-    """How adapters lie that are only served, which no job's plan places: the cheapest forward of `tokens`.
+    """How adapters lie that are only served, which no job's plan places. The one place that decides it, for engine
+    and simulator: the cheapest forward of `tokens` that sends nothing.
 
-    The one place that decides it, for engine and simulator. `tokens` are those of a pass in which every
-    sequence decodes, the shape that serving runs most: there a collective's latency is more than the work that
-    it spares, so that none is chosen which has one.
+    `tokens` are those of a pass in which every sequence decodes, the shape that serving runs most. There the
+    latency of a collective, in every layer of every token, is not worth the work that it spares.
     """
     plans = []
     for bypass in bypasses_of(model, spec, tp):
         found = price_bypass(bypass, tp, tokens, tokens, REFERENCE, model.layers)
-        best = min(found, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
+        silent = [composition for composition in found if not composition.forward]
+        best = min(silent, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
         plans.append(_bypass_plan(bypass, best, tokens, model.dtype_bytes))
     return tuple(plans)
 
