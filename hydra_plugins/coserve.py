@@ -3,7 +3,8 @@
 Hydra's own sweeper composes every run's config in the parent before the first one starts, and its
 launcher runs them one after the other. Here a run is composed in the worker that runs it; the parent
 composes the first and looks up the names that the others choose, so that a misspelt one is told at
-once.
+once. The first and the last run of a grid share no value of any key that varies: when both fail with the
+same line, its cause lies in what all runs share, and the sweep ends with it.
 
 The package has to be called `hydra_plugins`: Hydra makes launchers and sweepers of no other.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 from hydra import version
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
+from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
@@ -60,19 +62,29 @@ class ProcessLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         jobs = [(initial_job_idx + i, tuple(overrides)) for i, overrides in enumerate(job_overrides)]
+        # Both ends first: what they say decides whether the others are worth their time.
+        order = list(dict.fromkeys([0, len(jobs) - 1, *range(len(jobs))]))
         args = (self.hydra_context, self.task_function, self.config, JobRuntime.instance().get("name"))
         returns: dict[int, JobReturn] = {}
+        untold: list[Outcome] = []
         try:
             with (
-                closing(run_calls(_prepare, args, jobs, self.workers)) as results,
+                closing(run_calls(_prepare, args, [jobs[i] for i in order], self.workers)) as results,
                 tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar,
             ):
-                for index, result in results:
+                for place, result in results:
+                    index = order[place]
                     outcome = _outcome(result, jobs[index][1])
-                    if outcome.failed:
-                        bar.write(outcome.failure, file=sys.stderr)
                     returns[index] = JobReturn(overrides=jobs[index][1], status=JobStatus.COMPLETED)
                     returns[index].return_value = outcome
+                    if outcome.failed:
+                        untold.append(outcome)
+                    all_failed = len(untold) == len(returns)
+                    if not all_failed or {0, len(jobs) - 1} <= returns.keys():
+                        if all_failed:
+                            _check_ends(returns[0], returns[len(jobs) - 1], len(jobs), len(returns) + self.workers)
+                        while untold:
+                            bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()
         except KeyboardInterrupt:
             raise SweepInterrupted([returns[i] for i in sorted(returns)]) from None
@@ -103,6 +115,9 @@ class GridSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")
+        if runs and isinstance(self.launcher, BasicLauncher):
+            self._one_by_one(runs)
+            return
         first = 0
         for batch in batches:
             try:
@@ -111,6 +126,22 @@ class GridSweeper(BasicSweeper):
                 self._collect(stopped.finished)
                 raise
             first += len(batch)
+
+    def _one_by_one(self, runs: Sequence[Sequence[str]]) -> None:
+        """Run in this process; what has ended is collected, so that Ctrl-C keeps it."""
+        assert self.launcher is not None
+
+        def launch(number: int) -> JobReturn:
+            return self.launcher.launch([runs[number]], initial_job_idx=number)[0]
+
+        first, last = launch(0), []
+        if first.return_value.failed and len(runs) > 1:
+            last = [launch(len(runs) - 1)]
+            _check_ends(first, last[0], len(runs), 2)
+        self._collect([first])
+        for number in range(1, len(runs) - len(last)):
+            self._collect([launch(number)])
+        self._collect(last)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Compose the first run; of the others, look up that what they choose from groups exists."""
@@ -132,6 +163,15 @@ class GridSweeper(BasicSweeper):
         collect: Callable[[Any], None] = self.task_function.collect  # type: ignore[attr-defined]
         for job in returns:
             collect(job.return_value)
+
+
+def _check_ends(first: JobReturn, last: JobReturn, runs: int, begun: int) -> None:
+    """ValueError with their line when both ends of a sweep failed alike, by what a user can cause."""
+    one, other = first.return_value, last.return_value
+    alike = one.user_caused and one.error == other.error and one.row is None and other.row is None
+    if runs > 2 and alike:
+        left = max(0, runs - begun)
+        raise ValueError(f"{one.error}; the first and the last run fail so, {left} of {runs} were not begun")
 
 
 class _ParsedOnce(CachingConfigRepository):

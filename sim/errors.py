@@ -67,10 +67,27 @@ def message(error: BaseException) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             return None
-        return f"needs {package}, which is not installed; pip install 'coserve[{EXTRAS[package]}]' brings it"
+        return (
+            f"needs {package}, which is not installed; "
+            f"pip install -e '.[{EXTRAS[package]}]' in the folder of coserve brings it"
+        )
     if isinstance(error, OSError) and error.strerror is not None:
         where = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{where}"
+    if isinstance(error, MemoryError):
+        return one_line(f"the memory of this machine is not enough: {error}").rstrip(": ")
+    mark = getattr(error, "problem_mark", None)
+    if mark is not None:
+        return f"{mark.name}, line {mark.line + 1}: not YAML: {getattr(error, 'problem', None) or error}"
+    if key := getattr(error, "full_key", None):
+        if type(error).__name__ == "MissingMandatoryValue":
+            return f"{key} is missing; it must be given: {key}=..."
+        if type(error).__name__ == "InterpolationKeyError":
+            absent = str(error).split("'")[1]
+            return (
+                f"{key} is taken from {absent}, which is not there; "
+                f"give it with +{absent}=..., or {key}=... itself"
+            )
     from_config = type(error).__module__.startswith(("hydra.", "omegaconf."))
     if from_config or isinstance(error, (ValueError, OSError)):
         return one_line(str(error)) or type(error).__name__

@@ -11,7 +11,7 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -179,6 +179,10 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
             keys = _known_keys(argv, config_dir, config_name)
             if key in keys:
                 return f"{key!r} is not an option of this command"
+            elsewhere = _choices_with(key, config_dir, config_name)
+            if elsewhere:
+                return f"{key!r} is a key of {elsewhere} alone"
+            keys = [known for known in keys if not known.endswith("_target_")]
             return f"no key or group named {key!r}{nearest(key, keys) or '; --cfg job lists them'}"
         if "Ambiguous value" in text or "requires --multirun" in text:
             given = text.split("'")[1]
@@ -208,6 +212,21 @@ def _known_keys(argv: Sequence[str], config_dir: Path, config_name: str) -> list
             # The error told is the first one; suggestions for it are not worth a second.
             return groups
     return groups + list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
+
+
+def _choices_with(key: str, config_dir: Path, config_name: str) -> str:
+    """`policy=a, b`: the choices of a group that bring the key; empty when there are none."""
+    groups = all_groups(config_dir, config_name)
+    group = next((group for group in groups if key.startswith(group.replace("/", ".") + ".")), None)
+    found = []
+    with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
+        for name in groups.get(group or "", ()):
+            # A choice that cannot be composed has no keys to tell of.
+            with suppress(Exception):
+                config = hydra.compose(config_name, [f"{group}={name}"])
+                if key in _dotted(OmegaConf.to_container(config, resolve=False), ""):
+                    found.append(name)
+    return f"{group}={', '.join(found)}" if found else ""
 
 
 def _dotted(node: Any, prefix: str) -> Iterator[str]:

@@ -33,5 +33,6 @@ def app_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (configs / "config.yaml").write_text(CONFIG)
     for name in ("plain", "eager", "broken"):
         (configs / "policy" / f"{name}.yaml").write_text(f"name: {name}\n")
+    (configs / "policy/eager.yaml").write_text("name: eager\nmargin: 0.1\n_target_: nowhere\n")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
@@ -20,6 +21,8 @@ def task(config: DictConfig) -> dict[str, Any]:
         raise ValueError("policy broken cannot run")
     if config.seed == 99:
         raise ZeroDivisionError("a mistake of ours")
+    if config.seed == 97:
+        np.zeros(2**50)
     if config.seed == 98:
         sys.exit(7)
     time.sleep(config.wait_s)

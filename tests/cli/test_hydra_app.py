@@ -46,7 +46,14 @@ NO_KEY = "no key or group named"
         (["policy=broken"], "policy broken cannot run"),
         (["hydra.run.dir=configs/config.yaml/out"], "Not a directory: "),
         (["-m", "seed=1,2", "hydra.sweep.dir=configs/config.yaml/out"], "Not a directory: "),
-        (["seed=${nothing}"], "Interpolation key 'nothing' not found"),
+        (
+            ["seed=${nothing}"],
+            "seed is taken from nothing, which is not there; give it with +nothing=..., or seed=... itself",
+        ),
+        (["wait_s=???"], "wait_s is missing; it must be given: wait_s=..."),
+        (["policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
+        (["-m", "policy=plain,eager", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
+        (["policy=eager", "policy.target_=1"], f"{NO_KEY} 'policy.target_'; did you mean 'policy.margin'?"),
         (
             ["hydra.launcher.workers=0", "-m", "seed=1,2"],
             "hydra.launcher.workers must be null or a whole number of at least 1, got 0",
@@ -74,6 +81,23 @@ def test_debugging_shows_the_traceback_of_every_error(
     monkeypatch.setenv("COSERVE_DEBUG", "1")
     assert main(["policy=broken"]) == 2
     assert "Traceback" in capfd.readouterr().err
+
+
+def test_a_file_that_is_no_yaml_is_named_with_its_line(
+    app_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (app_folder / "configs/policy/torn.yaml").write_text("name: torn\nmargin: [0.1\n")
+    assert main(["policy=torn"]) == 2
+    err = capfd.readouterr().err
+    assert "configs/policy/torn.yaml, line 3: not YAML: expected ',' or ']'" in err and err.count("\n") == 1
+
+
+def test_a_machine_without_enough_memory_is_one_line(
+    app_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["seed=97"]) == 2
+    err = capfd.readouterr().err
+    assert "the memory of this machine is not enough: Unable to allocate" in err and err.count("\n") == 1
 
 
 def test_hydras_own_flags_work(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +142,24 @@ def test_failed_runs_of_a_sweep_stop_no_other(app_folder: Path, capfd: pytest.Ca
     assert "run policy=eager seed=98 failed: its process ended with exit code 7\n" in err
     assert err.endswith("coserve small: 4 of 6 runs failed\n")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_a_sweep_whose_ends_fail_alike_is_told_once_and_not_run(
+    app_folder: Path, capfd: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    config = app_folder / "configs" / "config.yaml"
+    config.write_text(config.read_text().replace("  launcher: {workers: 2}\n", ""))
+    sweep = ["-m", "seed=range(1,9)", f"hydra/launcher={launcher}"]
+    assert main([*sweep, "policy=broken"]) == 2
+    out, err = capfd.readouterr()
+    told = err.splitlines()[-1]
+    assert told.startswith("coserve small: error: policy broken cannot run; the first and the last run fail so")
+    assert err.count("policy broken") == 1 and out == ""
+    assert main([*sweep, "policy=broken,plain"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "rows: " + " ".join(f"plain/{seed}" for seed in range(1, 9)) + "\n"
+    assert err.count("failed: policy broken cannot run") == 8
 
 
 def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> None:
