@@ -52,7 +52,16 @@ from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.replica import Replica, replica
 from engine.room import limits_and_plans
-from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, passes, random_samples, read_text
+from engine.text import (
+    BUNDLED,
+    BYTES,
+    byte_tokens,
+    packed_samples,
+    passes,
+    random_samples,
+    read_text,
+    read_tokenizer,
+)
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
 from sim.checked import build, check, locate
@@ -65,7 +74,7 @@ from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
-from sim.errors import FailedInPart, keys_as
+from sim.errors import FailedInPart, keys_as, warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.rerun import write_rerun
@@ -172,7 +181,8 @@ def _bench(
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     split = _split_of(config, shape)
-    workload = build(None, config.workload, "workload").build(seed, tuple(slos))
+    with warnings_as_notes(shown=True):
+        workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     samples = {id: _samples(config, job, shape) for id, job in settings.items()}
     model = model_of(shape, device, config.weights, ranks)
     given = build(LimitSettings, config.limits, "limits")
@@ -369,9 +379,7 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
                 f"model.vocab must be at least {BYTES} for tokens of bytes, got {config.model.vocab}"
             )
         return byte_tokens(text)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.weights)
+    tokenizer = read_tokenizer(config.weights)
     return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 

@@ -5,7 +5,6 @@ Everything that would change the result and is not supported is refused here, by
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from engine.files import read_json
 from sim.core.specs import ModelShape
 
 FAMILIES = {"llama": False, "qwen2": True}
@@ -70,13 +70,11 @@ class ModelConfig:
 def read_config(folder: str | Path) -> ModelConfig:
     """The config of a Hugging Face folder. ValueError for what is missing or not supported."""
     path = Path(folder) / "config.json"
+    values = read_json(path, "not a Hugging Face model folder")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: not a Hugging Face model folder") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    return config_of(values, name=Path(folder).name, where=str(path))
+        return config_of(values, name=Path(folder).name, where=str(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: {error.args[0]} is missing") from None
 
 
 def config_of(values: Mapping[str, Any], *, name: str, where: str = "config") -> ModelConfig:

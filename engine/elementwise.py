@@ -50,7 +50,7 @@ def liger() -> Liger:
         from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
     except ImportError as error:
         raise ValueError(
-            f"a model on CUDA needs liger-kernel 0.8.5 or later: pip install 'coserve[engine]' ({error})"
+            f"a model on CUDA needs liger-kernel 0.8.5 or later: pip install -e '.[engine]' ({error})"
         ) from error
     return Liger(rms_norm_forward, swiglu_fused_gate_up_forward)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
+from engine.files import read_json
 from engine.launching import LaunchSettings
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
+from engine.text import read_tokenizer
 from engine.training import CONFIGS, DTYPES
 from sim.checked import build
 from sim.core.loop import Horizon, run_loop
@@ -94,9 +96,7 @@ def generate(config: DictConfig) -> dict[str, Any]:
 
 def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[dict[str, Any]]:
     """A record for each prompt: prompt, output, finish (stop or length), tokens."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(settings.model_name_or_path)
+    tokenizer = read_tokenizer(settings.model_name_or_path)
     encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
     shape = read_config(settings.model_name_or_path).shape
     shape.check_tp(settings.tp)
@@ -154,13 +154,13 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
 
 
 def _prompts(settings: Settings) -> list[str]:
-    if settings.prompts is None:
-        text = sys.stdin.read()
-    else:
-        try:
-            text = Path(settings.prompts).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise ValueError(f"prompts: {settings.prompts} does not exist") from None
+    where = "standard input" if settings.prompts is None else settings.prompts
+    try:
+        text = sys.stdin.read() if settings.prompts is None else Path(where).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ValueError(f"prompts: {where} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompts: {where} is not UTF-8 at byte {error.start}") from None
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError("there is no prompt: expected one per line")
@@ -179,7 +179,7 @@ def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
 def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
     """The end tokens of generation_config.json, or the tokenizer's own."""
     path = Path(folder) / "generation_config.json"
-    values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = read_json(path) if path.is_file() else {}
     found = values.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id

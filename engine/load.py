@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from engine.config import ModelConfig, read_config
+from engine.files import read_json, whole_file
 from engine.model import LayerWeights, Model, Weights
 from engine.parallel import ALONE, Group, parts_of, share_of, splits_input
 from sim.core.specs import ModelShape
@@ -194,15 +195,13 @@ def _places(shape: ModelShape, weights: Weights, group: Group) -> Iterator[_Plac
 def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[str], Any]]:
     """Tensor name -> what gives its slices; files are mapped, not read."""
     index = folder / INDEX
-    if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        files = ["model.safetensors"]
+    files = {"model.safetensors"} if not index.is_file() else {*read_json(index)["weight_map"].values()}
     tensors: dict[str, Callable[[str], Any]] = {}
-    for name in files:
+    for name in sorted(files):
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
-        opened: Any = stack.enter_context(safe_open(path, framework="pt"))
+        with whole_file(path):
+            opened: Any = stack.enter_context(safe_open(path, framework="pt"))
         tensors |= dict.fromkeys(opened.keys(), opened.get_slice)
     return tensors

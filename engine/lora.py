@@ -21,6 +21,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 
+from engine.files import read_json, whole_file
 from engine.parallel import Group
 from engine.placement import Placement
 from engine.shelf import Segments, Shelf
@@ -79,9 +80,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     """A PEFT folder as float32 on the CPU (float64 stays). ValueError names what is not supported."""
     folder = Path(folder)
     path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: not a PEFT adapter")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path, "not a PEFT adapter")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
     for key in UNSUPPORTED:
@@ -89,8 +88,12 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
             raise ValueError(f"{path}: {key} is not supported, got {config[key]!r}")
     if config.get("bias", "none") != "none":
         raise ValueError(f"{path}: bias must be none, got {config['bias']!r}")
+    for key in ("r", "lora_alpha"):
+        if key not in config:
+            raise ValueError(f"{path}: {key} is missing")
     rank = config["r"]
-    tensors = load_file(folder / "adapter_model.safetensors")
+    with whole_file(folder / "adapter_model.safetensors") as tensor_file:
+        tensors = load_file(tensor_file)
     a, b = {}, {}
     for target, (wide_in, wide_out) in shape.linears.items():
         if not any(f".{target}.lora_A" in name for name in tensors):

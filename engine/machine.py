@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -80,7 +80,9 @@ def shape_of(node: object, weights: str | None) -> ModelShape:
         read = read_config(weights).shape
         found = replace(read, name=shape.name, dtype_bytes=shape.dtype_bytes, tp=shape.tp)
         if found != shape:
-            raise ValueError(f"weights: {weights} holds {found}, model is {shape}")
+            own, other = asdict(shape), asdict(found)
+            differ = [f"{key} {other[key]} (model.{key}={own[key]})" for key in own if own[key] != other[key]]
+            raise ValueError(f"weights: {weights} holds a model of another shape: {', '.join(differ)}")
     return shape
 
 

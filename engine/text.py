@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from engine.files import read_json
 from engine.finetune import Sample
+from sim.errors import one_line
 
 BUNDLED = Path(__file__).parent / "data" / "harbour.json"
 BYTES = 256
@@ -23,6 +26,8 @@ def read_text(path: str | Path) -> str:
         content = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 at byte {error.start}") from None
     if path.suffix != ".json":
         return content
     try:
@@ -37,6 +42,18 @@ def read_text(path: str | Path) -> str:
             raise ValueError(f"{path}: row {row} must be a record with a text, got {record!r}")
         texts.append(record["text"])
     return "\n\n".join(texts)
+
+
+def read_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a Hugging Face folder. ValueError names its file that cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # tokenizers raises bare ones
+        for path in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*token*.json")]):
+            read_json(path)
+        raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(str(error))[:200]}") from error
 
 
 def byte_tokens(text: str) -> NDArray[np.int32]:

@@ -40,7 +40,7 @@ from engine.load import check_model_folder, load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.optimizer import KINDS, SCHEDULES, OptimizerSettings
 from engine.replica import replica
-from engine.text import passes
+from engine.text import passes, read_tokenizer
 from engine.training_log import TrainingLog, check_tensorboard
 from sim.checked import build
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
@@ -320,11 +320,9 @@ def _start(folder: Path, settings: Settings) -> Path | None:
 
 
 def _data(settings: Settings) -> Dataset:
-    from transformers import AutoTokenizer
-
     data = read_dataset(
         settings.dataset,
-        AutoTokenizer.from_pretrained(settings.model_name_or_path),
+        read_tokenizer(settings.model_name_or_path),
         cutoff_len=settings.cutoff_len,
         max_samples=settings.max_samples,
         train_on_prompt=settings.train_on_prompt,

@@ -82,7 +82,9 @@ class ProcessLauncher(Launcher):
                     all_failed = len(untold) == len(returns)
                     if not all_failed or {0, len(jobs) - 1} <= returns.keys():
                         if all_failed:
-                            _check_ends(returns[0], returns[len(jobs) - 1], len(jobs), len(returns) + self.workers)
+                            _check_ends(
+                                returns[0], returns[len(jobs) - 1], len(jobs), len(returns) + self.workers
+                            )
                         while untold:
                             bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()
@@ -130,9 +132,10 @@ class GridSweeper(BasicSweeper):
     def _one_by_one(self, runs: Sequence[Sequence[str]]) -> None:
         """Run in this process; what has ended is collected, so that Ctrl-C keeps it."""
         assert self.launcher is not None
+        launcher = self.launcher
 
         def launch(number: int) -> JobReturn:
-            return self.launcher.launch([runs[number]], initial_job_idx=number)[0]
+            return launcher.launch([runs[number]], initial_job_idx=number)[0]
 
         first, last = launch(0), []
         if first.return_value.failed and len(runs) > 1:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sim.errors import nearest
+from sim.errors import keys_as, nearest
 
 _WORDS = {
     int: "a whole number",
@@ -46,7 +46,9 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
     hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
     _check_keys(values, parameters, given, where)
     checked = {key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()}
-    return target(**checked, **given)
+    # What the target says of an argument of its own is said of the key that the user knows.
+    with keys_as({f"{name} ": f"{where}.{name} " for name in parameters}):
+        return target(**checked, **given)
 
 
 def check(value: object, annotation: Any, where: str) -> Any:

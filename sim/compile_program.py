@@ -9,6 +9,7 @@ coserve compile --published     FlexLLM's published counts, term by term
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -105,6 +106,12 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         accumulation=settings.accumulation,
         memory_fraction=config.memory_utilization,
     )
+    if settings.seq_len > model.max_context_tokens:
+        print(
+            f"note: finetune.seq_len {settings.seq_len} is longer than the context of {model.name}, "
+            f"{model.max_context_tokens} tokens",
+            file=sys.stderr,
+        )
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_report(report, folder)
     print_report(report)

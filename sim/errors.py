@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -53,6 +54,16 @@ def keys_as(keys: Mapping[str, str]) -> Iterator[None]:
             if text.startswith(said):
                 raise ValueError(own + text.removeprefix(said)) from error
         raise
+
+
+@contextmanager
+def warnings_as_notes(*, shown: bool) -> Iterator[None]:
+    """Warnings inside as lines on stderr, each once; not `shown` where they have been told already."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for text in dict.fromkeys(str(warning.message) for warning in caught if shown):
+        print(f"note: {text}", file=sys.stderr)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import gc
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -27,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.assemble import CONFIGS, Assembly, assemble
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
+from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
 from sim.results import make_manifest, write_run
@@ -54,13 +54,11 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings_as_notes(shown=single):
         assembly = assemble(config)
         peak_tok_s = finetune_peak_tok_s(assemble(config))
     if single:
-        notes = [*(str(warning.message) for warning in caught), *assembly.workload.notes]
-        for note in dict.fromkeys(notes):
+        for note in dict.fromkeys(assembly.workload.notes):
             print(f"note: {note}", file=sys.stderr)
     if assembly.labels["name"] is None:
         assembly.labels["name"] = _distinction(hydra.overrides.task)
@@ -70,7 +68,9 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         for policy in ("inference_only", "finetune_only"):
             if config.policy.name != policy:
                 bound = _with_policy(config, policy)
-                _run(assemble(bound), bound, folder / "bounds" / policy, peak_tok_s, None)
+                with warnings_as_notes(shown=False):
+                    other = assemble(bound)
+                _run(other, bound, folder / "bounds" / policy, peak_tok_s, None)
     return row
 
 

@@ -71,15 +71,13 @@ class LaunchBound:
             value = getattr(self, item.name)
             if item.name.endswith(("_flops", "_bandwidth")):
                 if not 0 < value <= 1:
-                    raise ValueError(f"cost launch_bound: {item.name} must be in (0, 1], got {value}")
+                    raise ValueError(f"{item.name} must be in (0, 1], got {value}")
             elif not value >= 0:
-                raise ValueError(f"cost launch_bound: {item.name} must be at least 0, got {value}")
+                raise ValueError(f"{item.name} must be at least 0, got {value}")
         if self.max_tokens < 1024:
-            raise ValueError(f"cost launch_bound: max_tokens must be at least 1024, got {self.max_tokens}")
+            raise ValueError(f"max_tokens must be at least 1024, got {self.max_tokens}")
         if self.overlap_contention > 1:
-            raise ValueError(
-                f"cost launch_bound: overlap_contention must be in [0, 1], got {self.overlap_contention}"
-            )
+            raise ValueError(f"overlap_contention must be in [0, 1], got {self.overlap_contention}")
 
     def build(self, context: CostContext) -> IterationCost:
         curves = self.curves(context).with_again(

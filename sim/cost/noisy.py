@@ -30,9 +30,9 @@ class Noisy:
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < 1:
-            raise ValueError(f"cost noisy: spread must be in [0, 1), got {self.spread}")
+            raise ValueError(f"spread must be in [0, 1), got {self.spread}")
         if self.seed < 0:
-            raise ValueError(f"cost noisy: seed must be at least 0, got {self.seed}")
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def build(self, context: CostContext) -> Predictor:
         return NoisyCost(self.of.build(context), self.spread, (context.seed, self.seed))

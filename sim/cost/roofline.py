@@ -72,16 +72,14 @@ class Roofline:
     def __post_init__(self) -> None:
         for name in ("host_s", "launch_s", "graph_tokens"):
             if not getattr(self, name) >= 0:
-                raise ValueError(f"cost roofline: {name} must be at least 0, got {getattr(self, name)}")
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.gemm not in GEMMS:
-            raise ValueError(f"cost roofline: gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
+            raise ValueError(f"gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
         if not 0 <= self.overlap_contention <= 1:
-            raise ValueError(
-                f"cost roofline: overlap_contention must be in [0, 1], got {self.overlap_contention}"
-            )
+            raise ValueError(f"overlap_contention must be in [0, 1], got {self.overlap_contention}")
         if self.loss_chunk_tokens < 1 or self.max_tokens < max(1024, self.loss_chunk_tokens):
             raise ValueError(
-                "cost roofline: loss_chunk_tokens must be at least 1 and max_tokens at least that and 1024, "
+                "loss_chunk_tokens must be at least 1 and max_tokens at least that and 1024, "
                 f"got {self.loss_chunk_tokens} and {self.max_tokens}"
             )
 

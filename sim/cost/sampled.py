@@ -31,9 +31,9 @@ class Sampled:
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < 1:
-            raise ValueError(f"cost sampled: spread must be in [0, 1), got {self.spread}")
+            raise ValueError(f"spread must be in [0, 1), got {self.spread}")
         if self.rows < 100:
-            raise ValueError(f"cost sampled: rows must be at least 100 to fit all terms, got {self.rows}")
+            raise ValueError(f"rows must be at least 100 to fit all terms, got {self.rows}")
 
     def build(self, context: CostContext) -> FittedCost:
         noisy = Noisy(of=self.of, spread=self.spread, seed=self.seed + 1)

@@ -21,7 +21,7 @@ class Scaled:
     def __post_init__(self) -> None:
         # Far outside, a budget over the factor would overflow; nobody means such a factor.
         if not 1e-3 <= self.factor <= 1e3:
-            raise ValueError(f"cost scaled: factor must be in [0.001, 1000], got {self.factor}")
+            raise ValueError(f"factor must be in [0.001, 1000], got {self.factor}")
 
     def build(self, context: CostContext) -> Predictor:
         inner = self.of.build(context)

@@ -23,6 +23,10 @@ from sim.workload.streams import stream
 from sim.workload.table import RequestTable
 from sim.workload.workload import Workload
 
+MOST_REQUESTS = 10_000_000
+"""More would not fit the memory of a large machine: 500,000 simulated requests take 0.86 GiB."""
+LONGEST_S = 10_000_000
+"""Sixteen weeks: 200 million iterations of 50 ms."""
 DRAWS = 64
 """Requests that a closed-loop client draws at a time."""
 
@@ -68,6 +72,7 @@ class Synthetic:
             )
 
     def build(self, seed: int, slo_names: Sequence[str]) -> Workload:
+        _check_count(self.rate_rps, self.duration_s)
         arrival_s = self.arrivals.times_s(self.duration_s, stream(seed, "arrivals"))
         if len(arrival_s) == 0:
             raise ValueError(
@@ -140,8 +145,10 @@ class Trace:
         if self.duration_s is None:
             return table if self.rate_rps is None else table.at_rate(self.rate_rps)
         if self.rate_rps is None:
+            _check_count(len(table) / table.duration_s, self.duration_s)
             copies = self._copies(self.duration_s / table.duration_s, table)
             return table.repeat(copies).slice(0, self.duration_s)
+        _check_count(self.rate_rps, self.duration_s)
         count = max(1, round(self.rate_rps * self.duration_s))
         copies = self._copies(count / len(table), table)
         return table.repeat(copies).head(count).at_rate(count / self.duration_s)
@@ -218,6 +225,17 @@ class Closed:
                 [self.think_s] * DRAWS if pauses_s is None else pauses_s.tolist(),
                 strict=True,
             )
+
+
+def _check_count(rate_rps: float, duration_s: float) -> None:
+    """Refuse more requests than a run can hold, and a window that no run gets to the end of."""
+    if rate_rps * duration_s > MOST_REQUESTS:
+        raise ValueError(
+            f"workload.rate_rps x workload.duration_s must be at most {MOST_REQUESTS:,} requests, "
+            f"got {rate_rps:g} x {duration_s:g} = {rate_rps * duration_s:.3g}"
+        )
+    if duration_s > LONGEST_S:
+        raise ValueError(f"workload.duration_s must be at most {LONGEST_S:,} seconds, got {duration_s:g}")
 
 
 def _labelled(

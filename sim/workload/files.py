@@ -32,5 +32,8 @@ def find_file(file: str | Sequence[str]) -> Path:
     for path in tried:
         if path.is_file():
             return path
+    folder = next((path for path in tried if path.is_dir()), None)
+    if folder is not None:
+        raise ValueError(f"{folder} is a folder, and must be a file")
     hint = next((h for h in map(fetch_hint, names) if h), "")
     raise ValueError(f"no such file: {' or '.join(map(str, tried))}{hint}")

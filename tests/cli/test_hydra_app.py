@@ -154,7 +154,9 @@ def test_a_sweep_whose_ends_fail_alike_is_told_once_and_not_run(
     assert main([*sweep, "policy=broken"]) == 2
     out, err = capfd.readouterr()
     told = err.splitlines()[-1]
-    assert told.startswith("coserve small: error: policy broken cannot run; the first and the last run fail so")
+    assert told.startswith(
+        "coserve small: error: policy broken cannot run; the first and the last run fail so"
+    )
     assert err.count("policy broken") == 1 and out == ""
     assert main([*sweep, "policy=broken,plain"]) == 1
     out, err = capfd.readouterr()

@@ -266,6 +266,18 @@ def test_a_mistake_is_told_in_one_line(
     assert not (folder / "summary.json").exists()
 
 
+def test_weights_of_another_shape_are_told_by_what_differs(
+    folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    shape = replace(_model_shape(), layers=1, ffn=48)
+    load.save_model(load.random_model(random_config(shape), torch.float32, "cpu"), tmp_path / "m")
+    assert main([*SHORT, f"weights={tmp_path}/m", f"hydra.run.dir={folder}"]) == 2
+    error = capsys.readouterr().err
+    own = _model_shape()
+    differ = f"layers 1 (model.layers={own.layers}), ffn 48 (model.ffn={own.ffn})"
+    assert error.endswith(f"holds a model of another shape: {differ}\n") and error.count("\n") == 1
+
+
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
     config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
     first, second = _jobs(config, _model_shape()).values()

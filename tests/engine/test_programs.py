@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from engine import training
+from engine.config import read_config
 from engine.datasets import read_dataset
 from engine.generate import main as generate
+from engine.lora import new_adapter, write_adapter
 from engine.training import main as finetune
+from sim.core.specs import LoraSpec
 from tests.engine.tiny import log_of, without_notes
 
 QUESTION, ANSWER = "When does the water come?", "It always comes."
@@ -319,6 +324,48 @@ def test_a_mistake_in_generate_is_told_in_one_line(
     assert generate([arguments[0], "prompts=p.txt", "chat=false", change]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", None, "model.safetensors is cut short or damaged"),
+        ("model.safetensors", b"", "model.safetensors is cut short or damaged"),
+        ("config.json", b"{", "config.json is not JSON"),
+        ("config.json", b'{"model_type": "llama"}', "config.json: num_attention_heads is missing"),
+        ("tokenizer.json", b"{", "tokenizer.json is not JSON"),
+        ("tokenizer.json", b"{}", "its tokenizer cannot be read"),
+        ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON"),
+        ("adapter/adapter_model.safetensors", None, "adapter_model.safetensors is cut short or damaged"),
+        ("adapter/adapter_config.json", b"{", "adapter_config.json is not JSON"),
+        ("adapter/adapter_config.json", b'{"peft_type": "LORA"}', "adapter_config.json: r is missing"),
+        ("p.txt", b"\xff", "p.txt is not UTF-8 at byte 0"),
+    ],
+)
+def test_a_damaged_file_is_named_in_one_line(
+    file: str,
+    content: bytes | None,
+    words: str,
+    arguments: list[str],
+    model_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`content` instead of it; None is its first half."""
+    folder = Path("m")
+    shutil.copytree(model_folder, folder)
+    shape = read_config(folder).shape
+    write_adapter(new_adapter(LoraSpec(rank=2), shape, torch.float32, "cpu", 0), folder / "adapter")
+    (folder / "p.txt").write_text("The harbour\n")
+    whole = (folder / file).read_bytes()
+    (folder / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
+    common = ["model_name_or_path=m", "device=cpu"]
+    given = ["prompts=m/p.txt", "adapter_name_or_path=m/adapter", "chat=false", "max_new_tokens=2"]
+    assert generate([*common, *given]) == 2
+    error = capsys.readouterr().err
+    assert words in error and f"m/{file}".rpartition("/")[0] in error and error.count("\n") == 1
+    if file in ("model.safetensors", "tokenizer.json"):
+        assert finetune([*arguments, *common]) == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_prompt_must_leave_room_in_the_models_own_context(

@@ -220,6 +220,7 @@ def test_a_sweep_over_rates_ends_with_a_figure(capfd: pytest.CaptureFixture[str]
     assert capfd.readouterr().out.rstrip().endswith("compare.png")
 
 
+LATE = "arrival_s,prompt_tokens,output_tokens\n5,10,5\n1,20,5\n3,30,5\n"
 BAD = {
     "polcy=coserving": "no key or group named 'polcy'; did you mean 'policy'?",
     "policy=temporl": "no policy named 'temporl'; did you mean 'temporal'?",
@@ -254,6 +255,15 @@ BAD = {
     "workload=csv workload.file=bad.csv": "bad.csv: row 3",
     "workload=csv workload.file=nan.csv": "nan.csv: row 2",
     "workload=csv workload.file=zero.csv": "zero.csv: row 2",
+    "workload=csv workload.file=blank.csv": "no column 'arrival_s', got an empty file",
+    "workload=csv workload.file=folder": "folder is a folder, and must be a file",
+    "workload.rate_rps=1e9": "workload.rate_rps x workload.duration_s must be at most 10,000,000 requests",
+    "workload.duration_s=1e9": "got 8 x 1e+09 = 8e+09",
+    "workload.duration_s=1e9 workload.rate_rps=1e-4": "workload.duration_s must be at most 10,000,000 seconds",
+    "workload=csv workload.file=late.csv workload.repeat=true workload.duration_s=1e8": "at most 10,000,000",
+    "cost.predictor.factor=0": "error: cost.predictor.factor must be in [0.001, 1000], got 0",
+    "cost.world.spread=2": "error: cost.world.spread must be in [0, 1), got 2",
+    "model.name=mine": "give it with +slo.tpot_s.mine=..., or slo.classes.default.tpot_s=... itself",
     "hydra.run.dir=file/below": "file",
 }
 
@@ -264,6 +274,9 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
     Path("bad.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1,many,5\n")
     Path("nan.csv").write_text("arrival_s,prompt_tokens,output_tokens\nnan,10,5\n")
     Path("zero.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,0,5\n")
+    Path("late.csv").write_text(LATE)
+    Path("blank.csv").write_text("")
+    Path("folder").mkdir()
     Path("file").write_text("not a folder")
     assert main(["simulate", *override.split()]) == 2
     err = capfd.readouterr().err
@@ -272,11 +285,11 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
     assert err.count("\n") == 1
 
 
-def test_unsorted_stamps_are_sorted_with_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
-    Path("late.csv").write_text("arrival_s,prompt_tokens,output_tokens\n5,10,5\n1,20,5\n3,30,5\n")
-    argv = ["simulate", "workload=csv", "workload.file=late.csv", "run.bounds=false", "hydra.run.dir=out"]
-    assert main(argv) == 0
-    assert "note: late.csv: 2 of 3 rows are stamped earlier than a row above" in capfd.readouterr().err
+def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("late.csv").write_text(LATE)
+    assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "late.csv" in line or "Warning" in line]
+    assert told == ["note: late.csv: 2 of 3 rows are stamped earlier than a row above; sorted by time"]
     assert read_run("out").table("requests").sort_values("request")["prompt_tokens"].tolist() == [20, 30, 10]
 
 

@@ -51,7 +51,7 @@ def read_csv(
         raise ValueError(f"{path}: row 1: column {twice!r} must be there once, got {header.count(twice)}")
     for name in columns:
         if name not in header:
-            got = ", ".join(header)
+            got = ", ".join(header) or "an empty file"
             raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
     _check_widths(path, content, len(header))
     known = [*columns, *optional]
