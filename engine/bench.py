@@ -77,8 +77,9 @@ from sim.cost.iteration import IterationCost
 from sim.errors import FailedInPart, keys_as, warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
+from sim.notes import print_notes, request_notes, step_notes
 from sim.rerun import write_rerun
-from sim.results import SUMMARY, make_manifest, read_run, write_run
+from sim.results import finished_run, make_manifest, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
 RANDOM = "random"
@@ -147,8 +148,9 @@ def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    if check(config.run.resume, bool, "run.resume") and (folder / SUMMARY).exists():
-        return _done_before(folder, resolved)
+    done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
+    if done is not None:
+        return {**done.summary, "folder": str(folder), "losses": {}, "plans": {}}
     device = build(DeviceSpec, config.device, "device")
     shape = shape_of(config.model, config.weights)
     try:
@@ -250,9 +252,11 @@ def _bench(
         seed=seed,
         assemble=assemble,
     )
-    if split is None:
-        bench: Single | Split = Single(setting, _policy(config.policy, before.predictor, slos))
+    policy = None if split is not None else _policy(config.policy, before.predictor, slos)
+    if policy is not None:
+        bench: Single | Split = Single(setting, policy)
     else:
+        assert split is not None
         sliced = _policy(_named_policy("temporal_limited"), before.predictor, slos)
         bench = Split(setting, split.policy, sliced, split.share)
     if run.warm_up_s:
@@ -288,9 +292,26 @@ def _bench(
     for id in settings:
         write_adapter(trainer.adapter(id), folder / _adapter_folder(id), config.weights)
     losses = {id: [record.loss for record in trainer.steps if record.job == id] for id in settings}
+    first = settings[FIRST]
     memory = {id: plan.describe() for id, plan in plans.items()}
     failures = [record.failure for record in trainer.failures.values()]
-    return {**summary, "folder": str(folder), "losses": losses, "plans": memory}, failures
+    notes = request_notes(recorder, [limits] if policy is None or policy.serves else [], "limits")
+    if policy is None or policy.finetunes:
+        notes += step_notes(summary, f"{first.accumulation} samples of {first.sample_tokens} tokens")
+    notes += _peak_notes(summary, before.peak_tok_s, peak_s)
+    own = {"folder": str(folder), "losses": losses, "plans": memory, "notes": notes}
+    return {**summary, **own}, failures
+
+
+def _peak_notes(summary: Mapping[str, Any], peak_tok_s: float | None, peak_s: float) -> list[str]:
+    """Of a run that does more beside requests than was measured without."""
+    done_tok_s = summary["finetune_tok_s"]
+    if peak_tok_s is None or not done_tok_s > peak_tok_s:
+        return []
+    return [
+        f"finetuning alone was measured at {peak_tok_s:,.0f} tok/s for {peak_s:g} s before the run, which did "
+        f"{done_tok_s:,.0f}: the machine was busier then, or peak_s is too short"
+    ]
 
 
 def _sweep_folder() -> Path | None:
@@ -348,19 +369,6 @@ def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
     if shape.tp > 1:
         raise ValueError(f"policy {config.policy.name} splits one device; model.tp must be 1, got {shape.tp}")
     return share_of(build(None, node, "policy"))
-
-
-def _done_before(folder: Path, resolved: dict[str, object]) -> dict[str, Any]:
-    """The summary of a complete run of the same settings. ValueError if it was another one."""
-    found = read_run(folder)
-    if _compared(resolved) != _compared(found.config):
-        raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
-    return {**found.summary, "folder": str(folder), "losses": {}, "plans": {}}
-
-
-def _compared(config: Mapping[str, Any]) -> str:
-    run = {key: value for key, value in config["run"].items() if key != "resume"}
-    return json.dumps({**config, "run": run}, sort_keys=True)
 
 
 def _samples(config: DictConfig, settings: JobSettings, shape: ModelShape) -> list[Sample]:
@@ -445,7 +453,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k not in ("losses", "plans")} for row in rows])
+    print_table([{k: v for k, v in row.items() if k not in ("losses", "plans", "notes")} for row in rows])
+    print_notes(rows)
     for row in rows:
         for job, losses in row["losses"].items():
             if losses:

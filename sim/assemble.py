@@ -94,6 +94,7 @@ class RunSettings:
     name: str | None
     drain_s: float
     bounds: bool
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 from sim.assemble import CONFIGS
 from sim.hydra_app import hydra_main
+from sim.notes import print_notes
 from sim.simulate import shown_path, simulate
 
 DEFAULTS = {
@@ -49,5 +50,6 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     for policy in sorted(lines):
         at = {point.rate_rps: point.finetune_tok_s for point in lines[policy]}
         print(f"{policy:18}" + "".join(f"{at[r]:>10,.0f}" if r in at else f"{'-':>10}" for r in rates))
+    print_notes(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")

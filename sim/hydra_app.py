@@ -26,8 +26,9 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from sim.errors import BUG, message, nearest, one_line, report
+from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
+from sim.results import SUMMARY
 from sim.usage import all_groups, usage
 
 VERSION_BASE = "1.3"
@@ -75,6 +76,13 @@ def hydra_main(
     rows = [outcome.row for outcome in collected.outcomes if outcome.row is not None]
     if rows and at_end is not None:
         at_end(rows)
+    if rows and code == INTERRUPTED and (Path(rows[0].get("folder", "")) / SUMMARY).is_file():
+        folder = Path(rows[0]["folder"]).parent
+        print(
+            f"{prog}: coserve report {folder} shows the {len(rows)} finished runs again; "
+            f"the same command with run.resume=true hydra.sweep.dir={folder} runs the others",
+            file=sys.stderr,
+        )
     return code
 
 

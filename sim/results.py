@@ -131,6 +131,24 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder=folder, summary=summary, config=config, manifest=manifest)
 
 
+def finished_run(folder: str | Path, config: Mapping[str, Any]) -> Run | None:
+    """The complete run that a folder holds already, for a sweep that goes on where it was cut short.
+
+    Raises ValueError when it is a run of other settings; `run.resume` itself may differ.
+    """
+    if not (Path(folder) / SUMMARY).is_file():
+        return None
+    found = read_run(folder)
+    if _settings(config) != _settings(found.config):
+        raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
+    return found
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    run = {key: value for key, value in config["run"].items() if key != "resume"}
+    return json.dumps({**config, "run": run}, sort_keys=True)
+
+
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """Complete run folders among and below `paths`, each once, sorted within each path.
 

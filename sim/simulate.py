@@ -24,12 +24,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sim.assemble import CONFIGS, Assembly, assemble
+from sim.checked import check
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
 from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
-from sim.results import make_manifest, write_run
+from sim.notes import print_notes, request_notes, step_notes
+from sim.results import finished_run, make_manifest, write_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +56,10 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
+    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
+    if done is not None:
+        return {**done.summary, "folder": str(folder)}
     with warnings_as_notes(shown=single):
         assembly = assemble(config)
         peak_tok_s = finetune_peak_tok_s(assemble(config))
@@ -120,6 +126,7 @@ def _run(
     warn: bool = False,
 ) -> dict[str, Any]:
     started_s = time.perf_counter()
+    step = _step(assembly)
     recorder = run_assembly(assembly, on_progress)
     wall_s = time.perf_counter() - started_s
     summary = summarize(
@@ -137,7 +144,21 @@ def _run(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim", overwrite=True)
-    return {**summary, "folder": str(folder)}
+    notes = request_notes(
+        recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
+    )
+    notes += [] if step is None else step_notes(summary, step)
+    return {**summary, "folder": str(folder), "notes": notes}
+
+
+def _step(assembly: Assembly) -> str | None:
+    """What an optimizer step of a pipeline is; None when nothing is finetuned. To be asked before the run."""
+    jobs = [job for spec in assembly.pipelines if spec.policy.finetunes for job in spec.jobs]
+    if not jobs:
+        return None
+    samples = " or ".join(map(str, sorted({job.spec.accumulation for job in jobs})))
+    mean_tokens = sum(job.sample_tokens for job in jobs) / len(jobs)
+    return f"{samples} samples, the first of {mean_tokens:,.0f} tokens"
 
 
 def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object) -> None:
@@ -151,7 +172,16 @@ def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object
 
 def _distinction(overrides: Sequence[str]) -> str | None:
     """What tells this run from others of its policy: its overrides, without what tables show anyway."""
-    shown = ("policy", "seed", "workload", "workload.rate_rps", "model", "device", "cluster/router")
+    shown = (
+        "policy",
+        "seed",
+        "workload",
+        "workload.rate_rps",
+        "model",
+        "device",
+        "cluster/router",
+        "run.resume",
+    )
     return ", ".join(o for o in overrides if o.partition("=")[0] not in shown) or None
 
 
@@ -208,6 +238,7 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     else:
         folder = folder.parent
     print_table(shown)
+    print_notes(rows)
     print(f"runs:   {shown_path(folder)}")
     scenes = varied(shown, SCENE)
     if scenes:

@@ -13,6 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from sim.hydra_app import hydra_main
+from sim.results import SUMMARY
 
 
 def task(config: DictConfig) -> dict[str, Any]:
@@ -28,7 +29,8 @@ def task(config: DictConfig) -> dict[str, Any]:
     time.sleep(config.wait_s)
     folder = Path(HydraConfig.get().runtime.output_dir)
     (folder / "seed.txt").write_text(str(config.seed))
-    return {"policy": config.policy.name, "seed": config.seed}
+    (folder / SUMMARY).write_text("{}")
+    return {"policy": config.policy.name, "seed": config.seed, "folder": str(folder)}
 
 
 def show(rows: Sequence[Any]) -> None:

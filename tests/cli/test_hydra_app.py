@@ -22,7 +22,7 @@ def test_a_run_leaves_its_folder_with_the_resolved_config_and_nothing_else(
     assert main(["seed=3"]) == 0
     out = app_folder / "out"
     assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == {
-        "seed.txt", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
+        "seed.txt", "summary.json", ".hydra/config.yaml", ".hydra/hydra.yaml", ".hydra/overrides.yaml",
     }  # fmt: skip
     assert capfd.readouterr() == ("rows: plain/3\n", "")
 
@@ -185,8 +185,12 @@ def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> Non
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert err.endswith("coserve small: interrupted\n")
     assert "Traceback" not in err
+    stopped, how_to_go_on = err.splitlines()[-2:]
+    assert stopped.endswith("coserve small: interrupted")
+    folder = app_folder / "out"
+    assert how_to_go_on.startswith(f"coserve small: coserve report {folder} shows the")
+    assert how_to_go_on.endswith(f"with run.resume=true hydra.sweep.dir={folder} runs the others")
     told = [int(row.split("/")[1]) for row in out.removeprefix("rows: ").split()]
     assert 2 <= len(told) < 40
     for seed in told:

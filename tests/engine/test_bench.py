@@ -18,7 +18,7 @@ import engine.before
 import engine.bench
 from engine import load, room
 from engine.assemble import TrainingJob
-from engine.bench import CONFIGS, _jobs, main
+from engine.bench import CONFIGS, _jobs, _peak_notes, main
 from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
@@ -149,6 +149,25 @@ def test_a_sweep_takes_the_devices_and_models_of_the_simulator(
 
 def predictor_of(run: Run) -> object:
     return json.loads((run.folder / "rerun.json").read_text())["predictor"]
+
+
+def test_a_run_without_an_optimizer_step_says_so(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = ["job.accumulation=5000", "peak_s=0", "workload.duration_s=1", "run.drain_s=1"]
+    assert main([*SHORT, *own, f"hydra.run.dir={folder}"]) == 0
+    out, err = capsys.readouterr()
+    told = "note: no optimizer step ended within 1 s (a step is 5000 samples of 64 tokens)"
+    assert told in err.splitlines() and "loss:" not in out
+
+
+def test_a_peak_below_what_a_run_did_is_told_to_be_one() -> None:
+    """As on a machine that did other work while the peak was measured."""
+    above = _peak_notes({"finetune_tok_s": 1360.0}, 1000.0, 2.0)
+    assert len(above) == 1
+    assert above[0].startswith(
+        "finetuning alone was measured at 1,000 tok/s for 2 s before the run, which did 1,360"
+    )
+    assert _peak_notes({"finetune_tok_s": 999.0}, 1000.0, 2.0) == []
+    assert _peak_notes({"finetune_tok_s": 999.0}, None, 0.0) == []
 
 
 def test_a_static_split_leaves_one_run_of_two_pipelines(folder: Path) -> None:

@@ -177,6 +177,47 @@ def test_a_prompt_longer_than_the_room_is_rejected_and_counted() -> None:
     assert (summary["finished"], summary["rejected"]) == (2, 1)
 
 
+def test_requests_that_do_not_fit_and_answers_cut_short_are_told(capfd: pytest.CaptureFixture[str]) -> None:
+    rows = ("0,100,5", "1,5000,5", "2,100,5", "3,4090,50")
+    Path("long.csv").write_text("\n".join(["arrival_s,prompt_tokens,output_tokens", *rows]) + "\n")
+    own = ("workload=csv", "workload.file=long.csv", "cluster.limits.max_sequence_tokens=4096")
+    assert main(["simulate", *own, "hydra.run.dir=out"]) == 0
+    told = "1 of 4 requests were rejected and 1 of 4 answers end early: prompt and output do not fit 4,096 tokens"
+    err = capfd.readouterr().err
+    assert err.count(f"note: {told} (cluster.limits.kv_tokens, cluster.limits.max_sequence_tokens") == 1
+    assert main(["simulate", *own[:2], "hydra.run.dir=all"]) == 0
+    assert "do not fit" not in capfd.readouterr().err
+
+
+def test_finetuning_without_an_optimizer_step_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    own = [*SHORT, "finetune.jobs.sky_t1.accumulation=500", "policy=coserving,temporal,inference_only"]
+    assert main(["compare", *own, "hydra.sweep.dir=sweep"]) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "optimizer step" in line]
+    pattern = (
+        r"note: no optimizer step ended within 20 s \(a step is 500 samples, the first of [\d,]+ tokens\): .*"
+    )
+    assert len(told) == 1 and re.fullmatch(pattern, told[0])
+    assert "coserving" in told[0] and "temporal_64" in told[0] and "inference_only" not in told[0]
+    assert main(["simulate", *SHORT, "hydra.run.dir=out"]) == 0
+    assert "optimizer step" not in capfd.readouterr().err
+
+
+def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
+    sweep = ["simulate", "-m", *SHORT, "policy=coserving,temporal", "hydra.sweep.dir=sweep"]
+    assert main(sweep) == 0
+    out = capfd.readouterr().out
+    first, second = (Path(f"sweep/{n}/summary.json") for n in (0, 1))
+    kept = first.stat().st_mtime_ns
+    second.unlink()
+    assert main([*sweep, "run.resume=true"]) == 0
+    assert first.stat().st_mtime_ns == kept and second.exists()
+    assert capfd.readouterr().out == out
+    assert main([*sweep, "run.resume=true", "seed=1"]) == 1
+    assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
+    assert main([*sweep, "run.resume=maybe"]) == 1
+    assert "run.resume must be true or false, got 'maybe'" in capfd.readouterr().err
+
+
 def test_a_twice_too_optimistic_predictor_breaks_coserving_and_slack_recovers() -> None:
     rows = {}
     for policy in ("coserving", "coserving_slack"):

@@ -1,0 +1,61 @@
+"""What the numbers of a run do not say of themselves, in lines for people below its table.
+
+A run's own lines are `notes` of its row; those that several runs of a sweep share are told once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sim.core.plan import Limits
+from sim.core.rows import Outcome, Recorder
+from sim.metrics import column_views
+
+MOST_NAMES = 4
+"""More runs of a sweep with the same note are counted, not named."""
+
+
+def request_notes(recorder: Recorder, limits: Sequence[Limits], keys: str) -> list[str]:
+    """Requests that do not fit their pipeline. `limits` are those of each, `keys` what they are called."""
+    rows = column_views(recorder.requests)
+    served = rows["pipeline"] >= 0
+    rejected = int((served & (rows["outcome"] == Outcome.REJECTED)).sum())
+    finished = rows["outcome"] == Outcome.FINISHED
+    cut = int((finished & (rows["generated_tokens"] < rows["output_tokens"])).sum())
+    room = sorted({min(each.max_sequence_tokens, _whole_blocks(each)) for each in limits})
+    count = len(rows["outcome"])
+    parts = [f"{rejected:,} of {count:,} requests were rejected"] if rejected else []
+    parts += [f"{cut:,} of {count:,} answers end early"] if cut else []
+    if not parts:
+        return []
+    tokens = " or ".join(f"{tokens:,}" for tokens in room)
+    return [
+        f"{' and '.join(parts)}: prompt and output do not fit {tokens} tokens "
+        f"({keys}.kv_tokens, {keys}.max_sequence_tokens, the model's context)"
+    ]
+
+
+def step_notes(summary: Mapping[str, Any], step: str) -> list[str]:
+    """Of a run that finetunes; `step` says what an optimizer step is."""
+    if summary["finetune_tok_s"] > 0:
+        return []
+    return [f"no optimizer step ended within {summary['duration_s']:g} s (a step is {step})"]
+
+
+def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The notes of all rows on stderr, each once and with the runs that it is true of."""
+    from analysis.table import display_names
+
+    runs: dict[str, list[str]] = {}
+    for row, name in zip(rows, display_names(rows), strict=True):
+        for note in row.get("notes", ()):
+            runs.setdefault(note, []).append(name)
+    for note, names in runs.items():
+        who = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} of {len(rows)} runs"
+        print(f"note: {note}" + (f": {who}" if len(rows) > 1 else ""), file=sys.stderr)
+
+
+def _whole_blocks(limits: Limits) -> int:
+    return limits.kv_tokens // limits.block_tokens * limits.block_tokens
