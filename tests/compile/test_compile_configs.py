@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sim.cli import main
 from sim.compile.compiler import compile_plan
 from sim.compile.peft import PeftSpec
 from sim.core.specs import DeviceSpec, ModelShape
@@ -28,3 +29,13 @@ def test_configuration_compiles(path: Path, tp: int) -> None:
     plan = compile_plan(SMALL, PeftSpec(**values), seq_tokens=64, device=DEVICE, tp=tp)
     assert plan.targets == tuple(values["targets"])
     assert plan.kept_bytes_per_token > 0
+
+
+def test_a_sample_beyond_the_context_of_the_model_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    note = "note: finetune.seq_len 131073 is longer than the context of llama_3_1_8b, 131072 tokens\n"
+    for seq_len, told in ((131072, ""), (131073, note)):
+        assert main(["compile", f"finetune.seq_len={seq_len}", "hydra.run.dir=out"]) == 0
+        assert capfd.readouterr().err == told
