@@ -385,7 +385,8 @@ def _ticks(path: Path) -> dict[str, Floats]:
 
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
+        below = ", ".join(sorted(str(found) for found in path.parent.glob(f"*/{path.name}")))
+        raise ValueError(f"there is no file {path}" + (f"; there is {below}" if below else ""))
     return path.read_text(encoding="utf-8")
 
 

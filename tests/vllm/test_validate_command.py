@@ -361,6 +361,16 @@ def test_a_missing_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"there is no file {tmp_path / file}" in _error_line(capsys, tmp_path / "run", profile)
 
 
+def test_a_folder_of_run_folders_says_which_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    (tmp_path / "runs/one").mkdir(parents=True)
+    (tmp_path / "runs/one/meta.json").write_text("{}")
+    line = _error_line(capsys, tmp_path / "runs", profile)
+    assert f"there is no file {tmp_path}/runs/meta.json; there is {tmp_path}/runs/one/meta.json" in line
+
+
 def test_a_model_without_a_description_needs_its_layers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
