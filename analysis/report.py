@@ -10,9 +10,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from analysis.runs import SLO_KEPT_SHARE, Row, collect, varied
+from analysis.runs import SLO_KEPT_SHARE, Row, collect, row_of, varied
 from sim.metrics import DEFINITIONS
 from sim.results import Run, find_runs, read_run
 
@@ -25,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _report(options)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"coserve report: {error}", file=sys.stderr)
         return 2
@@ -37,11 +38,11 @@ def write_figure(runs: Sequence[Run], path: str | Path, *, kept_share: float = S
     from analysis.figures.sweep import write_sweep
     from analysis.figures.timeline import write_timeline
 
-    rows: list[Row] = [run.summary for run in runs]
+    rows: list[Row] = [row_of(run) for run in runs]
     if len(runs) == 1:
         return write_timeline(runs[0], path)
     if varied(rows, ["rate_rps"]):
-        return write_sweep(rows, path)
+        return write_sweep(rows, path, kept_share=kept_share)
     return write_compare(rows, path, kept_share=kept_share)
 
 
@@ -52,7 +53,7 @@ def _report(options: argparse.Namespace) -> None:
         raise ValueError("name at least one run folder")
     kept_share = options.keep / 100
     runs = [read_run(folder) for folder in find_runs(options.runs)]
-    rows: list[dict[str, Any]] = [run.summary for run in runs]
+    rows = [row_of(run) for run in runs]
     if sys.stdout.isatty():
         print_table(rows, kept_share)
     else:

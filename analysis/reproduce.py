@@ -73,7 +73,7 @@ def run_all(todo: Sequence[Case], workers: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [{} for _ in todo]
     with (
         closing(run_calls(prepare_worker, (), todo, workers)) as results,
-        tqdm(total=len(todo), unit="run", file=sys.stderr) as bar,
+        tqdm(total=len(todo), unit="run", file=sys.stderr, disable=None) as bar,
     ):
         for index, result in results:
             rows[index] = result if isinstance(result, dict) else {"error": str(result)}

@@ -42,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             Path(options.page).write_text(text, encoding="utf-8")
             print(f"page:   {options.page}")
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"coserve results: {error}", file=sys.stderr)
         return 2

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from sim.results import Run
 
@@ -18,7 +15,13 @@ SLO_KEPT_SHARE = 0.95
 """A run keeps its SLO if at least this share of the arrived requests attains it."""
 
 Row = Mapping[str, Any]
-"""One summary row: labels and metrics of `sim.metrics`; what is not there is missing."""
+"""One summary row: labels and metrics of `sim.metrics`; what is not there is missing. Where it is known, `folder`
+is the run's and `config` its resolved config."""
+
+
+def row_of(run: Run) -> dict[str, Any]:
+    """The summary row of a run, with its folder and config."""
+    return {**run.summary, "folder": str(run.folder), "config": run.config}
 
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
@@ -103,37 +106,3 @@ def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
         if place not in winners or trained > number(rows[winners[place]], "finetune_tok_s"):
             winners[place] = i
     return set(winners.values())
-
-
-def over_seeds(rows: Sequence[Row]) -> list[tuple[Row, Row, int]]:
-    """Rows that differ in nothing but the seed, put together: their means, the sample standard deviations
-    and how many they are. A number that is missing in one of them is missing in the mean; one row alone
-    has no deviation, and a seed that comes twice begins another group."""
-    groups: dict[tuple[object, ...], list[Row]] = {}
-    seen: Counter[tuple[object, ...]] = Counter()
-    for row in rows:
-        labels = tuple(text(row, key) for key in (*IDENTITY, "router"))
-        alike = tuple(text(row, key) for key in (*IDENTITY, "router") if key != "seed")
-        groups.setdefault((alike, seen[labels]), []).append(row)
-        seen[labels] += 1
-    return [(_mean(group), _deviation(group), len(group)) for group in groups.values()]
-
-
-def _numbers(rows: Sequence[Row]) -> dict[str, list[float]]:
-    keys = [key for key, value in rows[0].items() if key not in IDENTITY and _is_number(value)]
-    return {key: [number(row, key) for row in rows] for key in keys}
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _mean(rows: Sequence[Row]) -> Row:
-    return {**rows[0], **{key: math.fsum(v) / len(v) for key, v in _numbers(rows).items()}}
-
-
-def _deviation(rows: Sequence[Row]) -> Row:
-    if len(rows) < 2:
-        return {}
-    with np.errstate(invalid="ignore"):
-        return {key: float(np.std(v, ddof=1)) for key, v in _numbers(rows).items()}

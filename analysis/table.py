@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
-from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, over_seeds, text, varied
+from analysis.repeats import Repeated, display_names, over_seeds
+from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, varied
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-WIDTH = 110
-_NARROWEST_POLICY = 12
+WIDTH = 100
+"""Of the usual table; names of variants, which would lose what they tell, may go beyond."""
+_VARIANT_LETTERS = 44
 UNLIKE_SHARE = 0.1
 """A rate this far from the one that was asked for is said: a short piece of a trace has a rate of its own."""
 
@@ -32,13 +35,13 @@ class Column(NamedTuple):
 
 
 COLUMNS = (
-    Column("attainment", ("SLO met", "%"), 100, 1),
+    Column("attainment", ("SLO", "met %"), 100, 1),
     Column("goodput_rps", ("goodput", "req/s"), 1, 2),
-    Column("ttft_p99_s", ("TTFT p99", "s"), 1, 2),
-    Column("tpot_p99_s", ("TPOT p99", "ms"), 1000, 1),
-    Column("itl_p99_s", ("ITL p99", "ms"), 1000, 1),
+    Column("ttft_p99_s", ("TTFT", "p99 s"), 1, 2),
+    Column("tpot_p99_s", ("TPOT", "p99 ms"), 1000, 1),
+    Column("itl_p99_s", ("ITL", "p99 ms"), 1000, 1),
     Column("finetune_tok_s", ("finetune", "tok/s"), 1, 0),
-    Column("finetune_share_of_peak", ("of peak", "%"), 100, 1),
+    Column("finetune_share_of_peak", ("% of", "peak"), 100, 1),
 )
 
 _LABEL_HEADS = {
@@ -68,8 +71,9 @@ def sections(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Se
 
 def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
     """Aligned text without colours; ends without a newline."""
+    shown = sections(rows, kept_share)
     blocks = []
-    for section in sections(rows, kept_share):
+    for section in shown:
         widths = _widths(section)
         lines = [section.title] if section.title else []
         lines += [_line([head[level] for head in section.heads], widths, "  ") for level in (0, 1)]
@@ -77,7 +81,7 @@ def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
         for i, cells in enumerate(section.lines):
             lines.append(_line(cells, widths, "* " if i in section.winners else "  "))
         blocks.append("\n".join(lines))
-    return "\n\n".join([*blocks, footnote(kept_share)])
+    return "\n\n".join([*blocks, *filter(None, [footnote(shown, kept_share)])])
 
 
 def print_table(
@@ -92,11 +96,18 @@ def print_table(
         console.print(Text(line, style=style), no_wrap=True, overflow="ignore", crop=False)
 
 
-def footnote(kept_share: float = SLO_KEPT_SHARE) -> str:
-    return (
-        f"* most finetuning among those keeping the SLO "
-        f"({kept_share * 100:g} % of arrived requests meet it). -: missing"
-    )
+def footnote(shown: Sequence[Section], kept_share: float = SLO_KEPT_SHARE) -> str:
+    """What the signs that occur in the sections mean; empty if none does."""
+    cells = [cell for section in shown for line in section.lines for cell in line[1:]]
+    said = []
+    if any(section.winners for section in shown):
+        met = f"{kept_share * 100:g} % of arrived requests meet it"
+        said.append(f"* most finetuning among those keeping the SLO ({met})")
+    if "-" in cells:
+        said.append("-: missing")
+    if any(cell.endswith(")") for cell in cells):
+        said.append("(n): so many of the seeds have the number")
+    return ". ".join(said)
 
 
 def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
@@ -108,30 +119,29 @@ def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
         for i, kept in enumerate(section.kept):
             styles.append("bold green" if i in section.winners else "" if kept else "dim")
         styles.append("")
-    return list(zip(lines, [*styles, "dim"], strict=True))
+    return list(zip_longest(lines, styles[: len(lines)], fillvalue="dim"))
 
 
 def _section(rows: list[Row], kept_share: float) -> Section:
     repeated = over_seeds(rows)
-    means = [mean for mean, _, _ in repeated]
+    means = [one.mean for one in repeated]
     labels = varied(means, list(_LABEL_HEADS))
     winners = best(means, kept_share)
     lines: list[list[str]] = []
     marked: set[int] = set()
     kept: list[bool] = []
-    for i, ((mean, deviation, count), name) in enumerate(zip(repeated, display_names(means), strict=True)):
+    for i, (one, name) in enumerate(zip(repeated, display_names(means), strict=True)):
         if i in winners:
             marked.add(len(lines))
-        numbers = [_cell(column, number(mean, column.key)) for column in COLUMNS]
-        lines.append([name, *(text(mean, key) for key in labels), *numbers])
-        kept.append(keeps_slo(mean, kept_share))
-        if count > 1:
-            numbers = [_spread(column, number(deviation, column.key)) for column in COLUMNS]
-            lines.append([f"  {count} seeds", *("" for _ in labels), *numbers])
+        numbers = [_cell(column, number(one.mean, column.key)) for column in COLUMNS]
+        lines.append([name, *(text(one.mean, key) for key in labels), *numbers])
+        kept.append(keeps_slo(one.mean, kept_share))
+        if one.runs > 1:
+            lines.append([f"  {one.runs} seeds", *("" for _ in labels), *(_spread(c, one) for c in COLUMNS)])
             kept.append(kept[-1])
     heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in COLUMNS)]
     section = Section(title=_title(means, labels), heads=heads, lines=lines, winners=marked, kept=kept)
-    room = max(_NARROWEST_POLICY, WIDTH - 2 - sum(width + 2 for width in _widths(section)[1:]))
+    room = max(_VARIANT_LETTERS, WIDTH - 2 - sum(width + 2 for width in _widths(section)[1:]))
     for line in lines:
         line[0] = shorten(line[0], room)
     return section
@@ -140,30 +150,36 @@ def _section(rows: list[Row], kept_share: float) -> Section:
 def _title(rows: Sequence[Row], labels: Sequence[str]) -> str:
     """What all lines share, the rate as it was asked for, and as it came where that is another."""
     shared = [text(rows[0], key) for key in SCENE]
-    asked = number(rows[0], "rate_rps")
-    if not math.isnan(asked) and "rate_rps" not in labels:
-        duration_s = number(rows[0], "duration_s")
-        came = number(rows[0], "requests") / duration_s if duration_s > 0 else asked
-        short = f", {came:.3g} in its {duration_s:g} s" if abs(came / asked - 1) > UNLIKE_SHARE else ""
-        shared.append(f"{asked:g} req/s{short}")
+    rates = came_at(rows)
+    if "rate_rps" not in labels:
+        shared += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
+    elif any(rates.values()):
+        shared.append("req/s " + "; ".join(f"{asked:g}: {came}" for asked, came in rates.items() if came))
     return ", ".join(part for part in shared if part)
 
 
-def _spread(column: Column, value: float) -> str:
-    return "-" if math.isnan(value) else f"±{value * column.scale:,.{column.decimals}f}"
+def came_at(rows: Sequence[Row]) -> dict[float, str]:
+    """Rate that was asked for -> the mean rate that came and in which time, empty where they are alike."""
+    found: dict[float, str] = {}
+    for asked in dict.fromkeys(number(row, "rate_rps") for row in rows):
+        at = [row for row in rows if number(row, "rate_rps") == asked and number(row, "duration_s") > 0]
+        if math.isnan(asked):
+            continue
+        found[asked] = ""
+        if at:
+            duration_s = number(at[0], "duration_s")
+            came = sum(number(row, "requests") / number(row, "duration_s") for row in at) / len(at)
+            if abs(came / asked - 1) > UNLIKE_SHARE:
+                found[asked] = f"{came:.3g} came in {duration_s:g} s"
+    return found
 
 
-def display_names(rows: Sequence[Row]) -> list[str]:
-    """The policy of each row, with the run's name where the same policy was run under several."""
-    names: dict[str, set[str]] = {}
-    for row in rows:
-        names.setdefault(text(row, "policy"), set()).add(text(row, "name"))
-    out = []
-    for row in rows:
-        policy, name = text(row, "policy"), text(row, "name")
-        several = len(names[policy]) > 1 and name not in ("", policy)
-        out.append(f"{policy} ({name})" if several else policy or name or "-")
-    return out
+def _spread(column: Column, one: Repeated) -> str:
+    """The deviation, and how many of the runs have the number where not all do."""
+    value = number(one.deviation, column.key)
+    known = one.known.get(column.key, 0)
+    few = f" ({known})" if 0 < known < one.runs else ""
+    return ("-" if math.isnan(value) else f"±{value * column.scale:,.{column.decimals}f}") + few
 
 
 def shorten(name: str, width: int) -> str:

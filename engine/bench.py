@@ -79,7 +79,7 @@ from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.notes import print_notes, request_notes, step_notes
 from sim.rerun import write_rerun
-from sim.results import finished_run, make_manifest, write_run
+from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
 RANDOM = "random"
@@ -150,7 +150,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
     if done is not None:
-        return {**done.summary, "folder": str(folder), "losses": {}, "plans": {}}
+        return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}
     device = build(DeviceSpec, config.device, "device")
     shape = shape_of(config.model, config.weights)
     try:
@@ -275,7 +275,7 @@ def _bench(
         pipelines=bench.facts,
         peak_finetune_tok_s=before.peak_tok_s,
         labels={
-            "name": run.name,
+            "name": distinction(HydraConfig.get().overrides.task) if run.name is None else run.name,
             "policy": config.policy.name,
             "model": shape.name,
             "device": device.name,
@@ -299,7 +299,7 @@ def _bench(
     if policy is None or policy.finetunes:
         notes += step_notes(summary, f"{first.accumulation} samples of {first.sample_tokens} tokens")
     notes += _peak_notes(summary, before.peak_tok_s, peak_s)
-    own = {"folder": str(folder), "losses": losses, "plans": memory, "notes": notes}
+    own = {"folder": str(folder), "config": resolved, "losses": losses, "plans": memory, "notes": notes}
     return {**summary, **own}, failures
 
 
@@ -450,24 +450,24 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, what was learned, the figure of a sweep, and where they are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
+    from analysis.repeats import display_names
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
     print_table([{k: v for k, v in row.items() if k not in ("losses", "plans", "notes")} for row in rows])
     print_notes(rows)
-    for row in rows:
+    for row, name in zip(rows, display_names(rows), strict=True):
         for job, losses in row["losses"].items():
             if losses:
-                name = row["name"] or row["policy"]
                 who = name if len(row["losses"]) == 1 else f"{name}, {job}"
                 print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({who})")
     for text in dict.fromkeys(text for row in rows for text in row["plans"].values()):
         print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
-    print(f"runs:   {folder if len(rows) == 1 else folder.parent}")
+    print(f"runs:   {shown_path(folder if len(rows) == 1 else folder.parent)}")
     scenes = varied(rows, SCENE)
     if len(rows) > 1 and not scenes:
         write = write_sweep if varied(rows, ["rate_rps"]) else write_compare
-        print(f"figure: {write(rows, folder.parent / 'compare.png')}")
+        print(f"figure: {shown_path(write(rows, folder.parent / 'compare.png'))}")
     elif scenes:
         print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")

@@ -70,7 +70,7 @@ class ProcessLauncher(Launcher):
         try:
             with (
                 closing(run_calls(_prepare, args, [jobs[i] for i in order], self.workers)) as results,
-                tqdm(total=len(jobs), unit="run", file=sys.stderr) as bar,
+                tqdm(total=len(jobs), unit="run", file=sys.stderr, disable=None) as bar,
             ):
                 for place, result in results:
                     index = order[place]

@@ -6,6 +6,7 @@ The only place that knows all config groups. Everything is checked while it is b
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -160,7 +161,7 @@ def assemble(config: DictConfig) -> Assembly:
         "name": run.name,
         "policy": config.policy.name,
         "model": config.model.name,
-        "router": str(config.cluster.router._target_).rpartition(".")[2],
+        "router": _router_name(str(config.cluster.router._target_)),
         "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
         "workload": workload.name,
         "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
@@ -176,6 +177,11 @@ def assemble(config: DictConfig) -> Assembly:
         horizon=horizon,
         labels=labels,
     )
+
+
+def _router_name(target: str) -> str:
+    """As `cluster/router=` has it: `sim.routing.LeastTokens` is least_tokens."""
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

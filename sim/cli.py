@@ -42,7 +42,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (default: the process's arguments) names; returns the exit code."""
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         # Whoever read our output has seen enough; what is still buffered has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,8 +73,6 @@ def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
         return command(arguments)
     except KeyboardInterrupt as stop:
         return report(prog, stop, None)
-    except BrokenPipeError:
-        raise
     except Exception as error:
         return report(prog, error, message(error))
 

@@ -26,6 +26,7 @@ from sim.compile.program import memory_table, print_memory_table, print_report, 
 from sim.compile.published import COLUMNS, published_units, terms
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.hydra_app import hydra_main
+from sim.results import shown_path
 
 SHOWS = ("plan", "all", "placements", "published")
 METHODS = ("lora_all", "adapter", "ia3")
@@ -115,7 +116,7 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_report(report, folder)
     print_report(report)
-    print(f"plan and figure: {folder}")
+    print(f"plan and figure: {shown_path(folder)}")
     return {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
 
 

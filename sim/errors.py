@@ -116,7 +116,12 @@ def debugging() -> bool:
 
 
 def report(prog: str, error: BaseException, line: str | None) -> int:
-    """Print `error` on stderr, as `line` where there is one, and return the exit code."""
+    """Print `error` on stderr, as `line` where there is one, and return the exit code.
+
+    That nobody reads our output any more is no error to tell: it is raised again, for `sim.cli` to end on.
+    """
+    if isinstance(error, BrokenPipeError):
+        raise error
     if isinstance(error, KeyboardInterrupt):
         print(f"{prog}: interrupted", file=sys.stderr)
         return INTERRUPTED

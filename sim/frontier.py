@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sim.assemble import CONFIGS
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes
-from sim.simulate import shown_path, simulate
+from sim.results import shown_path
+from sim.simulate import all_policies, simulate
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -28,10 +28,16 @@ DEFAULTS = {
 def main(argv: Sequence[str]) -> int:
     """`coserve frontier`."""
     given = {arg.partition("=")[0] for arg in argv}
-    policies = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml") if path.stem != "separate")
-    defaults = {"policy": ",".join(policies), **DEFAULTS}
+    defaults = {"policy": all_policies(), **DEFAULTS}
     argv = [*argv, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
-    return hydra_main(simulate, ["-m", *argv], prog="coserve frontier", at_end=_show)
+    return hydra_main(
+        simulate,
+        ["-m", *argv],
+        prog="coserve frontier",
+        at_end=_show,
+        about="Simulate every policy over arrival rates and routers: how much finetuning at how much goodput.",
+        example="coserve frontier device=h100 slo=mlperf_server workload=azure_conv workload.duration_s=600",
+    )
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:

@@ -48,16 +48,19 @@ def hydra_main(
     config_dir: Path = CONFIGS,
     at_start: AtStart | None = None,
     at_end: AtEnd | None = None,
+    about: str | None = None,
+    example: str | None = None,
 ) -> int:
     """Run `task` on the config that `argv` asks for, once or as a sweep; returns the exit code.
 
     `task` is a function of a module (worker processes import it). It gets the resolved config
     without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
     run's folder. `at_start` gets the first config of a sweep and how many runs it has, `at_end` the rows
-    of all runs that finished, in order, also after Ctrl-C.
+    of all runs that finished, in order, also after Ctrl-C. `about` and `example` are what `--help` says of a
+    command that shares its config with another.
     """
     if "--help" in argv or "-h" in argv:
-        print(usage(prog, task, config_dir, config_name))
+        print(usage(prog, task, config_dir, config_name, about, example))
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))

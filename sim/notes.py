@@ -46,7 +46,7 @@ def step_notes(summary: Mapping[str, Any], step: str) -> list[str]:
 
 def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
     """The notes of all rows on stderr, each once and with the runs that it is true of."""
-    from analysis.table import display_names
+    from analysis.repeats import display_names
 
     runs: dict[str, list[str]] = {}
     for row, name in zip(rows, display_names(rows), strict=True):

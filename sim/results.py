@@ -171,6 +171,27 @@ def _natural(path: Path) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.parts]
 
 
+def shown_path(path: str | Path) -> Path:
+    """Relative to the working directory where it lies below it."""
+    path = Path(path)
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def distinction(overrides: Sequence[str]) -> str | None:
+    """The name of a run that was given none: its overrides, without what tables show anyway."""
+    shown = (
+        "policy",
+        "seed",
+        "workload",
+        "workload.rate_rps",
+        "model",
+        "device",
+        "cluster/router",
+        "run.resume",
+    )
+    return ", ".join(o for o in overrides if o.partition("=")[0] not in shown) or None
+
+
 def make_manifest(
     *, seed: int | None, device: str | None, wall_s: float, command: Sequence[str] | None = None
 ) -> dict[str, object]:

@@ -31,7 +31,7 @@ from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
 from sim.notes import print_notes, request_notes, step_notes
-from sim.results import finished_run, make_manifest, write_run
+from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 
 def main(argv: Sequence[str]) -> int:
@@ -39,27 +39,46 @@ def main(argv: Sequence[str]) -> int:
     return hydra_main(simulate, argv, prog="coserve simulate", at_end=_show)
 
 
+GENERAL = ("separate", "temporal")
+"""Policies that one with its number in the name stands for: separate_50, temporal_64."""
+
+
+def all_policies() -> str:
+    """What `policy=` takes to run each of them once."""
+    policies = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml"))
+    return ",".join(policy for policy in policies if policy not in GENERAL)
+
+
 def compare(argv: Sequence[str]) -> int:
     """`coserve compare`: every policy, or those of `policy=...`, on one configuration."""
     if not any(arg.startswith("policy=") for arg in argv):
-        policies = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml"))
-        argv = [*argv, "policy=" + ",".join(p for p in policies if p not in ("separate",))]
+        argv = [*argv, f"policy={all_policies()}"]
     if not {"--cfg", "-c", "--info", "-i"} & set(argv):
         argv = ["-m", *argv]
     else:
         argv = [arg.partition(",")[0] if arg.startswith("policy=") else arg for arg in argv]
-    return hydra_main(simulate, argv, prog="coserve compare", at_end=_show)
+    return hydra_main(
+        simulate,
+        argv,
+        prog="coserve compare",
+        at_end=_show,
+        about="Simulate every policy, or those of policy=A,B, on the same traffic: a table and a figure.",
+        example="coserve compare workload=azure_conv workload.rate_rps=16 workload.duration_s=600",
+    )
 
 
 def simulate(config: DictConfig) -> dict[str, Any]:
-    """Run one configuration, write its folder, and return its summary row with `folder` in it."""
+    """Simulate one configuration, or with -m a sweep, and write a folder of each run.
+
+    Returns the summary row, with `folder` and the resolved `config` in it.
+    """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
     if done is not None:
-        return {**done.summary, "folder": str(folder)}
+        return {**done.summary, "folder": str(folder), "config": done.config}
     with warnings_as_notes(shown=single):
         assembly = assemble(config)
         peak_tok_s = finetune_peak_tok_s(assemble(config))
@@ -67,7 +86,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         for note in dict.fromkeys(assembly.workload.notes):
             print(f"note: {note}", file=sys.stderr)
     if assembly.labels["name"] is None:
-        assembly.labels["name"] = _distinction(hydra.overrides.task)
+        assembly.labels["name"] = distinction(hydra.overrides.task)
     with _progress(assembly, show=single) as on_progress:
         row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
     if single and config.run.bounds:
@@ -148,7 +167,7 @@ def _run(
         recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
     )
     notes += [] if step is None else step_notes(summary, step)
-    return {**summary, "folder": str(folder), "notes": notes}
+    return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
 
 
 def _step(assembly: Assembly) -> str | None:
@@ -168,21 +187,6 @@ def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object
     _, found = extrapolated(recorder, assembly.facts)
     where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
     print(f"note: {share:.1%} of the iterations are extrapolated: {', '.join(where)}", file=sys.stderr)
-
-
-def _distinction(overrides: Sequence[str]) -> str | None:
-    """What tells this run from others of its policy: its overrides, without what tables show anyway."""
-    shown = (
-        "policy",
-        "seed",
-        "workload",
-        "workload.rate_rps",
-        "model",
-        "device",
-        "cluster/router",
-        "run.resume",
-    )
-    return ", ".join(o for o in overrides if o.partition("=")[0] not in shown) or None
 
 
 def _with_policy(config: DictConfig, policy: str) -> DictConfig:
@@ -227,14 +231,14 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, the figure that compares them, and where both are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
-    from analysis.runs import SCENE, varied
+    from analysis.runs import SCENE, row_of, varied
     from analysis.table import print_table
     from sim.results import read_run
 
     folder = Path(rows[0]["folder"])
     shown = list(rows)
     if len(rows) == 1:
-        shown += [read_run(path).summary for path in sorted(folder.glob("bounds/*"))]
+        shown += [row_of(read_run(path)) for path in sorted(folder.glob("bounds/*"))]
     else:
         folder = folder.parent
     print_table(shown)
@@ -246,8 +250,3 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         return
     write = write_sweep if varied(shown, ["rate_rps"]) else write_compare
     print(f"figure: {shown_path(write(shown, folder / 'compare.png'))}")
-
-
-def shown_path(path: Path) -> Path:
-    """Relative to the working directory where it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

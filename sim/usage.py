@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -26,33 +27,52 @@ _FOOT_FOLDERS = """\
 _FOOT_LAUNCHER = """\
   hydra/launcher=NAME        how a sweep runs: processes (hydra.launcher.workers=N), basic, ...
 """
+WIDTH = 100
 _COMMENT = re.compile(r"^( *)([\w-]+):[^#]*?(?:\s#\s*(.*))?$")
 _HIDDEN = ("defaults", "hydra")
 
 
-def usage(prog: str, task: Callable[..., Any], config_dir: Path, config_name: str) -> str:
+def usage(
+    prog: str,
+    task: Callable[..., Any],
+    config_dir: Path,
+    config_name: str,
+    about: str | None = None,
+    example: str | None = None,
+) -> str:
     """The text; the first line of the task's docstring says what the command does, the header of its config
-    what else there is to say."""
+    what else there is to say. `about` and `example` take their place."""
     path = config_dir / f"{config_name}.yaml"
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     chosen = _chosen(config)
     groups = all_groups(config_dir, config_name)
-    about = (inspect.getdoc(task) or "").partition("\n")[0]
-    options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
     said, commands = _header(path, prog)
+    if about is None:
+        about = (inspect.getdoc(task) or "").partition("\n")[0]
+    else:
+        said, commands = [], []
+    if example is not None:
+        commands = [example]
+    options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
     lines = [f"usage: {prog} {options} [-m]", "", about, *said, ""]
     if groups:
         width = max(map(len, groups))
         lines.append("Groups (* is the default):")
         for group, names in groups.items():
             marked = [f"{name}*" if name == chosen.get(group) else name for name in names]
-            lines.append(f"  {group:<{width}}  {', '.join(marked)}")
+            lines += textwrap.wrap(
+                f"  {group:<{width}}  {', '.join(marked)}", WIDTH, subsequent_indent=" " * (width + 4)
+            )
         lines.append("")
     comments = _comments(path.read_text(encoding="utf-8"))
     keys = [pair for key in map(str, config) if key not in _HIDDEN for pair in _keys(key, config)]
     width = min(40, max((len(text) for _, text in keys), default=0))
-    lines += ["Keys:", *(_key_line(text, comments.get(key), width) for key, text in keys), ""]
+    lines += [
+        "Keys:",
+        *(line for key, text in keys for line in _key_lines(text, comments.get(key), width)),
+        "",
+    ]
     foot = _FOOT + (_FOOT_LAUNCHER if groups else "")
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
@@ -121,8 +141,10 @@ def _as_typed(value: Any) -> str:
     return str(value)
 
 
-def _key_line(text: str, comment: str | None, width: int) -> str:
-    return f"  {text}" if comment is None else f"  {text:<{width}}  {comment}"
+def _key_lines(text: str, comment: str | None, width: int) -> list[str]:
+    if comment is None:
+        return [f"  {text}"]
+    return textwrap.wrap(f"  {text:<{width}}  {comment}", WIDTH, subsequent_indent=" " * (width + 4))
 
 
 def _comments(text: str) -> dict[str, str]:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
+from analysis.repeats import alike, display_names
 from analysis.runs import SLO_KEPT_SHARE, Row, number, text, varied
-from analysis.table import display_names, shorten
+from analysis.table import shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 GUIDES = (0.90, 0.95, 0.99)
-_NAME_LETTERS = 34
+_NAME_LETTERS = 44
 
 
 class Spread(NamedTuple):
@@ -49,10 +50,8 @@ def compare_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -
     _attainment_panel(right, lines, kept_share)
     left.set_yticks(range(len(lines)), [shorten(line.name, _NAME_LETTERS) for line in lines])
     left.set_ylim(len(lines) - 0.4, -0.6)
-    runs = max(len(rows) // len(lines), 1)
     title = "Finetuning beside inference, and who keeps the SLO"
-    seeds = f", mean of {runs} seeds and their range" if runs > 1 else ""
-    figure.suptitle(f"{title}\n{style.scene_title(rows)}{seeds}", fontsize=13)
+    figure.suptitle(f"{title}\n{style.scene_title(rows)}{style.seeds_title(rows, 'whisker')}", fontsize=13)
     return figure
 
 
@@ -64,13 +63,15 @@ def write_compare(rows: Sequence[Row], path: str | Path, *, kept_share: float = 
 def ranked(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Line]:
     """One line per policy (and source, if there are two), keepers of the SLO first, most trained first."""
     sources = bool(varied(rows, ["source"]))
-    groups: dict[str, list[Row]] = {}
-    for row, name in zip(rows, display_names(rows), strict=True):
-        key = f"{name} [{text(row, 'source')}]" if sources else name
-        groups.setdefault(key, []).append(row)
+    groups = alike(rows)
     lines = [
-        Line(name, text(group[0], "policy"), _spread(group, "finetune_tok_s"), _spread(group, "attainment"))
-        for name, group in groups.items()
+        Line(
+            f"{name} [{text(group[0], 'source')}]" if sources else name,
+            text(group[0], "policy"),
+            _spread(group, "finetune_tok_s"),
+            _spread(group, "attainment"),
+        )
+        for name, group in zip(display_names([group[0] for group in groups]), groups, strict=True)
     ]
 
     def rank(line: Line) -> tuple[bool, float, float]:

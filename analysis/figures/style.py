@@ -12,7 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from analysis.repeats import alike
 from analysis.runs import SCENE, Row, text
+from analysis.table import came_at
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -98,10 +100,19 @@ def scene_title(rows: Sequence[Row]) -> str:
         values = list(dict.fromkeys(text(row, key) for row in rows))
         if len(values) == 1 and values[0]:
             parts.append(values[0])
-    rates = {text(row, "rate_rps") for row in rows}
-    if len(rates) == 1 and (rate := rates.pop()):
-        parts.insert(1, f"{rate} req/s")
+    rates = came_at(rows)
+    if len(rates) == 1:
+        parts[1:1] = [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     return ", ".join(parts)
+
+
+def seeds_title(rows: Sequence[Row], drawn: str) -> str:
+    """For a title: of how many seeds the means are, and what shows their range; empty without repeats."""
+    counts = {len(group) for group in alike(rows)}
+    if max(counts) == 1:
+        return ""
+    several = f"{max(counts)}" if len(counts) == 1 else f"up to {max(counts)}"
+    return f", mean of {several} seeds ({drawn}: smallest to largest)"
 
 
 def check_one_scene(rows: Sequence[Row]) -> None:

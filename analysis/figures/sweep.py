@@ -1,7 +1,7 @@
 """Metrics over a swept number, such as the request rate: one line per policy, one panel per metric.
 
 Several runs at one point (seeds) are their mean, with a band from the smallest to the largest. Where
-a metric is missing the line has a gap; it never falls to 0.
+a metric is missing the line has a gap; it never falls to 0. A hollow marker is a point that misses the SLO.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
-from analysis.runs import Row, number, text
-from analysis.table import display_names, shorten
+from analysis.repeats import alike, display_names
+from analysis.runs import SLO_KEPT_SHARE, Row, number, text
+from analysis.table import shorten
 from sim.metrics import DEFINITIONS
 
 if TYPE_CHECKING:
@@ -36,12 +37,26 @@ _UNITS = {
     "j": ("J", 1.0),
 }
 
-Points = list[tuple[float, float, float, float]]
-"""(x, mean, smallest, largest) by rising x."""
+
+class Point(NamedTuple):
+    """Of the runs at one x; NaN where none of them has the number."""
+
+    x: float
+    mean: float
+    low: float
+    high: float
+
+
+Points = list[Point]
+"""By rising x."""
 
 
 def sweep_figure(
-    rows: Sequence[Row], *, key: str = "rate_rps", metrics: Sequence[str] = DEFAULT_METRICS
+    rows: Sequence[Row],
+    *,
+    key: str = "rate_rps",
+    metrics: Sequence[str] = DEFAULT_METRICS,
+    kept_share: float = SLO_KEPT_SHARE,
 ) -> Figure:
     """Lines of `metrics` over the numeric column `key` of `rows`, one workload, model and device."""
     style.check_one_scene(rows)
@@ -49,20 +64,26 @@ def sweep_figure(
         if metric not in DEFINITIONS:
             raise ValueError(f"{metric!r} is not a metric; among them are {', '.join(DEFAULT_METRICS)}")
     lines = {metric: series(rows, key, metric) for metric in metrics}
+    attained = series(rows, key, "attainment")
     figure, grid = style.new_figure(5.2, nrows=1, ncols=len(metrics), squeeze=False)
-    looks = style.looks(
-        {name: text(row, "policy") for row, name in zip(rows, display_names(rows), strict=True)}
-    )
+    looks = style.looks(_policies(rows))
     for axes, metric in zip(grid[0], metrics, strict=True):
-        for name, points in lines[metric].items():
-            _draw(axes, shorten(name, 28), looks[name], points, scale(metric))
+        for place, (name, points) in enumerate(lines[metric].items()):
+            kept = [point.mean >= kept_share for point in attained[name]]
+            _draw(
+                axes, shorten(name, 34), looks[name], points, scale(metric), kept, size=8.5 - place % 3 * 1.5
+            )
         axes.set_xlabel(axis_title(key))
         axes.set_ylabel(axis_title(metric))
+        _x_ticks(axes, [point.x for points in lines[metric].values() for point in points])
         _y_limits(axes, metric)
+        if metric == "attainment":
+            _slo_line(axes, kept_share)
         style.tidy(axes, "both")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
-    figure.suptitle(style.scene_title(rows), fontsize=13)
+    hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it)"
+    figure.suptitle(f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}\n{hollow}", fontsize=12)
     return figure
 
 
@@ -72,24 +93,36 @@ def write_sweep(
     *,
     key: str = "rate_rps",
     metrics: Sequence[str] = DEFAULT_METRICS,
+    kept_share: float = SLO_KEPT_SHARE,
 ) -> Path:
     """Draw and save; returns the path."""
-    return style.save(sweep_figure(rows, key=key, metrics=metrics), path)
+    return style.save(sweep_figure(rows, key=key, metrics=metrics, kept_share=kept_share), path)
 
 
 def series(rows: Sequence[Row], key: str, metric: str) -> dict[str, Points]:
     """Display name -> points; a point without any known value has NaNs. ValueError without a number
     under `key`."""
     found: dict[str, dict[float, list[float]]] = {}
-    for row, name in zip(rows, display_names(rows), strict=True):
-        try:
-            x = number(row, key)
-        except (TypeError, ValueError):
-            raise ValueError(f"{key} must be a number to be an axis, got {row[key]!r}") from None
-        if math.isnan(x):
-            raise ValueError(f"a run of {name} has no {key}")
-        found.setdefault(name, {}).setdefault(x, []).append(number(row, metric))
+    for name, group in _named(rows):
+        for row in group:
+            try:
+                x = number(row, key)
+            except (TypeError, ValueError):
+                raise ValueError(f"{key} must be a number to be an axis, got {row[key]!r}") from None
+            if math.isnan(x):
+                raise ValueError(f"a run of {name} has no {key}")
+            found.setdefault(name, {}).setdefault(x, []).append(number(row, metric))
     return {name: [_point(x, found[name][x]) for x in sorted(found[name])] for name in found}
+
+
+def _named(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
+    """Repeats of a run under their display name; a name comes once for each x."""
+    groups = alike(rows)
+    return list(zip(display_names([group[0] for group in groups]), groups, strict=True))
+
+
+def _policies(rows: Sequence[Row]) -> dict[str, str]:
+    return {name: text(group[0], "policy") for name, group in _named(rows)}
 
 
 def axis_title(key: str) -> str:
@@ -113,22 +146,47 @@ def scale(metric: str) -> float:
     return 1000.0 if metric.startswith(("tpot", "itl", "iteration_")) else 1.0
 
 
-def _point(x: float, values: list[float]) -> tuple[float, float, float, float]:
+def _point(x: float, values: list[float]) -> Point:
     known = [value for value in values if not math.isnan(value)]
     if not known:
-        return (x, math.nan, math.nan, math.nan)
-    return (x, sum(known) / len(known), min(known), max(known))
+        return Point(x, math.nan, math.nan, math.nan)
+    return Point(x, sum(known) / len(known), min(known), max(known))
 
 
-def _draw(axes: Any, name: str, look: style.Look, points: Points, factor: float) -> None:
-    x = [p[0] for p in points]
-    mean, low, high = ([factor * p[i] for p in points] for i in (1, 2, 3))
-    axes.plot(
-        x, mean, label=name, color=look.color, marker=look.marker, linestyle=look.dash, markersize=5.5,
-        linewidth=1.8,
+def _draw(
+    axes: Any, name: str, look: style.Look, points: Points, factor: float, kept: Sequence[bool], size: float
+) -> None:
+    """One line; markers of several sizes, so that of two lines that coincide both are seen."""
+    x = [point.x for point in points]
+    mean, low, high = ([factor * value for value in v] for v in zip(*(p[1:] for p in points), strict=True))
+    line = {"color": look.color, "linestyle": look.dash, "linewidth": 1.8}
+    axes.plot(x, mean, label=name, marker=look.marker, markersize=size, **line)
+    missed = [i for i, met in enumerate(kept) if not met]
+    axes.scatter(
+        [x[i] for i in missed], [mean[i] for i in missed], s=size**2, marker=look.marker, facecolor="white",
+        edgecolor=look.color, linewidth=1.4, zorder=3,
     )  # fmt: skip
     if low != high:
         axes.fill_between(x, low, high, color=look.color, alpha=0.15, linewidth=0)
+
+
+_MOST_TICKS = 12
+
+
+def _x_ticks(axes: Any, values: Sequence[float]) -> None:
+    """A tick at every x that was run, unless they are too many to read."""
+    ticks = sorted(set(values))
+    if len(ticks) <= _MOST_TICKS:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+
+
+def _slo_line(axes: Any, kept_share: float) -> None:
+    axes.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
+    axes.annotate(
+        f"SLO kept from {100 * kept_share:g} % on", (0.01, 100 * kept_share),
+        xycoords=("axes fraction", "data"), xytext=(0, -5), textcoords="offset points", va="top", fontsize=9,
+        zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
+    )  # fmt: skip
 
 
 def _y_limits(axes: Any, metric: str) -> None:

@@ -16,6 +16,7 @@ from analysis.figures import style
 from analysis.figures.compare import compare_figure, ranked
 from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
+from analysis.repeats import alike, display_names, over_seeds
 from analysis.report import main
 from analysis.runs import best, collect, collect_classes, flatten
 from analysis.table import WIDTH, plain_table, print_table
@@ -99,6 +100,7 @@ def test_cells_say_missing_and_zero_apart_and_round_attainment_down() -> None:
 
 def test_lines_fit_and_are_aligned_whatever_varies() -> None:
     many = [{**row, "source": source} for source in ("sim", "engine") for row in rows(4.0) + rows(12.5, 123)]
+    many = [row for row in many if len(row["policy"]) <= len("temporal_dynamic")]
     lines = plain_table(many).split("\n")
     assert max(map(len, lines)) <= WIDTH
     rule = next(line for line in lines if line.startswith("  -"))
@@ -123,10 +125,62 @@ def test_runs_that_differ_only_in_the_seed_are_one_line_with_their_deviation() -
     assert "seeds" not in plain_table(routers) and "seeds" not in plain_table(rows() + rows())
 
 
+def variant(seed: int = 0, folder: str = "", name: str | None = None, **launch: object) -> dict[str, Any]:
+    return {
+        **rows(seed=seed)[2], "name": name, "folder": folder,
+        "config": {"seed": seed, "launch": launch, "run": {"name": None}},
+    }  # fmt: skip
+
+
+def names_of(variants: list[dict[str, Any]]) -> list[str]:
+    return display_names([group[0] for group in alike(variants)])
+
+
+def test_runs_of_other_settings_are_never_taken_for_seeds() -> None:
+    made = [variant(graphs=g, streams=n) for g in ("auto", "off") for n in (2, 1)]
+    assert names_of(made) == [f"coserving (graphs={g}, streams={n})" for g in ("auto", "off") for n in (2, 1)]
+    assert "seeds" not in plain_table(made)
+    assert [line.name for line in ranked(made)] == names_of(made)
+    seeds = [variant(seed=seed, graphs=g) for seed in (0, 1) for g in ("auto", "off")]
+    assert [one.runs for one in over_seeds(seeds)] == [2, 2]
+    assert names_of(seeds) == ["coserving (graphs=auto)", "coserving (graphs=off)"]
+
+
+def test_a_label_is_what_names_do_not_share() -> None:
+    shared = "workload.duration_s=60"
+    made = [variant(name=f"slo={slo}, {shared}, policy.list=[1, 2]") for slo in ("flexllm", "mlperf_server")]
+    assert names_of(made) == ["coserving (slo=flexllm)", "coserving (slo=mlperf_server)"]
+    assert names_of(made[:1]) == ["coserving"]
+    both = [variant(name=f"world.path={n}, predictor.path={3 - n}") for n in (1, 2)]
+    assert names_of(both)[0] == "coserving (world.path=1, predictor.path=2)"
+    assert "coserving (slo=mlperf_server)" in plain_table(made)
+
+
+def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders() -> None:
+    same = [variant(folder=folder) for folder in ("runs/a/0", "runs/b/0")]
+    assert names_of(same) == ["coserving (a/0)", "coserving (b/0)"]
+
+
+def test_a_mean_is_over_the_seeds_that_have_the_number() -> None:
+    made = [{**variant(seed=seed), "ttft_p99_s": ttft} for seed, ttft in enumerate((1.0, NAN, 3.0))]
+    one = over_seeds(made)[0]
+    assert (one.mean["ttft_p99_s"], one.known["ttft_p99_s"], one.runs) == (2.0, 2, 3)
+    table = plain_table(made)
+    assert " 2.00 " in table and "±1.41 (2)" in table and "(n): so many" in table
+
+
+def test_only_signs_that_occur_are_explained() -> None:
+    missed = plain_table([{"policy": "p", "attainment": 0.5, "finetune_tok_s": 1.0}])
+    assert "most finetuning" not in missed and missed.endswith("-: missing")
+
+
 def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
     row = {"policy": "p", "rate_rps": 8.0, "requests": 77, "duration_s": 30.0}
-    assert plain_table([row]).startswith("8 req/s, 2.57 in its 30 s\n")
+    assert plain_table([row]).startswith("8 req/s asked, 2.57 came in 30 s\n")
     assert plain_table([row | {"requests": 239}]).startswith("8 req/s\n")
+    rates = plain_table([row, row | {"rate_rps": 2.5, "seed": 1}])
+    assert rates.startswith("req/s 8: 2.57 came in 30 s\n")
+    assert "asked" in style.scene_title([row])
 
 
 def test_the_terminal_shows_the_same_text_even_when_it_is_narrow() -> None:
@@ -203,7 +257,7 @@ def test_a_sweep_draws_any_metric_as_the_rows_have_it(metric: str) -> None:
         for i, row in enumerate(rows(rate))
     ]
     figure = sweep_figure(swept, metrics=[metric])
-    lines = figure.axes[0].get_lines()
+    lines = [line for line in figure.axes[0].get_lines() if not str(line.get_label()).startswith("_")]
     assert len(lines) == len(POLICIES)
     x, y = (np.asarray(values, dtype=float) for values in lines[1].get_data())
     assert x.tolist() == [4, 8, 12]

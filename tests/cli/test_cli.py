@@ -66,3 +66,19 @@ def test_an_error_of_a_command_gives_its_line_and_exit_code(
     err = capsys.readouterr().err
     assert told in err
     assert ("Traceback" in err) == (code == 1)
+
+
+@pytest.mark.parametrize("command", ["--help", "report --definitions", "profile --help", "profile show"])
+def test_a_reader_who_has_seen_enough_is_no_error(command: str) -> None:
+    """The pipe is closed before anything is written, however little that is."""
+    program = "import sys; from sim.cli import main; sys.stdin.read(); sys.exit(main(sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *command.split()],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        assert process.stdin is not None and process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""

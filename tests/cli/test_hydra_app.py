@@ -130,7 +130,7 @@ def test_a_sweep_runs_every_combination_and_sums_up_in_order(
     assert out == "rows: eager/1 eager/2 eager/3 plain/1 plain/2 plain/3\n"
     seeds = [(app_folder / "out" / str(job) / "seed.txt").read_text() for job in range(6)]
     assert seeds == ["1", "2", "3", "1", "2", "3"]
-    assert ("6/6" in err) == (launcher == "processes")
+    assert "run/s" not in err  # a bar is for a terminal
     assert "HYDRA" not in out + err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from sim.usage import all_groups
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = {
     "simulate": (CONFIGS, "config"),
+    "compare": (CONFIGS, "config"),
+    "frontier": (CONFIGS, "config"),
     "compile": (CONFIGS, "compile"),
     "bench": (ROOT / "engine" / "configs", "bench"),
     "finetune": (ROOT / "engine" / "programs", "finetune"),
@@ -33,24 +36,26 @@ def test_every_choice_and_key_of_the_help_can_be_given(
     lines = help_of(command, capsys)
     folder, name = COMMANDS[command]
     groups = all_groups(folder, name)
+    assert max(map(len, lines)) <= 115
+    entries = re.sub(r"\n {3,}", " ", "\n".join(lines)).splitlines()
     shown = {
         line.split()[0]: line.split(maxsplit=1)[1]
-        for line in lines
+        for line in entries
         if line.startswith("  ") and "=" not in line
     }
     assert {
         group: text.replace("*", "").split(", ") for group, text in shown.items() if group in groups
     } == groups
     keys = [
-        line.split()[0] for line in lines[lines.index("Keys:") + 1 :] if line.startswith("  ") and "=" in line
+        line.split()[0]
+        for line in lines[lines.index("Keys:") + 1 :]
+        if line.startswith("  ") and line[2] != " " and "=" in line.split()[0]
     ]
     keys = [key for key in keys if not key.startswith(("-", "hydra"))]
-    assert len(keys) > 5 or command == "simulate"
+    assert len(keys) > 5 or (folder == CONFIGS and name == "config")
     with initialize_config_dir(str(folder), version_base="1.3"):
         compose(name, [key.replace("=...", "=x") for key in keys])
-        for group, names in (
-            groups.items() if command != "simulate" else ()
-        ):  # its choices are tested elsewhere
+        for group, names in groups.items() if name != "config" else ():  # its choices are tested elsewhere
             for choice in names:
                 compose(name, [f"{group}={choice}"])
 
@@ -74,3 +79,12 @@ def test_the_help_of_bench_lists_the_simulators_groups(capsys: pytest.CaptureFix
     assert "tiny" in groups["model"] and "cpu" in groups["device"]
     assert set(groups["experiment"]).isdisjoint(p.stem for p in (CONFIGS / "experiment").glob("*.yaml"))
     assert "tiny*" in text and "coserving*" in text
+
+
+@pytest.mark.parametrize("command", ["compare", "frontier"])
+def test_commands_that_share_a_config_say_what_they_do_themselves(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(command, capsys)
+    assert not any("coserve simulate" in line for line in lines)
+    assert lines[2] != help_of("simulate", capsys)[2]

@@ -1,0 +1,163 @@
+"""Which runs are repeats of each other, and what tells the others apart.
+
+Repeats differ in nothing but the seed: only they are averaged. What is compared is the whole resolved config, so
+that a setting which no label names never passes for a seed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from analysis.runs import IDENTITY, SCENE, Row, flatten, number, text
+
+
+class Repeated(NamedTuple):
+    """Runs that differ in nothing but the seed, put together."""
+
+    mean: Row
+    deviation: Row
+    """Sample standard deviations; none of a number that fewer than two runs have."""
+    runs: int
+    known: Mapping[str, int]
+    """Metric -> how many of the runs have it."""
+
+
+def over_seeds(rows: Sequence[Row]) -> list[Repeated]:
+    """The `alike` groups of `rows`: means and deviations over the runs that have the number."""
+    return [_repeated(group) for group in alike(rows)]
+
+
+def alike(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that differ in nothing but the seed, in order of first appearance.
+
+    Labels and, where a row has it, the whole resolved `config` are compared. A seed that comes twice begins
+    another group.
+    """
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    seen: Counter[tuple[object, ...]] = Counter()
+    for row in rows:
+        labels = (*(text(row, key) for key in (*IDENTITY, "router") if key != "seed"), _frozen(row))
+        run = (*labels, text(row, "seed"))
+        groups.setdefault((*labels, seen[run]), []).append(row)
+        seen[run] += 1
+    return list(groups.values())
+
+
+_SEEDS = ("seed", "cluster.router.seed")
+_NO_SETTING = ("run.name", "run.bounds", "run.resume")
+"""Keys of a config that change nothing in what is measured."""
+
+
+def settings(row: Row) -> dict[str, Any]:
+    """The resolved config that the row was run with, dotted, without its seeds; empty where it is not known."""
+    config = row.get("config")
+    if not isinstance(config, Mapping):
+        return {}
+    left_out = (*_SEEDS, *_NO_SETTING)
+    return {key: value for key, value in flatten(config).items() if key not in left_out}
+
+
+def _frozen(row: Row) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted((key, str(value)) for key, value in settings(row).items()))
+
+
+def display_names(rows: Sequence[Row]) -> list[str]:
+    """The policy of each row, with what tells it from other rows of the same policy and source.
+
+    That is what the runs' names do not share, name by name; where names say nothing, the settings in which the
+    configs differ; and for runs of the same settings, labels and seed, the end of their folders. Keys are cut to
+    their last words: `policy.margin=0.3` is `margin=0.3`.
+    """
+    parts: list[list[str]] = [[] for _ in rows]
+    for group in _groups(rows, lambda i: (_policy(rows[i]), text(rows[i], "source"))):
+        names = [_pieces(rows[i]) for i in group]
+        for i, own in zip(group, names, strict=True):
+            parts[i] = [piece for piece in own if not all(piece in other for other in names)]
+    columns = (*SCENE, "rate_rps", "router", "source")
+    cells = [(_policy(row), *(text(row, column) for column in columns)) for row in rows]
+    for group in _groups(rows, lambda i: (*cells[i], *parts[i])):
+        _tell_settings(rows, group, parts)
+    for group in _groups(rows, lambda i: (*cells[i], text(rows[i], "seed"), *parts[i])):
+        folders = [Path(text(rows[i], "folder")).parts for i in group]
+        depth = next((n for n in (1, 2, 3) if len({f[-n:] for f in folders}) == len(folders)), 3)
+        if len(set(folders)) > 1:
+            for i, folder in zip(group, folders, strict=True):
+                parts[i].append("/".join(folder[-depth:]))
+    short = _short_keys({piece.partition("=")[0] for own in parts for piece in own if "=" in piece})
+    return [_named(_policy(row), own, short) for row, own in zip(rows, parts, strict=True)]
+
+
+def _policy(row: Row) -> str:
+    return text(row, "policy") or text(row, "name") or "-"
+
+
+def _pieces(row: Row) -> list[str]:
+    """What a run's name is made of: its overrides, or the words that a user gave it."""
+    name = text(row, "name")
+    return re.split(r", (?=[\w./@+~-]+=)", name) if name not in ("", text(row, "policy")) else []
+
+
+def _groups(rows: Sequence[Row], key: Callable[[int], tuple[str, ...]]) -> list[list[int]]:
+    """Positions of `rows` by their key, where there are at least two."""
+    found: dict[tuple[str, ...], list[int]] = {}
+    for i in range(len(rows)):
+        found.setdefault(key(i), []).append(i)
+    return [group for group in found.values() if len(group) > 1]
+
+
+def _tell_settings(rows: Sequence[Row], group: Sequence[int], parts: Sequence[list[str]]) -> None:
+    """Add to `parts` what the configs of a group differ in."""
+    configs = [settings(rows[i]) for i in group]
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = [_written(config.get(key)) for config in configs]
+        if len(set(values)) > 1:
+            for i, value in zip(group, values, strict=True):
+                parts[i].append(f"{key}={value}")
+
+
+def _written(value: object) -> str:
+    """As the command line takes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _short_keys(keys: Collection[str]) -> dict[str, str]:
+    """Each dotted key cut to as many of its last words as tell it from the others."""
+    short = {}
+    for key in keys:
+        words = key.split(".")
+        tails = (".".join(words[n:]) for n in reversed(range(len(words))))
+        others = [other for other in keys if other != key]
+        short[key] = next((t for t in tails if not any(f".{o}".endswith(f".{t}") for o in others)), key)
+    return short
+
+
+def _named(policy: str, parts: Sequence[str], short: Mapping[str, str]) -> str:
+    said = []
+    for piece in parts:
+        key, equals, value = piece.partition("=")
+        said.append(f"{short[key]}={value}" if equals else piece)
+    return f"{policy} ({', '.join(said)})" if said else policy
+
+
+def _repeated(rows: Sequence[Row]) -> Repeated:
+    keys = dict.fromkeys(key for row in rows for key, value in row.items() if _is_number(value))
+    values = {
+        key: [value for row in rows if not math.isnan(value := number(row, key))]
+        for key in keys
+        if key not in IDENTITY
+    }
+    mean = {key: math.fsum(v) / len(v) if v else math.nan for key, v in values.items()}
+    deviation = {key: float(np.std(v, ddof=1)) for key, v in values.items() if len(v) > 1}
+    known = {key: len(v) for key, v in values.items()}
+    return Repeated({**rows[0], **mean}, deviation, len(rows), known)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
