@@ -83,8 +83,8 @@ def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, clai
                 model,
                 f"{own / base:.2f}x",
                 f"{own / (base * DEVICES[model]):.2f}x",
-                f"{_ratio(ours, split_tok_s)} ({split or 'none keeps it'})",
-                _ratio(ours, limited),
+                _ratio(ours, split_tok_s, split or "every static split"),
+                _ratio(ours, limited, "time slicing"),
             )
         )
     name = "heavy" if rate_rps == HEAVY else "light"
@@ -181,12 +181,15 @@ def _kept_tok_s(fair: Fair, policy: str, model: str, rate_rps: int) -> float:
     return float(row["finetune_tok_s"]) if _keeps(row) else 0.0
 
 
-def _ratio(part: float, whole: float) -> str:
-    return f"{part / whole:.2f}x" if whole > 0 else "no baseline"
+def _ratio(ours: float, base: float, name: str) -> str:
+    """Of co-serving and a baseline of that name; 0 or NaN is one that misses the SLO."""
+    if not base > 0:
+        return f"{name} misses the SLO" + (", so does co-serving" if not ours > 0 else "")
+    return f"{ours / base:.2f}x ({name})" if ours > 0 else f"co-serving misses the SLO ({name} keeps it)"
 
 
 def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.0f} %" if whole > 0 else "SLO missed"
+    return f"{100 * part / whole:.0f} %" if part > 0 and whole > 0 else "SLO missed"
 
 
 def _fair_table(fair: Fair) -> str:
@@ -203,7 +206,7 @@ def _fair_table(fair: Fair) -> str:
                             policy,
                             f"{row['slo_attainment']:.1f}",
                             f"{row['finetune_tok_s']:,.0f}",
-                            f"{row['tpot_mean']:.1f}",
+                            "-" if math.isnan(row["tpot_mean"]) else f"{row['tpot_mean']:.1f}",
                         )
                     )
     return _section(

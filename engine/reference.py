@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
 
 from engine.machine import model_of, release, shape_of
 from engine.model import Model
@@ -45,7 +46,7 @@ from sim.checked import build
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
-from sim.results import make_manifest
+from sim.results import make_manifest, shown_path
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("ceilings", "decode", "prefill", "window", "fused", "finetune", "peft", "memory")
@@ -154,10 +155,14 @@ def reference(config: DictConfig) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     measurement = _Measurement(model, sizes, settings)
-    for found in measurement.rows():
-        rows = compared([*rows, found])
-        print(_line(found), file=sys.stderr, flush=True)
-        _write_rows(rows, folder / "reference.parquet")
+    with tqdm(unit="row", leave=False, disable=None) as bar, warnings.catch_warnings():
+        # What transformers will change one day is nothing that a reader of this table can act on.
+        warnings.simplefilter("ignore", FutureWarning)
+        for found in measurement.rows():
+            rows = compared([*rows, found])
+            bar.set_postfix_str(f"{found.what} {found.variant}", refresh=False)
+            bar.update()
+            _write_rows(rows, folder / "reference.parquet")
     manifest = make_manifest(seed=0, device=device.name, wall_s=time.perf_counter() - started_s)
     manifest |= {
         "model": shape.name,
@@ -410,7 +415,7 @@ def _line(row: Row) -> str:
     cells = [f"{row.what:9}{row.variant:48}{cell(row.p50_s, ',.3f', 1e3):>12}"]
     cells.append(f"{cell(row.p20_s, ',.3f', 1e3):>12}{cell(row.p80_s, ',.3f', 1e3):>12}")
     cells.append(f"{cell(row.tok_s, ',.0f'):>12}{cell(row.peak_bytes, ',.2f', 2**-30):>10}")
-    cells.append(f"{cell(row.ratio, '.3f'):>8}  {row.note or row.against}")
+    cells.append(f"{cell(row.ratio, '.3g'):>8}  {row.note or row.against}")
     return "".join(cells).rstrip()
 
 
@@ -426,4 +431,4 @@ def _show(results: Sequence[Mapping[str, Any]]) -> None:
         for row in result["rows"]:
             target = reference_target(asdict(row))
             print(_line(row) + ("" if target is None else f"  (target: {target})"))
-        print(f"rows:   {result['folder']}")
+        print(f"rows:   {shown_path(result['folder'])}")

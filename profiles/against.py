@@ -133,7 +133,8 @@ def noise_of(profile: Profile) -> float:
 
 
 def differences(rerun: Rerun, profile: Profile) -> list[str]:
-    """What the profile was measured with and the run not: allowed, and to be known."""
+    """What the profile was measured with and the run not, in words without the run's name: allowed, and to be
+    known."""
     about = profile.collected
     if about is None:
         return [f"{profile.file} does not say with which LoRA, limits and versions it was measured"]
@@ -148,8 +149,19 @@ def differences(rerun: Rerun, profile: Profile) -> list[str]:
         ("torch", about["versions"]["torch"], rerun.run.manifest.get("versions", {}).get("torch")),
     ):
         if profiled != ours:
-            found.append(f"{what}: the profile has {profiled}, {rerun.run.folder} has {ours}")
+            said = (_said(profiled, ours), _said(ours, profiled))
+            found.append(f"{what}: the profile was measured with {said[0]}, run with {said[1]}")
     return found
+
+
+def _said(value: Any, other: Any) -> str:
+    """A setting in words; of a group of settings what is not the same in `other`."""
+    if isinstance(value, Mapping):
+        own = {k: v for k, v in value.items() if not isinstance(other, Mapping) or other.get(k) != v}
+        return " and ".join(f"{key} {_said(v, None)}" for key, v in own.items()) or "none of that"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return "nothing known" if value is None else str(value)[:40]
 
 
 def _check_same_model(rerun: Rerun, profile: Profile) -> None:

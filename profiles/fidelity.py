@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def main(argv: Sequence[str]) -> int:
     runs = [read_rerun(run) for run in _engine_runs(named)]
     names = _names(runs)
     found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]
-    for note in dict.fromkeys(note for run in runs for note in differences(run, profile)):
-        print(f"note: {note}", file=sys.stderr)
+    notes = Counter(note for run in runs for note in differences(run, profile))
+    for note, count in notes.items():
+        print(f"note: {note}" + (f" ({count} of {len(runs)} runs)" if len(runs) > 1 else ""), file=sys.stderr)
     findings = findings_of(found)
     folder = Path(settings["out"]) if "out" in settings else _common(named) / "fidelity"
     print(report(found, findings, profile, seeds))
@@ -79,15 +81,16 @@ def _run_text(one: Against) -> str:
         f"iteration time: median {np.median(np.abs(error)):.1%}, p90 {np.quantile(np.abs(error), 0.9):.1%}, "
         f"bias {np.median(error):+.1%} over {len(frame)} iterations; {one.outside:.0%} extrapolate",
     ]
+    width = max(map(len, frame["kind"].unique()))
     for kind, part in frame.groupby("kind"):
         own = _errors(part)
         lines.append(
-            f"  {kind:<32}{len(part):>7}  {np.median(np.abs(own)):>7.1%}  bias {np.median(own):+.1%}"
+            f"  {kind:<{width}}{len(part):>9}  {np.median(np.abs(own)):>7.1%}  bias {np.median(own):+.1%}"
         )
-    lines.append(
-        f"same plans: {one.replayed:.2%} of the replay under recorded times; "
-        f"{one.alike:.1%} of the simulation, number by number"
-    )
+    lines += [
+        f"same plans under the recorded times: {one.replayed:.2%}",
+        f"same plans under predicted times: {one.alike:.1%} (one other plan shifts all that come after it)",
+    ]
     return "\n".join(lines)
 
 
@@ -95,9 +98,21 @@ def _metric_line(metric: Metric) -> str:
     time = metric.metric.endswith("_s") and not metric.metric.endswith("_tok_s")
     scale, name = (1e3, metric.metric[:-2] + " ms") if time else (1.0, metric.metric)
     seeds = f"{_number(metric.predicted_low * scale)} .. {_number(metric.predicted_high * scale)}"
-    error = "-" if np.isnan(metric.error) else f"{metric.error:+.1%}"
+    error = "-" if np.isnan(_error(metric)) else _error_text(metric.metric, _error(metric))
     cells = f"{_number(metric.measured * scale):>12}{_number(metric.predicted * scale):>12}"
     return f"  {name:<18}{cells}{seeds:>22}{error:>9}"
+
+
+POINTS = ("attainment",)
+"""Shares, whose error is a difference in points."""
+
+
+def _error(metric: Metric) -> float:
+    return metric.predicted - metric.measured if metric.metric in POINTS else metric.error
+
+
+def _error_text(name: str, error: float, sign: str = "+") -> str:
+    return f"{100 * error:{sign}.1f} pt" if name in POINTS else f"{error:{sign}.1%}"
 
 
 def _number(value: float) -> str:
@@ -114,11 +129,12 @@ def _all_text(found: Sequence[Against]) -> str:
         for metric in one.metrics:
             by_name.setdefault(metric.metric, []).append(metric)
     for name, metrics in by_name.items():
-        errors = np.array([metric.error for metric in metrics])
+        errors = np.array([_error(metric) for metric in metrics])
         errors = errors[np.isfinite(errors)]
         if errors.size:
             worst = errors[np.argmax(np.abs(errors))]
-            lines.append(f"  {name:<18}{np.median(np.abs(errors)):>14.1%}{worst:>+9.1%}")
+            median = _error_text(name, float(np.median(np.abs(errors))), "")
+            lines.append(f"  {name:<18}{median:>14}{_error_text(name, worst):>9}")
     error = _errors(pd.concat([one.iterations for one in found]))
     lines.append(
         f"  {'iteration time':<18}{np.median(np.abs(error)):>14.1%}{error.iloc[np.abs(error).argmax()]:>+9.1%}"

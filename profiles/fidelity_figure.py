@@ -100,22 +100,29 @@ def _parts(axis: Any, findings: Sequence[Finding]) -> None:
     for place, finding in enumerate(told):
         color = style.VERMILION if finding.off else style.BLACK
         if finding.freed:
-            _bar(axis, place, np.array([finding.low, finding.factor, finding.high]), color)
+            ratios = np.array([finding.low, finding.factor, finding.high])
+            _bar(axis, place, ratios, color, weight=min(1.0, finding.share / FULL_SHARE))
         else:
             _bar(axis, place, np.ones(3), style.GREY)
     labels = [f"{finding.part} ({finding.share:.0%})" for finding in told]
-    _ratios(axis, labels, "measured / profile (grey: no error)")
+    _ratios(axis, labels, "measured / profile (grey: no error;\nlarger and darker: more of the time)")
 
 
 LEAST, MOST = 0.2, 5.0
 """Ratios beyond are drawn at the edge, as arrows."""
 
 
-def _bar(axis: Any, place: float, ratios: Floats, color: str) -> None:
+FULL_SHARE = 0.25
+"""Of the time: a part with so much of it is drawn at full weight."""
+
+
+def _bar(axis: Any, place: float, ratios: Floats, color: str, weight: float = 0.5) -> None:
+    """The interval and its middle; `weight`, from 0 to 1, is the size and the opacity."""
     low, mid, high = np.clip(ratios, LEAST, MOST)
     marker = "<" if ratios[1] < LEAST else ">" if ratios[1] > MOST else "o"
-    axis.plot([low, high], [place] * 2, color=color, linewidth=1.6, alpha=0.7)
-    axis.plot(mid, place, marker=marker, markersize=5, color=color, clip_on=False)
+    faint = 0.35 + 0.65 * min(1.0, 2 * weight)
+    axis.plot([low, high], [place] * 2, color=color, linewidth=0.9 + 1.8 * weight, alpha=0.7 * faint)
+    axis.plot(mid, place, marker=marker, markersize=3.5 + 5 * weight, color=color, alpha=faint, clip_on=False)
 
 
 def _ratios(axis: Any, labels: Sequence[str], title: str) -> None:

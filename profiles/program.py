@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -191,11 +192,24 @@ def _show(arguments: Sequence[str]) -> int:
     print(f"{profile.file}: {len(profile.seconds)} rows of whole iterations")
     for key, value in asdict(profile.provenance).items() if profile.provenance is not None else ():
         print(f"{key:<10} {value}")
-    for key, about in (profile.collected or {}).items():
-        print(f"{key:<10} {about}")
+    for key, about in _flat(profile.collected or {}):
+        print(f"{key:<{max(10, len(key))}} {about}")
     for name, values in profile.columns.items():
         print(f"{name:<24} {np.nanmin(values):>14g} .. {np.nanmax(values):g}")
     return 0
+
+
+def _flat(about: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and value of nested mappings, lists with commas."""
+    for key, value in about.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            listed = isinstance(value, list | tuple)
+            yield (
+                f"{prefix}{key}",
+                ", ".join(map(str, value)) if listed else "-" if value is None else str(value),
+            )
 
 
 def _show_all() -> None:

@@ -30,7 +30,7 @@ def draw(path: Path, run: RunFolder, replay: Replay, line: Timeline) -> None:
             axis.remove()
     tokens, requests = (figure.add_subplot(grid[row, :]) for row in (0, 1))
     window = max(1, round(len(line.end_s) / 40))
-    _over_time(tokens, line, "gen_tok_s", f"output tok/s, mean of {window} ticks", window)
+    _over_time(tokens, line, "gen_tok_s", f"output tok/s, mean of {window * run.tick_s:g} s", window)
     _over_time(requests, line, "running", "running requests", 1)
     requests.set_xlabel("time (s)")
     named = {

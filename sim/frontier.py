@@ -12,12 +12,15 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes
 from sim.results import shown_path
 from sim.simulate import all_policies, simulate
+
+if TYPE_CHECKING:
+    from analysis.figures.frontier import Point
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -52,10 +55,32 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerows([policy, *point] for policy, points in lines.items() for point in points)
     rates = sorted({point.rate_rps for points in lines.values() for point in points})
     print(f"trained tok/s where the SLO is kept; finetuning alone {peak_tok_s(rows) or 0:,.0f}")
-    print(f"{'policy':18}" + "".join(f"{rate:>10g}" for rate in rates) + "   req/s")
+    letters = router_letters(rows)
+    beside = "  " if letters else ""
+    print(f"{'policy':18}" + "".join(f"{f'{rate:g}{beside}':>10}" for rate in rates) + "   req/s")
     for policy in sorted(lines):
-        at = {point.rate_rps: point.finetune_tok_s for point in lines[policy]}
-        print(f"{policy:18}" + "".join(f"{at[r]:>10,.0f}" if r in at else f"{'-':>10}" for r in rates))
+        at = {point.rate_rps: point for point in lines[policy]}
+        print(f"{policy:18}" + "".join(_cell(at.get(rate), letters) for rate in rates).rstrip())
+    if letters:
+        print("better router: " + ", ".join(f"{letter} {name}" for name, letter in letters.items()))
     print_notes(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")
+
+
+def _cell(point: Point | None, letters: Mapping[str, str]) -> str:
+    """Trained tok/s to the right, the letter of the router behind it."""
+    if point is None:
+        return f"{'-  ' if letters else '-':>10}"
+    text = f"{point.finetune_tok_s:,.0f}"
+    return f"{f'{text} {letters[point.router]}' if letters else text:>10}"
+
+
+def router_letters(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Router -> the letter that stands for it, its first that no other has; empty when there is only one."""
+    names = sorted({str(row["router"]) for row in rows})
+    letters: dict[str, str] = {}
+    for name in names:
+        free = (letter for letter in name if letter.isalpha() and letter not in letters.values())
+        letters[name] = next(free, str(len(letters) + 1))
+    return letters if len(names) > 1 else {}

@@ -1,13 +1,13 @@
 """The frontier: how much finetuning each policy gets done at how much goodput, while the SLO is kept.
 
 A point is one arrival rate; of the routers that were run, each policy is shown with its best. A rate at
-which a policy misses the SLO has no point, so a line ends where the policy does. Drawn in are the bounds:
-finetuning alone, serving alone, and the ideal sum, both at once at full rate.
+which a policy misses the SLO has no point, so a line ends where the policy does, with its name. Drawn in are the
+bounds: finetuning alone, serving alone, and the ideal sum, both at once at full rate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -61,30 +61,40 @@ def peak_tok_s(rows: Sequence[Row]) -> float | None:
 def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:
     """One workload, model and device, several rates."""
     style.check_one_scene(rows)
-    figure, axes = style.new_figure(6.4)
+    figure, axes = style.new_figure(7.6)
     lines = frontier(rows, kept_share)
     peak = peak_tok_s(rows)
     if peak is not None:
         axes.axhline(peak, color=style.BLACK, linestyle=":", linewidth=1.2)
-        axes.annotate(
-            f"finetuning alone {peak:,.0f} tok/s", (0.01, peak), xycoords=("axes fraction", "data"),
-            xytext=(0, 9), textcoords="offset points", fontsize=9,
-        )  # fmt: skip
         ideal = lines.get("inference_only", [])
         axes.plot(
             [p.goodput_rps for p in ideal], [peak] * len(ideal), linestyle="", marker="*", markersize=11,
             color=style.BLACK, label="ideal sum",
         )  # fmt: skip
-    for policy, points in lines.items():
-        if policy != "finetune_only":
-            _draw(axes, policy, points)
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(f"goodput (req/s), where at least {100 * kept_share:g} % of the requests meet their SLO")
+        axes.annotate(
+            f"finetuning alone, {peak:,.0f} tok/s; stars: ideal sum, that much beside all that serving alone serves",
+            (0.01, peak), xycoords=("axes fraction", "data"), xytext=(0, 9), textcoords="offset points",
+            fontsize=9,
+        )  # fmt: skip
+    shown = {policy: points for policy, points in lines.items() if policy != "finetune_only"}
+    looks = style.looks({policy: policy for policy in shown})
+    for policy, points in shown.items():
+        _draw(axes, policy, points, looks[policy])
+    top = max([peak or 0.0, *(p.finetune_tok_s for points in shown.values() for p in points)]) or 1.0
+    right = max([p.goodput_rps for points in shown.values() for p in points], default=1.0)
+    axes.set_xlim(0, 1.03 * right)
+    axes.set_ylim(-0.03 * top, 1.06 * top)
+    _name_ends(axes, shown, looks, top)
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel(
+        f"goodput (req/s), where at least {100 * kept_share:g} % of the requests meet their SLO; "
+        "a line ends where the policy no longer does that"
+    )
     axes.set_ylabel("trained tokens per second (tok/s)")
     style.tidy(axes, "both")
-    figure.legend(loc="outside right center", fontsize=9, frameon=False)
-    figure.suptitle(f"Finetuning at a goodput: {style.scene_title(rows)}", fontsize=13)
+    several = len({text(row, "router") for row in rows}) > 1
+    router = ", each point with its better router" if several else ""
+    figure.suptitle(f"Finetuning at a goodput: {style.scene_title(rows)}{router}", fontsize=13)
     return figure
 
 
@@ -92,10 +102,45 @@ def write_frontier(rows: Sequence[Row], path: str | Path, *, kept_share: float =
     return style.save(frontier_figure(rows, kept_share=kept_share), path)
 
 
-def _draw(axes: Any, policy: str, points: Sequence[Point]) -> None:
-    look = style.look(policy)
+def _draw(axes: Any, policy: str, points: Sequence[Point], look: style.Look) -> None:
     axes.plot(
         [p.goodput_rps for p in points], [p.finetune_tok_s for p in points],
-        color=look.color, marker=look.marker, linestyle=look.dash, label=policy, clip_on=False,
+        color=look.color, marker=look.marker, linestyle=look.dash, label=policy,
         linewidth=2.4 if policy == "coserving_slack" else 1.4, markersize=6,
     )  # fmt: skip
+
+
+_NAME_HEIGHT = 0.034
+"""Of the largest value: names closer than this would overlap."""
+
+
+def _name_ends(
+    axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, style.Look], top: float
+) -> None:
+    """The name and marker of each line beside the figure, in the order of the lines' ends, joined to its end."""
+    ends = sorted(
+        ((points[-1], policy) for policy, points in lines.items()), key=lambda e: e[0].finetune_tok_s
+    )
+    heights = _apart([point.finetune_tok_s for point, _ in ends], _NAME_HEIGHT * top, -0.02 * top, 1.04 * top)
+    for (point, policy), y in zip(ends, heights, strict=True):
+        look = looks[policy]
+        beside = axes.get_yaxis_transform()
+        axes.plot([1.045], [y], transform=beside, color=look.color, marker=look.marker, clip_on=False)
+        axes.annotate(
+            policy, (point.goodput_rps, point.finetune_tok_s), xytext=(1.06, y), textcoords=beside,
+            va="center", fontsize=9, color=style.BLACK, annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": look.color, "linewidth": 0.9, "linestyle": ":",
+                        "shrinkB": 4, "relpos": (0, 0.5), "shrinkA": 14},
+        )  # fmt: skip
+
+
+def _apart(values: Sequence[float], gap: float, least: float, most: float) -> list[float]:
+    """Rising `values` moved as little as is needed to be `gap` apart within the bounds, as far as these allow."""
+    out = list(values)
+    for _ in range(200):
+        for i in range(1, len(out)):
+            if (short := gap - (out[i] - out[i - 1])) > 1e-9 * gap:
+                out[i - 1] -= short / 2
+                out[i] += short / 2
+        out = [min(max(value, least), most) for value in out]
+    return out

@@ -31,7 +31,13 @@ POLICIES = {
     "temporal-dynamic": "temporal_dynamic",
     "spatial": "spatial",
 }
-"""System -> the policy whose look it has."""
+"""System -> the policy whose look and, but for FlexLLM's own, name it has."""
+CAPTIONS = {
+    "end-to-end": "flexllm: the policy coserving_static; separate_N: N % of the pipelines serve with vLLM "
+    "(published as separate-Nvllm), the others finetune",
+    "sharing": "flexllm: the policy coserving_static; temporal_N: a finetuning iteration after every N of "
+    "inference; published as temporal-N",
+}
 
 
 def grid_figure(
@@ -45,12 +51,14 @@ def grid_figure(
     missing = [key for key in own if key not in predicted]
     if missing:
         raise ValueError(f"published point without a prediction: {missing[0]}")
-    figure, axes = style.new_figure(10.5, nrows=3, ncols=3, sharex=True)
+    from matplotlib.legend_handler import HandlerTuple
+
+    figure, axes = style.new_figure(10.7, nrows=3, ncols=3, sharex=True)
     for row, (metric, label) in enumerate(PANELS):
         for column, model in enumerate(MODELS):
             panel = axes[row][column]
-            for system in systems:
-                _draw(panel, figure_name, system, model, metric, predicted, published)
+            for place, system in enumerate(systems):
+                _draw(panel, figure_name, system, model, metric, predicted, published, place)
             panel.set_xticks(RATES_RPS)
             panel.set_ylim(0, 105 if metric == "slo_attainment" else None)
             style.tidy(panel, "both")
@@ -60,11 +68,19 @@ def grid_figure(
                 panel.set_title(model)
             if row == 2:
                 panel.set_xlabel("requests per second of the cluster")
-    handles = axes[0][0].get_legend_handles_labels()[0]
-    hollow = {"ls": "", "mfc": "none", "ms": 8, "label": "published"}
-    handles += axes[0][0].plot([], [], color=style.BLACK, marker="o", **hollow)
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    figure.suptitle(f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)", fontsize=13)
+    handles: list[Any] = list(axes[0][0].get_legend_handles_labels()[0])
+    names = [handle.get_label() for handle in handles]
+    marks = dict.fromkeys(style.look(POLICIES[system]).marker for system in systems)
+    hollow = {"ls": "", "mfc": "none", "ms": 8, "color": style.BLACK}
+    published_marks = tuple(axes[0][0].plot([], [], marker=mark, **hollow)[0] for mark in marks)
+    looks: dict[str, Any] = {
+        "loc": "outside lower center", "ncols": len(handles) + 1, "frameon": False, "fontsize": 9,
+        "handlelength": 2.6, "columnspacing": 1.3, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.3)},
+    }  # fmt: skip
+    handles.append(published_marks)
+    figure.legend(handles, [*names, "published: hollow, the same shape"], **looks)
+    title = f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)"
+    figure.suptitle(f"{title}\n{CAPTIONS[figure_name]}", fontsize=11)
     return figure
 
 
@@ -76,13 +92,17 @@ def _draw(
     metric: str,
     predicted: Mapping[Key, float],
     published: Mapping[Key, float],
+    place: int,
 ) -> None:
+    """The first system lies on top with the smallest marker, so that those below it are seen around it."""
     look = style.look(POLICIES[system])
     keys = [Key(figure_name, system, model, rate, metric) for rate in RATES_RPS]
     values = [predicted[key] for key in keys]
-    panel.plot(RATES_RPS, values, color=look.color, ls=look.dash, marker=look.marker, ms=4, label=system)
+    name = "flexllm" if system == "flexllm" else POLICIES[system]
+    above = {"zorder": 3 - 0.1 * place, "ms": 4 + 0.8 * place, "lw": 1.2 + 0.3 * place}
+    panel.plot(RATES_RPS, values, color=look.color, ls=look.dash, marker=look.marker, label=name, **above)
     known = [key for key in keys if key in published]
     panel.plot(
         [key.rate_rps for key in known], [published[key] for key in known], color=look.color, ls="",
-        marker=look.marker, ms=10, mfc="none", mew=1.5, label="_published",
+        marker=look.marker, ms=11, mfc="none", mew=1.5, label="_published", zorder=4,
     )  # fmt: skip

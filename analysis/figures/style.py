@@ -53,6 +53,7 @@ _KNOWN = (
     "temporal_512",
     "spatial",
     "spatial_limited",
+    "spatial_stream",
     "separate",
     "separate_25",
     "separate_50",

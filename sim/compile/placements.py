@@ -88,13 +88,16 @@ def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
 
     `sent` counts collectives; MiB is what stays: parameters with optimizer state, inner activations.
     """
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     console = console if console is not None else wide_console()
-    table = Table(title="LoRA under tensor parallelism, per device, forward and backward")
+    title = "LoRA under tensor parallelism, per device, forward and backward"
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     words = ("layer", "composition", "FlexLLM")
     for name in ("layer", "tp", "rank", "composition", "FlexLLM", "us", "MFLOP", "link KiB", "sent", "MiB"):
-        table.add_column(name, justify="left" if name in words else "right", overflow="fold")
+        longest = max(map(len, name.split()))
+        table.add_column(name, justify="left" if name in words else "right", min_width=longest)
     for r in rows:
         table.add_row(
             r.layer,

@@ -212,36 +212,41 @@ def print_report(report: CompileReport, console: Any = None) -> None:
     table.add_row(f"{plan.layers} layers x {plan.seq_tokens} tokens", *(_gib(v) for v in report.totals_bytes))
     console.print(table)
     for line in _lines(report):
-        console.print(line)
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+MEMORY_HEADS = (
+    ("", "PEFT"), ("with check-", "points"), ("", "stash"), ("extra", "%"), ("far", "stash"), ("extra", "%"),
+    ("", "recompute"), ("extra", "%"),
+)  # fmt: skip
 
 
 def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
-    """Write the table over models and methods with `rich`."""
-    from rich.table import Table
-
+    """Write the table over models and methods, a section for each model; it fits in 80 columns."""
     console = console if console is not None else wide_console()
-    table = Table(title="finetuning memory of one sample, GiB per device (extra FLOPs)")
-    for name in (
-        "model",
-        "method",
-        "tp",
-        "tokens",
-        "weights",
-        "PEFT",
-        "checkpointed",
-        "stash",
-        "far stash",
-        "recompute",
-    ):
-        table.add_column(name, justify="left" if name in ("model", "method") else "right", overflow="fold")
+    widths = [max(6, *map(len, head)) for head in MEMORY_HEADS]
+
+    def line(first: str, cells: Iterable[str]) -> str:
+        return f"  {first:<10}" + "".join(
+            f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
+        )
+
+    lines = ["finetuning memory of one sample: GiB per device, extra FLOPs in %"]
+    lines += [line(("", "method")[level], [head[level] for head in MEMORY_HEADS]) for level in (0, 1)]
+    before = None
     for r in rows:
-        table.add_row(
-            r.model, r.method, str(r.tp), str(r.seq_tokens), _gib(r.weight_bytes), _gib(r.peft_bytes),
-            _gib(r.checkpoint_bytes), f"{_gib(r.stash_bytes)} ({r.stash_extra_share:.1%})",
-            f"{_gib(r.far_stash_bytes)} ({r.far_stash_extra_share:.1%})",
-            f"{_gib(r.recompute_bytes)} ({r.recompute_extra_share:.1%})",
-        )  # fmt: skip
-    console.print(table)
+        scene = f"{r.model} on {r.tp}, {r.seq_tokens:,} tokens; weights {_gib(r.weight_bytes)}"
+        if scene != before:
+            lines.append(scene)
+        before = scene
+        plans = (
+            (r.stash_bytes, r.stash_extra_share),
+            (r.far_stash_bytes, r.far_stash_extra_share),
+            (r.recompute_bytes, r.recompute_extra_share),
+        )
+        cells = [cell for size, share in plans for cell in (_gib(size), f"{100 * share:.1f}")]
+        lines.append(line(r.method, [_gib(r.peft_bytes), _gib(r.checkpoint_bytes), *cells]))
+    console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _rows(plan: CompilePlan, graph: Graph, peft_graph: Graph) -> list[ClassRow]:
