@@ -62,7 +62,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         at = {point.rate_rps: point for point in lines[policy]}
         print(f"{policy:18}" + "".join(_cell(at.get(rate), letters) for rate in rates).rstrip())
     if letters:
-        print("better router: " + ", ".join(f"{letter} {name}" for name, letter in letters.items()))
+        named = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+        print(f"behind each number the router that trained most, of equals the first: {named}")
     print_notes(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")

@@ -269,6 +269,14 @@ def test_a_sweep_draws_any_metric_as_the_rows_have_it(metric: str) -> None:
     assert not labels[1].endswith(("_s", "_rps", "_j"))
 
 
+def test_a_sweep_marks_what_misses_the_slo_and_has_a_tick_at_each_rate() -> None:
+    left, right = sweep_figure(rows(16.0) + rows(20.0)).axes
+    assert [tick.get_text() for tick in left.get_xticklabels()] == ["16", "20"]
+    hollow = {name: len(c.get_offsets()) for name, c in zip(POLICIES, left.collections, strict=False)}
+    assert hollow["temporal_64"] == 2 and hollow["coserving"] == 0
+    assert any("95 %" in text.get_text() for text in right.texts)
+
+
 def test_points_of_a_sweep_are_means_with_range() -> None:
     points = series(rows(4.0) + rows(4.0, seed=1, factor=2.0), "rate_rps", "finetune_tok_s")
     assert points["coserving"] == [(4.0, 17700.0, 11800.0, 23600.0)]

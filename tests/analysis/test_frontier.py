@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
 
 from analysis.figures.frontier import frontier, frontier_figure, peak_tok_s
 from sim.cli import main
+from sim.frontier import router_letters
 
 
 def row(
@@ -56,6 +58,26 @@ def test_the_figure_draws_every_point_and_the_bounds() -> None:
     drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
     assert drawn["a"] == [[1.0, 60.0], [2.0, 40.0]]
     assert drawn["ideal sum"] == [[1.0, 100.0]]
+
+
+def test_names_stand_beside_the_figure_without_overlapping() -> None:
+    many = [row(f"p{i}", 1.0, "near", 1.0, 50.0 + 0.01 * i) for i in range(15)]
+    figure = frontier_figure(many)
+    figure.canvas.draw()
+    names = [text for text in figure.axes[0].texts if text.get_text().startswith("p")]
+    assert len(names) == 15
+    # The extent of an annotation holds its arrow; that of a plain text is its words.
+    boxes = [Text.get_window_extent(text) for text in names]
+    for i, box in enumerate(boxes):
+        assert box.x0 >= figure.axes[0].bbox.x1 and box.x1 <= figure.bbox.x1
+        assert not any(box.overlaps(other) for other in boxes[:i])
+
+
+def test_each_router_has_a_letter_of_its_own_where_there_are_several() -> None:
+    assert router_letters(ROWS) == {"far": "f", "near": "n"}
+    assert router_letters(ROWS[:1]) == {}
+    several = [row("a", 1.0, router, 1.0, 1.0) for router in ("slo_aware", "s")]
+    assert len(set(router_letters(several).values())) == 2
 
 
 def test_the_program_prints_a_table_and_writes_the_points(

@@ -213,7 +213,11 @@ def test_table_over_models_and_methods(capsys: pytest.CaptureFixture[str]) -> No
         assert row.recompute_bytes < row.stash_bytes
         assert row.stash_extra_share <= 0.05
     print_memory_table(rows)
-    assert "GiB per device" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "GiB per device" in out and "check-" in out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len({len(line) for line in lines if line.split()[0] in SPECS}) == 1
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,8 @@ def test_collect_fit_bench_fidelity(
     assert about["model"]["layers"] == 4 and about["versions"]["torch"] == str(torch.__version__)
     for command in (["fit", str(path)], ["show", str(path)]):
         assert program(command) == 0
-    assert "cross-validated" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cross-validated" in out and "model.layers 4" in out and "{" not in out
 
     run, out = tmp_path / "run", tmp_path / "out"
     settings = ["workload.duration_s=2", "peak_s=0", "limits.max_sequences=6", "job.sample_tokens=64"]

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from profiles.against import METRICS, against
+from profiles.against import METRICS, against, differences
 from profiles.diagnosis import OTHERS, PARTS, Finding, diagnose
 from profiles.fidelity import findings_of, main, report
 from profiles.fidelity_figure import _label, draw
@@ -28,7 +28,7 @@ def test_a_right_profile_predicts_the_run_and_has_no_part_off(
 ) -> None:
     assert main([str(run_folder), f"profile={profile_file}", f"out={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert "no part is off" in out and "100.00% of the replay" in out
+    assert "no part is off" in out and "under the recorded times: 100.00%" in out
     metrics = pd.read_parquet(tmp_path / "metrics.parquet").set_index("metric")
     assert list(metrics.index) == list(METRICS)
     summary = read_run(run_folder).summary
@@ -62,6 +62,25 @@ def test_a_part_of_the_profile_that_is_wrong_by_two_is_found_and_named(
     named = next(finding for finding in findings if finding.off)
     assert named.low <= named.factor <= named.high and named.factor == pytest.approx(0.5, abs=0.08)
     assert text.endswith(f"off by more than 1.2x: {part}")
+
+
+def test_errors_of_shares_are_points_and_what_differs_is_said_in_words(
+    run_folder: Path, profile_file: Path
+) -> None:
+    profile, rerun = read_profile(profile_file), read_rerun(read_run(run_folder))
+    one = against(rerun, profile, "run", seeds=1)
+    halved = tuple(
+        m._replace(measured=0.9, predicted=0.5) if m.metric == "attainment" else m for m in one.metrics
+    )
+    text = report([replace(one, metrics=halved)], [], profile, 1)
+    (line,) = [line for line in text.splitlines() if line.lstrip().startswith("attainment")]
+    assert line.endswith("-40.0 pt")
+    assert profile.collected is not None
+    job = profile.collected["job"]
+    wide = {**job, "lora": {**job["lora"], "rank": 4096}}
+    told = differences(rerun, replace(profile, collected={**profile.collected, "job": wide}))
+    (line,) = [line for line in told if line.startswith("LoRA")]
+    assert "rank 4096" in line and "{" not in line and "alpha" not in line and str(run_folder) not in line
 
 
 def test_what_no_run_has_is_an_empty_line_of_the_picture(

@@ -30,6 +30,7 @@ from analysis.paper import (
     read_published,
     run_case,
 )
+from analysis.paper_page import page
 from analysis.reproduce import main, write
 from sim.assemble import CONFIGS, assemble
 from sim.simulate import run_assembly
@@ -107,7 +108,7 @@ def test_figures_contain_the_simulated_and_the_published_points() -> None:
     assert hollow[0] in axes[4].lines
     shown = {line.get_label(): list(line.get_ydata()) for line in axes[4].lines}
     wanted = [predicted[key._replace(rate_rps=rate)] for rate in RATES_RPS]
-    assert shown["temporal-64"] == wanted
+    assert shown["temporal_64"] == wanted
     with pytest.raises(ValueError, match="without a prediction"):
         grid_figure("sharing", ("flexllm",), {}, {key: 77.0})
     assert set(POLICIES) == set(SYSTEMS)
@@ -187,3 +188,19 @@ def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         main(["--workers", "0"])
     assert "at least 1" in capsys.readouterr().err
+
+
+def test_a_claim_whose_slo_is_missed_is_words_not_a_number() -> None:
+    todo = cases((0,))
+    predicted = predictions(todo, [fake_row(case) for case in todo])
+    good = {"slo_attainment": 100.0, "finetune_tok_s": 1000.0, "tpot_mean": 40.0}
+    fair = {(c.system, c.model, c.rate_rps): dict(good) for c in todo if c.figure == "fair"}
+    fair["finetune_only", "8B", 4]["tpot_mean"] = math.nan
+    for policy in ("coserving", "coserving_slack"):
+        fair[policy, "14B", 20]["slo_attainment"] = 75.0
+    fair["temporal_limited", "32B", 20]["slo_attainment"] = 75.0
+    text = page(predicted, {}, fair)
+    assert "co-serving misses the SLO (separate_75 keeps it)" in text
+    assert "time slicing misses the SLO |" in text
+    assert "1.00x (separate_75)" in text and "| SLO missed | SLO missed |" in text
+    assert "nan" not in text and " 0.00x" not in text and "| 0 %" not in text
