@@ -104,7 +104,9 @@ class Dispatcher:
             if len(self._inboxes) == 1:
                 self._inboxes[0].put(request)
                 continue
-            incoming = Incoming(request.prompt_tokens, self._slos[request.slo], request.adapter)
+            incoming = Incoming(
+                request.prompt_tokens, self._slos[request.slo], request.adapter, request.arrival_s
+            )
             self._inboxes[self._router.choose(incoming, self._loads)].put(request)
         self.next_s = self._arrivals.next_s()
 

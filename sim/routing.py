@@ -9,10 +9,13 @@ from zlib import crc32
 
 import numpy as np
 
-from sim.core.cost import CostModel
+from sim.core.cost import Predictor
 from sim.core.request import Slo
 from sim.core.state import PipelineState
 from sim.core.work import Chunk, Work
+
+LEAST_CHUNK_TOKENS = 16
+"""What a policy with a latency budget computes of a prompt even when nothing fits."""
 
 
 class Incoming(NamedTuple):
@@ -21,12 +24,13 @@ class Incoming(NamedTuple):
     prompt_tokens: int
     slo: Slo
     adapter: str | None
+    arrival_s: float = 0.0
 
 
 class Load:
     """A pipeline as a router sees it: its state and what was routed to it since it last planned."""
 
-    def __init__(self, state: PipelineState, predictor: CostModel) -> None:
+    def __init__(self, state: PipelineState, predictor: Predictor) -> None:
         self.state = state
         self.predictor = predictor
         self.inbox_requests = 0
@@ -111,8 +115,9 @@ class SloAware:
     """The earliest predicted first token among the pipelines whose predicted TPOT keeps the bound.
 
     The prediction is each pipeline's own predictor asked for an iteration with all its requests decoding
-    and one full prefill chunk, times the chunks that its backlog needs. So unequal pipelines get unequal
-    shares. When no pipeline keeps the bound, the earliest first token decides alone.
+    and the largest prefill chunk that keeps the TPOT bound, times the chunks that its backlog needs. So
+    unequal pipelines get unequal shares. When no pipeline keeps the bound, the earliest first token decides
+    alone.
     """
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
@@ -121,20 +126,21 @@ class SloAware:
 
 
 class Consolidate:
-    """The fewest pipelines that keep the SLO: the first in order whose predicted latencies stay well within
-    the bounds.
+    """The fewest pipelines that keep the SLO: the first in order that has room and whose predicted latencies
+    stay within the bounds.
 
     Decoding few sequences reads the weights as often as decoding many, so requests spread thinly cost
     every pipeline's finetuning; packed, they leave the other pipelines to finetune undisturbed. Like the best
-    static split, but following the load. `headroom` is the share of each bound that may be used up. When
-    no pipeline has that much, the earliest predicted first token decides.
+    static split, but following the load. `headroom` is the share of each bound, and of the room for K/V, that
+    may be used up. When no pipeline has that much, the earliest predicted first token decides, among those
+    that have room if there are any.
 
     The time of a token is that of the steady state with the new request: every sequence that ends makes room
     for the prompt of another, so each decode brings along prompt / output tokens of prefill, the ratio of the
     requests that have ended so far.
     """
 
-    def __init__(self, *, headroom: float = 0.7) -> None:
+    def __init__(self, *, headroom: float = 0.95) -> None:
         if not 0 < headroom <= 1:
             raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
         self._headroom = headroom
@@ -143,44 +149,63 @@ class Consolidate:
         outputs = sum([load.state.ended_output_tokens for load in pipelines])
         prompts = sum([load.state.ended_prompt_tokens for load in pipelines])
         ratio = prompts / outputs if outputs else 0.0
-        first_s = math.inf
+        slo, headroom = request.slo, self._headroom
+        best = (True, math.inf)
         chosen = 0
         for index, load in enumerate(pipelines):
+            full = _is_full(request, load, headroom)
             ttft_s, _ = _predict(request, load)
             if (
-                ttft_s <= self._headroom * request.slo.ttft_s
-                and _steady_token_s(request, load, ratio) <= self._headroom * request.slo.tpot_s
+                not full
+                and ttft_s <= headroom * slo.ttft_s
+                and _steady_token_s(request, load, ratio) <= headroom * slo.tpot_s
             ):
                 return index
-            if ttft_s < first_s:
-                chosen, first_s = index, ttft_s
+            if (full, ttft_s) < best:
+                chosen, best = index, (full, ttft_s)
         return chosen
+
+
+def _is_full(request: Incoming, load: Load, headroom: float) -> bool:
+    """Whether the request would wait there for another to end: for a sequence, or for K/V room."""
+    limits = load.state.limits
+    tokens = load.tokens + request.prompt_tokens
+    return load.requests >= limits.max_sequences or tokens > headroom * limits.kv_tokens
 
 
 def _steady_token_s(request: Incoming, load: Load, prefill_per_decode: float) -> float:
     """Mean seconds of an iteration with the request among the decodes and prompts arriving as others end."""
-    limits = load.state.limits
-    count = min(load.requests + 1, limits.max_sequences)
-    decode = Work(
-        decode_count=count,
-        decode_context_tokens=load.tokens + request.prompt_tokens,
-        sampled_tokens=count,
-    )
+    decode = _all_decoding(request, load)
+    count = decode.decode_count
     alone_s = load.predictor.iteration_s(decode)
-    chunk = max(1, limits.max_tokens - count)
+    chunk = max(1, load.state.limits.max_tokens - count)
     both_s = load.predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
     return alone_s + (both_s - alone_s) * count * prefill_per_decode / chunk
 
 
 def _predict(request: Incoming, load: Load) -> tuple[float, float]:
-    """(seconds to the first token, seconds per token afterwards) if the request went there."""
-    state = load.state
-    count = min(load.requests + 1, state.limits.max_sequences)
-    context = load.tokens + request.prompt_tokens
+    """(seconds to the first token, seconds per token afterwards) if the request went there.
+
+    First the iteration that runs has to end. Then a prompt has only the time that decoding leaves within the
+    TPOT bound, so a long one takes many chunks.
+    """
+    state, predictor = load.state, load.predictor
+    decode = _all_decoding(request, load)
     backlog = state.waiting.tokens + load.inbox_tokens + request.prompt_tokens
     backlog += sum([s.remaining_tokens for s in state.prefilling.values()])
-    chunk = max(1, min(backlog, state.limits.max_tokens - count))
-    decode = Work(decode_count=count, decode_context_tokens=context, sampled_tokens=count)
-    token_s = load.predictor.iteration_s(decode)
-    chunk_s = load.predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
-    return chunk_s * math.ceil(backlog / chunk), token_s
+    most = max(1, min(backlog, state.limits.max_tokens - decode.decode_count))
+    within = predictor.largest_prefill(decode, 0, most, request.slo.tpot_s)
+    chunk = max(within, min(most, LEAST_CHUNK_TOKENS))
+    chunk_s = predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
+    wait_s = max(0.0, state.free_s - request.arrival_s)
+    return wait_s + chunk_s * math.ceil(backlog / chunk), predictor.iteration_s(decode)
+
+
+def _all_decoding(request: Incoming, load: Load) -> Work:
+    """An iteration that decodes the request and all that are there."""
+    count = min(load.requests + 1, load.state.limits.max_sequences)
+    return Work(
+        decode_count=count,
+        decode_context_tokens=load.tokens + request.prompt_tokens,
+        sampled_tokens=count,
+    )

@@ -102,7 +102,9 @@ class LinearCost:
         if base_s > budget_s or most < unit:
             return 0, base_s
         unit_s = self.iteration_s(more(unit)) - base_s
-        units = most // unit if unit_s <= 0 else min(most // unit, int((budget_s - base_s) / unit_s))
+        units = most // unit
+        if unit_s > 0 and budget_s < math.inf:
+            units = min(units, int((budget_s - base_s) / unit_s))
         while units > 0 and self.iteration_s(more(units * unit)) > budget_s:
             units -= 1
         while (units + 1) * unit <= most and self.iteration_s(more((units + 1) * unit)) <= budget_s:

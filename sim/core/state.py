@@ -113,6 +113,14 @@ class PipelineState:
             + self.decode_count
         )
 
+    @property
+    def free_s(self) -> float:
+        """When all that was launched is expected to have ended."""
+        end_s = self._last_end_s
+        for _, predicted_s, launch_s, *_ in self._launched:
+            end_s = max(end_s, launch_s) + self._expected_s(predicted_s)
+        return end_s
+
     def view(self, now_s: float) -> View:
         if self.jobs.next_start_s <= now_s:
             self.jobs.start(now_s)
@@ -158,11 +166,14 @@ class PipelineState:
         """When the iteration that is planned now will start, with others still running."""
         start_s = now_s
         for _, predicted_s, *_ in self._launched:
-            if predicted_s is not None:
-                start_s += predicted_s
-            elif self._last is not None:
-                start_s += self._last.actual_s
+            start_s += self._expected_s(predicted_s)
         return start_s
+
+    def _expected_s(self, predicted_s: float | None) -> float:
+        """Seconds of an iteration, for which the last one's stand when its policy does not predict."""
+        if predicted_s is not None:
+            return predicted_s
+        return 0.0 if self._last is None else self._last.actual_s
 
     def victims(self) -> Iterator[Victim]:
         for sequence in reversed(self.running.values()):

@@ -10,6 +10,7 @@ import pytest
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
 from sim.core.loop import Horizon
+from sim.core.plan import Limits, Plan
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
@@ -41,9 +42,11 @@ HELLO = Incoming(10, Slo(), None)
 ROUTERS = [RoundRobin, LeastTokens, PowerOfTwo, AdapterAffinity, SloAware, Consolidate]
 
 
-def load_of(*prompts: int, predictor: LinearCost | None = None, inbox: int = 0) -> Load:
+def load_of(
+    *prompts: int, predictor: LinearCost | None = None, inbox: int = 0, limits: Limits | None = None
+) -> Load:
     """A pipeline with these prompts waiting and `inbox` requests of 10 tokens routed to it."""
-    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    state = PipelineState(limits=limits or limits_of(), slos=SLOS, recorder=Recorder())
     for id, prompt in enumerate(prompts):
         state.arrive(Request(id, 0.0, prompt, 5))
     load = Load(state, predictor or LinearCost())
@@ -143,15 +146,54 @@ def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
 
 
 def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
-    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.7 of 25 ms lies between."""
+    """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.95 of 23 ms lies between."""
     cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
     idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
-    tight = Incoming(10, Slo(tpot_s=0.025), None)
+    tight = Incoming(10, Slo(tpot_s=0.023), None)
     assert Consolidate().choose(tight, [idle, load_of(predictor=cost)]) == 0
     assert Consolidate().choose(tight, [busy, idle]) == 1
     assert Consolidate(headroom=1.0).choose(tight, [busy, idle]) == 0
     late = Incoming(10, Slo(ttft_s=0.02), None)
     assert Consolidate().choose(late, [load_of(900, predictor=LinearCost(prefill_s=0.01)), idle]) == 1
+
+
+def test_consolidate_knows_that_a_prompt_has_only_the_time_that_decodes_leave() -> None:
+    """Eight beside it take 10 ms of the 20: chunks of 100 tokens, so 400 take 80 ms; of 12 ms, 20 chunks and
+    240 ms. On the idle one they are 80 and 100 tokens."""
+    cost = LinearCost(host_s=0.001, decode_s=0.001, prefill_s=0.0001)
+    loads = [load_of(*[1] * 8, predictor=cost), load_of(predictor=cost)]
+    for ttft_s, tpot_s, chosen in ((0.1, 0.021, 0), (0.2, 0.0125, 1), (0.3, 0.0125, 0)):
+        slo = Slo(ttft_s=ttft_s, tpot_s=tpot_s)
+        assert Consolidate().choose(Incoming(400, slo, None), loads) == chosen
+
+
+def test_consolidate_goes_on_where_the_request_would_wait_for_another_to_end() -> None:
+    """With bounds far away: 16 sequences are there, or 95 % of 4096 cached tokens."""
+    idle = load_of()
+    assert Consolidate().choose(HELLO, [load_of(*[1] * 15), idle]) == 0
+    assert Consolidate().choose(HELLO, [load_of(*[1] * 16), idle]) == 1
+    assert Consolidate().choose(HELLO, [load_of(*[1] * 8, inbox=8), idle]) == 1
+    cached = [1000, 1000, 1000]
+    assert Consolidate().choose(Incoming(891, Slo(), None), [load_of(*cached), idle]) == 0
+    assert Consolidate().choose(Incoming(892, Slo(), None), [load_of(*cached), idle]) == 1
+
+
+def test_consolidate_prefers_room_where_every_bound_is_broken() -> None:
+    """The first has the shorter backlog and no sequence left."""
+    hopeless = Incoming(10, Slo(ttft_s=1e-6), None)
+    assert Consolidate().choose(hopeless, [load_of(*[1] * 16), load_of(900)]) == 1
+    assert Consolidate().choose(hopeless, [load_of(900), load_of(*[1] * 15)]) == 1
+    assert Consolidate().choose(hopeless, [load_of(*[1] * 16), load_of(*[50] * 16)]) == 0
+
+
+def test_a_first_token_waits_for_the_iteration_that_runs() -> None:
+    """Launched at 2 s and predicted to take 0.5 s, beside a pipeline whose prefill takes 0.3 s."""
+    running = load_of(20)
+    running.state.apply(Plan(prefills=((0, 10),), predicted_s=0.5), 2.0)
+    slow = load_of(predictor=LinearCost(prefill_s=0.03))
+    for arrival_s, chosen in ((2.1, 1), (2.3, 0), (9.0, 0)):
+        request = Incoming(10, Slo(ttft_s=1.0), None, arrival_s)
+        assert SloAware().choose(request, [running, slow]) == chosen
 
 
 def test_consolidate_counts_the_prompts_that_take_the_places_of_ended_requests() -> None:
