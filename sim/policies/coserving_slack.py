@@ -1,9 +1,10 @@
 """Closed-loop co-serving: the budget is the time until the earliest token deadline, not a constant.
 
-Two things that `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more
-than is there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it
-ends. And the predictor is corrected online by measured / predicted, with a margin that follows the error
-seen, so a predictor that is wrong costs throughput or slack for a moment, not the SLO.
+What `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more than is
+there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends. The
+predictor is corrected online by measured / predicted, with a margin that follows the error seen, so a
+predictor that is wrong costs throughput or slack for a moment, not the SLO. And where no request is, and the less
+one is to be expected, iterations are long.
 """
 
 from __future__ import annotations
@@ -17,17 +18,19 @@ from sim.policies.packing import Latency, checked_tokens, pack_inference
 from sim.policies.slices import fill
 
 
-class _Error(NamedTuple):
+class _Memory(NamedTuple):
     """Measured over predicted time: exponential averages of the ratio and of its distance from that."""
 
-    ratio: float = 1.0
-    deviation: float = 0.0
-    iteration: int = -1
+    ratio: float
+    deviation: float
+    iteration: int
     """The last one that is in the averages."""
+    quiet_from_s: float
+    """Start of the last iteration that was planned with a request here."""
 
 
 class CoServingSlack:
-    """Remembers the predictor's error."""
+    """Remembers the predictor's error, and since when it is idle."""
 
     serves = True
     finetunes = True
@@ -40,9 +43,10 @@ class CoServingSlack:
         ttft_s: float,
         max_burst: float = 4.0,
         idle_share: float = 0.3,
+        quiet_share: float = 0.01,
         first_token_share: float = 0.5,
         smoothing: float = 0.05,
-        margin_deviations: float = 2.0,
+        margin_deviations: float = 3.0,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 16,
     ) -> None:
@@ -50,15 +54,18 @@ class CoServingSlack:
 
         `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however
         much is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is
-        here; one that arrives meanwhile waits for its end. `first_token_share`: share of the time left to
-        the TTFT deadlines that may be used up until the waiting prompts are done. `smoothing`: weight of
-        the newest iteration in the error averages. `margin_deviations`: how many mean deviations of
-        measured/predicted are kept as margin.
+        here; one that arrives meanwhile waits for its end. `quiet_share`: share of the time for which none
+        has been here that it may last if that is more, up to `ttft_s`: requests that come after a long quiet
+        are few. `first_token_share`: share of the time left to the TTFT deadlines that may be used up until
+        the waiting prompts are done. `smoothing`: weight of the newest iteration in the error averages.
+        `margin_deviations`: how many mean deviations of measured/predicted are kept as margin; since
+        deadlines are absolute, time that it leaves is there for the next iteration.
         """
         for key, share in (
             ("smoothing", smoothing),
             ("first_token_share", first_token_share),
             ("idle_share", idle_share),
+            ("quiet_share", quiet_share),
         ):
             if not 0 < share <= 1:
                 raise ValueError(f"policy.{key} must be in (0, 1], got {share}")
@@ -71,6 +78,8 @@ class CoServingSlack:
         self._budget_s = budget_s
         self._max_burst = max_burst
         self._idle_s = max(budget_s, idle_share * ttft_s)
+        self._quiet_share = quiet_share
+        self._quiet_s = max(budget_s, ttft_s)
         self._first_token_share = first_token_share
         self._smoothing = smoothing
         self._margin_deviations = margin_deviations
@@ -78,34 +87,37 @@ class CoServingSlack:
         self._min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        error = self._observe(view)
-        correction = error.ratio * (1 + self._margin_deviations * error.deviation)
-        tokens_s = self._token_budget(view)
+        memory = self._observe(view)
+        correction = memory.ratio * (1 + self._margin_deviations * memory.deviation)
+        tokens_s = self._token_budget(view, memory)
         latency = Latency(self._predictor, tokens_s / correction, self._min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
         slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
-        return Plan(decode, prefills, preempted, slices, False, predicted_s, error)
+        return Plan(decode, prefills, preempted, slices, False, predicted_s, memory)
 
-    def _observe(self, view: View) -> _Error:
-        error: _Error = view.memory or _Error()
+    def _observe(self, view: View) -> _Memory:
+        memory: _Memory = view.memory or _Memory(1.0, 0.0, -1, view.start_s)
+        ratio, deviation, iteration, quiet_from_s = memory
+        if view.running or len(view.waiting):
+            quiet_from_s = view.start_s
         last = view.last
-        if last is None or last.predicted_s is None or last.iteration == error.iteration:
-            return error
-        ratio = last.actual_s / last.predicted_s
-        weight = self._smoothing
-        return _Error(
-            error.ratio + weight * (ratio - error.ratio),
-            error.deviation + weight * (abs(ratio / error.ratio - 1) - error.deviation),
-            last.iteration,
-        )
+        if last is not None and last.predicted_s is not None and last.iteration != iteration:
+            seen = last.actual_s / last.predicted_s
+            weight = self._smoothing
+            deviation += weight * (abs(seen / ratio - 1) - deviation)
+            ratio += weight * (seen - ratio)
+            iteration = last.iteration
+        return _Memory(ratio, deviation, iteration, quiet_from_s)
 
-    def _token_budget(self, view: View) -> float:
-        """Seconds that the coming iteration may take for the sake of the decoding requests."""
+    def _token_budget(self, view: View, memory: _Memory) -> float:
+        """Seconds that the coming iteration may take for the sake of the decoding requests, or of one that
+        may come."""
         if view.decode_count:
             return min(view.token_deadline_s - view.start_s, self._max_burst * self._budget_s)
-        return self._idle_s
+        quiet_s = self._quiet_share * (view.start_s - memory.quiet_from_s)
+        return max(self._idle_s, min(quiet_s, self._quiet_s))
 
     def _prompt_budget(self, view: View) -> float:
         """Seconds per iteration that let the first prompt in line, and the last, be done in time.
@@ -127,3 +139,4 @@ class CoServingSlack:
             if left_s > 0:
                 budget_s = min(budget_s, left_s / math.ceil(tokens / room))
         return budget_s
+
