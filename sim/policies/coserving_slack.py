@@ -3,8 +3,9 @@
 What `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more than is
 there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends. The
 predictor is corrected online by measured / predicted, with a margin that follows the error seen, so a
-predictor that is wrong costs throughput or slack for a moment, not the SLO. And where no request is, and the less
-one is to be expected, iterations are long.
+predictor that is wrong costs throughput or slack for a moment, not the SLO. Where no request is, and the less
+one is to be expected, iterations are long. And a backward runs on a second stream beside inference where the
+predictor says that this gets more done.
 """
 
 from __future__ import annotations
@@ -13,9 +14,14 @@ import math
 from typing import NamedTuple
 
 from sim.core.cost import Predictor
+from sim.core.finetune import Backward, Forward, JobView, Slice
 from sim.core.plan import Plan, View
+from sim.core.work import Work
 from sim.policies.packing import Latency, checked_tokens, pack_inference
 from sim.policies.slices import fill
+
+WORTH_A_STREAM = 1.01
+"""How many times the finetuning per second of one stream two must promise: below that it is rounding."""
 
 
 class _Memory(NamedTuple):
@@ -94,8 +100,25 @@ class CoServingSlack:
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
-        slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
-        return Plan(decode, prefills, preempted, slices, False, predicted_s, memory)
+        slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s)
+        return Plan(decode, prefills, preempted, slices, overlap, predicted_s, memory)
+
+    def _finetuning(
+        self, work: Work, jobs: tuple[JobView, ...], budget_s: float
+    ) -> tuple[tuple[Slice, ...], bool, float]:
+        """The slices, whether they run on a second stream beside inference, and the predicted seconds.
+
+        A forward window shares the read of the weights with inference. A backward shares nothing, so it may
+        run beside inference, and does where the predictor says that two streams get more done.
+        """
+        slices, predicted_s = fill(work, jobs, self._predictor, budget_s, self._max_forward_tokens)
+        if slices and type(slices[0]) is Backward and (work.decode_count or work.prefill):
+            beside = work._replace(overlap=True)
+            others, beside_s = fill(beside, jobs, self._predictor, budget_s, self._max_forward_tokens)
+            layers = jobs[0].layers
+            if _done(others, layers) * predicted_s > WORTH_A_STREAM * _done(slices, layers) * beside_s:
+                return others, True, beside_s
+        return slices, False, predicted_s
 
     def _observe(self, view: View) -> _Memory:
         memory: _Memory = view.memory or _Memory(1.0, 0.0, -1, view.start_s)
@@ -140,3 +163,13 @@ class CoServingSlack:
                 budget_s = min(budget_s, left_s / math.ceil(tokens / room))
         return budget_s
 
+
+def _done(slices: tuple[Slice, ...], layers: int) -> int:
+    """Layer-tokens of forward and backward."""
+    done = 0
+    for piece in slices:
+        if type(piece) is Forward:
+            done += piece.tokens * layers
+        elif type(piece) is Backward:
+            done += piece.layer_tokens
+    return done

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -196,6 +197,37 @@ def test_the_slack_iterations_of_a_pipeline_grow_with_its_quiet() -> None:
         checked += 1
     waited_s = rows["first_token_s"] - rows["arrival_s"]
     assert checked > 60 and waited_s.max() < 0.5 + 0.15
+
+
+def test_slack_runs_a_backward_beside_inference_where_two_streams_do_more() -> None:
+    """Beside, the shorter of inference and finetuning costs half; or all of it, and then nothing runs there."""
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class Contention(LinearCost):
+        contention: float
+
+        def iteration_s(self, work: Work) -> float:
+            alone_s = LinearCost.iteration_s(self, work)
+            if not work.overlap:
+                return alone_s
+            shorter_s = min(LinearCost.iteration_s(self, w) for w in (work.inference, work.finetuning))
+            return alone_s - (1 - self.contention) * (shorter_s - self.host_s)
+
+    trained_tok_s = {}
+    for contention in (0.5, 1.0):
+        cost = Contention(decode_s=2.0**-9, contention=contention)
+        policy = build_policy("coserving_slack", predictor=cost, max_burst=1.0)
+        result = run(policy, long_requests(), jobs=[job_of(3000)], limits=ROOMY, world=cost, horizon=BUSY)
+        steps = result.table("steps")
+        trained_tok_s[contention] = float(steps["tokens"].sum() / steps["end_s"].max())
+        kinds = set()
+        for plan, work in zip(result.log.plans, result.log.works, strict=True):
+            kind = type(plan.finetune[0]) if plan.finetune and work.decode_count else None
+            assert work.overlap == plan.overlap == (kind is Backward and contention < 1)
+            assert plan.predicted_s == pytest.approx(cost.iteration_s(work._replace(adapters=0)), rel=1e-9)
+            kinds.add(kind)
+        assert kinds >= {Forward, Backward}
+    assert trained_tok_s[0.5] > 1.05 * trained_tok_s[1.0]
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "drawn"])
