@@ -45,6 +45,16 @@ class Load:
         """Known tokens of all its unfinished requests."""
         return self.state.outstanding_tokens + self.inbox_tokens
 
+    @property
+    def slowness(self) -> float:
+        """Measured over predicted seconds of its iterations so far; 1 while none was predicted."""
+        state = self.state
+        return state.measured_s / state.predicted_s if state.predicted_s else 1.0
+
+    def iteration_s(self, work: Work) -> float:
+        """Seconds by prediction, corrected by how wrong predictions were so far."""
+        return self.predictor.iteration_s(work) * self.slowness
+
 
 class Router(Protocol):
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
@@ -114,15 +124,16 @@ class AdapterAffinity:
 class SloAware:
     """The earliest predicted first token among the pipelines whose predicted TPOT keeps the bound.
 
-    The prediction is each pipeline's own predictor asked for an iteration with all its requests decoding
-    and the largest prefill chunk that keeps the TPOT bound, times the chunks that its backlog needs. So
-    unequal pipelines get unequal shares. When no pipeline keeps the bound, the earliest first token decides
-    alone.
+    The prediction is each pipeline's own predictor, corrected by what was measured, asked for an iteration
+    with all its requests decoding and the largest prefill chunk that keeps the TPOT bound, times the chunks
+    that its backlog needs. So unequal pipelines get unequal shares. When no pipeline keeps the bound, the
+    earliest first token decides alone.
     """
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
-        scores = [_predict(request, load) for load in pipelines]
-        return min(range(len(pipelines)), key=lambda i: (scores[i][1] > request.slo.tpot_s, scores[i][0], i))
+        tpot_s = request.slo.tpot_s
+        seen = [_predict(request, load) for load in pipelines]
+        return min(range(len(pipelines)), key=lambda i: (seen[i].token_s > tpot_s, seen[i].first_s(), i))
 
 
 class Consolidate:
@@ -135,12 +146,13 @@ class Consolidate:
     may be used up. When no pipeline has that much, the earliest predicted first token decides, among those
     that have room if there are any.
 
-    The time of a token is that of the steady state with the new request: every sequence that ends makes room
-    for the prompt of another, so each decode brings along prompt / output tokens of prefill, the ratio of the
-    requests that have ended so far.
+    A first token is expected as if finetuning stretched every iteration until then to the TPOT bound, which
+    is what policies that know the bound do. The time of a token is that of the steady state with the new
+    request: every sequence that ends makes room for the prompt of another, so each decode brings along
+    prompt / output tokens of prefill, the ratio of the requests that have ended so far.
     """
 
-    def __init__(self, *, headroom: float = 0.95) -> None:
+    def __init__(self, *, headroom: float = 1.0) -> None:
         if not 0 < headroom <= 1:
             raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
         self._headroom = headroom
@@ -154,15 +166,15 @@ class Consolidate:
         chosen = 0
         for index, load in enumerate(pipelines):
             full = _is_full(request, load, headroom)
-            ttft_s, _ = _predict(request, load)
+            seen = _predict(request, load)
             if (
                 not full
-                and ttft_s <= headroom * slo.ttft_s
+                and seen.first_s(slo.tpot_s) <= headroom * slo.ttft_s
                 and _steady_token_s(request, load, ratio) <= headroom * slo.tpot_s
             ):
                 return index
-            if (full, ttft_s) < best:
-                chosen, best = index, (full, ttft_s)
+            if (full, seen.first_s()) < best:
+                chosen, best = index, (full, seen.first_s())
         return chosen
 
 
@@ -177,28 +189,46 @@ def _steady_token_s(request: Incoming, load: Load, prefill_per_decode: float) ->
     """Mean seconds of an iteration with the request among the decodes and prompts arriving as others end."""
     decode = _all_decoding(request, load)
     count = decode.decode_count
-    alone_s = load.predictor.iteration_s(decode)
+    alone_s = load.iteration_s(decode)
     chunk = max(1, load.state.limits.max_tokens - count)
-    both_s = load.predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
+    both_s = load.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
     return alone_s + (both_s - alone_s) * count * prefill_per_decode / chunk
 
 
-def _predict(request: Incoming, load: Load) -> tuple[float, float]:
-    """(seconds to the first token, seconds per token afterwards) if the request went there.
+class _Prediction(NamedTuple):
+    """What happens to the request where it is sent to."""
 
-    First the iteration that runs has to end. Then a prompt has only the time that decoding leaves within the
-    TPOT bound, so a long one takes many chunks.
-    """
-    state, predictor = load.state, load.predictor
+    wait_s: float
+    """Until the iteration that runs has ended."""
+    chunks: int
+    """Iterations that the prompts before it and its own take."""
+    chunk_s: float
+    """Seconds of each of them without finetuning."""
+    token_s: float
+    """Seconds per token afterwards."""
+
+    def first_s(self, stretched_s: float = 0.0) -> float:
+        """Seconds to the first token, with iterations that are stretched to `stretched_s` if that is finite."""
+        pace_s = max(self.chunk_s, stretched_s) if stretched_s < math.inf else self.chunk_s
+        return self.wait_s + pace_s * self.chunks
+
+
+def _predict(request: Incoming, load: Load) -> _Prediction:
+    """A prompt has only the time that decoding leaves within the TPOT bound, so a long one takes many chunks."""
+    state = load.state
     decode = _all_decoding(request, load)
     backlog = state.waiting.tokens + load.inbox_tokens + request.prompt_tokens
     backlog += sum([s.remaining_tokens for s in state.prefilling.values()])
     most = max(1, min(backlog, state.limits.max_tokens - decode.decode_count))
-    within = predictor.largest_prefill(decode, 0, most, request.slo.tpot_s)
+    budget_s = request.slo.tpot_s / load.slowness
+    within = load.predictor.largest_prefill(decode, 0, most, budget_s)
     chunk = max(within, min(most, LEAST_CHUNK_TOKENS))
-    chunk_s = predictor.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
-    wait_s = max(0.0, state.free_s - request.arrival_s)
-    return wait_s + chunk_s * math.ceil(backlog / chunk), predictor.iteration_s(decode)
+    return _Prediction(
+        max(0.0, state.free_s - request.arrival_s),
+        math.ceil(backlog / chunk),
+        load.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),))),
+        load.iteration_s(decode),
+    )
 
 
 def _all_decoding(request: Incoming, load: Load) -> Work:

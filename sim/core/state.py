@@ -76,6 +76,9 @@ class PipelineState:
         self.ended_prompt_tokens = 0
         self.ended_output_tokens = 0
         """Of all requests that have ended; a router learns from them how long requests are."""
+        self.predicted_s = 0.0
+        self.measured_s = 0.0
+        """Of all iterations that were predicted; a router learns from them how wrong predictions are."""
         self.jobs = Jobs(jobs)
         self.adapter_versions: dict[str, int] = {}
         self._failed: set[str] = set()
@@ -387,6 +390,9 @@ class PipelineState:
             )
         )
         self._last = _new(Feedback, (index, work, predicted_s, end_s - start_s))
+        if predicted_s is not None:
+            self.predicted_s += predicted_s
+            self.measured_s += end_s - start_s
         self._iterations = index + 1
         if work[1]:
             recorder.ticks.append((pipeline, end_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
 
 import numpy as np
@@ -145,37 +146,56 @@ def test_slo_aware_counts_all_requests_of_a_pipeline_as_decoding() -> None:
     assert SloAware().choose(Incoming(10, Slo(tpot_s=0.02), None), loads) == 1
 
 
-def test_consolidate_fills_the_first_until_a_bound_is_near() -> None:
+def test_consolidate_fills_the_first_until_a_bound_is_reached() -> None:
     """Alone a token takes 4 + 2 ms, with eight waiting beside it 4 + 18 ms; 0.95 of 23 ms lies between."""
     cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
     idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
     tight = Incoming(10, Slo(tpot_s=0.023), None)
-    assert Consolidate().choose(tight, [idle, load_of(predictor=cost)]) == 0
-    assert Consolidate().choose(tight, [busy, idle]) == 1
-    assert Consolidate(headroom=1.0).choose(tight, [busy, idle]) == 0
+    assert Consolidate().choose(tight, [busy, idle]) == 0
+    assert Consolidate(headroom=0.95).choose(tight, [busy, idle]) == 1
+    assert Consolidate(headroom=0.95).choose(tight, [idle, load_of(predictor=cost)]) == 0
     late = Incoming(10, Slo(ttft_s=0.02), None)
     assert Consolidate().choose(late, [load_of(900, predictor=LinearCost(prefill_s=0.01)), idle]) == 1
 
 
+def test_a_router_corrects_predictions_by_what_was_measured() -> None:
+    """22 ms a token are 44 where iterations have taken twice as long as predicted."""
+    cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
+    idle, busy = load_of(predictor=cost), load_of(*[1] * 8, predictor=cost)
+    busy.state.predicted_s, busy.state.measured_s = 10.0, 20.0
+    for tpot_s, chosen in ((0.043, 1), (0.045, 0)):
+        assert Consolidate().choose(Incoming(10, Slo(tpot_s=tpot_s), None), [busy, idle]) == chosen
+
+
 def test_consolidate_knows_that_a_prompt_has_only_the_time_that_decodes_leave() -> None:
-    """Eight beside it take 10 ms of the 20: chunks of 100 tokens, so 400 take 80 ms; of 12 ms, 20 chunks and
-    240 ms. On the idle one they are 80 and 100 tokens."""
+    """Eight decode beside it, 10 ms in all: of 21 ms, 400 tokens take 4 iterations; of 12.5, 16 and 200 ms.
+    On the idle one they take 84 and 50 ms."""
     cost = LinearCost(host_s=0.001, decode_s=0.001, prefill_s=0.0001)
     loads = [load_of(*[1] * 8, predictor=cost), load_of(predictor=cost)]
     for ttft_s, tpot_s, chosen in ((0.1, 0.021, 0), (0.2, 0.0125, 1), (0.3, 0.0125, 0)):
         slo = Slo(ttft_s=ttft_s, tpot_s=tpot_s)
-        assert Consolidate().choose(Incoming(400, slo, None), loads) == chosen
+        assert Consolidate(headroom=1.0).choose(Incoming(400, slo, None), loads) == chosen
+
+
+def test_consolidate_expects_iterations_as_long_as_the_tpot_bound_allows() -> None:
+    """Two chunks of 0.1 s take twice the bound of 0.4 s; without a bound, 0.2 s."""
+    cost = LinearCost(host_s=0.0, decode_s=0.0, prefill_s=0.1 / 255)
+    loads = [load_of(200, predictor=cost), load_of(predictor=cost)]
+    for tpot_s, chosen in ((0.4, 1), (math.inf, 0)):
+        slo = Slo(ttft_s=0.5, tpot_s=tpot_s)
+        assert Consolidate().choose(Incoming(200, slo, None), loads) == chosen
 
 
 def test_consolidate_goes_on_where_the_request_would_wait_for_another_to_end() -> None:
-    """With bounds far away: 16 sequences are there, or 95 % of 4096 cached tokens."""
+    """With bounds far away: 16 sequences are there, or 95 % of 4096 tokens that can be cached."""
     idle = load_of()
     assert Consolidate().choose(HELLO, [load_of(*[1] * 15), idle]) == 0
     assert Consolidate().choose(HELLO, [load_of(*[1] * 16), idle]) == 1
     assert Consolidate().choose(HELLO, [load_of(*[1] * 8, inbox=8), idle]) == 1
     cached = [1000, 1000, 1000]
-    assert Consolidate().choose(Incoming(891, Slo(), None), [load_of(*cached), idle]) == 0
-    assert Consolidate().choose(Incoming(892, Slo(), None), [load_of(*cached), idle]) == 1
+    for prompt, chosen in ((891, 0), (892, 1)):
+        request = Incoming(prompt, Slo(), None)
+        assert Consolidate(headroom=0.95).choose(request, [load_of(*cached), idle]) == chosen
 
 
 def test_consolidate_prefers_room_where_every_bound_is_broken() -> None:

@@ -276,3 +276,20 @@ def test_arrivals_are_told_of_every_end_once() -> None:
         answer=lambda index: Answer(aborted=(3,)) if index == 40 else Answer(),
     )
     assert sorted(arrivals.ended_ids) == list(range(11))
+
+
+def test_a_pipeline_is_free_when_what_was_launched_is_expected_to_end() -> None:
+    """By its prediction, or where there is none as long as the last one took."""
+    state = PipelineState(limits=limits_of(lookahead=1), slos=SLOS, recorder=Recorder())
+    assert state.free_s == -math.inf
+    state.arrive(Request(0, 0.0, 20, 9))
+    state.apply(Plan(prefills=((0, 10),), predicted_s=0.5), 2.0)
+    assert state.free_s == 2.5
+    state.apply(Plan(prefills=((0, 10),)), 2.125)
+    assert state.free_s == 2.5
+    state.commit(2.75)
+    assert state.free_s == 2.75 + 0.75
+    assert (state.predicted_s, state.measured_s) == (0.5, 0.75)
+    state.commit(3.0)
+    assert state.free_s == 3.0
+    assert (state.predicted_s, state.measured_s) == (0.5, 0.75)
