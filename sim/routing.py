@@ -46,10 +46,15 @@ class Load:
         return self.state.outstanding_tokens + self.inbox_tokens
 
     @property
+    def predicts(self) -> bool:
+        """Its policy predicts its iterations, which is how one keeps them within a bound."""
+        return self.state.predicted_s > 0
+
+    @property
     def slowness(self) -> float:
         """Measured over predicted seconds of its iterations so far; 1 while none was predicted."""
         state = self.state
-        return state.measured_s / state.predicted_s if state.predicted_s else 1.0
+        return state.measured_s / state.predicted_s if self.predicts else 1.0
 
     def iteration_s(self, work: Work) -> float:
         """Seconds by prediction, corrected by how wrong predictions were so far."""
@@ -143,8 +148,10 @@ class Consolidate:
     Decoding few sequences reads the weights as often as decoding many, so requests spread thinly cost
     every pipeline's finetuning; packed, they leave the other pipelines to finetune undisturbed. Like the best
     static split, but following the load. `headroom` is the share of each bound, and of the room for K/V, that
-    may be used up. When no pipeline has that much, the earliest predicted first token decides, among those
-    that have room if there are any.
+    may be used up; `unpredicted_headroom` that of pipelines whose policy does not predict its iterations: they
+    are not held to the bound one by one, so the requests' mean times scatter about the prediction. When no
+    pipeline has that much, the earliest predicted first token decides, among those that have room if there
+    are any.
 
     A first token is expected as if finetuning stretched every iteration until then to the TPOT bound, which
     is what policies that know the bound do. The time of a token is that of the steady state with the new
@@ -152,19 +159,22 @@ class Consolidate:
     prompt / output tokens of prefill, the ratio of the requests that have ended so far.
     """
 
-    def __init__(self, *, headroom: float = 1.0) -> None:
-        if not 0 < headroom <= 1:
-            raise ValueError(f"cluster.router.headroom must be in (0, 1], got {headroom}")
+    def __init__(self, *, headroom: float = 1.0, unpredicted_headroom: float = 0.7) -> None:
+        for key, share in (("headroom", headroom), ("unpredicted_headroom", unpredicted_headroom)):
+            if not 0 < share <= 1:
+                raise ValueError(f"cluster.router.{key} must be in (0, 1], got {share}")
         self._headroom = headroom
+        self._unpredicted_headroom = unpredicted_headroom
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
         outputs = sum([load.state.ended_output_tokens for load in pipelines])
         prompts = sum([load.state.ended_prompt_tokens for load in pipelines])
         ratio = prompts / outputs if outputs else 0.0
-        slo, headroom = request.slo, self._headroom
+        slo = request.slo
         best = (True, math.inf)
         chosen = 0
         for index, load in enumerate(pipelines):
+            headroom = self._headroom if load.predicts else self._unpredicted_headroom
             full = _is_full(request, load, headroom)
             seen = _predict(request, load)
             if (

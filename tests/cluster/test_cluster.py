@@ -11,7 +11,7 @@ import pytest
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
 from sim.core.loop import Horizon
-from sim.core.plan import Limits, Plan
+from sim.core.plan import Plan
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
@@ -44,10 +44,12 @@ ROUTERS = [RoundRobin, LeastTokens, PowerOfTwo, AdapterAffinity, SloAware, Conso
 
 
 def load_of(
-    *prompts: int, predictor: LinearCost | None = None, inbox: int = 0, limits: Limits | None = None
+    *prompts: int, predictor: LinearCost | None = None, inbox: int = 0, predicts: bool = True
 ) -> Load:
     """A pipeline with these prompts waiting and `inbox` requests of 10 tokens routed to it."""
-    state = PipelineState(limits=limits or limits_of(), slos=SLOS, recorder=Recorder())
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    if predicts:
+        state.predicted_s = state.measured_s = 1.0
     for id, prompt in enumerate(prompts):
         state.arrive(Request(id, 0.0, prompt, 5))
     load = Load(state, predictor or LinearCost())
@@ -156,6 +158,15 @@ def test_consolidate_fills_the_first_until_a_bound_is_reached() -> None:
     assert Consolidate(headroom=0.95).choose(tight, [idle, load_of(predictor=cost)]) == 0
     late = Incoming(10, Slo(ttft_s=0.02), None)
     assert Consolidate().choose(late, [load_of(900, predictor=LinearCost(prefill_s=0.01)), idle]) == 1
+
+
+def test_consolidate_leaves_more_where_a_policy_does_not_predict() -> None:
+    """As above; 0.7 of 30 ms is less than 22 ms."""
+    cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
+    loads = [load_of(*[1] * 8, predictor=cost, predicts=False), load_of(predictor=cost)]
+    tight = Incoming(10, Slo(tpot_s=0.03), None)
+    assert Consolidate().choose(tight, loads) == 1
+    assert Consolidate(unpredicted_headroom=0.75).choose(tight, loads) == 0
 
 
 def test_a_router_corrects_predictions_by_what_was_measured() -> None:
