@@ -11,11 +11,14 @@ from engine.assemble import TrainingJob
 from engine.driver import VirtualClock
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Split, share_of
+from engine.split import Gate
 from engine.text import passes, random_samples
 from sim.core.loop import Horizon
+from sim.core.plan import LATER
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
 from sim.core.specs import DeviceSpec
+from sim.core.state import PipelineState
 from sim.policies.separate import Separate
 from sim.workload.workload import Workload
 from tests.engine.tiny import VOCAB, adapter_of, tiny_model
@@ -131,3 +134,12 @@ def test_a_share_is_what_the_policy_assigns(given: float, share: float) -> None:
 def test_a_share_of_no_whole_parts_is_refused() -> None:
     with pytest.raises(ValueError, match="share of at most 100 equal parts"):
         share_of(Separate(inference_share=0.12345))
+
+
+def test_a_policy_that_is_stuck_is_so_in_a_split_as_well() -> None:
+    """A shut gate plans nothing and is not stuck; a policy that is asked and plans nothing is."""
+    gate = Gate(build_policy("inference_only"))
+    view: Any = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder()).view(0.0)
+    assert gate.plan(view) is LATER
+    gate.open = True
+    assert gate.plan(view) is not LATER and not gate.open

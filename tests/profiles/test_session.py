@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -50,7 +51,7 @@ def test_a_failed_step_is_recorded_and_the_next_one_runs(tmp_path: Path) -> None
     record = json.loads((tmp_path / "out" / "session.json").read_text())
     assert record["steps"]["bad"]["tail"][-1] == "it broke"
     page = (tmp_path / "out" / "gathered" / "RESULTS.md").read_text()
-    assert "| failed | 0 | it broke |" in page
+    assert re.search(r"\| failed \| \d+ \| it broke \|", page)
 
 
 def test_a_step_over_its_time_is_ended_with_its_children_and_goes_on_next_time(
