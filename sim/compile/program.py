@@ -216,7 +216,7 @@ def print_report(report: CompileReport, console: Any = None) -> None:
 
 
 MEMORY_HEADS = (
-    ("", "PEFT"), ("with check-", "points"), ("", "stash"), ("extra", "%"), ("far", "stash"), ("extra", "%"),
+    ("", "PEFT"), ("check-", "points"), ("", "stash"), ("extra", "%"), ("far", "stash"), ("extra", "%"),
     ("", "recompute"), ("extra", "%"),
 )  # fmt: skip
 
@@ -224,7 +224,7 @@ MEMORY_HEADS = (
 def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
     """Write the table over models and methods, a section for each model; it fits in 80 columns."""
     console = console if console is not None else wide_console()
-    widths = [max(6, *map(len, head)) for head in MEMORY_HEADS]
+    widths = [max(5 if head[1] == "%" else 6, *map(len, head)) for head in MEMORY_HEADS]
 
     def line(first: str, cells: Iterable[str]) -> str:
         return f"  {first:<10}" + "".join(

@@ -53,7 +53,7 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
 ) -> None:
     assert main([*SHORT, f"hydra.run.dir={folder}"]) == 0
     out = capsys.readouterr().out
-    assert "coserving" in out and "SLO met" in out
+    assert "coserving" in out and "met %" in out
     run = read_run(folder)
     assert run.summary["source"] == "engine" and run.summary["device"] == "cpu"
     requests, iterations, steps = (run.table(name) for name in ("requests", "iterations", "steps"))

@@ -75,10 +75,12 @@ def test_errors_of_shares_are_points_and_what_differs_is_said_in_words(
     text = report([replace(one, metrics=halved)], [], profile, 1)
     (line,) = [line for line in text.splitlines() if line.lstrip().startswith("attainment")]
     assert line.endswith("-40.0 pt")
-    assert profile.collected is not None
-    job = profile.collected["job"]
-    wide = {**job, "lora": {**job["lora"], "rank": 4096}}
-    told = differences(rerun, replace(profile, collected={**profile.collected, "job": wide}))
+    job = rerun.run.config["job"]
+    wide = {"memory": job["memory"], "lora": {**job["lora"], "rank": 4096}}
+    limits, versions = {"block_tokens": rerun.limits.block_tokens}, rerun.run.manifest["versions"]
+    about = {"job": wide, "limits": limits, "versions": versions, "commit": rerun.run.manifest["commit"]}
+    told = differences(rerun, replace(profile, collected=about))
+    assert len(told) == 1
     (line,) = [line for line in told if line.startswith("LoRA")]
     assert "rank 4096" in line and "{" not in line and "alpha" not in line and str(run_folder) not in line
 

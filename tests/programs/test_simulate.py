@@ -158,6 +158,7 @@ def test_unequal_pipelines_get_unequal_shares() -> None:
 def test_every_router_serves_everyone(router: str) -> None:
     run = read_run(simulate(f"cluster/router={router}", "workload.adapters.count=3", "run.bounds=false"))
     assert run.summary["finished"] == run.summary["requests"]
+    assert run.summary["router"] == router
 
 
 def test_consolidating_leaves_pipelines_to_finetune() -> None:
