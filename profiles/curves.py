@@ -3,7 +3,7 @@
     coserve profile curves DATA_FOLDER
 
 Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, short kernels) has its own
-few constants of `sim.core.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
+few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
 and times, robust against outliers. The table has three errors for each: in sample, of shapes that were
 left out (a model's shapes at a time: for GEMM all rows of one n, for attention all of one number of heads)
 and of the other device with its own datasheet and these constants, without and with its own LATENCIES.
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from profiles.measured import Measured, read_measured
 from profiles.predict import predicted_s, relative_errors
-from sim.core.efficiency import SHARES, Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import SHARES, Efficiency
 from sim.cost.elementwise import IN_L2
 
 Floats = NDArray[np.float64]

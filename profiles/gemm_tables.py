@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from profiles.curves import quantiles
 from profiles.measured import Measured, read_measured
 from profiles.named import device_named
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import gemm_rows_s
 from sim.cost.gemm_table import TABLES, GemmTable
 

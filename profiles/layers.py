@@ -19,8 +19,8 @@ from profiles.curves import FAMILIES, Line, fitted, quantiles
 from profiles.measured import Measured, read_measured, whole_layer
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 
 Floats = NDArray[np.float64]
 

@@ -20,8 +20,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from sim.core.collective import OPERATIONS
 from sim.core.specs import ModelShape
+from sim.cost.collective import OPERATIONS
 
 Floats = NDArray[np.float64]
 

@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 
 from sim.assemble import CONFIGS
 from sim.checked import build
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec, ModelShape
+from sim.cost.efficiency import Efficiency
 from sim.errors import nearest
 
 FOLDERS = (CONFIGS, CONFIGS.parent / "engine" / "configs")

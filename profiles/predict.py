@@ -6,10 +6,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.measured import Measured
-from sim.core.collective import allreduce_s, eager_allreduce_s, nccl_s
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
 from sim.cost.attention import decode_s, prefill_s
+from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
+from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import KINDS, elementwise_s
 from sim.cost.gemm_table import product_rows_s
 

@@ -11,7 +11,7 @@
 keys. Settings are key=value, as in `coserve simulate`. NAME of a device or model may be a YAML file of the form of
 `configs/device` or `configs/model`. A device may be changed, or without a NAME be described, by numbers of its
 datasheet: device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
-device.link_bandwidth_bytes_s or an efficiency (`sim.core.efficiency`), e.g. device.attention_generation=3 for
+device.link_bandwidth_bytes_s or an efficiency (`sim.cost.efficiency`), e.g. device.attention_generation=3 for
 Hopper. Exit code 2 with one line for a broken file or setting, 1
 when a bound is exceeded.
 """
@@ -35,9 +35,9 @@ from profiles.measured import Measured, read_frame, read_measured
 from profiles.named import device_described, device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
-from sim.core.efficiency import Efficiency
 from sim.core.specs import LoraSpec
 from sim.cost.context import CostContext
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm_table import GEMMS, gemm_tables
 from sim.errors import USER_ERROR, message, nearest, one_line, report
 

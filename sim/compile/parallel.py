@@ -18,7 +18,7 @@ linearity gives, which lets low-rank partial sums go on into the backbone's own 
 `compositions` enumerates every chain of these with at most one change of state between two operators,
 from the state in which the backbone has the bypass's input to the one in which it adds the output, and
 prices each: FLOPs, memory traffic, collectives forward and backward, gradients reduced at the update. Seconds
-are the roofline's (`sim.core.efficiency`, `sim.core.collective`), so that what is chosen is what is charged least.
+are the roofline's (`sim.cost.efficiency`, `sim.cost.collective`), so that what is chosen is what is charged least.
 
 The gradient of W reads the operator's input in its own state. Where a collective brought it there, the
 backward has it thus:
@@ -36,9 +36,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from sim.compile.bypass import S0, S1, Bypass, P, R, Stage
-from sim.core.collective import one_collective_s
-from sim.core.efficiency import Efficiency
 from sim.core.specs import Collective, DeviceSpec
+from sim.cost.collective import one_collective_s
+from sim.cost.efficiency import Efficiency
 
 LINEAR_RULES = ((1, R, "R", R), (2, S1, "Sin", P), (3, S0, "R", S0), (4, R, "Sout", S1), (5, P, "R", P))
 """(number, state of x, placement of W, state of y)."""

@@ -25,7 +25,7 @@ Decodes are bound by reading the cache, few of them by how fast one multiprocess
 these: time per chunk, token, query-key pair and key; per iteration, sequence and cached token. The backward
 has five products per query-key pair where the forward has two (recomputed scores, dV, dP, dQ, dK) and
 reaches 63/73 of its share of peak: FlashAttention-2 (Dao, 2023, arXiv 2307.08691, section 4.1) reports up
-to 63 % and 73 % on an A100. Nothing measured. Constants: `sim.core.efficiency`.
+to 63 % and 73 % on an A100. Nothing measured. Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.curves import ChunkCost, DecodeCost
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import smooth_maximum
 from sim.cost.nnls import nnls
 

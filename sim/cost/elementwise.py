@@ -5,7 +5,7 @@
 m tokens, v half-precision values per token, e bytes per multiprocessor and clock h by kind of kernel: what the
 kernel before has written lies in the L2, and a reduction over the row (norm) or a gather (rotary, embedding)
 is bound by instructions. An addition, and what runs once (optimizer, logits), has a share of the memory's rate
-instead. Constants: `sim.core.efficiency`.
+instead. Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 
 Floats = NDArray[np.float64]
 

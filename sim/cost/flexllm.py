@@ -30,10 +30,10 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.cost import attention
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import gemm_s
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import OPTIMIZER_BYTES
@@ -61,7 +61,7 @@ class LaunchBound:
     """Per layer and context token: the least time of a window's attention, however narrow the window."""
     link_bandwidth: float = 0.1343
     weight_bandwidth: float = 0.718
-    """The device's own share in GEMMs of few tokens (`sim.core.efficiency`)."""
+    """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""

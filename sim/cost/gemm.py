@@ -17,7 +17,7 @@ The staircase of waves is NVIDIA's "Matrix Multiplication Background User's Guid
 quantisation); the minimum stands for the library's choice of kernel; the smooth maximum for loads that
 overlap with arithmetic imperfectly; the partial sums of split-k are fp32, written and read, at half of the
 L2's rate.
-Constants: `sim.core.efficiency`.
+Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 
 Floats = NDArray[np.float64]
 

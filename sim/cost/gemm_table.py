@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import gemm_rows_s, gemm_s
 
 Floats = NDArray[np.float64]

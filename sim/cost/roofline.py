@@ -9,7 +9,7 @@ One layer of a forward pass over m tokens on one of tp devices:
 The backward of a layer with frozen weights has the transposed GEMMs (dX = dY W^T: the FLOPs of the
 forward, none for dW), element-wise kernels that read the saved tensors again, the LoRA gradients, and
 the same two all-reduces. LoRA's bypasses send what their placement says (`CostContext.trained`).
-Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.core.collective`.
+Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.cost.collective`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.collective import allreduce_s, collective_s
-from sim.core.efficiency import Efficiency
 from sim.core.specs import BypassWork, Collective
 from sim.cost import attention
+from sim.cost.collective import allreduce_s, collective_s
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
+from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import elementwise_s
 from sim.cost.gemm_table import GEMMS, product_s
 from sim.cost.iteration import IterationCost

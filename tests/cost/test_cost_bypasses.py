@@ -12,11 +12,11 @@ from sim.compile.bypass import Bypass
 from sim.compile.compiler import compile_plan
 from sim.compile.parallel import Composition
 from sim.compile.peft import PeftSpec
-from sim.core.collective import one_collective_s
-from sim.core.efficiency import Efficiency
 from sim.core.specs import BypassWork, Collective, LoraSpec
 from sim.core.work import Chunk, LayerChunk, Work
+from sim.cost.collective import one_collective_s
 from sim.cost.context import CostContext
+from sim.cost.efficiency import Efficiency
 from sim.cost.flat import row_seconds
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import OPTIMIZER_BYTES, Roofline

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sim.core.collective import allreduce_s, custom_s, nccl_s
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.attention import chunk_cost, decode_cost, decode_s, prefill_s
+from sim.cost.collective import allreduce_s, custom_s, nccl_s
 from sim.cost.context import CostContext
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import wave_s
 from sim.cost.gemm_table import GEMMS, product_rows_s, product_s
 from sim.cost.roofline import Roofline

@@ -24,7 +24,7 @@ from profiles.gemm_tables import held_out
 from profiles.measured import Measured
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
-from sim.core.efficiency import Efficiency
+from sim.cost.efficiency import Efficiency
 from sim.cost.gemm_table import gemm_tables
 
 PREFIX = {"a100_80gb": "a100_sxm", "h200": "h200_sxm"}

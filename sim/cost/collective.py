@@ -12,7 +12,7 @@ and NCCL above, or for other collectives:
 b bytes of the whole message, g devices, L the link bandwidth per direction; h = 2 for an all-reduce, else
 1. h (g - 1)/g b is what each device must send in any bandwidth-optimal algorithm (Patarasuk and Yuan, J.
 Parallel Distrib. Comput. 69, 2009). The minimum is NCCL's choice of protocol, rounded off since a third one
-lies between: min3(a, b) = (a^-3 + b^-3)^(-1/3). Constants: `sim.core.efficiency`.
+lies between: min3(a, b) = (a^-3 + b^-3)^(-1/3). Constants: `sim.cost.efficiency`.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.efficiency import Efficiency
 from sim.core.specs import DeviceSpec
+from sim.cost.efficiency import Efficiency
 
 Floats = NDArray[np.float64]
 
