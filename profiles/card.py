@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from profiles.measured import Measured, check_numbers
 from sim.core.specs import ModelShape
 from sim.cost.attention import local_kv_heads
+from sim.cost.elementwise import whole_blocks
 
 Floats = NDArray[np.float64]
 
@@ -64,7 +65,7 @@ def _short(model: ModelShape, tp: int) -> dict[str, tuple[str, int]]:
         "layernorm": ("norm", 4 * model.hidden),
         "final_layernorm": ("norm", 4 * model.hidden),
         "rotary_emb": ("rotary", 2 * rotated),
-        "act_fn": ("activation", 3 * model.ffn // tp),
+        "act_fn": ("activation", 3 * int(whole_blocks(model.ffn // tp))),
         "embedding": ("embedding", 2 * model.hidden),
     }
 

@@ -11,7 +11,8 @@ every line that FILE has rows for; above one the exit code is 1.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from profiles.predict import predicted_s
 from profiles.schema import is_profile, read_profile
 from profiles.table_file import TableFile
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
+from sim.cost.architectures import measured_on
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.flat import row_seconds
 from sim.cost.iteration import IterationCost
@@ -32,6 +34,15 @@ from sim.cost.roofline import Roofline
 Floats = NDArray[np.float64]
 
 COSTS = ("roofline", "table")
+CONSTANTS = {
+    "product": ("layer_",),
+    "attention": ("attention_", "decode_"),
+    "mixed": ("attention_", "decode_"),
+    "nccl": ("nccl_",),
+    "all-reduce": ("allreduce_",),
+    "iteration": ("layer_", "attention_", "decode_", "norm_"),
+}
+"""First word of a kind of operator -> beginnings of the constants that predict it; of others, the word itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,17 +66,23 @@ def check_file(
     tp: int,
     cost: str = "roofline",
     gemm: str | None = None,
+    changed: bool = False,
 ) -> list[CheckLine]:
-    """One line per operator or regime; ValueError for a broken file, or a profile without a model."""
+    """One line per operator or regime; ValueError for a broken file, or a profile without a model. Warns when the
+    constants come from another card, or its datasheet's numbers were `changed`."""
     if model is not None:
         _check_tp(path, model, tp)
     if is_profile(list(read_frame(path).columns)):
         if model is None:
             raise ValueError(f"{path}: a profile of whole iterations needs model=NAME")
-        return _check_profile(path, device, model, tp, cost)
+        lines = _check_profile(path, device, model, tp, cost)
+        if cost == "roofline":
+            _warn(borrowed(path, device, ("iteration",), changed))
+        return lines
     if cost != "roofline":
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
     operators = read_measured(path, model, tp)
+    _warn(borrowed(path, device, {measured.kind for measured in operators}, changed))
     lines = []
     for measured in operators:
         seconds = predicted_s(measured, device, gemm=gemm or ("table" if measured.kind == "gemm" else None))
@@ -77,6 +94,27 @@ def check_file(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
             )
     return lines + _whole_layer(operators, device, gemm)
+
+
+def _warn(text: str | None) -> None:
+    if text is not None:
+        warnings.warn(text, stacklevel=3)
+
+
+def borrowed(path: Path, device: DeviceSpec, kinds: Collection[str], changed: bool) -> str | None:
+    """In one line, which cards the constants behind operators of `kinds` were measured on; None when it was this
+    one, with the numbers of its file (not `changed`)."""
+    found: dict[str, list[str]] = {}
+    for kind in sorted(kinds):
+        for prefix in CONSTANTS.get(kind.partition(" ")[0], (f"{kind}_",)):
+            card = measured_on(device, prefix)
+            if changed or card != device.name:
+                found.setdefault(card, []).append(prefix.rstrip("_"))
+    if not found:
+        return None
+    cards = "; ".join(f"{card} ({', '.join(dict.fromkeys(names))})" for card, names in found.items())
+    what = f"{device.name} with other numbers" if changed else device.name
+    return f"{path}: not fitted to measurements of {what}, an extrapolation: constants measured on {cards}"
 
 
 def _check_tp(path: Path, model: ModelShape, tp: int) -> None:

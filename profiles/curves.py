@@ -6,7 +6,9 @@ Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, sh
 few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
 and times, robust against outliers. The table has three errors for each: in sample, of shapes that were
 left out (a model's shapes at a time: for GEMM all rows of one n, for attention all of one number of heads)
-and of the other device with its own datasheet and these constants, without and with its own LATENCIES.
+and of the other device with its own datasheet and these constants, without and with its own LATENCIES and
+KERNELS. Without, its NCCL starts as NCCL itself expects. The last column is of constants that both devices share
+(all but these), fitted to both: what is left when one formula has to explain two architectures.
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from numpy.typing import NDArray
 from profiles.measured import Measured, read_measured
 from profiles.predict import predicted_s, relative_errors
 from sim.core.specs import DeviceSpec
+from sim.cost.architectures import NCCL_LATENCY_S
 from sim.cost.efficiency import SHARES, Efficiency
-from sim.cost.elementwise import IN_L2
+from sim.cost.elementwise import SHORT
 
 Floats = NDArray[np.float64]
 
@@ -33,8 +36,17 @@ SOFT = 0.08
 """Relative error from which a row pulls less than its square."""
 FOLDS = 4
 LATENCIES = ("nccl_fixed_s", "allreduce_eager_s")
-"""Two times of a device's host and links that no datasheet has. What they are worth is shown apart: with them a
-device held out is no longer unseen, since each takes one measured message."""
+"""Two times of a device's host and links that no datasheet has."""
+KERNELS = (
+    "attention_exponentials",
+    "attention_tile_s",
+    "decode_smoothness",
+    "decode_split_s",
+    "decode_each_split_s",
+    "decode_sequence_s",
+)
+"""Properties of a generation of FlashAttention. What these and LATENCIES are worth is shown apart: with them a
+device held out is no longer unseen. Here each generation was measured on one device."""
 LIMITS = {"decode_sm_bandwidth": 10.0}
 """Beyond it a constant no longer matters."""
 
@@ -71,15 +83,14 @@ FAMILIES = (
         name="context attention",
         prefixes=("context attention",),
         constants=(
-            "attention_softmax_flops",
+            "attention_exponentials",
             "attention_wide_head",
             "attention_tile_s",
             "attention_tail",
             "attention_clock_bytes",
-            "attention_query_weight",
-            "attention_kv_weight",
             "attention_split_s",
             "attention_fixed_s",
+            "cache_write_clocks",
         ),
         group="heads",
     ),
@@ -96,6 +107,8 @@ FAMILIES = (
             "decode_split_s",
             "decode_each_split_s",
             "decode_regroup_s",
+            "decode_query",
+            "decode_sequence_s",
             "decode_fixed_s",
         ),
         group="heads",
@@ -151,12 +164,16 @@ FAMILIES = (
         Family(
             name=kind,
             prefixes=(kind,),
-            constants=(f"{kind}_clock_bytes" if kind in IN_L2 else f"{kind}_bandwidth", f"{kind}_fixed_s"),
+            constants=(f"{kind}_clock_bytes", f"{kind}_missed", f"{kind}_fixed_s"),
             group="tp",
         )
-        for kind in ("norm", "add", "rotary", "activation", "embedding")
+        for kind in SHORT
     ),
 )
+
+
+Rows = tuple[DeviceSpec, Efficiency, Sequence[Measured]]
+"""A device, the constants to begin with, and its rows of one family."""
 
 
 def rows_of(family: Family, measured: Sequence[Measured]) -> list[Measured]:
@@ -169,17 +186,26 @@ def fit_family(
     family: Family, measured: Sequence[Measured], device: DeviceSpec, start: Efficiency
 ) -> Efficiency:
     """`start` with the family's constants fitted to `measured`."""
-    parts = [_thin(m, ROWS // len(measured)) for m in measured]
-    logs = np.log(np.concatenate([m.seconds for m in parts]))
+    return fit_shared(family.constants, [(device, start, measured)])[0]
+
+
+def fit_shared(names: Sequence[str], devices: Sequence[Rows]) -> list[Efficiency]:
+    """Each device's start with `names` fitted to all devices' rows together, so that these are the same."""
+    parts = [[_thin(m, ROWS // len(measured)) for m in measured] for _, _, measured in devices]
+    logs = np.log(np.concatenate([m.seconds for own in parts for m in own]))
 
     def residuals(x: Floats) -> Floats:
-        trial = _with(start, family.constants, x)
-        times = np.concatenate([predicted_s(m, device, trial) for m in parts])
-        return np.asarray(np.log(times) - logs, dtype=np.float64)
+        times = [
+            predicted_s(m, device, _with(start, names, x))
+            for (device, start, _), own in zip(devices, parts, strict=True)
+            for m in own
+        ]
+        return np.asarray(np.log(np.concatenate(times)) - logs, dtype=np.float64)
 
-    first = np.log([getattr(start, name) for name in family.constants])
-    upper = np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in family.constants])
-    return _with(start, family.constants, _levenberg(residuals, np.minimum(first, upper), upper))
+    first = np.mean([np.log([getattr(start, name) for name in names]) for _, start, _ in devices], axis=0)
+    upper = np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in names])
+    found = _levenberg(residuals, np.minimum(first, upper), upper)
+    return [_with(start, names, found) for _, start, _ in devices]
 
 
 def cross_validated(
@@ -292,9 +318,29 @@ def fitted(
     return start
 
 
+def unseen(other: Efficiency, generation: float) -> Efficiency:
+    """What a device without measurements has from another: which generation of attention kernels it runs is
+    known of it."""
+    return replace(other, attention_generation=generation, nccl_fixed_s=NCCL_LATENCY_S)
+
+
 def told(other: Efficiency, own: Efficiency) -> Efficiency:
-    """`other` with the LATENCIES of `own`."""
-    return replace(other, **{name: getattr(own, name) for name in LATENCIES})
+    """`other` with the LATENCIES and KERNELS of `own`."""
+    return replace(other, **{name: getattr(own, name) for name in (*LATENCIES, *KERNELS)})
+
+
+def shared(devices: Sequence[Rows], families: Sequence[Family] = FAMILIES) -> list[Efficiency]:
+    """Constants of each device when all but LATENCIES and KERNELS are the same for all of them."""
+    constants = [start for _, start, _ in devices]
+    for family in families:
+        names = [name for name in family.constants if name not in (*LATENCIES, *KERNELS)]
+        own = [
+            (device, start, rows_of(family, measured))
+            for start, (device, _, measured) in zip(constants, devices, strict=True)
+        ]
+        if all(rows for _, _, rows in own):
+            constants = fit_shared(names, own)
+    return constants
 
 
 def table(
@@ -302,13 +348,12 @@ def table(
     measured: Sequence[Measured],
     start: Efficiency,
     other: Efficiency,
+    one_set: Efficiency,
     families: Sequence[Family] = FAMILIES,
 ) -> Iterator[Line]:
-    """Errors on one device's rows: in sample, held out by shape, and with another device's constants.
-
-    Which generation of attention kernels a device runs is known of it.
-    """
-    other = replace(other, attention_generation=start.attention_generation)
+    """Errors on one device's rows: in sample, held out by shape, with another device's constants, and with
+    those that both have in common."""
+    other = unseen(other, start.attention_generation)
     for family in families:
         own = rows_of(family, measured)
         if not own:
@@ -322,6 +367,7 @@ def table(
                 "in sample": quantiles(errors_of(own, device, inside)),
                 "shapes held out": quantiles(cross_validated(family, own, device, start)),
                 "device held out": quantiles(errors_of(own, device, other)),
-                "latencies given": quantiles(errors_of(own, device, told(other, inside))),
+                "kernels, latency given": quantiles(errors_of(own, device, told(other, inside))),
+                "one set for both": quantiles(errors_of(own, device, one_set)),
             },
         )

@@ -28,8 +28,12 @@ Floats = NDArray[np.float64]
 
 M_NODES = (1, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096, 8192)
 SOURCES = {
-    "a100_80gb": ("a100_sxm_gemm_vllm_0.14.0_gemm_perf.csv", ("a100_80gb",), "A100-SXM4-80GB, vLLM 0.14.0"),
-    "h200": ("h200_sxm_gemm_vllm_0.24.0_gemm_perf.csv", ("h200",), "H200, vLLM 0.24.0"),
+    "a100_80gb": (
+        "a100_sxm_gemm_vllm_0.14.0_gemm_perf.csv",
+        ("a100_80gb", "a100_40gb"),
+        "A100-SXM4-80GB, vLLM 0.14.0",
+    ),
+    "h200": ("h200_sxm_gemm_vllm_0.24.0_gemm_perf.csv", ("h200", "h100"), "H200, vLLM 0.24.0"),
 }
 
 

@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from sim.core.specs import ModelShape
 from sim.cost.collective import OPERATIONS
+from sim.cost.elementwise import whole_blocks
 
 Floats = NDArray[np.float64]
 
 PRECISION_COLUMNS = ("gemm_dtype", "attn_dtype", "kv_cache_dtype", "allreduce_dtype", "dtype", "quant_mode")
 HALF = ("bfloat16", "float16", "half", "fp16", "bf16", "auto")
-VARIANTS = ("kernel_source", "version", "device")
-"""Columns that tell rows of one shape apart: kernels, libraries or cards that were compared."""
 
 VIDUR_OPERATORS = {
     "attn_pre_proj": "product",
@@ -43,6 +42,8 @@ VIDUR_OPERATORS = {
     "emb": "embedding",
 }
 """Column of vidur's operator profiles -> kind of operator; a product is a GEMM of a running layer."""
+PRODUCTS = 4
+"""Of a layer."""
 VIDUR_SHAPE = (
     "n_head",
     "n_kv_head",
@@ -106,6 +107,8 @@ def read_measured(path: Path, model: ModelShape | None = None, tp: int = 1) -> l
     if is_card(list(frame.columns)):
         return read_card(str(path), frame, model, tp)
     frame = _half(str(path), frame)
+    if {"isl", "step"} <= set(frame) and (frame["isl"] == 1).all() and not (frame["step"] == 0).all():
+        frame = frame.drop(columns="isl")  # decodes, with a column for the one token of each
     layout = recognise(str(path), list(frame.columns))
     _check(str(path), frame, layout)
     return layout.read(str(path), frame)
@@ -123,13 +126,24 @@ def read_frame(path: Path) -> pd.DataFrame:
         ) from None
     if not len(frame):
         raise ValueError(f"{path}: has no rows")
-    return frame
+    return frame.rename(columns=lambda name: str(name).strip())
+
+
+def has_operators(columns: Sequence[str]) -> bool:
+    """Whether a file with these columns is one that `read_measured` takes."""
+    from profiles.card import is_card
+
+    return is_card(columns) or any(_fits(layout, columns) for layout in LAYOUTS)
+
+
+def _fits(layout: Layout, columns: Sequence[str]) -> bool:
+    return set(layout.keys) | set(layout.texts) | set(layout.seconds) <= set(columns)
 
 
 def recognise(file: str, columns: Sequence[str]) -> Layout:
     """The layout whose columns are all there; else ValueError with what is missing from the nearest."""
     for layout in LAYOUTS:
-        if set(layout.keys) | set(layout.texts) | set(layout.seconds) <= set(columns):
+        if _fits(layout, columns):
             return layout
     needed = {lay.name: (*lay.texts, *lay.keys, *lay.seconds) for lay in LAYOUTS}
     marked = [lay for lay in LAYOUTS if lay.mark & set(columns)] or list(LAYOUTS)
@@ -137,7 +151,7 @@ def recognise(file: str, columns: Sequence[str]) -> Layout:
     fewest = min(map(len, missing.values()))
     near = [name for name, absent in missing.items() if len(absent) == fewest]
     absent = " or ".join(dict.fromkeys(missing[name][0] for name in near))
-    wanted = "; ".join(f"a {name} file needs {', '.join(needed[name])}" for name in near)
+    wanted = "; ".join(f"needed for {name}: {', '.join(needed[name])}" for name in near)
     raise ValueError(f"{file}: row 0 (header): column {absent} is missing; {wanted}")
 
 
@@ -157,17 +171,24 @@ def _half(file: str, frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _check(file: str, frame: pd.DataFrame, layout: Layout) -> None:
-    names = (*layout.keys, *layout.seconds, *(n for n in layout.optional if n in frame))
-    check_numbers(file, frame, names, layout.seconds, POSITIVE)
+    sizes = (*layout.keys, *(n for n in layout.optional if n in frame))
+    check_numbers(file, frame, (*sizes, *layout.seconds), layout.seconds, POSITIVE)
+    for name in sizes:
+        broken = (pd.to_numeric(frame[name]) % 1 != 0).to_numpy()
+        if broken.any():
+            row = int(np.argmax(broken))
+            raise ValueError(
+                f"{file}: row {frame.index[row] + 1}: {name} is {frame[name].iloc[row]}; allowed: a whole number"
+            )
     _check_repeats(file, frame, layout)
     if {"num_heads", "num_key_value_heads"} <= set(frame):
-        wrong = (frame["num_heads"] < frame["num_key_value_heads"]).to_numpy()
+        wrong = (frame["num_heads"] % frame["num_key_value_heads"] != 0).to_numpy()
         if wrong.any():
             row = int(np.argmax(wrong))
             raise ValueError(
                 f"{file}: row {frame.index[row] + 1}: num_key_value_heads is "
                 f"{frame['num_key_value_heads'].iloc[row]}; "
-                f"allowed: at most num_heads, {frame['num_heads'].iloc[row]}"
+                f"allowed: at most num_heads, and a divisor of them, {frame['num_heads'].iloc[row]}"
             )
 
 
@@ -194,8 +215,12 @@ def check_numbers(
 
 
 def _check_repeats(file: str, frame: pd.DataFrame, layout: Layout) -> None:
-    told_apart = (*layout.texts, *layout.keys, *layout.optional, *VARIANTS)
-    names = [n for n in told_apart if n in frame]
+    # Whatever else a file says of a row (kernel, library, card, run) tells it from another of its shape.
+    first = (*layout.texts, *layout.keys)
+    names = [
+        *first,
+        *(n for n in frame if n not in (*first, *layout.seconds) and not str(n).startswith("Unnamed")),
+    ]
     if layout.repeats is None:
         again = frame.duplicated(names)
     else:
@@ -204,10 +229,10 @@ def _check_repeats(file: str, frame: pd.DataFrame, layout: Layout) -> None:
     if again.any():
         row = int(np.argmax(again.to_numpy()))
         same = (frame[names] == frame[names].iloc[row]).all(axis=1).to_numpy()
-        first = int(np.argmax(same))
+        before = int(np.argmax(same))
         what = ", ".join(f"{n} {frame[n].iloc[row]}" for n in names[:6])
         raise ValueError(
-            f"{file}: row {frame.index[row] + 1}: the same as row {frame.index[first] + 1} ({what}); "
+            f"{file}: row {frame.index[row] + 1}: the same as row {frame.index[before] + 1} ({what}); "
             "allowed: one row per shape"
         )
 
@@ -295,6 +320,12 @@ def _custom(file: str, frame: pd.DataFrame) -> list[Measured]:
 def _vidur_network(file: str, frame: pd.DataFrame) -> list[Measured]:
     """Workers in one node; across nodes is another link."""
     part = frame[(frame["num_workers"] <= frame["devices_per_node"]) & (frame["collective"] == "all_reduce")]
+    if not len(part):
+        raise ValueError(
+            f"{file}: row 1: collective is {frame['collective'].iloc[0]}, num_workers "
+            f"{frame['num_workers'].iloc[0]} and devices_per_node {frame['devices_per_node'].iloc[0]}; "
+            "allowed: some row of all_reduce inside one node"
+        )
     columns = {"bytes": _floats(part, "size"), "devices": _floats(part, "num_workers")}
     return [_measured(file, part, "all-reduce", "nccl all_reduce", columns, "time_stats.all_reduce.median")]
 
@@ -320,7 +351,7 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
         "input_layernorm": 2 * hidden,
         "post_attention_layernorm": 2 * hidden,
         "add": 3 * hidden,
-        "mlp_act": (gated + 1) * ffn,
+        "mlp_act": (gated + 1) * whole_blocks(ffn),
         "attn_rope": 2 * (query + kv),
         "emb": 2 * hidden,
     }
@@ -337,16 +368,19 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
         else:
             columns = {"m": tokens, "values": values[name], "tp": tp}
         result.append(_measured(file, frame, name, kind, columns, time))
+    if not result:
+        known = ", ".join(f"time_stats.{name}.median" for name in VIDUR_OPERATORS)
+        raise ValueError(f"{file}: row 0 (header): no column with times; allowed: some of {known}")
     return result
 
 
 def whole_layer(operators: Sequence[Measured], seconds: Sequence[Floats]) -> tuple[Measured, Floats] | None:
     """All operators of a layer in an operator profile, added up: as measured, and `seconds` of each. The
-    embedding is not in it, additions are there twice. None for other files."""
+    embedding is not in it, additions are there twice. None for other files, and for one without all products."""
     times = {"add": 2.0, "emb": 0.0, "layernorm": 2.0}
     own = [(m, s, times.get(m.operator, 1.0)) for m, s in zip(operators, seconds, strict=True)]
     layer = [item for item in own if "tp" in item[0].columns and item[2]]
-    if not layer:
+    if sum(measured.kind == "product" for measured, _, _ in layer) < PRODUCTS:
         return None
     tokens = layer[0][0].columns["m"]
     if not all(np.array_equal(m.columns["m"], tokens) for m, _, _ in layer):
@@ -455,11 +489,9 @@ LAYOUTS = (
     Layout(
         name="operator profile",
         keys=VIDUR_SHAPE,
-        seconds=tuple(
-            f"time_stats.{name}.median" for name, kind in VIDUR_OPERATORS.items() if kind == "product"
-        ),
+        seconds=(),
         read=_vidur,
-        mark=frozenset({"n_embd", "num_tensor_parallel_workers", "time_stats.mlp_up_proj.median"}),
+        mark=frozenset({"n_embd", "num_tensor_parallel_workers"}),
         repeats=_different_times,
     ),
 )

@@ -28,12 +28,15 @@ def device_named(name: str) -> DeviceSpec:
 def device_described(name: str | None, numbers: Mapping[str, str]) -> DeviceSpec:
     """The device `name` with some fields or efficiencies replaced, or a new one of the numbers given.
 
-    A new one needs NEEDED; its efficiencies are those that no device overrides.
+    A new one needs NEEDED; its efficiencies are those of `architecture`, an Ampere's unless it is given.
     """
     known = [item.name for item in fields(DeviceSpec) if item.name not in ("name", "source", "extras")]
     efficiencies = [item.name for item in fields(Efficiency)]
-    values = {}
+    values: dict[str, Any] = {}
     for key, text in numbers.items():
+        if key == "architecture":
+            values[key] = text
+            continue
         if key not in (*known, *efficiencies):
             raise ValueError(f"device.{key} is not known{nearest(key, (*known, *efficiencies))}")
         try:

@@ -29,9 +29,9 @@ import numpy as np
 
 from profiles import fit as fitting
 from profiles.check import COSTS, CheckLine, above, check_file
-from profiles.curves import Line, fitted, operators_in, table
+from profiles.curves import Line, fitted, operators_in, shared, table
 from profiles.layers import layer_table
-from profiles.measured import Measured, read_frame, read_measured
+from profiles.measured import Measured, has_operators, read_frame, read_measured
 from profiles.named import device_described, device_named, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
@@ -113,7 +113,7 @@ def _check(arguments: Sequence[str]) -> int:
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
     cost = _choice(settings, "cost", COSTS)
     gemm = _choice(settings, "gemm", GEMMS) if "gemm" in settings else None
-    lines = check_file(path, device, model, tp, cost, gemm)
+    lines = check_file(path, device, model, tp, cost, gemm, changed=bool(numbers) and "device" in settings)
     print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if gemm is not None else ""))
     _print_lines(lines)
     found = above(lines, *bounds)
@@ -138,7 +138,10 @@ def _collect(arguments: Sequence[str]) -> int:
 
 def _fit(arguments: Sequence[str]) -> int:
     names, settings = settings_of(arguments, ("device", "model", "tp"))
-    profile = read_profile(find_profile(str(_one_file(names, "fit"))))
+    path = _one_file(names, "fit")
+    if path.is_file() and has_operators(list(read_frame(path).columns)):
+        raise ValueError(f"{path}: has operators; allowed: rows of whole iterations (check takes operators)")
+    profile = read_profile(find_profile(str(path)))
     context = _context(profile, settings)
     describe(profile, context)
     return 0
@@ -246,8 +249,10 @@ def _curves(arguments: Sequence[str]) -> int:
             raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
+    both = dict(zip(kernels, shared([(device_named(n), own[n], rows[n]) for n in kernels]), strict=True))
     for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
-        _print_errors(list(table(device_named(name), rows[name], starts[name], own[other])))
+        lines = table(device_named(name), rows[name], starts[name], own[other], both[name])
+        _print_errors(list(lines))
     _print_errors(layer_table(folder / "kernel-profiles"))
     return 0
 
@@ -255,10 +260,10 @@ def _curves(arguments: Sequence[str]) -> int:
 def _print_errors(lines: Sequence[Line]) -> None:
     if not lines:
         return
-    heads = " ".join(f"{name:>18}" for name in lines[0].errors)
+    heads = " ".join(f"{name:>22}" for name in lines[0].errors)
     print(f"{'device':<10} {'operator':<22} {'rows':>6} {heads}  (median / p90)")
     for line in lines:
-        cells = " ".join(f"{f'{100 * a:.1f} / {100 * b:.1f} %':>18}" for a, b in line.errors.values())
+        cells = " ".join(f"{f'{100 * a:.1f} / {100 * b:.1f} %':>22}" for a, b in line.errors.values())
         print(f"{line.device:<10} {line.operator:<22} {line.rows:>6} {cells}")
 
 

@@ -67,8 +67,11 @@ def warnings_as_notes(*, shown: bool) -> Iterator[None]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean NAME?' for the closest of `known`, or nothing if none is close."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """'; did you mean NAME?' for the closest of `known`, or nothing if none is close. One that begins so is closer
+    than any that does not."""
+    known = list(known)
+    begin = [other for other in known if name and other.startswith(name)]
+    close = difflib.get_close_matches(name, begin or known, n=1, cutoff=0.0 if begin else 0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 

@@ -158,10 +158,14 @@ class DeviceSpec:
     sms: int
     source: str
     """Where the numbers come from."""
+    architecture: str = "ampere"
+    """Whose kernels' constants it has, of `sim.cost.architectures`."""
     vector_flops: float | None = None
     """Single precision outside the tensor cores; None is a sixteenth of `peak_flops`, about a datacentre's."""
     clock_hz: float | None = None
     """Boost clock; None is what `vector_flops` says of 128 lanes per multiprocessor."""
+    l2_bytes: float | None = None
+    """Last-level cache; None is an A100's 40 MiB."""
     power_w: float | None = None
     idle_power_w: float | None = None
     price_per_hour: float | None = None
@@ -173,7 +177,7 @@ class DeviceSpec:
         for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {getattr(self, key)}")
-        for key in ("vector_flops", "clock_hz"):
+        for key in ("vector_flops", "clock_hz", "l2_bytes"):
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {value}")
@@ -187,3 +191,8 @@ class DeviceSpec:
     def sm_clocks_hz(self) -> float:
         """Clocks of all multiprocessors together per second."""
         return self.softmax_flops / 256 if self.clock_hz is None else self.sms * self.clock_hz
+
+    @property
+    def cache_bytes(self) -> float:
+        """Of the last-level cache."""
+        return 40.0 * 2**20 if self.l2_bytes is None else self.l2_bytes

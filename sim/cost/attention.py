@@ -1,25 +1,39 @@
 """Seconds of attention, by kind: the kernels' formulas, and the straight lines that iterations use.
 
 Prefill of B chunks of n tokens after c cached ones, H query and G key-value heads of size d on the device,
-by query tiles of 128 rows (of one head; generation 3 of FlashAttention packs a group's heads) and key
-tiles of 64:
+by query tiles of 128 rows of one head (generation 3 of FlashAttention packs a group's heads, and has tiles of
+192 rows for small heads) and key tiles of 64:
 
-    mean    W = N/S (t_tile + K f) + 2 d B (2 n H q + 2 (c + n) G v) / (S h e)
+    mean    W = N/S (t_tile + K f) + 4 d B (n H + (c + n) G) / (S h e)
     longest C = t_tile + x K_last f / s
-    total   t = t_fixed + (W^p + C^p)^(1/p) + y (K_last - K) f / s
+    total   t = t_fixed + (W^p + C^p)^(1/p) + y (K_last - K) f / s + t_write
 
 N tiles on S multiprocessors, K the keys that a tile reads on average (causal, or within the window), f =
-128 S (4 d / P + v / P_32) seconds per key: the products run at the tensor cores' peak P, the softmax takes v
-operations per score at P_32, in single precision; one v explains the rates of heads of 64, 128 and 256, and an
-Ada card's by an Ampere's. Queries, keys, values and results come through the L2 at e bytes per multiprocessor
-and clock h: 6.0 on an A100, 5.9 on an H200. s are the splits of the keys when there are few tiles. Tiles run
-side by side, so the longest and all of them together are nearly a maximum (p = 6); what the causal triangle
-adds is its unequal tiles, of which the longest come last. A chunk after a long context has equal ones.
+128 S (4 d / P + v / (16 S h)) seconds per key: the products run at the tensor cores' peak P, the softmax takes
+the time of v exponentials per score, of which a multiprocessor of any of these generations has 16 per clock (CUDA
+C++ Programming Guide, throughput of native instructions). One v explains the rates of heads of 64, 128 and 256;
+generation 2 takes 2.6 on an A100 and 2.95 on an RTX 4090, generation 3 hides all but one. Queries, keys, values
+and results come through the L2 at e bytes per multiprocessor and clock h. s are the splits of the keys when there
+are few tiles. Tiles run side by side, so the longest and all of them together are nearly a maximum (p = 6); what
+the causal triangle adds is its unequal tiles, of which the longest come last. A chunk after a long context has
+equal ones.
+
+What is measured as attention first writes the new keys and values to the cache, one block of min(G d, 512)
+threads per token, 2,048 threads at a time on a multiprocessor; a block takes w clocks however little it
+moves (vLLM's reshape_and_cache_flash), so that many tokens of few heads cost more than few tokens of many:
+
+    t_write = ((B n min(G d, 512) / (2048 S h) w)^3 + (8 B n G d / B_mem)^3)^(1/3)
 
 Decodes are bound by reading the cache, few of them by how fast one multiprocessor reads:
 
-    mean    W = N s/S t_tile + 4 d (G sum(L) + H B) / (B_mem e)
-    longest C = t_tile + L/s 4 d S / (B_mem e_sm)
+    mean    W = ((N s/S t_tile)^q + (4 d G sum(L) / (B_mem e))^q)^(1/q)
+    longest C = L/s 4 d S / (B_mem e_sm)
+    total   t = t_fixed + (W^4 + C^4)^(1/4) + y 4 d H B / B_mem + t_split + t_write
+
+Generation 2 keeps several tiles on a multiprocessor, whose latencies and reads overlap (q = 3); generation 3 hardly
+does (1.1). Queries and results, which nothing overlaps, take y times their bytes, and twice that where generation
+2 copies them into another order. How many splits: `_splits`, and for the decodes of generation 2 the rule of its
+source.
 
 `chunk_cost` and `decode_cost` are non-negative least squares (of the relative error) of straight lines to
 these: time per chunk, token, query-key pair and key; per iteration, sequence and cached token. The backward
@@ -44,13 +58,26 @@ Floats = NDArray[np.float64]
 FORWARD_FLOPS = 4.0
 BACKWARD_FLOPS = 10.0
 BACKWARD_SHARE = 63.0 / 73.0
-QUERY_TILE = 128
+QUERY_TILE, SMALL_HEAD_TILE = 128, 192
+"""Rows of a query tile; the latter for heads of 64 at most, in generation 3 (its hopper/tile_size.h)."""
 KEY_TILE = 64
+EXPONENTIALS = 16.0
+"""Of a multiprocessor per clock."""
 SMOOTHNESS = 6.0
 """p: between a sum (1) and a maximum. Rows with contexts, which tell it from y, are those of the RTX 4090's
 profile alone (casys-kaist/LLMServingSim 5daddb2); there it is a maximum."""
+LATENCIES_OVERLAP = 4.0
+"""p of decodes."""
+WRITE_THREADS, RESIDENT_THREADS = 512, 2048
+"""Of a block that writes one token to the cache, at most, and of all blocks on a multiprocessor."""
+WRITES_OVERLAP = 3.0
 BUSY = 0.8
 """FlashAttention splits the keys when tiles fill less than this of the multiprocessors."""
+ENOUGH = 0.85
+"""Of the best filling of the last wave, with which the fewest splits are taken (flash_api.cpp)."""
+MOST_SPLITS = 128
+PREPARED = 992
+"""Sequences up to which generation 3 finds the splits of each beforehand (use_dynamic_split of its flash_api.cpp)."""
 
 CHUNK_TOKENS = (16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 CHUNK_CONTEXTS = (0, 512, 1024, 2048, 4096, 8192, 16384)
@@ -78,26 +105,25 @@ def prefill_s(
     group = heads / kv_heads
     reach = np.where(window > 0, window, np.inf)
     rows = tokens * group if packs else tokens
-    per_head = np.ceil(rows / QUERY_TILE)
+    tile_rows = np.where(packs & (head_dim <= 64), SMALL_HEAD_TILE, QUERY_TILE)
+    per_head = np.ceil(rows / tile_rows)
     tiles = batch * (kv_heads if packs else heads) * per_head
     mean, longest = _keys(tokens, per_head, context, reach)
     wide = np.where(head_dim > 256, e.attention_wide_head, 1.0)
     products_s = FORWARD_FLOPS * head_dim / (device.peak_flops * wide)
-    softmax_s = e.attention_softmax_flops / device.softmax_flops
-    key_s = QUERY_TILE * device.sms * (products_s + softmax_s)
-    grouped = group > 1
-    query = np.where(grouped, e.attention_query_weight, 1.0) * heads * tokens
-    kv = np.where(grouped, e.attention_kv_weight, 1.0) * kv_heads * (tokens + np.minimum(context, reach))
-    rate = device.sm_clocks_hz * e.attention_clock_bytes
+    softmax_s = e.attention_exponentials / (EXPONENTIALS * device.sm_clocks_hz)
+    key_s = tile_rows * device.sms * (products_s + softmax_s)
+    moved = 4.0 * head_dim * batch * (heads * tokens + kv_heads * (tokens + np.minimum(context, reach)))
     splits = np.ones_like(tiles)
     if packs:
         splits = _splits(tiles, np.ceil(longest / KEY_TILE), device.sms)
     mean_s = tiles / device.sms * (splits * e.attention_tile_s + mean * key_s)
-    mean_s += 4.0 * head_dim * batch * (query + kv) / rate
+    mean_s += moved / (device.sm_clocks_hz * e.attention_clock_bytes)
     longest_s = e.attention_tile_s + longest * key_s * e.attention_critical / splits
     seconds = e.attention_fixed_s + smooth_maximum(mean_s, longest_s, SMOOTHNESS)
     seconds += (longest - mean) * key_s * e.attention_tail / splits
     seconds += np.where(splits > 1, e.attention_split_s, 0.0)
+    seconds += cache_write_s(batch * tokens, kv_heads, head_dim, device, e)
     alone = decode_s(batch, context + tokens, heads, kv_heads, head_dim, window, device, efficiency)
     return np.where(tokens == 1, alone, seconds)
 
@@ -118,21 +144,38 @@ def decode_s(
     keys = np.minimum(context, np.where(window > 0, window + 1, np.inf))
     tiles = batch * kv_heads * np.ceil(group / 64)
     blocks = np.ceil(keys / 128)
-    can_split = (group > 1) | (e.attention_generation == 3)
-    splits = np.where(can_split, _splits(tiles, blocks, sms), 1.0)
+    if e.attention_generation == 2:
+        splits = np.where(group > 1, _filling_splits(tiles, blocks, 2 * sms), 1.0)
+    else:
+        splits = _splits(tiles, blocks, sms)
     size = np.where(
         head_dim < 128, e.decode_head64, e.decode_head256 ** np.maximum(0.0, np.log2(head_dim / 128))
     )
     bandwidth = device.memory_bandwidth_bytes_s
-    read_s = 4.0 * head_dim * batch * (kv_heads * keys + heads) / (bandwidth * e.decode_bandwidth)
-    mean_s = tiles * splits / sms * (e.decode_tile_s * size) + read_s
+    read_s = 4.0 * head_dim * batch * kv_heads * keys / (bandwidth * e.decode_bandwidth)
+    mean_s = smooth_maximum(tiles * splits / sms * (e.decode_tile_s * size), read_s, e.decode_smoothness)
     block_s = 128 * 4.0 * head_dim * sms / (bandwidth * e.decode_sm_bandwidth)
-    longest_s = e.decode_tile_s * size + np.ceil(blocks / splits) * block_s
-    seconds = e.decode_fixed_s + smooth_maximum(mean_s, longest_s, e.decode_smoothness)
+    longest_s = np.ceil(blocks / splits) * block_s
+    seconds = e.decode_fixed_s + smooth_maximum(mean_s, longest_s, LATENCIES_OVERLAP)
     seconds += np.where(splits > 1, e.decode_split_s + e.decode_each_split_s * splits, 0.0)
+    query_s = 4.0 * head_dim * batch * heads * (e.decode_query / bandwidth)
     if e.attention_generation == 2:
-        seconds += np.where((group > 1) & (kv_heads > 1) & (batch > 1), e.decode_regroup_s, 0.0)
-    return seconds
+        regrouped = (group > 1) & (kv_heads > 1) & (batch > 1)
+        seconds += np.where(regrouped, e.decode_regroup_s + 2 * query_s, query_s)
+    else:
+        seconds += query_s + np.where(batch <= PREPARED, batch * e.decode_sequence_s, 0.0)
+    return seconds + cache_write_s(batch, kv_heads, head_dim, device, e)
+
+
+def cache_write_s(
+    tokens: Floats, kv_heads: Floats, head_dim: Floats, device: DeviceSpec, efficiency: Efficiency
+) -> Floats:
+    """Seconds of writing the keys and values of one layer to the cache, without a launch."""
+    width = kv_heads * head_dim
+    waves = tokens * np.minimum(width, WRITE_THREADS) / RESIDENT_THREADS
+    latency_s = waves * efficiency.cache_write_clocks / device.sm_clocks_hz
+    moved_s = 8.0 * tokens * width / device.memory_bandwidth_bytes_s
+    return smooth_maximum(latency_s, moved_s, WRITES_OVERLAP)
 
 
 def local_kv_heads(model: ModelShape, tp: int) -> int:
@@ -182,7 +225,11 @@ def _chunk_line(
 
 def backward_cost(model: ModelShape, tp: int, device: DeviceSpec, efficiency: Efficiency) -> ChunkCost:
     """Backward attention of a rectangle, per layer."""
-    forward = chunk_cost(1, model, tp, device, efficiency)
+    return backward_of(chunk_cost(1, model, tp, device, efficiency))
+
+
+def backward_of(forward: ChunkCost) -> ChunkCost:
+    """The backward of a layer whose forward this is."""
     ratio = BACKWARD_FLOPS / FORWARD_FLOPS / BACKWARD_SHARE
     return forward._replace(token_s=ratio * forward.token_s, pair_s=ratio * forward.pair_s)
 
@@ -213,6 +260,24 @@ def _keys(tokens: Floats, tiles: Floats, context: Floats | float, reach: Floats)
 
 def _splits(tiles: Floats, blocks: Floats, sms: int) -> Floats:
     return np.where(tiles >= BUSY * sms, 1.0, np.clip(np.floor(sms / tiles), 1.0, blocks))
+
+
+def _filling_splits(tiles: Floats, blocks: Floats, slots: int) -> Floats:
+    """The fewest splits whose last wave is nearly as full as any choice's: FlashAttention 2's own rule
+    (num_splits_heuristic of flash_api.cpp, which counts two tiles to a multiprocessor)."""
+    found: Floats = np.ones_like(tiles)
+    few = tiles < BUSY * slots
+    shapes, which = np.unique(np.column_stack([tiles[few], blocks[few]]), axis=0, return_inverse=True)
+    if len(shapes):
+        tile, block = shapes[:, :1], shapes[:, 1:]
+        splits = np.arange(1.0, MOST_SPLITS + 1)
+        waves = tile * splits / slots
+        shorter = np.ceil(block / splits) != np.ceil(block / np.maximum(splits - 1, 1))
+        allowed = (splits <= np.minimum(block, slots)) & (shorter | (splits == 1))
+        filled = np.where(allowed, waves / np.ceil(waves), 0.0)
+        first = np.argmax(filled >= ENOUGH * filled.max(axis=1, keepdims=True), axis=1)
+        found[few] = splits[first][which.ravel()]
+    return found
 
 
 def _shape(like: Floats, model: ModelShape, tp: int) -> tuple[Floats, Floats, Floats, Floats]:

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sim.core.specs import DeviceSpec
+from sim.cost.architectures import NVLINK_BYTES_S
 from sim.cost.efficiency import Efficiency
 
 Floats = NDArray[np.float64]
@@ -29,8 +30,6 @@ LARGE_BYTES = 8 * 2**20
 """The one-kernel all-reduce takes smaller messages (vLLM's default limit)."""
 ONE_SHOT_BYTES = {2: LARGE_BYTES, 4: 512 * 2**10, 8: 256 * 2**10}
 """Up to so many devices -> messages below it go in one shot (vLLM's custom_all_reduce.cuh)."""
-NVLINK_BYTES_S = 1e11
-"""More than two devices with slower links have no one-kernel all-reduce (vLLM's rule for PCIe)."""
 PROTOCOLS = 3.0
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "alltoall")
 
@@ -40,6 +39,7 @@ def allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Eff
     if tp == 1:
         return np.zeros_like(size_bytes)
     large_s = nccl_s(size_bytes, tp, "all_reduce", device, efficiency)
+    # vLLM's rule: more than two devices on PCIe have no one-kernel all-reduce.
     if tp > 2 and device.link_bandwidth_bytes_s < NVLINK_BYTES_S:
         return large_s
     small_s = custom_s(size_bytes, tp, device, efficiency)
@@ -68,7 +68,7 @@ def one_collective_s(
 
 def eager_allreduce_s(size_bytes: Floats, tp: int, device: DeviceSpec, efficiency: Efficiency) -> Floats:
     """The same outside a graph: at least a launch, and the data is first copied to a shared buffer."""
-    copy_s = 2.0 * size_bytes / (device.memory_bandwidth_bytes_s * efficiency.add_bandwidth)
+    copy_s = 2.0 * size_bytes / (device.memory_bandwidth_bytes_s * efficiency.elementwise_bandwidth)
     graph_s = allreduce_s(size_bytes, tp, device, efficiency)
     return np.maximum(efficiency.allreduce_eager_s, graph_s + copy_s)
 

@@ -2,9 +2,9 @@
 
 The defaults are an A100-SXM4's (Ampere), fitted with least relative error to public kernel measurements:
 GEMM, attention and all-reduces of ai-dynamo/aiconfigurator 095f58a (Apache-2.0; vLLM 0.14.0, NCCL
-2.27.3), products and element-wise kernels of a layer of microsoft/vidur 7d47513 (MIT; Llama-3-8B). A device
-file overrides them by name in `extras`; `profiles/README.md` has the errors, `coserve profile curves` fits
-and scores again.
+2.27.3), products and element-wise kernels of a layer of microsoft/vidur 7d47513 (MIT; Llama-3-8B). A device's
+`architecture` replaces what differs (`sim.cost.architectures`), its `extras` what is its own;
+`profiles/README.md` has the errors, `coserve profile curves` fits and scores again.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 
 from sim.core.specs import DeviceSpec
+from sim.cost.architectures import constants_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +38,8 @@ class Efficiency:
 
     layer_flops: float = 0.756
     """This and the next seven are the same eight for products of a running layer, fitted to an engine's
-    operators on an A100 (microsoft/vidur 7d47513, Llama-3-8B, TP 1 to 8) and untouched by any other device.
-    A kernel timed alone finds the chip cool and its operands in the L2; libraries differ too."""
+    operators on an A100 (microsoft/vidur 7d47513, Llama-3-8B, TP 1 to 8). A kernel timed alone finds the chip
+    cool and its operands in the L2; libraries differ too."""
     layer_l2_bandwidth: float = 0.0143
     layer_read_bandwidth: float = 0.698
     layer_write_bandwidth: float = 0.225
@@ -50,47 +51,49 @@ class Efficiency:
     attention_generation: float = 2.0
     """Of FlashAttention: 2 has a tile per query head and splits the keys of one token only; 3 packs the
     query heads of a group into one tile and splits any keys."""
-    attention_softmax_flops: float = 20.9
-    """Operations in single precision per score that the matrix products do not hide."""
-    attention_wide_head: float = 1.0
+    attention_exponentials: float = 2.63
+    """Time per score that the matrix products do not hide, as exponentials."""
+    attention_wide_head: float = 1
     """FLOP/s of heads above 256, which have a kernel of their own, relative to the others."""
-    attention_tile_s: float = 0.624e-6
+    attention_tile_s: float = 0.686e-6
     attention_critical: float = 0.5
     """Time of the longest tile, alone on its multiprocessor, relative to a busy device's. Not fitted here:
     only chunks after a context tell it, and it is 0.51 for an RTX 4090 (casys-kaist/LLMServingSim 5daddb2)."""
-    attention_tail: float = 0.823
+    attention_tail: float = 0.562
     """Share of what the longest tile has more than the mean one that comes at the end."""
-    attention_clock_bytes: float = 6.02
+    attention_clock_bytes: float = 19.7
     """Query, key, value and output bytes per multiprocessor and clock, through the L2."""
-    attention_query_weight: float = 0.314
-    """Query and output bytes of grouped heads, as counted against that."""
-    attention_kv_weight: float = 3.34
-    """Key and value bytes of grouped heads, likewise: they are read by every head or tile."""
     attention_split_s: float = 1e-6
-    attention_fixed_s: float = 9.69e-6
+    attention_fixed_s: float = 9.06e-6
+    cache_write_clocks: float = 5470
+    """Latency of a block that writes one token's keys and values to the cache."""
 
-    decode_bandwidth: float = 0.888
-    decode_sm_bandwidth: float = 1.35
+    decode_bandwidth: float = 0.742
+    decode_sm_bandwidth: float = 1.21
     """Memory rate of one multiprocessor alone, as a multiple of its share of the device's."""
-    decode_tile_s: float = 3.77e-6
+    decode_tile_s: float = 3.34e-6
     decode_head64: float = 0.844
     """`decode_tile_s` of heads below 128, relative to 128; and of each doubling above."""
     decode_head256: float = 1.41
-    decode_smoothness: float = 1.94
-    decode_split_s: float = 3.8e-6
+    decode_smoothness: float = 3.25
+    decode_split_s: float = 4.92e-6
     """Combining the results of split keys, and the same per split."""
-    decode_each_split_s: float = 0.228e-6
-    decode_regroup_s: float = 6.29e-6
+    decode_each_split_s: float = 0.215e-6
+    decode_regroup_s: float = 6.12e-6
     """FlashAttention 2 copies the query when several sequences have several groups."""
-    decode_fixed_s: float = 6.33e-6
+    decode_query: float = 2.38
+    """Memory accesses that each byte of a query or result costs."""
+    decode_sequence_s: float = 0.015e-6
+    """FlashAttention 3 prepares each of up to 992 sequences."""
+    decode_fixed_s: float = 9.6e-6
 
     allreduce_fixed_s: float = 4.88e-6
     """The one-kernel all-reduce; the next is for each further device."""
     allreduce_hop_s: float = 0.147e-6
     allreduce_one_shot: float = 0.628
     """Share of the link when every device reads all others' data, and when it reduces its part first."""
-    allreduce_two_shot: float = 0.718
-    allreduce_two_shot_s: float = 7.18e-6
+    allreduce_two_shot: float = 0.721
+    allreduce_two_shot_s: float = 7.2e-6
     allreduce_eager_s: float = 44.9e-6
     """Outside a captured graph an all-reduce takes at least its launch."""
     nccl_fixed_s: float = 10e-6
@@ -115,17 +118,24 @@ class Efficiency:
     elementwise_bandwidth: float = 0.8
     """Optimizer, LoRA and logits. This is mem_bw_empirical_scaling_factor of aiconfigurator's
     a100_sxm.yaml and h200_sxm.yaml."""
-    norm_clock_bytes: float = 4.63
-    add_bandwidth: float = 0.902
-    rotary_clock_bytes: float = 5.6
-    activation_clock_bytes: float = 6.53
-    embedding_clock_bytes: float = 1.95
+    norm_clock_bytes: float = 5.53
+    """Bytes per multiprocessor and clock; the next four likewise."""
+    add_clock_bytes: float = 15
+    rotary_clock_bytes: float = 5.44
+    activation_clock_bytes: float = 6.98
+    embedding_clock_bytes: float = 2.01
+    norm_missed: float = 0.639
+    """Share of what does not fit into the L2 that costs a memory access; the next four likewise."""
+    add_missed: float = 0.272
+    rotary_missed: float = 0.001
+    activation_missed: float = 0.0785
+    embedding_missed: float = 0.427
     elementwise_fixed_s: float = 3e-6
-    norm_fixed_s: float = 1.83e-6
-    add_fixed_s: float = 0.968e-6
-    rotary_fixed_s: float = 2.1e-6
-    activation_fixed_s: float = 1.98e-6
-    embedding_fixed_s: float = 2.34e-6
+    norm_fixed_s: float = 3.92e-6
+    add_fixed_s: float = 2.1e-6
+    rotary_fixed_s: float = 2.93e-6
+    activation_fixed_s: float = 2.89e-6
+    embedding_fixed_s: float = 4.19e-6
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -148,13 +158,13 @@ class Efficiency:
 
     @classmethod
     def of(cls, device: DeviceSpec) -> Efficiency:
-        """The defaults with `device.extras` over them; ValueError for a name that is not known."""
+        """The defaults with what the device has instead; ValueError for a name that is not known."""
         known = [item.name for item in fields(cls)]
         for name in device.extras:
             if name not in known:
                 near = get_close_matches(name, known, 1, 0.0)[0]
                 raise ValueError(f"device.extras.{name} of {device.name} is not known; nearest: {near}")
-        return cls(**device.extras)
+        return cls(**constants_of(device))
 
 
 SHARES = (
@@ -171,5 +181,9 @@ SHARES = (
     "nccl_alltoall_low_latency",
     "nccl_bandwidth",
     "elementwise_bandwidth",
-    "add_bandwidth",
+    "norm_missed",
+    "add_missed",
+    "rotary_missed",
+    "activation_missed",
+    "embedding_missed",
 )

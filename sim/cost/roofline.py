@@ -3,7 +3,8 @@
 One layer of a forward pass over m tokens on one of tp devices:
 
     4 GEMMs      qkv h -> (q + 2 kv)/tp, o q/tp -> h, gate and up h -> 2 f/tp, down f/tp -> h
-    4 kernels    two norms with the residual (read and write 2 h each), rotary and cache write, SiLU-gate
+    4 kernels    two norms with their residuals (read and write 2 h each), rotary, SiLU-gate
+    attention, which writes the cache first
     2 all-reduces of m h values (Megatron-LM, Shoeybi et al. 2019, arXiv 1909.08053), when tp > 1
 
 The backward of a layer with frozen weights has the transposed GEMMs (dX = dY W^T: the FLOPs of the
@@ -26,7 +27,7 @@ from sim.cost.collective import allreduce_s, collective_s
 from sim.cost.context import CostContext
 from sim.cost.curves import Curves
 from sim.cost.efficiency import Efficiency
-from sim.cost.elementwise import elementwise_s
+from sim.cost.elementwise import elementwise_s, fused_norm_s, whole_blocks
 from sim.cost.gemm_table import GEMMS, product_s
 from sim.cost.iteration import IterationCost
 
@@ -36,11 +37,10 @@ OPTIMIZER_BYTES = 30
 """AdamW per parameter: read master, gradient and two moments, write master and moments in fp32, write the
 half-precision copy: 4 * (4 + 3) + 2."""
 
-FORWARD_VALUES = (4, 4, 2, 3)
-BACKWARD_VALUES = (6, 6, 3, 5)
-"""Values read and written per layer, in multiples of hidden (norms), hidden (residuals), of query and both
-key and value (rotary, cache), and of the MLP's width (SiLU-gate). The backward reads the saved tensors
-too."""
+FORWARD_VALUES = (2, 2, 2, 3)
+BACKWARD_VALUES = (3, 3, 3, 5)
+"""Values read and written, in multiples of hidden (each norm, and its residual), of query and key (rotary), and
+of the MLP's width (SiLU-gate). The backward reads the saved tensors too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,15 +249,17 @@ class _Terms:
         return product_s(m, k, n, self.device, self.efficiency, self.settings.gemm)
 
     def _small_kernels_s(self, values: tuple[int, int, int, int]) -> Floats:
-        """Two norms, each fused with its residual, rotary with the cache's write, SiLU-gate."""
-        widths = (self.model.hidden, self.model.hidden, self.q_dim + 2 * self.kv_dim, self.ffn)
-        kinds = ("norm", "add", "rotary", "activation")
-        total = sum(
-            elementwise_s(self.m, float(v * width), kind, self.device, self.efficiency)
-            for v, width, kind in zip(values, widths, kinds, strict=True)
+        """Two norms, each fused with its residual, rotary, SiLU-gate."""
+        norm, residual, rotary, gate = values
+        hidden, device, efficiency = self.model.hidden, self.device, self.efficiency
+        norms_s = 2.0 * fused_norm_s(self.m, norm * hidden, residual * hidden, device, efficiency)
+        rotated = rotary * (self.q_dim + self.kv_dim)
+        rotary_s = elementwise_s(self.m, rotated, "rotary", device, efficiency)
+        return (
+            norms_s
+            + rotary_s
+            + elementwise_s(self.m, gate * whole_blocks(self.ffn), "activation", device, efficiency)
         )
-        assert isinstance(total, np.ndarray)
-        return total
 
     def _elementwise_s(self, values: int, kernels: int, m: Floats | None = None) -> Floats:
         """`values` read or written per token by `kernels` kernels."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,19 @@ from omegaconf import OmegaConf
 
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
-from sim.cost.attention import chunk_cost, decode_cost, decode_s, prefill_s
+from sim.cost.architectures import NCCL_LATENCY_S, measured_on
+from sim.cost.attention import (
+    _filling_splits,
+    cache_write_s,
+    chunk_cost,
+    decode_cost,
+    decode_s,
+    prefill_s,
+)
 from sim.cost.collective import allreduce_s, custom_s, nccl_s
 from sim.cost.context import CostContext
 from sim.cost.efficiency import Efficiency
+from sim.cost.elementwise import SHORT, elementwise_s
 from sim.cost.gemm import wave_s
 from sim.cost.gemm_table import GEMMS, product_rows_s, product_s
 from sim.cost.roofline import Roofline
@@ -89,10 +100,11 @@ def test_tensor_parallelism_divides_the_work_and_adds_collectives(device: str, m
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_backward_costs_about_a_forward_plus_its_attention(device: str) -> None:
-    """A frozen layer has dX and no dW: its GEMMs have the FLOPs of the forward, attention 2.5 times."""
+    """A frozen layer has dX and no dW: its GEMMs have the FLOPs of the forward, attention 2.5 times. Its short
+    kernels read the saved tensors as well."""
     context = load(device, "llama_3_1_8b")
     curves, layers = Roofline().curves(context), context.model.layers
-    assert curves.backward_layer_s[4096] == pytest.approx(curves.token_s[4096] / layers, rel=0.15)
+    assert 0.95 < curves.backward_layer_s[4096] * layers / curves.token_s[4096] < 1.25
     ratio = curves.backward.pair_s / (curves.forward.pair_s / layers)
     assert ratio == pytest.approx(2.5 * 73 / 63)
 
@@ -154,7 +166,8 @@ def test_lines_of_attention_follow_the_kernels_formulas(device: str, model: str)
     for batch in (32.0, 128.0):
         exact = decode_s(batch * one, whole, *of, spec, efficiency)
         line = [decode.fixed_s + batch * (decode.sequence_s + decode.context_s * t) for t in whole]
-        np.testing.assert_allclose(np.array(line) / shape.layers, exact, rtol=0.25)
+        # The shortest contexts are mostly latency, which no straight line has.
+        assert (np.abs(np.array(line) / shape.layers / exact - 1) < np.where(whole < 256, 0.35, 0.30)).all()
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -196,7 +209,65 @@ def test_misspelt_efficiencies_are_refused_with_the_nearest_name() -> None:
         )  # fmt: skip
         with pytest.raises(ValueError, match=match):
             Efficiency.of(wrong)
-    assert Efficiency.of(spec).gemm_flops == spec.extras["gemm_flops"]
+    own = replace(spec, extras={"gemm_flops": 0.5})
+    assert Efficiency.of(own) == replace(Efficiency.of(spec), gemm_flops=0.5)
+    with pytest.raises(ValueError, match=r"device\.architecture of h100 is 'volta'; allowed: ampere, ada"):
+        Efficiency.of(replace(spec, architecture="volta"))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_constant_was_measured_on_a_card_that_has_a_file(device: str) -> None:
+    spec = load(device, "llama_3_1_8b").device
+    prefixes = {f"{item.name.partition('_')[0]}_" for item in fields(Efficiency)} - {"elementwise_"}
+    for prefix in prefixes:
+        for card in measured_on(spec, prefix).split(" and "):
+            assert card in DEVICES
+
+
+def test_collectives_through_pcie_take_longer_to_start_than_by_nvlink() -> None:
+    spec = load("l40s", "llama_3_1_8b").device
+    small = np.array([4096.0])
+    by_pcie, by_nvlink = (
+        nccl_s(small, 4, "all_reduce", card, Efficiency.of(card))[0]
+        for card in (spec, replace(spec, link_bandwidth_bytes_s=3e11))
+    )
+    assert by_pcie > by_nvlink > NCCL_LATENCY_S
+
+
+def test_many_tokens_of_few_heads_take_longer_to_write_than_few_tokens_of_many() -> None:
+    """The same bytes; a block writes a token, however little that is."""
+    spec = load("a100_80gb", "llama_3_1_8b").device
+    tokens, heads = np.array([16384.0, 1024]), np.array([2.0, 32])
+    many, few = cache_write_s(tokens, heads, np.full(2, 128.0), spec, Efficiency.of(spec))
+    assert many > 2 * few
+    assert few > 8 * 1024 * 32 * 128 / spec.memory_bandwidth_bytes_s
+
+
+@given(tiles=st.integers(1, 300), blocks=st.integers(1, 200), sms=st.integers(20, 150))
+@settings(max_examples=200, deadline=None)
+def test_splits_of_decodes_are_those_of_flash_attentions_loop(tiles: int, blocks: int, sms: int) -> None:
+    """Its num_splits_heuristic, written out: the first number of splits within 85 % of the best filling."""
+    slots, filled = 2 * sms, {}
+    for splits in range(1, min(128, slots, blocks) + 1):
+        if splits == 1 or -(-blocks // splits) != -(-blocks // (splits - 1)):
+            waves = tiles * splits / slots
+            filled[splits] = waves / math.ceil(waves)
+    best = max(filled.values())
+    expected = 1 if tiles >= 0.8 * slots else next(n for n, f in filled.items() if f >= 0.85 * best)
+    assert _filling_splits(np.array([float(tiles)]), np.array([float(blocks)]), slots)[0] == expected
+
+
+@pytest.mark.parametrize("kind", SHORT)
+def test_short_kernels_take_their_latency_or_their_bytes(kind: str) -> None:
+    spec = load("h100", "llama_3_1_8b").device
+    efficiency = replace(Efficiency.of(spec), **{f"{kind}_missed": 1.0})
+    one, thousand, million = elementwise_s(np.array([1.0, 1e3, 1e6]), 8192.0, kind, spec, efficiency)
+    fixed_s = getattr(efficiency, f"{kind}_fixed_s")
+    assert fixed_s < one < 1.1 * fixed_s < thousand
+    # What fits into the L2 costs no memory access; what does not costs one.
+    rate = spec.sm_clocks_hz * getattr(efficiency, f"{kind}_clock_bytes")
+    assert thousand < fixed_s + 1e3 * 16384 / rate
+    assert million == pytest.approx(1e6 * 16384 * (1 / rate + 1 / spec.memory_bandwidth_bytes_s), rel=0.01)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -63,7 +63,7 @@ def test_every_missing_column_is_named(
     for column in kernel:
         line = refused(capsys, write(tmp_path / "short.csv", kernel.drop(columns=column)))
         absent = line.partition("column ")[2].partition(" is missing")[0]
-        assert column in absent.split(" or ") and "short.csv: row 0" in line and "needs" in line
+        assert column in absent.split(" or ") and "short.csv: row 0" in line and "needed" in line
 
 
 @pytest.mark.parametrize("value", ["0", "-0.5", "nan", "fast"])
@@ -100,6 +100,30 @@ def test_more_key_value_heads_than_heads_are_refused(
     frame = pd.DataFrame(KERNELS["context"]).assign(num_key_value_heads=64)
     assert "row 1: num_key_value_heads is 64; allowed: at most" in refused(
         capsys, write(tmp_path / "heads.csv", frame)
+    )
+
+
+def test_sizes_that_are_no_whole_numbers_are_refused(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = next(name for name in kernel if name in ("m", "batch_size", "num_gpus"))
+    kernel[size] = kernel[size].astype(float)
+    kernel.loc[2, size] = 3.5
+    assert f"row 3: {size} is 3.5; allowed: a whole number" in refused(
+        capsys, write(tmp_path / "half.csv", kernel)
+    )
+
+
+def test_fit_of_operators_and_collectives_across_nodes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "gemm.csv", pd.DataFrame(KERNELS["gemm"]))
+    assert main(["fit", str(path)]) == 2
+    assert "gemm.csv: has operators; allowed: rows of whole iterations" in capsys.readouterr().err
+    across = {"num_workers": [16], "devices_per_node": [8], "size": [64], "collective": ["all_reduce"]}
+    frame = pd.DataFrame(across | {"time_stats.all_reduce.median": [0.1]})
+    assert "row 1: collective is all_reduce, num_workers 16 and devices_per_node 8" in refused(
+        capsys, write(tmp_path / "far.csv", frame)
     )
 
 

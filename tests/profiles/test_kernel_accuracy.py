@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from profiles import layers
+from profiles import groups, layers
 from profiles.check import check_file
 from profiles.curves import (
     FAMILIES,
@@ -18,12 +17,15 @@ from profiles.curves import (
     operators_in,
     quantiles,
     rows_of,
+    shared,
     told,
+    unseen,
 )
 from profiles.gemm_tables import held_out
 from profiles.measured import Measured
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
+from sim.cost.architectures import SHARED
 from sim.cost.efficiency import Efficiency
 from sim.cost.gemm_table import gemm_tables
 
@@ -32,8 +34,8 @@ FAMILY = {family.name: family for family in FAMILIES}
 # Median and p90. A launch outside a graph is whatever the host is.
 BOUNDS = {
     "gemm": (0.08, 0.20),
-    "context attention": (0.08, 0.20),
-    "generation attention": (0.08, 0.20),
+    "context attention": (0.06, 0.15),
+    "generation attention": (0.06, 0.18),
     "nccl": (0.08, 0.20),
     "all-reduce": (0.08, 0.25),
 }
@@ -91,43 +93,91 @@ def test_gemm_corrections_hold_between_their_nodes(measured: dict[str, list[Meas
 
 
 def test_shipped_corrections_say_where_they_come_from() -> None:
-    assert {device for table in gemm_tables() for device in table.devices} == set(PREFIX)
+    named = {device for table in gemm_tables() for device in table.devices}
+    assert named == {*PREFIX, "a100_40gb", "h100"}, "the measured cards, and those of the same dies"
     for table in gemm_tables():
         assert table.licence and table.date and "held out" in table.error
         assert "aiconfigurator" in table.source
 
 
+@pytest.mark.parametrize("device", PREFIX)
+@pytest.mark.parametrize("group", [1.0, 4.0, 8.0])
+def test_plain_and_grouped_heads_are_met_alike(
+    measured: dict[str, list[Measured]], device: str, group: float
+) -> None:
+    spec = device_named(device)
+    for family in ("context attention", "generation attention"):
+        (own,) = rows_of(FAMILY[family], measured[device])
+        keep = (own.columns["heads"] == group * own.columns["kv_heads"]) & (own.columns["head_dim"] == 128)
+        part = own.where(keep)
+        found = quantiles(relative_errors(part, predicted_s(part, spec)))
+        assert found[0] < 0.08 and found[1] < 0.20, family
+
+
 @pytest.mark.parametrize("device", layers.FILES)
 def test_layers_of_an_engine_are_met(data: Path, device: str) -> None:
-    """Products are fitted to the A100's file; of the H100's, nothing but its short kernels is."""
+    """Every operator of it within 8 / 20 %; a SiLU-gate split over 8 devices takes longer on the H100."""
     lines = check_file(data / "kernel-profiles" / layers.FILES[device], device_named(device), None, 1)
-    errors = {line.name: line.median for line in lines}
-    assert errors["whole layer"] < 0.05
-    for name in ("attn_pre_proj", "attn_post_proj", "mlp_up_proj", "mlp_down_proj"):
-        assert errors[name] < 0.10
+    errors = {line.name: line for line in lines}
+    assert errors["whole layer"].median < 0.04 and errors["whole layer"].p90 < 0.12
+    for name, line in errors.items():
+        assert line.median <= 0.081 and line.p90 < (0.25 if name == "mlp_act" else 0.20), name
 
 
 def test_layers_are_met_by_constants_that_have_not_seen_them(data: Path) -> None:
-    """Another device and model: all constants from the A100. Other degrees of tensor parallelism: the rest."""
+    """Another device and model: all constants from the other. Other degrees of tensor parallelism: the rest."""
     lines = {line.device: line.errors for line in layers.layer_table(data / "kernel-profiles")}
     assert lines["h100"]["device held out"][0] < 0.05
-    assert lines["a100_80gb"]["device held out"][0] < 0.11
+    assert lines["a100_80gb"]["device held out"][0] < 0.08
     assert max(lines[device]["degrees held out"][0] for device in lines) < 0.05
 
 
 @pytest.mark.parametrize(("device", "other"), [("a100_80gb", "h200"), ("h200", "a100_80gb")])
-def test_products_and_collectives_of_another_architecture_are_predicted(
+def test_another_architecture_is_predicted_when_its_kernels_and_latency_are_known(
     measured: dict[str, list[Measured]], device: str, other: str
 ) -> None:
-    """GEMM and decodes by the datasheet; collectives only when the device's own latency is given."""
+    """By the datasheet and the other's constants; attention when what its generation of kernels costs is given,
+    collectives when the device's own latency is."""
     spec = device_named(device)
-    generation = Efficiency.of(spec).attention_generation
-    borrowed = replace(Efficiency.of(device_named(other)), attention_generation=generation)
-    given = told(borrowed, Efficiency.of(spec))
-    for family, constants, bound in (
-        ("gemm", borrowed, 0.11),
-        ("generation attention", borrowed, 0.10),
-        ("nccl", given, 0.11),
+    own = Efficiency.of(spec)
+    borrowed = unseen(Efficiency.of(device_named(other)), own.attention_generation)
+    given = told(borrowed, own)
+    for family, constants, median, p90 in (
+        ("gemm", borrowed, 0.11, 0.26),
+        ("generation attention", borrowed, 0.10, 0.34),
+        ("nccl", borrowed, 0.20, 0.36),
+        ("context attention", given, 0.08, 0.20),
+        ("generation attention", given, 0.09, 0.24),
+        ("nccl", given, 0.11, 0.26),
     ):
-        own = rows_of(FAMILY[family], measured[device])
-        assert quantiles(errors_of(own, spec, constants))[0] < bound, family
+        found = quantiles(errors_of(rows_of(FAMILY[family], measured[device]), spec, constants))
+        assert found[0] < median and found[1] < p90, family
+
+
+def test_one_set_of_constants_explains_both_architectures(measured: dict[str, list[Measured]]) -> None:
+    """All but what a kernel's generation and a host's latency are; it is what a third architecture is given."""
+    devices = [device_named(name) for name in PREFIX]
+    rows = [(spec, Efficiency.of(spec), measured[spec.name]) for spec in devices]
+    families = [FAMILY[name] for name in ("gemm", "context attention", "generation attention", "nccl")]
+    found = shared(rows, families)
+    for family in families:
+        for spec, constants in zip(devices, found, strict=True):
+            median, p90 = quantiles(errors_of(rows_of(family, measured[spec.name]), spec, constants))
+            assert median < 0.08 and p90 < 0.21, (family.name, spec.name)
+    for name in ("gemm_flops", "gemm_read_bandwidth", "nccl_bandwidth"):
+        assert SHARED[name] == pytest.approx(getattr(found[0], name), rel=0.03), name
+
+
+@pytest.mark.parametrize("device", PREFIX)
+@pytest.mark.parametrize("family", ["context attention", "generation attention"])
+@pytest.mark.parametrize("model", groups.MODELS)
+def test_a_model_whose_heads_no_fit_has_seen_is_within_the_aim(
+    measured: dict[str, list[Measured]], device: str, family: str, model: str
+) -> None:
+    own = rows_of(FAMILY[family], measured[device])
+    unseen_rows, out = groups.of_model(family, model, own[0].columns)
+    if not unseen_rows.any():
+        pytest.skip("the file has no heads of this model")
+    found = groups.held_out(FAMILY[family], own, device_named(device), [~out], [unseen_rows])
+    median, p90 = quantiles(found)
+    assert median <= groups.AIM[0] and p90 <= groups.AIM[1]

@@ -15,6 +15,7 @@ from profiles.check import check_file
 from profiles.named import NEEDED, device_described, device_named, model_named
 from profiles.program import main
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*an extrapolation")
 L40S = ("device.peak_flops=362e12", "device.memory_bandwidth_bytes_s=864e9", "device.sms=142")
 DEVICES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "device").glob("*.yaml"))
 
@@ -141,6 +142,49 @@ def test_a_device_file_from_elsewhere_is_taken(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(text.replace("l40s", "mine"))
     path = write(tmp_path / "unseen.csv", gemm(np.random.default_rng(0)))
     assert main(["check", str(path), f"device={tmp_path / 'mine.yaml'}"]) == 0
+
+
+def test_constants_of_another_card_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(write(tmp_path / "unseen.csv", gemm(np.random.default_rng(0))))
+    for settings_, says in (
+        (["device=l40s"], "l40s, an extrapolation: constants measured on a100_80gb and h200 (gemm)"),
+        (["device=h100"], "h100, an extrapolation: constants measured on h200 (gemm)"),
+        (["device=h200", "device.sms=100"], "h200 with other numbers, an extrapolation"),
+        ([*L40S, "device.architecture=hopper"], "described, an extrapolation: constants measured on h200"),
+    ):
+        assert main(["check", path, *settings_]) == 0
+        assert says in capsys.readouterr().err
+    assert main(["check", path, "device=h200"]) == 0
+    assert not capsys.readouterr().err
+
+
+def test_what_a_file_says_besides_changes_nothing(tmp_path: Path) -> None:
+    """Columns in another order, others beside them, decodes that say their one token."""
+    for make in (gemm, context, generation):
+        frame = make(np.random.default_rng(0)).drop_duplicates()
+        more = frame[list(frame.columns)[::-1]].assign(framework="any", power=1.0)
+        if make is generation:
+            more = more.assign(isl=1)
+        spec = device_named("h200")
+        plain = check_file(write(tmp_path / "plain.csv", frame), spec, None, 1)
+        other = check_file(write(tmp_path / "more.csv", more), spec, None, 1)
+        assert [(line.name, line.rows, line.median) for line in plain] == [
+            (line.name, line.rows, line.median) for line in other
+        ]
+
+
+def test_an_operator_profile_may_have_a_single_operator(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = operators(np.random.default_rng(0))
+    keep = [name for name in frame if not str(name).startswith("time_stats") or "mlp_up_proj" in name]
+    lines = check_file(write(tmp_path / "one.csv", frame[keep]), device_named("h100"), None, 1)
+    assert [line.name for line in lines] == ["mlp_up_proj"], "and no layer without the other products"
+    none = write(tmp_path / "none.csv", frame[[name for name in keep if "mlp_up_proj" not in name]])
+    assert main(["check", str(none), "device=h100"]) == 2
+    assert "row 0 (header): no column with times; allowed: some of time_stats.attn_pre_proj" in (
+        capsys.readouterr().err
+    )
 
 
 def test_rows_of_other_precisions_are_left_out_and_said(
