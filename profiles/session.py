@@ -58,6 +58,10 @@ CACHES = {"TRITON_CACHE_DIR": "triton", "MPLCONFIGDIR": "matplotlib"}
 """Where programs keep what they have made once, by default in a home that need not be writable."""
 COSERVE = (sys.executable, "-m", "sim.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+WAYS = ("coserving_slack", "coserving", "temporal_limited", "inference_only")
+SPLITS = ("separate_25", "separate_50", "separate_75")
+SWEPT = ("workload.rate_rps=5,20", f"policy={','.join((*WAYS, *SPLITS))}")
+"""What of gpu_paper and gpu_splits fits half an hour."""
 SHORT = ("workload.duration_s=3", "run.drain_s=3", "run.warm_up_s=0.5", "measure_s=3", "peak_s=2")
 """A sweep without a GPU shows that it works; its numbers say nothing."""
 
@@ -92,7 +96,7 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
     def sweep(folder_name: str, seed: int) -> tuple[str, ...]:
         where = f"hydra.sweep.dir={folder / 'runs' / folder_name}"
         short = SHORT if device == "cpu" else ()
-        given = (*place, f"seed={seed}", where, "run.resume=true", *short)
+        given = (*place, f"seed={seed}", where, "run.resume=true", *SWEPT, *short)
         return (*COSERVE, "bench", "experiment=gpu_paper", *given)
 
     steps = [
