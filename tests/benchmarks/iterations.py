@@ -50,8 +50,8 @@ optimisation takes 133,000 instructions for the 145,000 of one without.
 of the processor, both in turns, on a machine that other work kept busy:
 
     machine instructions               145,800    65,100    inference only: 67,500 and 45,300
-    iterations per second               30,100    87,100    inference only: 104,400 and 167,000
-    from source : machine code       2.86 to 2.92 : 1       inference only: 1.44 to 1.63 : 1
+    iterations per second               34,500   101,700    inference only: 115,900 and 184,100
+    from source : machine code       2.86 to 2.99 : 1       inference only: 1.44 to 1.63 : 1
 
 All digests are equal. For it the sums of pairs in a row got one type, and classes with subclasses are translated
 with them. The loop and the driver as well would be 3.5 % less. A class that `sim.checked` builds from a config
