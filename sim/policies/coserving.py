@@ -42,4 +42,4 @@ class CoServing:
     def plan(self, view: View) -> Plan:
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency)
         slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
-        return tuple.__new__(Plan, (decode, prefills, preempted, slices, False, predicted_s, None))
+        return Plan(decode, prefills, preempted, slices, predicted_s=predicted_s)

@@ -35,7 +35,7 @@ from sim.results import Run, read_run
 
 SHORT = [
     "workload.duration_s=3",
-    "run.drain_s=10",
+    "run.drain_s=120",
     "measure_s=3",
     "peak_s=2",
     "job.sample_tokens=64",
@@ -109,7 +109,7 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(
     """As in another process, which has no predictor: it takes that of the runs before."""
     sweep = ["-m", "policy=inference_only,coserving", *SHORT, f"hydra.sweep.dir={folder}"]
     assert main(sweep) == 0
-    assert "plan:   2 runs of 3 to 13 s after 5 s of measuring" in capsys.readouterr().err
+    assert "plan:   2 runs of 3 to 123 s after 5 s of measuring" in capsys.readouterr().err
     first, second = folder / "0" / "summary.json", folder / "1" / "summary.json"
     kept = first.stat().st_mtime_ns
     decided = [read_run(folder / name) for name in "01"]
