@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes
 from sim.results import shown_path
-from sim.simulate import all_policies, simulate
+from sim.simulate import all_policies, simulate, swept
 
 if TYPE_CHECKING:
     from analysis.figures.frontier import Point
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     argv = [*argv, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
     return hydra_main(
         simulate,
-        ["-m", *argv],
+        swept(argv),
         prog="coserve frontier",
         at_end=_show,
         about="Simulate every policy over arrival rates and routers: how much finetuning at how much goodput.",
@@ -46,7 +46,9 @@ def main(argv: Sequence[str]) -> int:
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of the best finetuning at each rate, as text and CSV, and the figure."""
     from analysis.figures.frontier import Point, frontier, peak_tok_s, write_frontier
+    from analysis.figures.style import check_one_scene
 
+    check_one_scene(rows)
     folder = Path(rows[0]["folder"]).parent
     lines = frontier(rows)
     with (folder / "frontier.csv").open("w", newline="") as file:
@@ -54,13 +56,16 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writerow(["policy", *Point._fields])
         writer.writerows([policy, *point] for policy, points in lines.items() for point in points)
     rates = sorted({point.rate_rps for points in lines.values() for point in points})
-    print(f"trained tok/s where the SLO is kept; finetuning alone {peak_tok_s(rows) or 0:,.0f}")
+    peak = peak_tok_s(rows)
+    alone = "" if peak is None else f"; finetuning alone {peak:,.0f}"
+    print(f"trained tok/s where the SLO is kept{alone}")
     letters = router_letters(rows)
     beside = "  " if letters else ""
-    print(f"{'policy':18}" + "".join(f"{f'{rate:g}{beside}':>10}" for rate in rates) + "   req/s")
+    width = max([18, *(len(policy) + 2 for policy in lines)])
+    print(f"{'policy':{width}}" + "".join(f"{f'{rate:g}{beside}':>10}" for rate in rates) + "   req/s")
     for policy in sorted(lines):
         at = {point.rate_rps: point for point in lines[policy]}
-        print(f"{policy:18}" + "".join(_cell(at.get(rate), letters) for rate in rates).rstrip())
+        print(f"{policy:{width}}" + "".join(_cell(at.get(rate), letters) for rate in rates).rstrip())
     if letters:
         named = ", ".join(f"{letter} {name}" for name, letter in letters.items())
         print(f"behind each number the router that trained most, of equals the first: {named}")

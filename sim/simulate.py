@@ -54,18 +54,21 @@ def compare(argv: Sequence[str]) -> int:
     """`coserve compare`: every policy, or those of `policy=...`, on one configuration."""
     if not any(arg.startswith("policy=") for arg in argv):
         argv = [*argv, f"policy={all_policies()}"]
-    if not {"--cfg", "-c", "--info", "-i"} & set(argv):
-        argv = ["-m", *argv]
-    else:
-        argv = [arg.partition(",")[0] if arg.startswith("policy=") else arg for arg in argv]
     return hydra_main(
         simulate,
-        argv,
+        swept(argv),
         prog="coserve compare",
         at_end=_show,
         about="Simulate every policy, or those of policy=A,B, on the same traffic: a table and a figure.",
         example="coserve compare workload=azure_conv workload.rate_rps=16 workload.duration_s=600",
     )
+
+
+def swept(argv: Sequence[str]) -> list[str]:
+    """As a sweep; what only looks at a config, which sweeps cannot, gets that of the first run."""
+    if {"--cfg", "-c", "--info", "-i"} & set(argv):
+        return [arg.partition(",")[0] if re.match(r"[\w./@+~-]+=[^\[{('\"]*$", arg) else arg for arg in argv]
+    return ["-m", *argv]
 
 
 def simulate(config: DictConfig) -> dict[str, Any]:

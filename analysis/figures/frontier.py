@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
+from analysis.repeats import alike, display_names
 from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-BOUNDS = ("inference_only", "finetune_only")
 
 
 class Point(NamedTuple):
@@ -30,13 +29,13 @@ class Point(NamedTuple):
 
 
 def frontier(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> dict[str, list[Point]]:
-    """Policy -> points by rising rate. A router counts at a rate when the SLO is kept at every seed."""
-    groups: dict[tuple[str, float, str], list[Row]] = {}
-    for row in rows:
-        key = (text(row, "policy"), number(row, "rate_rps"), text(row, "router"))
-        groups.setdefault(key, []).append(row)
+    """Policy, with what else tells runs of it apart -> points by rising rate. A router counts at a rate when the SLO
+    is kept at every seed."""
+    names = {id(row): name for row, name in zip(rows, display_names(rows), strict=True)}
     best: dict[tuple[str, float], Point] = {}
-    for (policy, rate_rps, router), group in groups.items():
+    for group in alike(rows):
+        policy, rate_rps = names[id(group[0])], number(group[0], "rate_rps")
+        router = text(group[0], "router")
         if not all(keeps_slo(row, kept_share) for row in group):
             continue
         goodput_rps, trained = (
@@ -77,7 +76,7 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
             fontsize=9,
         )  # fmt: skip
     shown = {policy: points for policy, points in lines.items() if policy != "finetune_only"}
-    looks = style.looks({policy: policy for policy in shown})
+    looks = style.looks({name: name.partition(" ")[0] for name in shown})
     for policy, points in shown.items():
         _draw(axes, policy, points, looks[policy])
     top = max([peak or 0.0, *(p.finetune_tok_s for points in shown.values() for p in points)]) or 1.0

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 FENCED = "".join(re.findall(r"^ *```\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
 LINES = [line.strip() for line in FENCED.splitlines() if line.strip().startswith("coserve ")]
-HYDRA = ("simulate", "compare", "compile")
+HYDRA = ("simulate", "compare", "frontier", "compile")
 
 
 def test_every_metric_is_defined() -> None:
