@@ -92,3 +92,12 @@ def test_the_program_prints_a_table_and_writes_the_points(
     assert lines[0] == "policy,rate_rps,goodput_rps,finetune_tok_s,router"
     assert len(lines) == 5
     assert Path("out/frontier.png").stat().st_size > 10_000
+
+
+def test_runs_of_other_settings_have_a_line_of_their_own() -> None:
+    ways = [
+        row("a", 1.0, "near", 1.0, 50.0) | {"config": {"cost": {"factor": 1}}},
+        row("a", 1.0, "near", 1.0, 70.0) | {"config": {"cost": {"factor": 2}}},
+    ]
+    trained = {name: [p.finetune_tok_s for p in points] for name, points in frontier(ways).items()}
+    assert trained == {"a (factor=1)": [50.0], "a (factor=2)": [70.0]}
