@@ -96,6 +96,8 @@ def message(error: BaseException) -> str | None:
     if key := getattr(error, "full_key", None):
         if type(error).__name__ == "MissingMandatoryValue":
             return f"{key} is missing; it must be given: {key}=..."
+        if type(error).__name__ == "ConfigAttributeError":
+            return f"{key} is not there; the file that describes {key.rpartition('.')[0]} must say it"
         if type(error).__name__ == "InterpolationKeyError":
             absent = str(error).split("'")[1]
             return (

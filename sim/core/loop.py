@@ -114,6 +114,8 @@ def run_loop(
             seen = view(now_s)
             try:
                 plan = decide(seen)
+                if plan is None:
+                    raise TypeError("plan() returned None, not a Plan")
                 if plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count):
                     work = apply(plan, now_s)
             except Exception as error:

@@ -161,7 +161,7 @@ def test_a_policy_that_does_nothing_is_stuck_and_said_to_be() -> None:
     ("answer", "cause"),
     [
         (lambda view: {}["key"], "KeyError: 'key'"),
-        (lambda view: None, "AttributeError: 'NoneType' object"),
+        (lambda view: None, r"TypeError: plan\(\) returned None"),
         (lambda view: Plan(prefills=((99, 4),)), "IllegalPlan: sequence 99 is neither prefilling"),
     ],
 )
