@@ -31,6 +31,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.core.specs import DeviceSpec
 from sim.cost import attention
 from sim.cost.context import CostContext
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
@@ -99,7 +100,7 @@ ATTENTION = {
         ),
     ),
 }
-"""Heads and key-value heads of size 128 on one A100 -> attention of a layer, per chunk and per iteration, by which
+"""Heads and key-value heads of size 128 (two bytes a value) on one A100 80GB as its file describes it -> attention of a layer, per chunk and per iteration, by which
 the constants were fitted: Llama-3.1-8B on one, Qwen2.5-14B on two, Qwen2.5-32B and Llama-3.1-70B on four."""
 
 
@@ -202,10 +203,21 @@ def _attention(context: CostContext, efficiency: Efficiency) -> tuple[ChunkCost,
     """Of one layer."""
     model, device, tp = context.model, context.device, context.tp
     heads = model.heads // tp, attention.local_kv_heads(model, tp)
-    if device.name == "a100_80gb" and model.head_dim == 128 and heads in ATTENTION:
+    if _as_fitted(device) and model.head_dim == 128 and model.dtype_bytes == 2 and heads in ATTENTION:
         return ATTENTION[heads]
     chunk = attention.chunk_cost(1, model, tp, device, efficiency)
     return chunk, attention.decode_cost(replace(model, layers=1), tp, device, efficiency)
+
+
+def _as_fitted(device: DeviceSpec) -> bool:
+    """Whether attention sees the A100 of ATTENTION: the name, and every number that the formulas read."""
+    numbers = (device.architecture, device.peak_flops, device.memory_bandwidth_bytes_s, device.sms)
+    return (
+        device.name == "a100_80gb"
+        and numbers == ("ampere", 312e12, 2.039e12, 108)
+        and device.sm_clocks_hz == 108 * 1.41e9
+        and not device.extras
+    )
 
 
 def _curve(seconds: Floats) -> list[float]:

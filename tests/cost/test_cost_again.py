@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -10,7 +11,8 @@ from sim.core.finetune import JobView
 from sim.core.specs import LoraSpec
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
-from sim.cost.flexllm import LaunchBound
+from sim.cost.curves import DecodeCost
+from sim.cost.flexllm import ATTENTION, LaunchBound
 from sim.cost.roofline import Roofline
 from tests.cost.test_cost_memory import device, model
 
@@ -66,3 +68,29 @@ def test_more_again_leaves_a_smaller_slice() -> None:
 def test_shares_are_shares() -> None:
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         replace(context(), again_gemm=1.1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"extras": {"decode_bandwidth": 0.5}},
+        {"memory_bandwidth_bytes_s": 1e12},
+        {"clock_hz": 1e9},
+        {"architecture": "ada"},
+        {"name": "mine"},
+    ],
+)
+def test_fitted_attention_is_the_shipped_card_s_alone(changes: dict[str, Any]) -> None:
+    """Any other device has the formulas', whatever its name."""
+    shipped = context()
+    own = replace(shipped, device=replace(shipped.device, **changes))
+    named = replace(shipped, device=replace(own.device, name="other"))
+    fitted, found, formula = (LaunchBound().curves(c) for c in (shipped, own, named))
+    assert fitted.decode == DecodeCost(*(SHAPE.layers * seconds for seconds in ATTENTION[32, 8][1]))
+    assert (found.decode, found.prefill) == (formula.decode, formula.prefill)
+    assert found.decode != fitted.decode
+
+
+def test_fitted_attention_is_of_two_bytes_a_value() -> None:
+    wide = replace(context(), model=replace(SHAPE, dtype_bytes=4))
+    assert LaunchBound().curves(wide).decode != LaunchBound().curves(context()).decode
