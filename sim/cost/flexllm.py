@@ -100,8 +100,9 @@ ATTENTION = {
         ),
     ),
 }
-"""Heads and key-value heads of size 128 (two bytes a value) on one A100 80GB as its file describes it -> attention of a layer, per chunk and per iteration, by which
-the constants were fitted: Llama-3.1-8B on one, Qwen2.5-14B on two, Qwen2.5-32B and Llama-3.1-70B on four."""
+"""Heads and key-value heads of size 128, two bytes a value, on one A100 80GB as its file describes it -> attention
+of a layer, per chunk and per iteration, by which the constants were fitted: Llama-3.1-8B on one, Qwen2.5-14B on two,
+Qwen2.5-32B and Llama-3.1-70B on four."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
