@@ -28,7 +28,23 @@ from engine.shelf import Segments, Shelf
 from sim.core.specs import LoraSpec, ModelShape
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+UNSUPPORTED = (
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "layer_replication",
+    "use_bdlora",
+    "kasa_config",
+    "arrow_config",
+    "monteclora_config",
+    "velora_config",
+)
+"""Keys of PEFT's LoraConfig that make an adapter other than plain LoRA where they are set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +107,11 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     for key in ("r", "lora_alpha"):
         if key not in config:
             raise ValueError(f"{path}: {key} is missing")
-    rank = config["r"]
+    rank, alpha = config["r"], config["lora_alpha"]
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{path}: r must be a whole number of at least 1, got {rank!r}")
+    if type(alpha) not in (int, float) or not math.isfinite(alpha):
+        raise ValueError(f"{path}: lora_alpha must be a finite number, got {alpha!r}")
     with whole_file(folder / "adapter_model.safetensors") as tensor_file:
         tensors = load_file(tensor_file)
     a, b = {}, {}
@@ -102,7 +122,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         b[target] = _stack(tensors, shape.layers, target, "B", (wide_out, rank), folder)
     if tensors:
         raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
-    return Adapter(rank=rank, alpha=config["lora_alpha"], rslora=bool(config.get("use_rslora")), a=a, b=b)
+    return Adapter(rank=rank, alpha=alpha, rslora=bool(config.get("use_rslora")), a=a, b=b)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,35 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path) -> None:
     write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
     path = tmp_path / "adapter_config.json"
     plain = json.loads(path.read_text())
-    for change, words in (({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias must be none")):
+    for change, words in (
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias must be none"),
+        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is not supported"),
+        ({"use_qalora": True}, "use_qalora is not supported"),
+        ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication is not supported"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora is not supported"),
+        ({"kasa_config": {"beta": 1e-4}}, "kasa_config is not supported"),
+        ({"arrow_config": {"top_k": 2}}, "arrow_config is not supported"),
+        ({"monteclora_config": {"samples": 2}}, "monteclora_config is not supported"),
+        ({"velora_config": {"groups": 2}}, "velora_config is not supported"),
+    ):
         path.write_text(json.dumps(plain | change))
         with pytest.raises(ValueError, match=words):
             read_adapter(tmp_path, CONFIGS["llama"].shape)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("r", value) for value in (0, -1, 2.0, True, "2", None)),
+        *(("lora_alpha", value) for value in (math.nan, math.inf, "16", None, True)),
+    ],
+)
+def test_an_adapter_s_rank_and_alpha_are_numbers(tmp_path: Path, key: str, value: object) -> None:
+    write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(
+        ValueError, match=rf"adapter_config\.json: {key} must be a .* number.*, got {value!r}"
+    ):
+        read_adapter(tmp_path, CONFIGS["llama"].shape)
