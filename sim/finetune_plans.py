@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from sim.core.finetune import AUTO
 from sim.core.specs import BypassWork, DeviceSpec, LoraSpec, ModelShape
+from sim.cost.efficiency import Efficiency
 from sim.workload.finetune import Finetune
 
 if TYPE_CHECKING:
@@ -72,8 +73,11 @@ def plans_of(
     kv_bytes: float | None,
 ) -> FinetunePlans:
     """Compile every job. `free_bytes` per device are left beside weights and activations, `kv_bytes` of them
-    are the KV cache's (None: not said). Raises ValueError where nothing fits a job that asks."""
+    are the KV cache's (None: not said). Raises ValueError where nothing fits a job that asks, and for a device
+    whose constants are not known."""
     finetune.lora.layer_params(model)  # refuses targets that the model does not have
+    if finetune.jobs:
+        Efficiency.of(device)  # refuses architectures and extras that are not known, in the device's name
     of = (model, finetune.lora, device, tp)
     fixed = {name: job for name, job in finetune.jobs.items() if job.memory != AUTO}
     plans = {

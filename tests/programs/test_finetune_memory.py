@@ -86,6 +86,18 @@ def test_auto_leaves_half_to_a_kv_cache_that_says_nothing() -> None:
         plans_of(Finetune(jobs=jobs, lora=DOWN), LLAMA, A100, 1, free, 0.95 * free)
 
 
+def test_only_a_lack_of_memory_is_the_job_s_own_error() -> None:
+    finetune = Finetune(jobs={"asks": _job("auto")}, lora=DOWN)
+    with pytest.raises(ValueError, match=r"^finetune\.jobs\.asks\.memory=auto: .* needs at least"):
+        plans_of(finetune, LLAMA, A100, 1, 1e6, None)
+    for changes, says in (
+        ({"architecture": "Hopper"}, r"^device\.architecture of a100_80gb is 'Hopper'"),
+        ({"extras": {"gemm_flopss": 1.0}}, r"^device\.extras\.gemm_flopss of a100_80gb is not known"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            plans_of(finetune, LLAMA, replace(A100, **changes), 1, 40e9, None)
+
+
 def _job(memory: str) -> FinetuneJob:
     data = DrawnSamples(samples=8, length=Fixed(tokens=1000))
     return FinetuneJob(data=data, cutoff_len=4096, order="window_major", memory=memory)
