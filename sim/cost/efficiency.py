@@ -174,6 +174,7 @@ SHARES = (
     "layer_flops",
     "layer_read_bandwidth",
     "layer_write_bandwidth",
+    "attention_tail",
     "decode_bandwidth",
     "allreduce_one_shot",
     "allreduce_two_shot",

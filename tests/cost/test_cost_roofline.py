@@ -202,7 +202,11 @@ def test_without_captured_graphs_a_pass_takes_at_least_its_launches(device: str,
 
 def test_misspelt_efficiencies_are_refused_with_the_nearest_name() -> None:
     spec = load("h100", "llama_3_1_8b").device
-    for extras, match in (({"gemm_flop": 0.5}, "gemm_flops"), ({"gemm_flops": 1.5}, "at most 1")):
+    for extras, match in (
+        ({"gemm_flop": 0.5}, "gemm_flops"),
+        ({"gemm_flops": 1.5}, "at most 1"),
+        ({"attention_tail": 1.5}, "at most 1"),
+    ):
         wrong = DeviceSpec(
             name="x", peak_flops=1e12, memory_bandwidth_bytes_s=1e12, memory_bytes=1e9,
             link_bandwidth_bytes_s=1e9, sms=10, source="", extras=extras,
