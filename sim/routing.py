@@ -15,7 +15,8 @@ from sim.core.state import PipelineState
 from sim.core.work import Chunk, Work
 
 LEAST_CHUNK_TOKENS = 16
-"""What a policy with a latency budget computes of a prompt even when nothing fits."""
+"""What a policy with a latency budget computes of a prompt even when nothing fits: the default of the
+policies' `min_chunk_tokens`, which a router does not see."""
 
 
 class Incoming(NamedTuple):

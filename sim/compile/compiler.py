@@ -46,7 +46,8 @@ REFERENCE = DeviceSpec(
     sms=108,
     source="A100 80GB SXM datasheet",
 )
-"""Prices the placement of bypasses where no device is given: only the proportions count."""
+"""An A100. Prices the placement of bypasses where no device is given: only the proportions count. Bypasses that are
+only served (`serving_bypasses`) are placed by it on any device."""
 
 
 def compile_plan(
