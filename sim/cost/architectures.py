@@ -18,6 +18,7 @@ NVLINK_BYTES_S = 1e11
 NCCL_LATENCY_S = 6.6e-6
 """NCCL's own figure for the start of a ring's low-latency protocol, whatever the card (baseLatencies of
 ncclTunerConstantsDefaults, src/graph/tuning.cc, 2.28): 10.0 us were measured on an A100, 5.1 us on an H200."""
+NCCL_TABLE = ", latencies from NCCL's own tuning table"
 PCIE = {"nccl_fixed_s": NCCL_LATENCY_S, "nccl_hop_s": 1.3e-6}
 """Latencies of collectives through PCIe, which nobody has measured: a hop takes 0.8 us by NVLink (measured, A100
 and H200), times 1.0 / 0.6, the ratio of the two in hwLatencies of the same file."""
@@ -25,11 +26,11 @@ and H200), times 1.0 / 0.6, the ratio of the two in hwLatencies of the same file
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
-    """Constants that differ from an A100's, and the card on which each was measured."""
+    """Constants that differ from an A100's, and the cards whose measurements they were fitted to."""
 
     constants: Mapping[str, float]
     measured_on: Mapping[str, str]
-    """Beginning of a constant's name -> card; what is not named is the A100's."""
+    """Beginning of a constant's name -> card or cards; what is not named is the A100's."""
 
 
 AMPERE = Architecture(constants={}, measured_on={})
@@ -37,6 +38,7 @@ AMPERE = Architecture(constants={}, measured_on={})
 SHORT = ("norm_", "add_", "rotary_", "activation_", "embedding_")
 
 BOTH, BOTH_LAYERS = "a100_80gb and h200", "a100_80gb and h100"
+ADA_ATTENTION = "rtx_4090 and a100_80gb"
 SHARED = {
     "gemm_flops": 0.902,
     "gemm_l2_bandwidth": 0.0187,
@@ -106,9 +108,8 @@ ADA = Architecture(
     measured_on={
         **dict.fromkeys(("gemm_", "allreduce_", "nccl_"), BOTH),
         "layer_": BOTH_LAYERS,
-        **dict.fromkeys(
-            ("attention_", "decode_", "norm_", "rotary_", "activation_", "embedding_"), "rtx_4090"
-        ),
+        **dict.fromkeys(("attention_", "decode_"), ADA_ATTENTION),
+        **dict.fromkeys(("norm_", "rotary_", "activation_", "embedding_"), "rtx_4090"),
     },
 )
 
@@ -218,12 +219,18 @@ def architecture_of(device: DeviceSpec) -> Architecture:
 
 def constants_of(device: DeviceSpec) -> dict[str, float]:
     """Of its architecture and its links, with its own `extras` over them."""
-    links = PCIE if device.link_bandwidth_bytes_s < NVLINK_BYTES_S else {}
+    links = PCIE if _by_pcie(device) else {}
     return {**architecture_of(device).constants, **links, **device.extras}
 
 
 def measured_on(device: DeviceSpec, prefix: str) -> str:
-    """Name of the card on which the device's constants that begin with `prefix` were measured."""
+    """Names of the cards, joined by "and", on which the device's constants that begin with `prefix` were measured,
+    and NCCL_TABLE after them for NCCL through PCIe, whose latencies were not."""
     if any(name.startswith(prefix) for name in device.extras):
         return device.name
-    return architecture_of(device).measured_on.get(prefix, "a100_80gb")
+    cards = architecture_of(device).measured_on.get(prefix, "a100_80gb")
+    return cards + NCCL_TABLE if _by_pcie(device) and prefix == "nccl_" else cards
+
+
+def _by_pcie(device: DeviceSpec) -> bool:
+    return device.link_bandwidth_bytes_s < NVLINK_BYTES_S

@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
-from sim.cost.architectures import NCCL_LATENCY_S, measured_on
+from sim.cost.architectures import NCCL_LATENCY_S, NCCL_TABLE, NVLINK_BYTES_S, measured_on
 from sim.cost.attention import (
     _filling_splits,
     cache_write_s,
@@ -224,8 +224,10 @@ def test_every_constant_was_measured_on_a_card_that_has_a_file(device: str) -> N
     spec = load(device, "llama_3_1_8b").device
     prefixes = {f"{item.name.partition('_')[0]}_" for item in fields(Efficiency)} - {"elementwise_"}
     for prefix in prefixes:
-        for card in measured_on(spec, prefix).split(" and "):
-            assert card in DEVICES
+        cards = measured_on(spec, prefix)
+        table = prefix == "nccl_" and spec.link_bandwidth_bytes_s < NVLINK_BYTES_S
+        assert cards.endswith(NCCL_TABLE) == table, "latencies through PCIe were not measured"
+        assert {*cards.removesuffix(NCCL_TABLE).split(" and ")} <= {*DEVICES}
 
 
 def test_collectives_through_pcie_take_longer_to_start_than_by_nvlink() -> None:

@@ -154,6 +154,12 @@ def test_constants_of_another_card_are_named(tmp_path: Path, capsys: pytest.Capt
     ):
         assert main(["check", path, *settings_]) == 0
         assert says in capsys.readouterr().err
+    collectives = str(write(tmp_path / "collectives.csv", nccl(np.random.default_rng(0))))
+    assert main(["check", collectives, "device=l40s"]) == 0
+    assert "a100_80gb and h200, latencies from NCCL's own tuning table (nccl)" in capsys.readouterr().err
+    prompts = str(write(tmp_path / "prompts.csv", context(np.random.default_rng(0))))
+    assert main(["check", prompts, "device=l40s"]) == 0
+    assert "rtx_4090 and a100_80gb (attention, decode)" in capsys.readouterr().err
     assert main(["check", path, "device=h200"]) == 0
     assert not capsys.readouterr().err
 
