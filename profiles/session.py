@@ -338,12 +338,13 @@ class Session:
 
     def _note(self, step: Step, outcome: dict[str, Any]) -> None:
         self._record["steps"][step.name] = outcome
-        self._path.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
+        os.replace(partial, self._path)
 
     def _begun(self, device: str, model: str) -> dict[str, Any]:
         if self._path.exists():
-            record: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
-            return record
+            return _read(self._path)
         manifest = make_manifest(seed=None, device=device, wall_s=0.0)
         versions = {**dict(_mapping(manifest["versions"])), **_gpu_versions()}
         return {
@@ -356,6 +357,17 @@ class Session:
             "versions": {name: version for name, version in versions.items() if version is not None},
             "steps": {},
         }
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The record of a session. ValueError for a file that is damaged."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        _ = record["device"], record["model"]
+        _ = [(one["status"], one["seconds"]) for one in record["steps"].values()]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}); take another folder") from None
+    return record
 
 
 def _own_group() -> None:

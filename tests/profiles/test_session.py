@@ -227,6 +227,30 @@ def test_a_folder_belongs_to_one_device_and_model(tmp_path: Path) -> None:
         Session(tmp_path, "h200", "llama_3_1_8b")
 
 
+def test_the_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Session(tmp_path, "cpu", "tiny").run([step("one", "")], 100)
+
+    def stopped(*paths: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session.os, "replace", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        Session(tmp_path, "cpu", "tiny").run([step("two", "")], 100)
+    assert statuses(tmp_path) == {"one": "done"}
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", '{"device": "cpu"', "{}", '{"device": "cpu", "model": "tiny", "steps": {"one": {}}}']
+)
+def test_a_damaged_record_is_named_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "session.json").write_text(text)
+    assert main([str(tmp_path), "--device", "cpu", "--model", "tiny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m profiles.session: error: {tmp_path / 'session.json'} is damaged (")
+
+
 def test_every_step_is_a_command_of_this_project(tmp_path: Path) -> None:
     steps = steps_of(tmp_path, "h200", "llama_3_1_8b")
     assert len({one.name for one in steps}) == len(steps)
