@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from analysis.results_page import BENCH, FIDELITY, KERNELS, REFERENCE, SESSION, page
-from sim.errors import message, report
+from sim.errors import message, nearest, report
 from sim.results import SUMMARY, find_runs, make_manifest, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,6 +189,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--retry", action="store_true", help="also run again what has failed")
     options = parser.parse_args(argv)
     folder = options.folder.resolve()
+    wrong = _unknown("device", options.device) or _unknown("model", options.model)
+    if wrong is not None:
+        parser.error(wrong)
+    if not options.minutes > 0:
+        parser.error(f"--minutes must be above 0, got {options.minutes:g}")
     steps = steps_of(folder, options.device, options.model)
     if options.only is not None:
         wanted = options.only.split(",")
@@ -217,10 +222,23 @@ def unready(device: str) -> str | None:
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
         return f"cannot import {', '.join(missing)}; README.md (On a GPU) says what to bring"
-    gpu = _gpu_versions()["gpu"] if device != "cpu" else None
-    if gpu is not None and device.partition("_")[0] not in gpu.lower():
+    if device == "cpu":
+        return None
+    gpu = _gpu_versions()["gpu"]
+    if gpu is None:
+        return f"--device {device}, but nvidia-smi shows no GPU"
+    if device.partition("_")[0] not in gpu.lower():
         return f"--device {device}, but the GPU is {gpu}"
     return None
+
+
+def _unknown(group: str, name: str) -> str | None:
+    """What to say of a name that neither the simulator's configs nor the engine's have; None if one has it."""
+    folders = (ROOT / "configs" / group, ROOT / "engine" / "configs" / group)
+    known = sorted(path.stem for folder in folders for path in folder.glob("*.yaml"))
+    if name in known:
+        return None
+    return f"no {group} named {name!r}{nearest(name, known)}; known: {', '.join(known)}"
 
 
 class Session:

@@ -208,6 +208,27 @@ def test_a_machine_that_lacks_something_is_told_so_before_any_step(
     monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
     assert session.unready("h200") == "--device h200, but the GPU is NVIDIA H100 80GB HBM3"
     assert session.unready("h100") is None
+    monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": None})
+    assert session.unready("h100") == "--device h100, but nvidia-smi shows no GPU"
+    assert session.unready("cpu") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (["--device", "nonsense"], "no device named 'nonsense'; known: a10, "),
+        (["--device", "cpu", "--model", "tiyn"], "no model named 'tiyn'; did you mean 'tiny'?; known: "),
+        (["--device", "cpu", "--model", "tiny", "--minutes", "0"], "--minutes must be above 0, got 0"),
+        (["--device", "cpu", "--model", "tiny", "--minutes", "nan"], "--minutes must be above 0, got nan"),
+    ],
+)
+def test_what_no_session_can_be_of_is_told_before_any_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], given: list[str], line: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([str(tmp_path / "out"), *given])
+    assert f"error: {line}" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_programs_keep_lies_in_the_sessions_folder_unless_the_caller_says_where(
