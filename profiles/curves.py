@@ -303,8 +303,13 @@ def quantiles(errors: Floats) -> tuple[float, float]:
 
 
 def operators_in(folder: Path, prefix: str) -> list[Measured]:
-    """All operators of the public files in `folder` whose names begin with `prefix`."""
-    return [m for path in sorted(folder.glob(f"{prefix}*.csv")) for m in read_measured(path)]
+    """All operators of the public files in `folder` whose names begin with `prefix`; ValueError if there are none."""
+    paths = sorted(folder.glob(f"{prefix}*.csv"))
+    if not paths:
+        raise ValueError(
+            f"{folder / prefix}*.csv: no such files; allowed: a folder with the public kernel files"
+        )
+    return [m for path in paths for m in read_measured(path)]
 
 
 def fitted(

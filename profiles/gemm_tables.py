@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import gemm_rows_s
 from sim.cost.gemm_table import TABLES, GemmTable
+from sim.errors import message, report
 
 Floats = NDArray[np.float64]
 
@@ -70,10 +72,18 @@ def held_out(measured: Measured, device: DeviceSpec) -> Floats:
     return np.concatenate(found)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(
+        prog="python -m profiles.gemm_tables", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("folder", type=Path, metavar="DATA_FOLDER")
+    folder = parser.parse_args(argv).folder
+    try:
+        rows = {name: read_measured(folder / "kernels" / file)[0] for name, (file, _, _) in SOURCES.items()}
+    except (ValueError, OSError) as error:
+        return report(parser.prog, error, message(error))
     for name, (file, devices, what) in SOURCES.items():
-        device = device_named(name)
-        (measured,) = read_measured(Path(argv[0]) / "kernels" / file)
+        device, measured = device_named(name), rows[name]
         table = grid(measured, device)
         texts = [
             f"{how} {100 * a:.1f} % median, {100 * b:.1f} % p90"
@@ -98,4 +108,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

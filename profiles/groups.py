@@ -10,6 +10,7 @@ line is the median group, the worst one, and how many are beyond 8 / 20 %.
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from profiles.measured import Measured
 from profiles.named import device_named
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
+from sim.errors import message, report
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -138,13 +140,22 @@ def lines(device: DeviceSpec, measured: Sequence[Measured]) -> Iterator[tuple[st
             yield "gemm, corrected", "a model", found
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = ArgumentParser(prog="python -m profiles.groups", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="DATA_FOLDER")
+    folder = parser.parse_args(argv).folder
+    try:
+        rows = {
+            name: operators_in((folder / prefix).parent, (folder / prefix).name)
+            for name, prefix in KERNELS.items()
+        }
+    except (ValueError, OSError) as error:
+        return report(parser.prog, error, message(error))
     print(
         f"{'device':<10} {'operator':<22} {'left out':<26} {'groups':>6} {'median':>14}  worst, beyond the aim"
     )
-    for name, prefix in KERNELS.items():
-        where = Path(argv[0]) / prefix
-        for operator, what, found in lines(device_named(name), operators_in(where.parent, where.name)):
+    for name, measured in rows.items():
+        for operator, what, found in lines(device_named(name), measured):
             each = {group: quantiles(errors) for group, errors in found.items()}
             middle = [100 * float(np.median([q[i] for q in each.values()])) for i in (0, 1)]
             worst = max(each, key=lambda group: sum(e / aim for e, aim in zip(each[group], AIM, strict=True)))
@@ -159,4 +170,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -245,8 +245,6 @@ def _curves(arguments: Sequence[str]) -> int:
     for name, prefix in kernels.items():
         where = folder / prefix
         rows[name] = operators_in(where.parent, where.name)
-        if not rows[name]:
-            raise ValueError(f"{where}*.csv: no such files; allowed: a folder with the public kernel files")
     starts = {name: Efficiency.of(device_named(name)) for name in kernels}
     own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
     both = dict(zip(kernels, shared([(device_named(n), own[n], rows[n]) for n in kernels]), strict=True))

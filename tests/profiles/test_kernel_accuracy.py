@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 
+from profiles import gemm_tables as gemm_program
 from profiles import groups, layers
 from profiles.check import check_file
 from profiles.curves import (
@@ -181,3 +183,19 @@ def test_a_model_whose_heads_no_fit_has_seen_is_within_the_aim(
     found = groups.held_out(FAMILY[family], own, device_named(device), [~out], [unseen_rows])
     median, p90 = quantiles(found)
     assert median <= groups.AIM[0] and p90 <= groups.AIM[1]
+
+
+@pytest.mark.parametrize("program", [groups, gemm_program])
+def test_a_folder_without_the_kernel_files_is_refused_in_one_line(
+    program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main([str(tmp_path)]) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert (
+        said.out == "" and f"error: {tmp_path / 'kernels' / 'a100_sxm'}" in line and ": no such file" in line
+    )
+    with pytest.raises(SystemExit, match="2"):
+        program.main([])
+    with pytest.raises(SystemExit, match="0"):
+        program.main(["--help"])
