@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import importlib.util
 import json
 import os
 import shlex
@@ -64,7 +65,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if lacking is not None:
         print(f"python -m sim.native: error: {lacking}", file=sys.stderr)
         return 1
-    remove(site)
     build(ROOT, MODULES, site)
     print(
         f"built {len(MODULES)} modules into {site / NAME}; they are used while their sources stay as they are"
@@ -74,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def lacks() -> str | None:
     """What is missing for a build, if something is."""
+    missing = [name for name in ("mypyc", "setuptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"cannot import {', '.join(missing)}"
     compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")[0]
     if shutil.which(compiler) is None:
         return f"there is no C compiler ({compiler})"
@@ -90,7 +93,8 @@ def remove(site: Path) -> None:
 
 
 def build(root: Path, modules: Sequence[str], site: Path) -> None:
-    """Translate `modules` (paths below the checkout `root`) and put them into `site`, with their finder.
+    """Translate `modules` (paths below the checkout `root`) and put them into `site`, with their finder, in place
+    of what was built before.
 
     Raises CalledProcessError, after the compiler has said why, if they cannot be.
     """
@@ -104,6 +108,7 @@ def build(root: Path, modules: Sequence[str], site: Path) -> None:
         command = [sys.executable, "-c", program]
         subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.DEVNULL)
         built = sorted((Path(scratch) / "lib").rglob("*" + sysconfig.get_config_var("EXT_SUFFIX")))
+        remove(site)
         extensions = {}
         for path in built:
             relative = path.relative_to(Path(scratch) / "lib")

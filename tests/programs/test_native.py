@@ -75,6 +75,26 @@ def test_without_a_compiler_one_line_says_so(
     assert said.err == "python -m sim.native: error: there is no C compiler (no-such-compiler)\n"
 
 
+def test_without_mypyc_one_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None if name == "mypyc" else name)
+    assert native.main(["build"]) == 1
+    assert capsys.readouterr().err == "python -m sim.native: error: cannot import mypyc\n"
+
+
+def test_a_build_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tmp_path / native.NAME / "__init__.py"
+    before.parent.mkdir()
+    before.write_text("")
+    monkeypatch.setattr(native, "lacks", lambda: None)
+    monkeypatch.setattr(native.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(native, "MODULES", ("sim/no_such_module.py",))
+    with pytest.raises(subprocess.CalledProcessError):
+        native.main(["build"])
+    assert before.exists()
+
+
 def test_no_class_that_is_built_has_a_subclass_that_is_not() -> None:
     classes = {
         path: [
