@@ -40,17 +40,6 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
     return frame
 
 
-def collect_classes(runs: Sequence[Run]) -> pd.DataFrame:
-    """One line per run and SLO class: `folder`, the run's labels and the class's numbers."""
-    import pandas as pd
-
-    rows = []
-    for run in runs:
-        labels = {k: v for k, v in run.summary.items() if k in IDENTITY}
-        rows += [{"folder": str(run.folder), **labels, **row} for row in run.summary["classes"]]
-    return pd.DataFrame(rows)
-
-
 IDENTITY = ("name", "policy", "workload", "model", "device", "rate_rps", "seed", "source")
 """Labels that tell runs apart."""
 

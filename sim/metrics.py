@@ -25,9 +25,6 @@ from sim.core.specs import DeviceSpec
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 
-LABELS = ("name", "policy", "model", "device", "workload", "rate_rps", "seed", "source")
-"""What a summary row begins with, where the caller knows it."""
-
 PASS_TOKENS = "pass_tokens"
 """Tokens of a pass: prefill_tokens + decode_count + forward_tokens."""
 

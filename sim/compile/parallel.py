@@ -92,7 +92,6 @@ class Composition:
     reduced_params: int
     """Parameters whose gradient is reduced at the update."""
     flops: float
-    memory_traffic_bytes: float
     collective_bytes: float
     """Sent by one device, reductions at the update included at their share."""
     values: float
@@ -329,7 +328,6 @@ def _price(
         own_params=held,
         reduced_params=sum(updated),
         flops=3 * flops,
-        memory_traffic_bytes=3 * traffic,
         collective_bytes=link,
         values=values + features / (tp if bypass.output_state in (S0, S1) else 1),
         resident_bytes=resident + held * (ITEM_BYTES + MASTER_BYTES),

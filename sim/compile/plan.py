@@ -185,15 +185,6 @@ class CompilePlan:
         return self.tensors if index else self.first_tensors
 
     @property
-    def kept_names(self) -> tuple[str, ...]:
-        """Tensors of an inner layer that stay until its backward."""
-        return tuple(t.name for t in self.tensors if t.action in (KEEP, PIN))
-
-    @property
-    def recomputed_names(self) -> tuple[str, ...]:
-        return tuple(t.name for t in self.tensors if t.action == RECOMPUTE)
-
-    @property
     def kept_bytes_per_token_layer(self) -> int:
         return _kept(self.tensors)
 

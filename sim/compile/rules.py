@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from sim.compile.ir import ACTIVATION, Graph, Op
+from sim.compile.ir import Graph, Op
 
 VIEW, ELEMENTWISE, GEMM, ATTENTION = "view", "elementwise", "gemm", "attention"
 
@@ -124,7 +124,3 @@ def storage(graph: Graph) -> dict[str, str]:
         if RULES[op.kind].cost == VIEW:
             owner[op.out] = owner[op.inputs[0]]
     return owner
-
-
-def is_activation(graph: Graph, name: str) -> bool:
-    return graph.tensors[name].role == ACTIVATION

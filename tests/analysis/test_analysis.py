@@ -18,7 +18,7 @@ from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
 from analysis.repeats import alike, display_names, over_seeds
 from analysis.report import main
-from analysis.runs import best, collect, collect_classes, flatten
+from analysis.runs import best, collect, flatten
 from analysis.table import WIDTH, plain_table, print_table
 from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, Outcome, Recorder
@@ -204,10 +204,6 @@ def test_collect_keeps_only_config_keys_that_vary(tmp_path: Path) -> None:
     assert frame["policy.name"].tolist() == ["a", "b"]
     assert "classes" not in frame
     assert frame["finetune_tok_s"].tolist() == [12.5, 12.5]
-    classes = collect_classes(runs)
-    assert classes["policy"].tolist() == ["a", "b"]
-    assert classes["slo"].tolist() == ["chat", "chat"]
-    assert classes["attainment"].tolist() == [1.0, 1.0]
     assert flatten({"a": {"b": [1], "c": {}}, "d": None}) == {"a.b": [1], "d": None}
 
 
