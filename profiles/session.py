@@ -226,7 +226,7 @@ def unready(device: str) -> str | None:
         return None
     gpu = _gpu_versions()["gpu"]
     if gpu is None:
-        return f"--device {device}, but nvidia-smi shows no GPU"
+        return f"--device {device}, but torch finds no GPU"
     if device.partition("_")[0] not in gpu.lower():
         return f"--device {device}, but the GPU is {gpu}"
     return None
@@ -422,7 +422,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _gpu_versions() -> dict[str, str | None]:
-    """Of the packages that a GPU's numbers hang on, without loading them here."""
+    """Of the packages that a GPU's numbers hang on, and the GPU's name, without loading them here."""
     from importlib import metadata
 
     found: dict[str, str | None] = {}
@@ -431,12 +431,9 @@ def _gpu_versions() -> dict[str, str | None]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             found[name] = None
-    query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    try:
-        names = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()
-        found["gpu"] = names[0].strip() if names else None
-    except (OSError, subprocess.CalledProcessError):
-        found["gpu"] = None
+    query = [sys.executable, "-c", "import torch; print(torch.cuda.get_device_name(0))"]
+    asked = subprocess.run(query, capture_output=True, text=True)
+    found["gpu"] = asked.stdout.strip() if asked.returncode == 0 else None
     return found
 
 

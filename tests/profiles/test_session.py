@@ -209,7 +209,7 @@ def test_a_machine_that_lacks_something_is_told_so_before_any_step(
     assert session.unready("h200") == "--device h200, but the GPU is NVIDIA H100 80GB HBM3"
     assert session.unready("h100") is None
     monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": None})
-    assert session.unready("h100") == "--device h100, but nvidia-smi shows no GPU"
+    assert session.unready("h100") == "--device h100, but torch finds no GPU"
     assert session.unready("cpu") is None
 
 
