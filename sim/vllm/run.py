@@ -75,7 +75,7 @@ class MeasuredRequests:
     prompt_tokens: NDArray[np.int64]
     output_tokens: NDArray[np.int64]
     prompts: Sequence[Sequence[int]] | None = None
-    """Token ids of each prompt; None: not known."""
+    """Token ids of each prompt, or other numbers that are equal where these are; None: not known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

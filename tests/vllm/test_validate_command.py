@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from profiles.compare import figures, timeline
-from profiles.validate import cost_of, main
+from profiles.validate import cost_of, main, recorded
 from sim.cli import main as coserve
 from sim.vllm.profile import read_profile
 from sim.vllm.replay import replay
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("COSERVE_DATA", ROOT.parent / "shared" / "data")) / "vllm-runs"
 REAL_RUNS = sorted(path.parent for path in DATA.glob("*/*/meta.json"))
 
-ALL_PERCENT, CENTRE_PERCENT, TPOT_MEAN_PERCENT = 10.0, 2.0, 0.5
-"""Bounds on a real run: on every figure; on means, p99 and the medians of TTFT and TPOT; on mean TPOT."""
+ALL_PERCENT, TPOT_MEAN_PERCENT = 3.0, 0.5
+"""Bounds on a real run: on every figure, and on mean TPOT."""
 
 
 @pytest.mark.parametrize("async_scheduling", [True, False])
@@ -260,16 +260,11 @@ def test_planning_ahead_hides_host_time(tmp_path: Path) -> None:
 @pytest.mark.skipif(not REAL_RUNS, reason="no recorded runs in the data folder")
 @pytest.mark.parametrize("folder", REAL_RUNS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_a_real_run_is_predicted_within_the_bounds(folder: Path) -> None:
-    run = read_run(folder)
+    run, _ = recorded(folder)
     profile = read_profile(DATA / f"kernel-profile-{folder.parent.name}")
     played = replay(run.engine, run.requests, cost_of(run, profile))
     errors = {figure.name: 100 * figure.error for figure in figures(run.requests, played)}
     assert abs(errors["TPOT mean"]) <= TPOT_MEAN_PERCENT
-    centre = [name for name in errors if name.endswith(("mean", "p99", "tok/s"))] + [
-        "TTFT median",
-        "TPOT median",
-    ]
-    assert max(abs(errors[name]) for name in centre) <= CENTRE_PERCENT, errors
     assert max(abs(error) for error in errors.values()) <= ALL_PERCENT, errors
 
 
