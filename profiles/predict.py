@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from profiles.measured import Measured
 from sim.core.specs import DeviceSpec
-from sim.cost.attention import decode_s, prefill_s
+from sim.cost.attention import mixed_s, prefill_s
 from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
 from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import KINDS, elementwise_s
@@ -32,10 +32,8 @@ def predicted_s(
         shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
         return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
     if kind == "mixed attention":
-        # As an iteration counts it: one after the other.
-        shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
-        chunk_s = prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
-        return chunk_s + decode_s(c["decodes"], c["decode_context"] + 1, *shape, device, e)
+        heads = (c["heads"], c["kv_heads"], c["head_dim"])
+        return mixed_s(c["tokens"], c["context"], c["decodes"], c["decode_context"], *heads, device, e)
     if kind in KINDS:
         return elementwise_s(c["m"], c["values"], kind, device, e)
     return _collective_s(measured, device, e)

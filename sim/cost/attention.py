@@ -61,6 +61,13 @@ BACKWARD_SHARE = 63.0 / 73.0
 QUERY_TILE, SMALL_HEAD_TILE = 128, 192
 """Rows of a query tile; the latter for heads of 64 at most, in generation 3 (its hopper/tile_size.h)."""
 KEY_TILE = 64
+PAGED_TILE = 64
+"""Rows of a query tile of generation 2's kernel for paged keys (run_mha_fwd_splitkv_dispatch)."""
+MIXED_TILE_S, EMPTY_TILE_S = 4.5e-6, 0.35e-6
+"""Of a decode's tile among chunks, and of one that ends at once, on a multiprocessor."""
+MIXED_LONGEST, MIXED_READ = 2.0, 3.0
+"""p of the longest tile, and of reading the cache, against all tiles together. These four are fitted to the rows
+of the RTX 4090's profile that have both (casys-kaist/LLMServingSim 5daddb2)."""
 EXPONENTIALS = 16.0
 """Of a multiprocessor per clock."""
 SMOOTHNESS = 6.0
@@ -165,6 +172,54 @@ def decode_s(
     else:
         seconds += query_s + np.where(batch <= PREPARED, batch * e.decode_sequence_s, 0.0)
     return seconds + cache_write_s(batch, kv_heads, head_dim, device, e)
+
+
+def mixed_s(
+    tokens: Floats,
+    context: Floats,
+    decodes: Floats,
+    keys: Floats,
+    heads: Floats,
+    kv_heads: Floats,
+    head_dim: Floats,
+    device: DeviceSpec,
+    efficiency: Efficiency,
+) -> Floats:
+    """Seconds of one layer's attention of a chunk of `tokens` after `context`, and `decodes` sequences of `keys`
+    keys each, in one kernel for chunks, as vLLM launches FlashAttention 2.
+
+    Arrays of one shape. Kernels that split or pack decodes are not chosen there. In generation 2 every head of a
+    decode is a query tile with one row in use, and the grid has as many tiles for each sequence as for the
+    longest chunk, of which a decode's others end at once. In generation 3 a tile has the heads of a group.
+    """
+    e, packs, sms = efficiency, efficiency.attention_generation == 3, device.sms
+    group = heads / kv_heads
+    per_head = np.ceil(tokens * np.where(packs, group, 1.0) / QUERY_TILE)
+    chunk_tiles = np.where(packs, kv_heads, heads) * per_head
+    decode_tiles = np.where(packs, kv_heads, heads) * decodes
+    products_s = FORWARD_FLOPS * head_dim / device.peak_flops
+    key_s = QUERY_TILE * sms * (products_s + e.attention_exponentials / (EXPONENTIALS * device.sm_clocks_hz))
+    mean, longest = _keys(tokens, per_head, context, np.full_like(tokens, np.inf))
+    decode_keys = np.ceil(keys / KEY_TILE) * KEY_TILE
+    rows = QUERY_TILE if packs else PAGED_TILE
+    empty = np.where(packs, 0.0, decode_tiles * (np.ceil(tokens / rows) - 1))
+    mean_s = chunk_tiles * (e.attention_tile_s + mean * key_s)
+    mean_s += decode_tiles * (MIXED_TILE_S + decode_keys * key_s * rows / QUERY_TILE) + empty * EMPTY_TILE_S
+    moved = FORWARD_FLOPS * head_dim * (heads * tokens + kv_heads * (tokens + context))
+    mean_s = mean_s / sms + moved / (device.sm_clocks_hz * e.attention_clock_bytes)
+    longest_s = e.attention_tile_s + np.maximum(longest, decode_keys) * key_s * e.attention_critical
+    # Heads of a group read the same keys. They find them in the L2 when it holds those of all sequences, or when
+    # they run at the same time: heads follow each other, each with all its sequences.
+    one_head = FORWARD_FLOPS * head_dim * (decodes * keys + context + tokens)
+    together = sms / (decodes + np.ceil(tokens / rows))
+    again = np.where(packs, 1.0, np.clip(group / together, 1.0, group))
+    again = np.where(one_head > device.cache_bytes, again, 1.0)
+    read = FORWARD_FLOPS * head_dim * kv_heads * decodes * keys * again
+    read_s = read / (device.memory_bandwidth_bytes_s * e.decode_bandwidth)
+    seconds = smooth_maximum(mean_s, longest_s, MIXED_LONGEST)
+    seconds = e.attention_fixed_s + smooth_maximum(seconds, read_s, MIXED_READ)
+    seconds += np.maximum(longest - mean, 0.0) * key_s * e.attention_tail
+    return seconds + cache_write_s(tokens + decodes, kv_heads, head_dim, device, e)
 
 
 def cache_write_s(

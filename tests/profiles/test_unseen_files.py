@@ -261,6 +261,8 @@ def test_the_cards_own_constants_meet_its_profile(data: Path) -> None:
     assert own["whole layer"].median < 0.05
     after = "context attention after a context"
     assert own[after].median < 0.05 and own[after].p90 < 0.20
+    both = own["both in one kernel"]
+    assert both.median < 0.08 and both.p90 < 0.20 and abs(both.bias) < 0.05
     names = ("peak_flops", "memory_bandwidth_bytes_s", "sms", "vector_flops", "clock_hz")
     plain = device_described(None, {name: str(getattr(spec, name)) for name in names})
     borrowed = {line.name: line for line in check_file(folder / "attention.csv", plain, shape, 1)}
