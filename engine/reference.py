@@ -36,6 +36,7 @@ from engine.reference_iterations import (
     finetune_times,
     forward_flops,
     prefill_times,
+    stream_times,
     window_times,
 )
 from engine.reference_peft import SETUPS, LigerMissing, Setup, peft_times
@@ -49,7 +50,7 @@ from sim.hydra_app import hydra_main
 from sim.results import make_manifest, shown_path
 
 CONFIGS = Path(__file__).parent / "configs"
-PARTS = ("ceilings", "decode", "prefill", "window", "fused", "finetune", "peft", "memory")
+PARTS = ("ceilings", "decode", "prefill", "window", "fused", "streams", "finetune", "peft", "memory")
 OUT_OF_MEMORY = "out of memory"
 LORAS: dict[str, tuple[str, ...]] = {
     "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
@@ -108,7 +109,7 @@ class Row:
     """One measurement; what is not known is None."""
 
     what: str
-    """ceiling, decode, prefill, window, fused, finetune or memory."""
+    """ceiling, decode, prefill, window, fused, streams, finetune or memory."""
     variant: str
     sequences: int | None = None
     """That decode."""
@@ -236,6 +237,8 @@ class _Measurement:
         if "window" in parts or "fused" in parts:
             for name in LORAS:
                 yield partial(self._window, name)
+        if "streams" in parts:
+            yield partial(self._streams, "all-linear")
         tokens, long = sizes.sample_tokens, sizes.long_sample_tokens
         if "finetune" in parts:
             for name in LORAS:
@@ -316,6 +319,30 @@ class _Measurement:
             )
             rows.append(row)
         return rows
+
+    def _streams(self, name: str) -> list[Row]:
+        """Most decodes beside a quarter of a sample's backward, on a stream each, against one after the other."""
+        sizes, lora = self._sizes, self._lora(name)
+        sequences, context = sizes.decode_sequences[-1], sizes.decode_contexts[0]
+        known: dict[str, Any] = {"sequences": sequences, "context_tokens": context}
+        variants = {"after": f"{name}: backward after decodes", "beside": f"{name}: backward beside decodes"}
+
+        def measure() -> list[Row]:
+            times = stream_times(self._model, lora, sizes.sample_tokens, sequences, context, self._share_s)
+            if not times:
+                note = f"one stream on {self._model.device.type}"
+                return [Row(what="streams", variant=variants["beside"], note=note, **known)]
+            ratio = times["beside"].p50_s / times["after"].p50_s
+            return [
+                _timed("streams", variants["after"], times["after"], **known),
+                _timed("streams", variants["beside"], times["beside"], ratio=ratio, against="after", **known),
+            ]
+
+        try:
+            return measure()
+        except torch.OutOfMemoryError:
+            release()
+            return [Row(what="streams", variant=variants["beside"], note=OUT_OF_MEMORY, **known)]
 
     def _finetune(self, what: str, name: str, tokens: int, order: str, memory: str) -> list[Row]:
         how = Memory(order, memory, self._sizes.recompute_tokens if memory == "recompute" else None)

@@ -139,6 +139,37 @@ def window_times(
     return {name: Times.of(times[WARM_UP:]) for name, times in run(rig, plans()).items()}
 
 
+def stream_times(
+    model: Model, lora: LoraSpec, tokens: int, sequences: int, context: int, seconds: float
+) -> dict[str, Times]:
+    """So many decodes and the backward of a quarter of the layers of a sample: `after` them, and `beside` them on a
+    stream of its own. Empty where there is only one stream."""
+    launching = LaunchSettings(streams=2).on(model)
+    if launching.second is None:
+        return {}
+    layers = model.config.shape.layers
+    job = training_job(model, lora, tokens, Memory("layer_major", "stash", None))
+    rig = _rig(model, [context + ROOM] * sequences, job=job, launching=launching)
+    place(rig.engine, sequences, context)
+    quarter = -(-layers // 4)
+
+    def plans() -> Iterator[Planned]:
+        for n in itertools.islice(enough(seconds), (ROOM - 2) // 4):
+            if n:
+                yield Planned(Plan(finetune=(Step(JOB),)), None)
+            yield Planned(Plan(finetune=(Forward(JOB, tokens),)), None)
+            for at in range(0, layers, quarter):
+                beside = bool(at // quarter % 2)
+                piece = Backward(JOB, tokens * min(quarter, layers - at))
+                whole = layers - at >= quarter
+                yield Planned(
+                    Plan(decode=True, finetune=(piece,), overlap=beside),
+                    ("beside" if beside else "after") if whole else None,
+                )
+
+    return {name: Times.of(times[WARM_UP:]) for name, times in run(rig, plans()).items()}
+
+
 def finetune_times(model: Model, lora: LoraSpec, tokens: int, how: Memory, seconds: float) -> Times:
     """A sample of so many tokens with its optimizer step, all iterations of it together."""
     rig = _rig(model, [], job=training_job(model, lora, tokens, how))
@@ -181,7 +212,13 @@ def _arrive(engine: Engine, id: int, prompt_tokens: int, output_tokens: int) -> 
     engine.arrive(Request(id, 0.0, prompt_tokens, output_tokens), prompt, Sampling())
 
 
-def _rig(model: Model, sequences: list[int], max_tokens: int = 1, job: TrainingJob | None = None) -> Rig:
+def _rig(
+    model: Model,
+    sequences: list[int],
+    max_tokens: int = 1,
+    job: TrainingJob | None = None,
+    launching: Launching | None = None,
+) -> Rig:
     """An engine with room for sequences of these lengths, its pages filled with random numbers."""
     release()
     blocks = sum(-(-tokens // BLOCK_TOKENS) for tokens in sequences) or 1
@@ -193,8 +230,9 @@ def _rig(model: Model, sequences: list[int], max_tokens: int = 1, job: TrainingJ
         max_tokens=max(count, max_tokens),
         max_sequence_tokens=max(sequences, default=1),
     )
-    # Captured graphs take memory that is none of a sample's: without sequences there is nothing to capture.
-    launching = LaunchSettings().on(model) if sequences else Launching()
+    if launching is None:
+        # Captured graphs take memory that is none of a sample's: without sequences there is nothing to capture.
+        launching = LaunchSettings().on(model) if sequences else Launching()
     engine, jobs = assemble_engine(model, limits, [] if job is None else [job], launching=launching)
     # The one shape that is decoded is captured in the repeats that are left out.
     engine.fill()

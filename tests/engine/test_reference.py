@@ -15,6 +15,7 @@ from engine import reference
 from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig
 from engine.finetune import Sample
+from engine.launching import Launching, LaunchSettings, SecondStream
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.reference import Row, compared, main
@@ -27,12 +28,14 @@ from engine.reference_iterations import (
     forward_flops,
     place,
     prefill_times,
+    stream_times,
 )
 from engine.reference_peft import SETUPS, Setup, hf_model, loss_of, peft_model
 from engine.text import random_samples
 from sim.core.finetune import Backward, Forward, Step
 from sim.core.plan import Limits, Plan
 from sim.core.specs import LoraSpec
+from tests.engine.test_streams import Device
 from tests.engine.tiny import CONFIGS, adapter_of, tiny_model
 
 SMALL = [
@@ -160,6 +163,32 @@ def test_a_sample_is_trained_whole_and_stepped(how: Memory, monkeypatch: pytest.
     assert steps == rig.jobs[0].steps == 5 and rig.jobs[0].trained_tokens == 20 * steps
 
 
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_backward_is_timed_beside_decodes_and_after_them(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Plan] = []
+    run = stream_times.__globals__["run"]
+
+    def watched(rig: Any, plans: Any) -> Any:
+        return run(rig, (seen.append(planned.plan) or planned for planned in plans))
+
+    monkeypatch.setitem(stream_times.__globals__, "run", watched)
+    lora = LoraSpec(rank=2, targets=("o_proj", "down_proj"))
+    model = tiny_model(family)
+    assert stream_times(model, lora, 20, 3, 16, 0.0) == {}
+    monkeypatch.setattr(LaunchSettings, "on", lambda *_: Launching(None, SecondStream(Device())))
+    times = stream_times(model, lora, 20, 3, 16, 0.0)
+    assert set(times) == {"after", "beside"}
+    both = [plan for plan in seen if plan.decode]
+    layers = model.config.shape.layers
+    assert all(isinstance(plan.finetune[0], Backward) for plan in both)
+    assert {plan.overlap for plan in both} == {False, True}
+    backward = sum(plan.finetune[0].layer_tokens for plan in both)
+    samples = sum(isinstance(piece, Forward) for plan in seen for piece in plan.finetune)
+    assert backward == samples * 20 * layers
+
+
 def test_the_command_writes_a_row_for_everything_and_missing_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,7 +200,10 @@ def test_the_command_writes_a_row_for_everything_and_missing_is_missing(
     assert main(["seconds=0.01", "out=found", *SMALL]) == 0
     rows = pd.read_parquet("found/reference.parquet")
     assert (Path("found") / "manifest.json").exists()
-    assert set(rows["what"]) == {"ceiling", "decode", "prefill", "window", "fused", "finetune", "memory"}
+    kinds = {"ceiling", "decode", "prefill", "window", "fused", "streams", "finetune", "memory"}
+    assert set(rows["what"]) == kinds
+    (streams,) = rows[rows["what"] == "streams"].to_dict("records")
+    assert streams["note"] == "one stream on cpu" and math.isnan(streams["ratio"])
     assert rows["peak_bytes"].isna().all(), "a CPU has no allocator that tells"
     lost = rows[rows["what"] == "prefill"].iloc[0]
     assert lost["note"] == "out of memory" and math.isnan(lost["p50_s"]) and math.isnan(lost["ratio"])
