@@ -33,6 +33,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 from profiles.compare import Figure, Timeline, figures, timeline, windows
@@ -44,6 +45,9 @@ from sim.cost.operators import OperatorCost
 from sim.vllm.profile import ProfileFolder, read_profile
 from sim.vllm.replay import Replay, replay
 from sim.vllm.run import RunFolder, read_run
+
+FIGURE = "runs/%Y-%m-%d/%H-%M-%S-%f_validate/validation.png"
+"""Where the figure goes by default, by the time: in a folder named as those of runs are."""
 
 ABOVE_BOUND = 1
 """Exit code when the prediction is further off than allowed."""
@@ -64,12 +68,13 @@ def main(argv: Sequence[str]) -> int:
         return _judge(found, arguments.max_error, arguments.max_tpot_error)
     line = timeline(run, replayed)
     print(_windows_table(line))
-    if arguments.figure is not None:
-        from profiles.validation_figure import draw
+    code = _judge(found, arguments.max_error, arguments.max_tpot_error)
+    from profiles.validation_figure import draw
 
-        draw(arguments.figure, run, replayed, line)
-        print(f"\nfigure: {arguments.figure}")
-    return _judge(found, arguments.max_error, arguments.max_tpot_error)
+    figure = arguments.figure or datetime.now().strftime(FIGURE)
+    draw(Path(figure), run, replayed, line)
+    print(f"\nfigure: {figure}")
+    return code
 
 
 def recorded(folder: Path, prompts: Path | None = None) -> tuple[RunFolder, Sequence[Alike] | None]:
@@ -225,7 +230,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-tpot-error", type=_percent, metavar="PERCENT", help="bound on the error of the mean TPOT"
     )
     parser.add_argument("--layers", type=int, help="of the model, where configs/model does not describe it")
-    parser.add_argument("--figure", type=Path, metavar="FILE", default=Path("validation.png"))
+    parser.add_argument(
+        "--figure", type=Path, metavar="FILE", help="default: a folder of its own below runs/"
+    )
     return parser
 
 

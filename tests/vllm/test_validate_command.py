@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,23 @@ def test_a_slower_card_is_noticed_and_the_bound_decides(
     capsys.readouterr()
     assert main([*arguments, "--max-tpot-error", "0.01"]) == 1
     assert "above the bound: TPOT mean" in capsys.readouterr().out
+
+
+def test_without_a_name_the_figure_gets_a_folder_of_its_own_below_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    profile = folders.write_profile(tmp_path / "profile")
+    folders.record(tmp_path / "run", profile, folders.meta())
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    for _ in range(2):
+        assert main([str(tmp_path / "run"), str(profile)]) == 0
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert re.fullmatch(r"figure: runs/[\d-]{10}/[\d-]{15}_validate/validation\.png", last)
+        assert (work / last.removeprefix("figure: ")).is_file()
+    assert [path.name for path in work.iterdir()] == ["runs"]
+    assert len(list(work.rglob("*.png"))) == 2
 
 
 def test_blocks_found_again_save_time(tmp_path: Path) -> None:
