@@ -1,8 +1,8 @@
 """One look for all figures: a colour, marker and dash per policy, and how a figure is saved.
 
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
-readers. A family of policies shares a colour and is told apart by shade, marker and dash, so that a
-line never depends on colour alone.
+Families of policies have colours of Okabe and Ito ("Color Universal Design", 2008), which stay apart for
+colour-blind readers. Within a family, shades differ in lightness, which everyone sees, and in marker and dash, so
+that a line never depends on colour alone.
 """
 
 from __future__ import annotations
@@ -28,40 +28,44 @@ WIDTH_INCHES = 12.0
 """1200 pixels."""
 
 
+Dash = str | tuple[float, tuple[float, ...]]
+"""As matplotlib takes it: a sign, or an offset and lengths of strokes and gaps."""
+
+
 class Look(NamedTuple):
     color: str
     marker: str
-    dash: str
+    dash: Dash
 
 
 _FAMILIES: dict[str, tuple[str, ...]] = {
-    "coserving": ("#0072B2", "#56B4E9", "#003F63", "#8FCBF0"),
-    "temporal": ("#E69F00", "#B37700", "#F2C45A", "#7A5200", "#FFD98A", "#4F3500"),
+    "coserving": ("#0072B2", "#56B4E9", "#003F63"),
+    "temporal": ("#E08A00", "#C44E00", "#E8C400", "#3F1D00", "#8A2500"),
     "spatial": ("#009E73", "#66C7AA", "#005C43"),
-    "separate": ("#CC79A7", "#8F3F6E", "#E6B3CF", "#5E2848"),
+    "separate": ("#8F3F6E", "#CC79A7", "#5E2848", "#E6B3CF"),
 }
 _KNOWN = (
     "coserving",
     "coserving_static",
     "coserving_slack",
-    "temporal",
     "temporal_limited",
     "temporal_dynamic",
-    "temporal_1",
     "temporal_64",
     "temporal_128",
     "temporal_512",
+    "temporal",
+    "temporal_1",
     "spatial",
     "spatial_limited",
     "spatial_stream",
-    "separate",
     "separate_25",
     "separate_50",
     "separate_75",
+    "separate",
 )
 _BOUNDS = {"inference_only": Look(GREY, "v", ":"), "finetune_only": Look(BLACK, "^", ":")}
 _MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
-_DASHES = ("-", "--", "-.")
+_DASHES: tuple[Dash, ...] = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 
 
 def look(policy: str) -> Look:
@@ -72,13 +76,13 @@ def look(policy: str) -> Look:
     shades = _FAMILIES.get(family)
     if shades is None:
         pick = zlib.crc32(policy.encode())
-        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], _MARKERS[pick % 10], _DASHES[pick % 3])
+        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], _MARKERS[pick % 10], _DASHES[pick % 4])
     if policy in _KNOWN:
         place = [name for name in _KNOWN if name.split("_")[0] == family].index(policy)
     else:
         # Another variant of a family: any shade, by its name.
         place = 1 + zlib.crc32(policy.encode()) % (3 * len(shades))
-    return Look(shades[place % len(shades)], _MARKERS[place % 10], _DASHES[place % 3])
+    return Look(shades[place % len(shades)], _MARKERS[place % 10], _DASHES[place % 4])
 
 
 def looks(policies: Mapping[str, str]) -> dict[str, Look]:

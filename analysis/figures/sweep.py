@@ -78,11 +78,14 @@ def sweep_figure(
         _x_ticks(axes, [point.x for points in lines[metric].values() for point in points])
         _y_limits(axes, metric)
         if metric == "attainment":
-            _slo_line(axes, kept_share)
+            axes.axhline(
+                100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5
+            )
         style.tidy(axes, "both")
     handles, names = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
-    hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it)"
+    line = ", the dashed line" if "attainment" in metrics else ""
+    hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it{line})"
     figure.suptitle(f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}\n{hollow}", fontsize=12)
     return figure
 
@@ -178,15 +181,6 @@ def _x_ticks(axes: Any, values: Sequence[float]) -> None:
     ticks = sorted(set(values))
     if len(ticks) <= _MOST_TICKS:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-
-
-def _slo_line(axes: Any, kept_share: float) -> None:
-    axes.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
-    axes.annotate(
-        f"SLO kept from {100 * kept_share:g} % on", (0.01, 100 * kept_share),
-        xycoords=("axes fraction", "data"), xytext=(0, -5), textcoords="offset points", va="top", fontsize=9,
-        zorder=4, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1, "alpha": 0.85},
-    )  # fmt: skip
 
 
 def _y_limits(axes: Any, metric: str) -> None:

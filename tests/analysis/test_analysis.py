@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -266,11 +267,13 @@ def test_a_sweep_draws_any_metric_as_the_rows_have_it(metric: str) -> None:
 
 
 def test_a_sweep_marks_what_misses_the_slo_and_has_a_tick_at_each_rate() -> None:
-    left, right = sweep_figure(rows(16.0) + rows(20.0)).axes
+    figure = sweep_figure(rows(16.0) + rows(20.0))
+    left, right = figure.axes
     assert [tick.get_text() for tick in left.get_xticklabels()] == ["16", "20"]
     hollow = {name: len(c.get_offsets()) for name, c in zip(POLICIES, left.collections, strict=False)}
     assert hollow["temporal_64"] == 2 and hollow["coserving"] == 0
-    assert any("95 %" in text.get_text() for text in right.texts)
+    assert "95 %" in figure.get_suptitle() and "dashed" in figure.get_suptitle()
+    assert right.lines[-1].get_ydata() == [95.0, 95.0] and not right.texts
 
 
 def test_points_of_a_sweep_are_means_with_range() -> None:
@@ -284,6 +287,20 @@ def test_every_policy_has_one_look_and_no_two_lines_the_same() -> None:
     looks = style.looks({name: name for name in names})
     assert len(set(looks.values())) == len(names)
     assert style.looks({"coserving": "coserving"}) == {"coserving": style.look("coserving")}
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #RRGGBB, 0 to 1 (WCAG 2.1)."""
+    parts = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+@pytest.mark.parametrize("family", style._FAMILIES)
+def test_shades_of_a_family_differ_in_lightness_which_every_reader_sees(family: str) -> None:
+    light = sorted(luminance(color) + 0.05 for color in style._FAMILIES[family])
+    assert all(high / low > 1.5 for low, high in pairwise(light))
+    assert light[-1] < (1.0 + 0.05) / 1.5, "or it is lost on white"
 
 
 def test_a_timeline_keeps_every_token(tmp_path: Path) -> None:
