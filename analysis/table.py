@@ -133,7 +133,7 @@ def _section(rows: list[Row], kept_share: float) -> Section:
     for i, (one, name) in enumerate(zip(repeated, display_names(means), strict=True)):
         if i in winners:
             marked.add(len(lines))
-        numbers = [_cell(column, number(one.mean, column.key)) for column in COLUMNS]
+        numbers = [cell(column.key, number(one.mean, column.key)) for column in COLUMNS]
         lines.append([name, *(text(one.mean, key) for key in labels), *numbers])
         kept.append(keeps_slo(one.mean, kept_share))
         if one.runs > 1:
@@ -190,11 +190,13 @@ def shorten(name: str, width: int) -> str:
     return f"{name[: width - 2 - tail]}..{name[len(name) - tail :]}"
 
 
-def _cell(column: Column, value: float) -> str:
+def cell(key: str, value: float) -> str:
+    """A number of the column `key`, as table and figure show it."""
     if math.isnan(value):
         return "-"
+    column = next(column for column in COLUMNS if column.key == key)
     value *= column.scale
-    if column.key == "attainment":
+    if key == "attainment":
         # Rounded down, so that 100.0 is all of them and a bound just missed is not shown as kept.
         value = math.floor(round(value * 10, 6)) / 10
     return f"{value:,.{column.decimals}f}"

@@ -1,8 +1,9 @@
 """Policies side by side on one workload: how much finetuning each gets done, and who keeps the SLO.
 
 One line per policy through both panels, the SLO keepers on top and in each group the most finetuning
-first, so that the first line is the answer. Runs that differ only in their seed are one line, with
-their mean and a whisker from the smallest to the largest.
+first, so that the first line is the answer. Colour says one thing, whether the SLO is kept, and hatching says it
+again. Runs that differ only in their seed are one line, with their mean and a whisker from the smallest to the
+largest. Numbers are those of the table.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from analysis.figures import style
 from analysis.repeats import alike, display_names
 from analysis.runs import SLO_KEPT_SHARE, Row, number, text, varied
-from analysis.table import shorten
+from analysis.table import cell, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +33,8 @@ class Spread(NamedTuple):
 
 class Line(NamedTuple):
     name: str
-    policy: str
     finetune: Spread
+    share_of_peak: Spread
     attainment: Spread
 
 
@@ -52,6 +53,11 @@ def compare_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -
     left.set_ylim(len(lines) - 0.4, -0.6)
     title = "Finetuning beside inference, and who keeps the SLO"
     figure.suptitle(f"{title}\n{style.scene_title(rows)}{style.seeds_title(rows, 'whisker')}", fontsize=13)
+    figure.supxlabel(
+        f"both sides: blue, SLO kept (at least {kept_share * 100:g} % of the requests meet it); "
+        "hatched orange, SLO missed",
+        fontsize=10,
+    )
     return figure
 
 
@@ -67,8 +73,8 @@ def ranked(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Line
     lines = [
         Line(
             f"{name} [{text(group[0], 'source')}]" if sources else name,
-            text(group[0], "policy"),
             _spread(group, "finetune_tok_s"),
+            _spread(group, "finetune_share_of_peak"),
             _spread(group, "attainment"),
         )
         for name, group in zip(display_names([group[0] for group in groups]), groups, strict=True)
@@ -89,7 +95,7 @@ def _spread(rows: Sequence[Row], key: str) -> Spread:
     values = [value for row in rows if not math.isnan(value := number(row, key))]
     if not values:
         return Spread(math.nan, math.nan, math.nan)
-    return Spread(sum(values) / len(values), min(values), max(values))
+    return Spread(math.fsum(values) / len(values), min(values), max(values))
 
 
 def _peak(rows: Sequence[Row]) -> float | None:
@@ -101,32 +107,27 @@ def _peak(rows: Sequence[Row]) -> float | None:
 
 
 def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_share: float) -> None:
+    """Numbers stand in columns beside the bars, where no line runs through them."""
     largest = max([peak or 0.0, *(line.finetune.high for line in lines if line.finetune.high > 0)])
     span = largest if largest > 0 else 1.0
     for y, line in enumerate(lines):
-        value = line.finetune
-        kept = line.attainment.mean >= kept_share
-        if math.isnan(value.mean):
+        trained, share = line.finetune.mean, line.share_of_peak.mean
+        if math.isnan(trained):
             axes.text(span * 0.01, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
             continue
-        color = style.look(line.policy).color
-        if kept:
-            axes.barh(y, value.mean, height=0.66, color=color)
-        else:
-            axes.barh(y, value.mean, height=0.62, facecolor="white", edgecolor=color, hatch="////")
-        _whisker(axes, value, y)
-        share = f"  {value.mean / peak * 100:.0f} %" if peak is not None and value.mean > 0 else ""
-        axes.text(
-            value.high + span * 0.01, y, f"{value.mean:,.0f}{share}", va="center", fontsize=9, zorder=4,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
-    axes.set_xlim(0, span * 1.24)
+        _bar(axes, line.finetune, y, line.attainment.mean >= kept_share)
+        axes.text(span * 1.14, y, cell("finetune_tok_s", trained), va="center", ha="right", fontsize=9)
+        if trained > 0 and not math.isnan(share):
+            shown = f"{cell('finetune_share_of_peak', share)} %"
+            axes.text(span * 1.27, y, shown, va="center", ha="right", fontsize=9)
+    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= span])
+    axes.set_xlim(0, span * 1.28)
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.set_xlabel("trained tokens per second (tok/s)\nfilled: SLO kept, hatched: missed")
+    axes.set_xlabel("trained tokens per second (tok/s)")
     if peak is not None:
         axes.axvline(peak, color=style.BLACK, linewidth=1.2, linestyle="--", zorder=3)
         axes.annotate(
-            f"finetuning alone {peak:,.0f} tok/s", (peak, 1), xycoords=("data", "axes fraction"),
+            f"finetuning alone: {peak:,.0f} tok/s = 100 %", (peak, 1), xycoords=("data", "axes fraction"),
             xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
         )  # fmt: skip
     style.tidy(axes, "x")
@@ -151,22 +152,22 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
             axes.text(1, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
             continue
         kept = value.mean >= kept_share
-        color = style.KEPT if kept else style.MISSED
-        axes.barh(y, value.mean * 100, height=0.66, color=color, alpha=0.85)
-        _whisker(axes, Spread(*(100 * v for v in value)), y)
+        _bar(axes, Spread(*(100 * share for share in value)), y, kept)
         axes.text(
-            102, y, f"{math.floor(round(value.mean * 1000, 6)) / 10:.1f}", va="center", fontsize=9,
-            color=color, weight="bold",
+            112, y, cell("attainment", value.mean), va="center", ha="right", fontsize=9,
+            color=style.KEPT if kept else style.MISSED, weight="bold",
         )  # fmt: skip
-    axes.set_xlim(0, 111)
+    axes.set_xlim(0, 113)
     axes.set_xticks([0, 20, 40, 60, 80, 100])
-    axes.set_xlabel(
-        f"requests that meet their SLO (%)\nblue: SLO kept (at least {kept_share * 100:g} %), orange: missed"
-    )
+    axes.set_xlabel("requests that meet their SLO (%)")
     style.tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
 
 
-def _whisker(axes: Any, value: Spread, y: int) -> None:
+def _bar(axes: Any, value: Spread, y: int, kept: bool) -> None:
+    if kept:
+        axes.barh(y, value.mean, height=0.66, color=style.KEPT)
+    else:
+        axes.barh(y, value.mean, height=0.62, facecolor="white", edgecolor=style.MISSED, hatch="////")
     if value.high > value.low:
         axes.plot([value.low, value.high], [y, y], color=style.BLACK, linewidth=1.4, marker="|", zorder=4)

@@ -218,7 +218,7 @@ def test_the_comparison_draws_each_policy_once_with_its_numbers() -> None:
     assert sorted(bar.get_width() for bar in right.patches) == pytest.approx([62.0, 97.8, 99.1, 99.9])
     assert [text.get_text() for text in left.texts].count("missing") == 1
     assert [text.get_text() for text in right.texts].count("missing") == 2
-    assert any("finetuning alone 15,000" in text.get_text() for text in left.texts)
+    assert any("finetuning alone: 15,000" in text.get_text() for text in left.texts)
     assert "azure_conv" in figure.get_suptitle()
 
 
@@ -232,6 +232,35 @@ def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure() -> No
         for i, box in enumerate(boxes):
             assert frame.x0 <= box.x0 and box.x1 <= frame.x1, shown[i]
             assert not any(box.overlaps(other) for other in boxes[:i]), shown[i]
+
+
+def test_no_line_runs_through_a_number_of_the_comparison() -> None:
+    many = [*rows(), {**rows()[0], "policy": "all", "finetune_tok_s": 14990.0, "attainment": 0.999}]
+    figure = compare_figure([{**row, "finetune_share_of_peak": 0.999} for row in many])
+    figure.canvas.draw()
+    for axes in figure.axes:
+        lines = [*axes.lines, *axes.xaxis.get_gridlines()]
+        texts = [text for text in axes.texts if text.get_text() != "missing"]
+        assert len(lines) > 4 and len(texts) >= 8
+        for line in lines:
+            box = line.get_window_extent()
+            assert not any(box.overlaps(text.get_window_extent()) for text in texts), line
+
+
+def test_the_comparison_shows_the_numbers_of_the_table() -> None:
+    both = [
+        {**row, "finetune_share_of_peak": share * factor}
+        for seed, factor in enumerate((1.0, 1.001))
+        for row, share in zip(
+            rows(seed=seed, factor=factor), (0.0, 0.996, 0.7548, 0.4965, 0.7, NAN), strict=True
+        )
+    ]
+    left, right = compare_figure(both).axes
+    shown = {text.get_text().removesuffix(" %") for axes in (left, right) for text in axes.texts}
+    lines = [line.lstrip("* ").split() for line in plain_table(both).split("\n")]
+    for policy in list(POLICIES)[:5]:
+        name, met, *_, trained, share = next(line for line in lines if line[0] == policy)
+        assert shown >= {met, trained, share} - {"-", "0.0"}, name
 
 
 def test_seeds_are_one_line_with_their_range() -> None:
