@@ -24,9 +24,15 @@ class Repeated(NamedTuple):
     mean: Row
     deviation: Row
     """Sample standard deviations; none of a number that fewer than two runs have."""
-    runs: int
+    seeds: tuple[str, ...]
+    """That of each run."""
     known: Mapping[str, int]
     """Metric -> how many of the runs have it."""
+
+    @property
+    def with_seeds(self) -> Row:
+        """`mean`, with all the seeds that it is of as its `seed`."""
+        return {**self.mean, "seed": ", ".join(sorted(self.seeds))}
 
 
 def over_seeds(rows: Sequence[Row]) -> list[Repeated]:
@@ -156,7 +162,7 @@ def _repeated(rows: Sequence[Row]) -> Repeated:
     mean = {key: math.fsum(v) / len(v) if v else math.nan for key, v in values.items()}
     deviation = {key: float(np.std(v, ddof=1)) for key, v in values.items() if len(v) > 1}
     known = {key: len(v) for key, v in values.items()}
-    return Repeated({**rows[0], **mean}, deviation, len(rows), known)
+    return Repeated({**rows[0], **mean}, deviation, tuple(text(row, "seed") for row in rows), known)
 
 
 def _is_number(value: object) -> bool:

@@ -84,14 +84,29 @@ def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
 
 
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
-    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene,
-    rate, seed and source. None for a scene in which nobody keeps it or nothing was trained."""
-    winners: dict[tuple[str, ...], int] = {}
+    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene, rate and source.
+    None where nobody keeps it, nothing was trained, or the rows that train are of unlike seeds."""
+    winners = set()
+    for contest in _contests(rows):
+        keepers = [i for i in contest if keeps_slo(rows[i], kept_share)]
+        if keepers and not _unlike(rows, contest):
+            winners.add(max(keepers, key=lambda i: number(rows[i], "finetune_tok_s")))
+    return winners
+
+
+def unlike_seeds(rows: Sequence[Row]) -> bool:
+    """Whether `best` finds rows that it does not compare, since their seeds are not the same."""
+    return any(_unlike(rows, contest) for contest in _contests(rows))
+
+
+def _contests(rows: Sequence[Row]) -> list[list[int]]:
+    """Positions of the rows that train, by scene, rate and source."""
+    places: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
-        trained = number(row, "finetune_tok_s")
-        if not keeps_slo(row, kept_share) or not trained > 0:
-            continue
-        place = tuple(text(row, key) for key in (*SCENE, "rate_rps", "seed", "source"))
-        if place not in winners or trained > number(rows[winners[place]], "finetune_tok_s"):
-            winners[place] = i
-    return set(winners.values())
+        if number(row, "finetune_tok_s") > 0:
+            places.setdefault(tuple(text(row, key) for key in (*SCENE, "rate_rps", "source")), []).append(i)
+    return list(places.values())
+
+
+def _unlike(rows: Sequence[Row], contest: Sequence[int]) -> bool:
+    return bool(varied([rows[i] for i in contest], ["seed"]))

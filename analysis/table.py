@@ -2,7 +2,8 @@
 
 One section per workload, model and device; within it a line per run. Runs that differ only in the seed
 are one line, their mean, with the standard deviation below it. The line with most finetuning among those
-that keep the SLO is marked. A line fits in 110 columns and is never wrapped.
+that keep the SLO is marked, unless they are of unlike seeds, as in a sweep that was cut short. A line fits in
+110 columns and is never wrapped.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from analysis.repeats import Repeated, display_names, over_seeds
-from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, varied
+from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, unlike_seeds, varied
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -59,6 +60,8 @@ class Section(NamedTuple):
     lines: list[list[str]]
     winners: set[int]
     kept: list[bool]
+    unlike_seeds: bool
+    """Whether lines that could be compared are not of the same seeds."""
 
 
 def sections(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Section]:
@@ -97,17 +100,24 @@ def print_table(
 
 
 def footnote(shown: Sequence[Section], kept_share: float = SLO_KEPT_SHARE) -> str:
-    """What the signs that occur in the sections mean; empty if none does."""
+    """What the signs that occur in the sections mean, and why a star that could be expected is not there; empty if
+    there is nothing to say."""
     cells = [cell for section in shown for line in section.lines for cell in line[1:]]
-    said = []
+    signs = []
     if any(section.winners for section in shown):
         met = f"{kept_share * 100:g} % of arrived requests meet it"
-        said.append(f"* most finetuning among those keeping the SLO ({met})")
+        signs.append(f"* most finetuning among those keeping the SLO ({met})")
     if "-" in cells:
-        said.append("-: missing")
+        signs.append("-: missing")
+    seeds = []
+    if any(cell.startswith("±") for cell in cells):
+        seeds.append("±: sample standard deviation over the seeds")
     if any(cell.endswith(")") for cell in cells):
-        said.append("(n): so many of the seeds have the number")
-    return ". ".join(said)
+        seeds.append("(n): so many of the seeds have the number")
+    lines = [". ".join(signs), ". ".join(seeds)]
+    if any(section.unlike_seeds for section in shown):
+        lines.append("no * among runs that are not of the same seeds")
+    return "\n".join(filter(None, lines))
 
 
 def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
@@ -126,7 +136,8 @@ def _section(rows: list[Row], kept_share: float) -> Section:
     repeated = over_seeds(rows)
     means = [one.mean for one in repeated]
     labels = varied(means, list(_LABEL_HEADS))
-    winners = best(means, kept_share)
+    compared = [one.with_seeds for one in repeated]
+    winners = best(compared, kept_share)
     lines: list[list[str]] = []
     marked: set[int] = set()
     kept: list[bool] = []
@@ -136,11 +147,20 @@ def _section(rows: list[Row], kept_share: float) -> Section:
         numbers = [cell(column.key, number(one.mean, column.key)) for column in COLUMNS]
         lines.append([name, *(text(one.mean, key) for key in labels), *numbers])
         kept.append(keeps_slo(one.mean, kept_share))
-        if one.runs > 1:
-            lines.append([f"  {one.runs} seeds", *("" for _ in labels), *(_spread(c, one) for c in COLUMNS)])
+        if len(one.seeds) > 1:
+            lines.append(
+                [f"  {len(one.seeds)} seeds", *("" for _ in labels), *(_spread(c, one) for c in COLUMNS)]
+            )
             kept.append(kept[-1])
     heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in COLUMNS)]
-    section = Section(title=_title(means, labels), heads=heads, lines=lines, winners=marked, kept=kept)
+    section = Section(
+        title=_title(means, labels),
+        heads=heads,
+        lines=lines,
+        winners=marked,
+        kept=kept,
+        unlike_seeds=unlike_seeds(compared),
+    )
     room = max(_VARIANT_LETTERS, WIDTH - 2 - sum(width + 2 for width in _widths(section)[1:]))
     for line in lines:
         line[0] = shorten(line[0], room)
@@ -178,7 +198,7 @@ def _spread(column: Column, one: Repeated) -> str:
     """The deviation, and how many of the runs have the number where not all do."""
     value = number(one.deviation, column.key)
     known = one.known.get(column.key, 0)
-    few = f" ({known})" if 0 < known < one.runs else ""
+    few = f" ({known})" if 0 < known < len(one.seeds) else ""
     return ("-" if math.isnan(value) else f"±{value * column.scale:,.{column.decimals}f}") + few
 
 

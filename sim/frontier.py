@@ -47,6 +47,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of the best finetuning at each rate, as text and CSV, and the figure."""
     from analysis.figures.frontier import Point, frontier, peak_tok_s, write_frontier
     from analysis.figures.style import check_one_scene
+    from analysis.repeats import over_seeds
+    from analysis.runs import unlike_seeds
 
     check_one_scene(rows)
     folder = Path(rows[0]["folder"]).parent
@@ -69,6 +71,8 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     if letters:
         named = ", ".join(f"{letter} {name}" for name, letter in letters.items())
         print(f"behind each number the router that trained most, of equals the first: {named}")
+    if unlike_seeds([one.with_seeds for one in over_seeds(rows)]):
+        print("not all numbers are of the same seeds")
     print_notes(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")

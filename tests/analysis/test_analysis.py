@@ -91,6 +91,19 @@ def test_each_rate_has_its_own_best() -> None:
     assert best(both) == {2, 2 + len(POLICIES)}
 
 
+def test_a_sweep_that_was_cut_short_has_no_best_where_the_seeds_differ() -> None:
+    whole = rows(seed=0) + rows(seed=1, factor=1.1)
+    assert "no *" not in plain_table(whole)
+    early = [row for row in whole if (row["policy"], row["seed"]) != ("coserving_static", 1)]
+    for cut in (early, early + rows(4.0)):
+        table = plain_table(cut)
+        assert table.endswith("\nno * among runs that are not of the same seeds")
+        starred = [line for line in table.split("\n") if line.startswith("* ") and "most" not in line]
+        assert [line.split()[2] for line in starred] == ["4"] * (len(cut) > len(early))
+    only_serves = [row for row in whole if (row["policy"], row["seed"]) != ("inference_only", 1)]
+    assert plain_table(only_serves).count("* coserving ") == 1
+
+
 def test_cells_say_missing_and_zero_apart_and_round_attainment_down() -> None:
     table = plain_table([{"policy": "p", "attainment": 0.99999, "finetune_tok_s": 0.0, "goodput_rps": NAN}])
     cells = table.split("\n")[3].split()
@@ -119,9 +132,10 @@ def test_runs_that_differ_only_in_the_seed_are_one_line_with_their_deviation() -
     assert f"{trained.mean():,.0f}" in lines[at]
     assert lines[at + 1].split()[:2] == ["2", "seeds"]
     assert f"±{trained.std(ddof=1):,.0f}" in lines[at + 1]
+    assert "±: sample standard deviation over the seeds" in lines
     missing = next(i for i, line in enumerate(lines) if line.startswith("  finetune_only"))
     assert lines[missing + 1].split()[2] == "-"
-    assert sum("seeds" in line for line in lines) == len(POLICIES)
+    assert sum("2 seeds" in line for line in lines) == len(POLICIES)
     routers = [{**row, "router": name} for name in ("RoundRobin", "Consolidate") for row in rows()]
     assert "seeds" not in plain_table(routers) and "seeds" not in plain_table(rows() + rows())
 
@@ -143,7 +157,7 @@ def test_runs_of_other_settings_are_never_taken_for_seeds() -> None:
     assert "seeds" not in plain_table(made)
     assert [line.name for line in ranked(made)] == names_of(made)
     seeds = [variant(seed=seed, graphs=g) for seed in (0, 1) for g in ("auto", "off")]
-    assert [one.runs for one in over_seeds(seeds)] == [2, 2]
+    assert [len(one.seeds) for one in over_seeds(seeds)] == [2, 2]
     assert names_of(seeds) == ["coserving (graphs=auto)", "coserving (graphs=off)"]
 
 
@@ -165,14 +179,14 @@ def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders() -> None:
 def test_a_mean_is_over_the_seeds_that_have_the_number() -> None:
     made = [{**variant(seed=seed), "ttft_p99_s": ttft} for seed, ttft in enumerate((1.0, NAN, 3.0))]
     one = over_seeds(made)[0]
-    assert (one.mean["ttft_p99_s"], one.known["ttft_p99_s"], one.runs) == (2.0, 2, 3)
+    assert (one.mean["ttft_p99_s"], one.known["ttft_p99_s"], len(one.seeds)) == (2.0, 2, 3)
     table = plain_table(made)
     assert " 2.00 " in table and "±1.41 (2)" in table and "(n): so many" in table
 
 
 def test_only_signs_that_occur_are_explained() -> None:
     missed = plain_table([{"policy": "p", "attainment": 0.5, "finetune_tok_s": 1.0}])
-    assert "most finetuning" not in missed and missed.endswith("-: missing")
+    assert "most finetuning" not in missed and missed.endswith("-: missing") and "±" not in missed
 
 
 def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:

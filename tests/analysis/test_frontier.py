@@ -10,7 +10,7 @@ from matplotlib.text import Text
 
 from analysis.figures.frontier import frontier, frontier_figure, peak_tok_s
 from sim.cli import main
-from sim.frontier import router_letters
+from sim.frontier import _show, router_letters
 
 
 def row(
@@ -92,6 +92,21 @@ def test_the_program_prints_a_table_and_writes_the_points(
     assert lines[0] == "policy,rate_rps,goodput_rps,finetune_tok_s,router"
     assert len(lines) == 5
     assert Path("out/frontier.png").stat().st_size > 10_000
+
+
+def test_the_table_of_a_sweep_that_was_cut_short_says_that_seeds_differ(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "not all numbers are of the same seeds"
+    whole = [
+        row(policy, 1.0, "near", 1.0, 50.0, seed) | {"folder": str(tmp_path / f"{policy}{seed}")}
+        for policy in ("a", "b")
+        for seed in (0, 1)
+    ]
+    _show(whole)
+    assert said not in capsys.readouterr().out
+    _show(whole[:-1])
+    assert said in capsys.readouterr().out.split("\n")
 
 
 def test_runs_of_other_settings_have_a_line_of_their_own() -> None:
