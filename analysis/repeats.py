@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.runs import IDENTITY, SCENE, Row, flatten, number, text
+from analysis.runs import IDENTITY, SCENE, Row, flatten, number, text, varied
 
 
 class Repeated(NamedTuple):
@@ -98,6 +98,15 @@ def display_names(rows: Sequence[Row]) -> list[str]:
                 parts[i].append("/".join(folder[-depth:]))
     short = _short_keys({piece.partition("=")[0] for own in parts for piece in own if "=" in piece})
     return [_named(_policy(row), own, short) for row, own in zip(rows, parts, strict=True)]
+
+
+def line_names(rows: Sequence[Row]) -> list[str]:
+    """`display_names` for figures, which have no columns: with the source and router where `rows` differ in them."""
+    told = varied(rows, ["source", "router"])
+    return [
+        name + (f" [{', '.join(text(row, key) or '-' for key in told)}]" if told else "")
+        for name, row in zip(display_names(rows), rows, strict=True)
+    ]
 
 
 def _policy(row: Row) -> str:

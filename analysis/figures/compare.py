@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
-from analysis.repeats import alike, display_names
+from analysis.repeats import alike, line_names
 from analysis.runs import SLO_KEPT_SHARE, Row, number, text, varied
 from analysis.table import cell, shorten
 
@@ -67,17 +67,17 @@ def write_compare(rows: Sequence[Row], path: str | Path, *, kept_share: float = 
 
 
 def ranked(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Line]:
-    """One line per policy (and source, if there are two), keepers of the SLO first, most trained first."""
-    sources = bool(varied(rows, ["source"]))
+    """One line per policy (and source and router, if there are several), keepers of the SLO first, most trained
+    first."""
     groups = alike(rows)
     lines = [
         Line(
-            f"{name} [{text(group[0], 'source')}]" if sources else name,
+            name,
             _spread(group, "finetune_tok_s"),
             _spread(group, "finetune_share_of_peak"),
             _spread(group, "attainment"),
         )
-        for name, group in zip(display_names([group[0] for group in groups]), groups, strict=True)
+        for name, group in zip(line_names([group[0] for group in groups]), groups, strict=True)
     ]
 
     def rank(line: Line) -> tuple[bool, float, float]:

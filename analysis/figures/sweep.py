@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
-from analysis.repeats import alike, display_names
+from analysis.repeats import alike, line_names
 from analysis.runs import SLO_KEPT_SHARE, Row, number, text
 from analysis.table import shorten
 from sim.metrics import DEFINITIONS
@@ -65,7 +65,8 @@ def sweep_figure(
             raise ValueError(f"{metric!r} is not a metric; among them are {', '.join(DEFAULT_METRICS)}")
     lines = {metric: series(rows, key, metric) for metric in metrics}
     attained = series(rows, key, "attainment")
-    figure, grid = style.new_figure(5.2, nrows=1, ncols=len(metrics), squeeze=False)
+    height_inches = max(5.2, 0.8 + 0.21 * len(attained))
+    figure, grid = style.new_figure(height_inches, nrows=1, ncols=len(metrics), squeeze=False)
     looks = style.looks(_policies(rows))
     for axes, metric in zip(grid[0], metrics, strict=True):
         for place, (name, points) in enumerate(lines[metric].items()):
@@ -121,7 +122,7 @@ def series(rows: Sequence[Row], key: str, metric: str) -> dict[str, Points]:
 def _named(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     """Repeats of a run under their display name; a name comes once for each x."""
     groups = alike(rows)
-    return list(zip(display_names([group[0] for group in groups]), groups, strict=True))
+    return list(zip(line_names([group[0] for group in groups]), groups, strict=True))
 
 
 def _policies(rows: Sequence[Row]) -> dict[str, str]:

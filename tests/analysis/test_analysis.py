@@ -283,10 +283,14 @@ def test_seeds_are_one_line_with_their_range() -> None:
     assert len(lines) == len(POLICIES)
 
 
-def test_measured_and_simulated_are_never_averaged() -> None:
-    both = rows() + [{**row, "source": "engine", "finetune_tok_s": 1.0} for row in rows()]
+@pytest.mark.parametrize(("label", "one", "other"), [("source", "sim", "engine"), ("router", "Near", "Far")])
+def test_sources_and_routers_are_never_averaged(label: str, one: str, other: str) -> None:
+    both = [{**row, label: one} for row in rows()]
+    both += [{**row, label: other, "finetune_tok_s": 1.0} for row in rows()]
     lines = {line.name: line.finetune.mean for line in ranked(both)}
-    assert (lines["coserving [sim]"], lines["coserving [engine]"]) == (11800.0, 1.0)
+    assert (lines[f"coserving [{one}]"], lines[f"coserving [{other}]"]) == (11800.0, 1.0)
+    points = series(both, "rate_rps", "finetune_tok_s")
+    assert [points[f"coserving [{way}]"][0].mean for way in (one, other)] == [11800.0, 1.0]
 
 
 @pytest.mark.parametrize("metric", [m for m in DEFINITIONS if not m.endswith("_bound_s")])
@@ -317,6 +321,16 @@ def test_a_sweep_marks_what_misses_the_slo_and_has_a_tick_at_each_rate() -> None
     assert hollow["temporal_64"] == 2 and hollow["coserving"] == 0
     assert "95 %" in figure.get_suptitle() and "dashed" in figure.get_suptitle()
     assert right.lines[-1].get_ydata() == [95.0, 95.0] and not right.texts
+
+
+def test_the_legend_of_a_sweep_fits_however_many_lines_there_are() -> None:
+    many = [{**row, "router": f"way {n}"} for n in range(6) for row in rows(4.0) + rows(8.0)]
+    figure = sweep_figure(many)
+    figure.canvas.draw()
+    (legend,) = figure.legends
+    assert len(legend.get_texts()) == 6 * len(POLICIES)
+    box = legend.get_window_extent()
+    assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
 
 
 def test_points_of_a_sweep_are_means_with_range() -> None:
