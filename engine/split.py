@@ -45,7 +45,7 @@ class Gate:
     """A policy that plans only when its pipeline has the device, so that plans are never stale."""
 
     def __init__(self, policy: Policy) -> None:
-        self._policy = policy
+        self.stands_for = policy
         self.serves, self.finetunes = policy.serves, policy.finetunes
         self.open = False
         """Set by the driver; one plan closes it."""
@@ -54,7 +54,7 @@ class Gate:
         if not self.open:
             return LATER
         self.open = False
-        return self._policy.plan(view)
+        return self.stands_for.plan(view)
 
 
 class Part:

@@ -76,7 +76,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def message(error: BaseException) -> str | None:
-    """One line for an error that a user can cause, None for any other."""
+    """One line for an error that a user can cause, None for any other. Below that of a policy that raised stand the
+    frames of its own file."""
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
@@ -90,6 +91,8 @@ def message(error: BaseException) -> str | None:
         return f"{error.strerror}{where}"
     if isinstance(error, MemoryError):
         return one_line(f"the memory of this machine is not enough: {error}").rstrip(": ")
+    if (file := getattr(error, "policy_file", None)) is not None:
+        return "\n".join([one_line(str(error)), *_frames(error, file)])
     mark = getattr(error, "problem_mark", None)
     if mark is not None:
         return f"{mark.name}, line {mark.line + 1}: not YAML: {getattr(error, 'problem', None) or error}"
@@ -108,6 +111,18 @@ def message(error: BaseException) -> str | None:
     if from_config or isinstance(error, (ValueError, OSError)):
         return one_line(str(error)) or type(error).__name__
     return None
+
+
+def _frames(error: BaseException, file: str) -> list[str]:
+    """Where in the file of its policy the cause of a `PolicyError` came from, outermost first. SimPy raises such an
+    error a second time, with the first as its cause."""
+    cause: BaseException | None = error
+    while cause is not None and hasattr(cause, "policy_file"):
+        cause = cause.__cause__
+    frames = traceback.extract_tb(cause.__traceback__) if cause is not None else []
+    return [
+        f"  {file}:{frame.lineno} in {frame.name}: {frame.line}" for frame in frames if frame.filename == file
+    ]
 
 
 def one_line(text: str) -> str:

@@ -17,6 +17,7 @@ Arrivals are pulled when planning, never pushed: at equal times the order is arr
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,6 +83,15 @@ class Horizon:
 class PolicyError(RuntimeError):
     """A policy raised something, or its plan is none that can be carried out; its cause says where."""
 
+    def __init__(self, line: str, policy_file: str) -> None:
+        """`policy_file` is where the policy's class stands: a user looks for the mistake there."""
+        super().__init__(line, policy_file)
+        self.line = line
+        self.policy_file = policy_file
+
+    def __str__(self) -> str:
+        return self.line
+
 
 class StuckPolicy(PolicyError):
     """A policy that plans nothing although there is work and nothing will change."""
@@ -120,7 +130,7 @@ def run_loop(
                     work = apply(plan, now_s)
             except Exception as error:
                 raise PolicyError(
-                    f"{type(policy).__name__} at {now_s:.6f} s: {type(error).__name__}: {error}"
+                    *_told(policy, now_s, f"{type(error).__name__}: {error}".removesuffix(": "))
                 ) from error
         if work is not None:
             yield _new(Execute, (plan, work))
@@ -136,16 +146,24 @@ def run_loop(
         else:
             until_s, changes = _next_event_s(state, arrivals, horizon, now_s)
             if not (changes or plan is LATER) and policy.serves and state.unfinished:
-                raise StuckPolicy(
-                    f"{type(policy).__name__} at {now_s:.6f} s: nothing planned with {len(state.running)} running "
-                    f"and {len(state.waiting)} waiting requests, and nothing else will arrive"
+                what = (
+                    f"nothing planned with {len(state.running)} running and {len(state.waiting)} waiting requests, "
+                    "and nothing else will arrive"
                 )
+                raise StuckPolicy(*_told(policy, now_s, what))
             done = yield Sleep(until_s)
             now_s = done.now_s
             gone = state.abort(done.aborted)
         for id in gone:
             arrivals.ended(id, now_s)
     state.close()
+
+
+def _told(policy: Policy, now_s: float, what: str) -> tuple[str, str]:
+    """The line and file of a PolicyError. A policy that only passes on what another plans names it as `stands_for`."""
+    blamed = type(getattr(policy, "stands_for", policy))
+    file = getattr(sys.modules.get(blamed.__module__), "__file__", None)
+    return f"policy {blamed.__name__} at {now_s:.6f} s: {what}", file or ""
 
 
 def _over(state: PipelineState, arrivals: Arrivals, horizon: Horizon, now_s: float) -> bool:

@@ -13,8 +13,8 @@ from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Split, share_of
 from engine.split import Gate
 from engine.text import passes, random_samples
-from sim.core.loop import Horizon
-from sim.core.plan import LATER
+from sim.core.loop import Horizon, PolicyError, run_loop
+from sim.core.plan import LATER, Plan, View
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
 from sim.core.specs import DeviceSpec
@@ -143,3 +143,18 @@ def test_a_policy_that_is_stuck_is_so_in_a_split_as_well() -> None:
     assert gate.plan(view) is LATER
     gate.open = True
     assert gate.plan(view) is not LATER and not gate.open
+
+
+def test_what_a_gated_policy_raises_is_told_with_its_own_name() -> None:
+    class Broken:
+        serves = finetunes = True
+
+        def plan(self, view: View) -> Plan:
+            raise RuntimeError("not today")
+
+    gate = Gate(Broken())
+    gate.open = True
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder())
+    with pytest.raises(PolicyError, match=r"^policy Broken at 0\.000000 s: RuntimeError: not today$") as told:
+        next(run_loop(state, gate, ListArrivals([Request(0, 0.0, 4, 3)]), Horizon()))
+    assert told.value.policy_file == __file__

@@ -327,6 +327,45 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
     assert err.count("\n") == 1
 
 
+BROKEN = """
+from sim.core.plan import Plan
+
+
+class Broken:
+    serves = True
+    finetunes = False
+
+    def plan(self, view):
+        return Plan() if view.now_s == 0 else next(map(self.pick, [view]))
+
+    def pick(self, view):
+        raise ValueError("none of\\nthem") from KeyError(3)
+"""
+
+
+@pytest.mark.parametrize("workers", ["processes", "basic"])
+def test_a_policy_that_raises_is_told_with_the_lines_of_its_own_file(
+    workers: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = inside / "users_policy.py"
+    file.write_text(BROKEN)
+    monkeypatch.syspath_prepend(inside)
+    monkeypatch.setenv("PYTHONPATH", f"{inside}{os.pathsep}{CONFIGS.parent}")
+    own = ("policy=finetune_only", "policy._target_=users_policy.Broken")
+    lines = [
+        r"policy Broken at \d\.\d{6} s: ValueError: none of; them",
+        rf"  {file}:10 in plan: return Plan\(\) if view\.now_s == 0 else next\(map\(self\.pick, \[view\]\)\)",
+        rf'  {file}:13 in pick: raise ValueError\("none of\\nthem"\) from KeyError\(3\)',
+    ]
+    assert main(["simulate", *SHORT, *own]) == 2
+    assert re.fullmatch("coserve simulate: error: " + "\n".join(lines) + "\n", capfd.readouterr().err)
+    sweep = ["simulate", "-m", *SHORT, *own, "seed=0,1", f"hydra/launcher={workers}"]
+    assert main(sweep) == 1
+    failed = [rf"run .* seed={seed} failed: " + "\n".join(lines) + "\n" for seed in (0, 1)]
+    said = capfd.readouterr().err
+    assert all(re.search(text, said) for text in failed) and "Traceback" not in said and "simpy" not in said
+
+
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text(LATE)
     assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
