@@ -53,6 +53,14 @@ NAME = "coserve_native"
 """Of the folder in site-packages, and of the `.pth` file beside it."""
 
 
+LAST_LINES, LINE_LETTERS = 12, 200
+"""How much of what a compiler has said is shown."""
+
+
+class BuildFailed(Exception):
+    """In one line, below which stand the compiler's last ones."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m sim.native", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("action", choices=("build", "remove"))
@@ -61,11 +69,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if action == "remove":
         remove(site)
         return 0
-    lacking = lacks()
-    if lacking is not None:
-        print(f"python -m sim.native: error: {lacking}", file=sys.stderr)
+    try:
+        if (lacking := lacks()) is not None:
+            raise BuildFailed(lacking)
+        build(ROOT, MODULES, site)
+    except BuildFailed as error:
+        print(f"python -m sim.native: error: {error}", file=sys.stderr)
         return 1
-    build(ROOT, MODULES, site)
     print(
         f"built {len(MODULES)} modules into {site / NAME}; they are used while their sources stay as they are"
     )
@@ -96,7 +106,7 @@ def build(root: Path, modules: Sequence[str], site: Path) -> None:
     """Translate `modules` (paths below the checkout `root`) and put them into `site`, with their finder, in place
     of what was built before.
 
-    Raises CalledProcessError, after the compiler has said why, if they cannot be.
+    Raises BuildFailed if they cannot be, and then changes nothing.
     """
     folder = site / NAME
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,7 +116,17 @@ def build(root: Path, modules: Sequence[str], site: Path) -> None:
         flags = f"{os.environ.get('CFLAGS', '')} -ffp-contract=off"
         environment = {**os.environ, "CFLAGS": flags.strip(), "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-c", program]
-        subprocess.run(command, cwd=root, env=environment, check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run(
+            command,
+            cwd=root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            errors="replace",
+        )
+        if done.returncode:
+            last = [line[:LINE_LETTERS] for line in done.stdout.splitlines()[-LAST_LINES:]]
+            raise BuildFailed("\n  ".join(["the build failed and changed nothing; it said last:", *last]))
         built = sorted((Path(scratch) / "lib").rglob("*" + sysconfig.get_config_var("EXT_SUFFIX")))
         remove(site)
         extensions = {}

@@ -83,16 +83,29 @@ def test_without_mypyc_one_line_says_so(
     assert capsys.readouterr().err == "python -m sim.native: error: cannot import mypyc\n"
 
 
-def test_a_build_that_fails_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.skipif(native.lacks() is not None, reason=str(native.lacks()))
+def test_a_build_that_fails_says_what_the_compiler_said_and_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiler = tmp_path / "cc"
+    compiler.write_text("#!/bin/sh\nseq 100 >&2\necho 'this compiler cannot compile' >&2\nexit 3\n")
+    compiler.chmod(0o755)
     before = tmp_path / native.NAME / "__init__.py"
     before.parent.mkdir()
     before.write_text("")
-    monkeypatch.setattr(native, "lacks", lambda: None)
-    monkeypatch.setattr(native.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setattr(native, "MODULES", ("sim/no_such_module.py",))
-    with pytest.raises(subprocess.CalledProcessError):
-        native.main(["build"])
-    assert before.exists()
+    get_path = native.sysconfig.get_path
+    monkeypatch.setattr(
+        native.sysconfig, "get_path", lambda name: str(tmp_path) if name == "purelib" else get_path(name)
+    )
+    monkeypatch.setattr(native, "MODULES", MODULES)
+    monkeypatch.setenv("CC", str(compiler))
+    assert native.main(["build"]) == 1
+    said = capsys.readouterr()
+    lines = said.err.split("\n")
+    assert said.out == "" and "this compiler cannot compile" in said.err and "Traceback" not in said.err
+    assert lines[0] == "python -m sim.native: error: the build failed and changed nothing; it said last:"
+    assert len(lines) == 2 + native.LAST_LINES and max(map(len, lines)) <= 2 + native.LINE_LETTERS
+    assert [path.name for path in before.parent.iterdir()] == ["__init__.py"]
 
 
 def test_no_class_that_is_built_has_a_subclass_that_is_not() -> None:
