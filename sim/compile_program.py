@@ -25,6 +25,7 @@ from sim.compile.placements import placement_table, print_placements
 from sim.compile.program import memory_table, print_memory_table, print_report, run_compile, write_report
 from sim.compile.published import COLUMNS, published_units, terms
 from sim.core.specs import DeviceSpec, ModelShape
+from sim.errors import FailedInPart, message
 from sim.hydra_app import hydra_main
 from sim.results import shown_path
 
@@ -69,8 +70,8 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     device = build(DeviceSpec, config.device, "device")
     settings = build(FinetuneSettings, config.finetune, "finetune")
     if config.show == "all":
-        models = [_config(ModelShape, path) for path in sorted((CONFIGS / "model").glob("*.yaml"))]
-        specs = {name: _config(None, CONFIGS / "peft" / f"{name}.yaml") for name in METHODS}
+        models, broken = models_in(CONFIGS / "model")
+        specs = {name: _method(name) for name in METHODS}
         rows = memory_table(
             sorted(models, key=lambda model: model.params),
             specs,
@@ -80,7 +81,10 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
             window_tokens=settings.window_tokens,
         )
         print_memory_table(rows)
-        return {"rows": [asdict(row) for row in rows]}
+        told = {"rows": [asdict(row) for row in rows]}
+        if broken:
+            raise FailedInPart("; ".join(broken), told)
+        return told
     model = build(ModelShape, config.model, "model")
     spec = build(None, config.peft, "peft")
     assert isinstance(spec, PeftSpec)
@@ -120,8 +124,26 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     return {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
 
 
-def _config(cls: type | None, path: Path) -> Any:
-    return build(cls, OmegaConf.load(path), f"{path.parent.name} {path.stem}")
+def models_in(folder: Path) -> tuple[list[ModelShape], list[str]]:
+    """The models that `folder` describes, and a line for each file that describes none."""
+    models, broken = [], []
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            model = build(ModelShape, OmegaConf.load(path), "model")
+            model.check_tp(model.tp)
+        except Exception as error:
+            if (line := message(error)) is None:
+                raise
+            broken.append(f"{path.name}: {line}")
+        else:
+            models.append(model)
+    return models, broken
+
+
+def _method(name: str) -> PeftSpec:
+    spec = build(None, OmegaConf.load(CONFIGS / "peft" / f"{name}.yaml"), f"peft {name}")
+    assert isinstance(spec, PeftSpec)
+    return spec
 
 
 def _print_published() -> None:

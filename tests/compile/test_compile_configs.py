@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from sim import compile_program
 from sim.cli import main
 from sim.compile.compiler import compile_plan
 from sim.compile.peft import PeftSpec
@@ -39,3 +41,26 @@ def test_a_sample_beyond_the_context_of_the_model_is_noted(
     for seq_len, told in ((131072, ""), (131073, note)):
         assert main(["compile", f"finetune.seq_len={seq_len}", "hydra.run.dir=out"]) == 0
         assert capfd.readouterr().err == told
+
+
+def test_a_model_whose_file_is_incomplete_stops_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(FOLDER, "configs/peft")
+    models = tmp_path / "configs" / "model"
+    models.mkdir()
+    for name in ("llama_3_1_8b", "qwen2_5_14b"):
+        shutil.copy(FOLDER.parent / "model" / f"{name}.yaml", models)
+    monkeypatch.setattr(compile_program, "CONFIGS", tmp_path / "configs")
+    assert main(["compile", "--all", "finetune.seq_len=512"]) == 0
+    whole = capfd.readouterr().out
+    assert "llama_3_1_8b on 1" in whole and "qwen2_5_14b on 2" in whole
+    (models / "half.yaml").write_text("name: half\nlayers: 3\n")
+    (models / "odd.yaml").write_text((models / "llama_3_1_8b.yaml").read_text() + "heads_: 3\n")
+    assert main(["compile", "--all", "finetune.seq_len=512"]) == 2
+    said = capfd.readouterr()
+    assert said.out == whole and said.err.count("\n") == 1
+    assert said.err.startswith(
+        "coserve compile: error: half.yaml: model.hidden is missing; it must be given; odd.yaml: "
+    )
