@@ -46,8 +46,10 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
     hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
     _check_keys(values, parameters, given, where)
     checked = {key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()}
-    # What the target says of an argument of its own is said of the key that the user knows.
-    with keys_as({f"{name} ": f"{where}.{name} " for name in parameters}):
+    # What the target says of an argument of its own, or of a key within it, is said of the key that the user knows.
+    own = {f"{name} ": f"{where}.{name} " for name in parameters}
+    own |= {f"{name}.": f"{where}.{name}." for name, value in values.items() if isinstance(value, Mapping)}
+    with keys_as(own):
         return target(**checked, **given)
 
 

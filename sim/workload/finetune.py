@@ -44,7 +44,7 @@ class DrawnSamples:
     samples: int
 
     def __post_init__(self) -> None:
-        check_whole("finetune: data.samples", self.samples, at_least=1)
+        check_whole("samples", self.samples, at_least=1)
 
     def lengths(self, rng: np.random.Generator) -> Ints:
         return self.length.draw(self.samples, rng)
@@ -58,9 +58,12 @@ class FileSamples:
     column: str | None = None
     """Key of a record; None takes the first of LENGTH_COLUMNS that the first record has."""
 
-    def lengths(self, rng: np.random.Generator) -> Ints:
+    def __post_init__(self) -> None:
         if self.file is None:
-            raise ValueError("finetune: data.file must be the path of a data set, got none")
+            raise ValueError("file must be the path of a data set, got none")
+
+    def lengths(self, rng: np.random.Generator) -> Ints:
+        assert self.file is not None
         path = find_file(self.file)
         column = self.column
         lengths = []
@@ -92,15 +95,15 @@ class FinetuneJob:
 
     def __post_init__(self) -> None:
         if self.epochs is not None:
-            check_whole("finetune: epochs", self.epochs, at_least=1)
+            check_whole("epochs", self.epochs, at_least=1)
         if not isinstance(self.shuffle, bool):
-            raise ValueError(f"finetune: shuffle must be true or false, got {self.shuffle!r}")
-        check_whole("finetune: cutoff_len", self.cutoff_len, at_least=1)
-        check_whole("finetune: accumulation", self.accumulation, at_least=1)
-        check_number("finetune: weight", self.weight, above=0)
-        check_number("finetune: start_s", self.start_s, at_least=0)
-        check_choice("finetune: order", self.order, ORDERS)
-        check_choice("finetune: memory", self.memory, (*MEMORIES, AUTO))
+            raise ValueError(f"shuffle must be true or false, got {self.shuffle!r}")
+        check_whole("cutoff_len", self.cutoff_len, at_least=1)
+        check_whole("accumulation", self.accumulation, at_least=1)
+        check_number("weight", self.weight, above=0)
+        check_number("start_s", self.start_s, at_least=0)
+        check_choice("order", self.order, ORDERS)
+        check_choice("memory", self.memory, (*MEMORIES, AUTO))
 
     def samples(self, name: str, pipeline: int, pipelines: int, seed: int) -> Iterator[int]:
         """Tokens of each sample that `pipeline` trains on, in order."""

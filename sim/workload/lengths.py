@@ -45,7 +45,7 @@ class Fixed:
     tokens: int
 
     def __post_init__(self) -> None:
-        check_whole("lengths: tokens", self.tokens, at_least=1)
+        check_whole("tokens", self.tokens, at_least=1)
 
     def draw(self, count: int, rng: Rng) -> Ints:
         return np.full(count, self.tokens, np.int64)
@@ -70,16 +70,16 @@ class Lognormal:
     """Standard deviation of the logarithm."""
 
     def __post_init__(self) -> None:
-        check_whole("lengths: min_tokens", self.min_tokens, at_least=1)
-        check_whole("lengths: max_tokens", self.max_tokens, at_least=self.min_tokens)
+        check_whole("min_tokens", self.min_tokens, at_least=1)
+        check_whole("max_tokens", self.max_tokens, at_least=self.min_tokens)
         points = sorted((_standard_score(name), value) for name, value in self.quantiles.items())
         for name, value in self.quantiles.items():
-            check_number(f"lengths: quantiles.{name}", value, above=0)
+            check_number(f"quantiles.{name}", value, above=0)
         if any(low > high for (_, low), (_, high) in pairwise(points)):
-            raise ValueError(f"lengths: quantiles must not decrease, got {dict(self.quantiles)}")
+            raise ValueError(f"quantiles must not decrease, got {dict(self.quantiles)}")
         if len(points) < 2 if self.mean_tokens is None else len(points) != 1:
             raise ValueError(
-                "lengths: quantiles must hold two or more, or one when mean_tokens is given; "
+                "quantiles must hold two or more, or one when mean_tokens is given; "
                 f"got {dict(self.quantiles)} and mean_tokens {self.mean_tokens}"
             )
         mu, sigma = self._fit_quantiles(points) if self.mean_tokens is None else self._fit_mean(*points[0])
@@ -107,7 +107,7 @@ class Lognormal:
 
     def _fit_mean(self, score: float, value: float) -> tuple[float, float]:
         mean = self.mean_tokens
-        check_number("lengths: mean_tokens", mean, above=0)
+        check_number("mean_tokens", mean, above=0)
         assert mean is not None
 
         def excess(sigma: float) -> float:
@@ -119,8 +119,8 @@ class Lognormal:
                 break
         else:
             raise ValueError(
-                f"lengths: no lognormal within {self.min_tokens}..{self.max_tokens} tokens has "
-                f"mean_tokens {mean:g} and quantiles {dict(self.quantiles)}"
+                f"quantiles and mean_tokens must be those of a lognormal within {self.min_tokens}..{self.max_tokens} "
+                f"tokens, got {dict(self.quantiles)} and {mean:g}"
             )
         sign = math.copysign(1, excess(high) - excess(low))
         for _ in range(60):
@@ -157,10 +157,10 @@ class FromTrace:
     def __post_init__(self) -> None:
         from sim.workload.readers.lengths import FORMATS, read_lengths
 
-        check_choice("lengths: format", self.format, FORMATS)
+        check_choice("format", self.format, FORMATS)
         pairs = read_lengths(self.file, self.format)
         if self.max_total_tokens is not None:
-            check_whole("lengths: max_total_tokens", self.max_total_tokens, at_least=2)
+            check_whole("max_total_tokens", self.max_total_tokens, at_least=2)
             pairs = pairs[pairs.sum(axis=1) <= self.max_total_tokens]
             if len(pairs) == 0:
                 raise ValueError(f"{self.file}: no row has at most {self.max_total_tokens} tokens")
@@ -179,5 +179,5 @@ def _standard_score(name: str) -> float:
     except ValueError:
         share = math.nan
     if not (text.startswith("p") and 0 < share < 1):
-        raise ValueError(f"lengths: quantiles are named p1..p99, got {name!r}")
+        raise ValueError(f"quantiles must be named p1..p99, got {name!r}")
     return NORMAL.inv_cdf(share)

@@ -285,7 +285,11 @@ BAD = {
     "model=llama_3_1_70b cluster.tp=1": "leaves no room for finetuning",
     "policy=separate cluster.pipelines=3": "must be a whole number that leaves at least one pipeline",
     "finetune.lora.targets=[down]": "finetune.lora.targets must be among",
-    "finetune.jobs.sky_t1.weight=0": "weight must be a number above 0",
+    "finetune.jobs.sky_t1.weight=0": "error: finetune.jobs.sky_t1.weight must be a number above 0",
+    "finetune.jobs.sky_t1.order=x": "error: finetune.jobs.sky_t1.order must be one of layer_major, window_major",
+    "finetune.jobs.sky_t1.data.samples=0": "error: finetune.jobs.sky_t1.data.samples must be a whole number",
+    "finetune=file": "error: finetune.jobs.file.data.file must be the path of a data set, got none",
+    "workload/lengths=lognormal workload.lengths.prompt.quantiles.p50=0": "lengths.prompt.quantiles.p50 must",
     "hydra.run.dir=": "hydra.run.dir must be a folder, got nothing",
     "device.peak_flops=inf": "device.peak_flops must be above 0 and finite, got inf",
     "seed=x": "seed must be a whole number from 0, got 'x'",
@@ -347,11 +351,11 @@ class Broken:
 def test_a_policy_that_raises_is_told_with_the_lines_of_its_own_file(
     workers: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    file = inside / "users_policy.py"
+    file = inside / f"policy_under_{workers}.py"
     file.write_text(BROKEN)
     monkeypatch.syspath_prepend(inside)
     monkeypatch.setenv("PYTHONPATH", f"{inside}{os.pathsep}{CONFIGS.parent}")
-    own = ("policy=finetune_only", "policy._target_=users_policy.Broken")
+    own = ("policy=finetune_only", f"policy._target_={file.stem}.Broken")
     lines = [
         r"policy Broken at \d\.\d{6} s: ValueError: none of; them",
         rf"  {file}:10 in plan: return Plan\(\) if view\.now_s == 0 else next\(map\(self\.pick, \[view\]\)\)",
