@@ -108,6 +108,8 @@ def _peak(rows: Sequence[Row]) -> float | None:
 
 def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_share: float) -> None:
     """Numbers stand in columns beside the bars, where no line runs through them."""
+    from matplotlib.ticker import MaxNLocator
+
     largest = max([peak or 0.0, *(line.finetune.high for line in lines if line.finetune.high > 0)])
     span = largest if largest > 0 else 1.0
     for y, line in enumerate(lines):
@@ -120,7 +122,9 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
         if trained > 0 and not math.isnan(share):
             shown = f"{cell('finetune_share_of_peak', share)} %"
             axes.text(span * 1.27, y, shown, va="center", ha="right", fontsize=9)
-    axes.set_xticks([tick for tick in axes.get_xticks() if 0 <= tick <= span])
+    axes.set_xticks(
+        [tick for tick in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(0, span) if tick <= span]
+    )
     axes.set_xlim(0, span * 1.28)
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("trained tokens per second (tok/s)")
@@ -154,10 +158,10 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
         kept = value.mean >= kept_share
         _bar(axes, Spread(*(100 * share for share in value)), y, kept)
         axes.text(
-            112, y, cell("attainment", value.mean), va="center", ha="right", fontsize=9,
+            115, y, cell("attainment", value.mean), va="center", ha="right", fontsize=9,
             color=style.KEPT if kept else style.MISSED, weight="bold",
         )  # fmt: skip
-    axes.set_xlim(0, 113)
+    axes.set_xlim(0, 116)
     axes.set_xticks([0, 20, 40, 60, 80, 100])
     axes.set_xlabel("requests that meet their SLO (%)")
     style.tidy(axes, "x")

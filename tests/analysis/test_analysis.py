@@ -236,12 +236,13 @@ def test_the_comparison_draws_each_policy_once_with_its_numbers() -> None:
     assert "azure_conv" in figure.get_suptitle()
 
 
-def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure() -> None:
-    figure = compare_figure(rows())
+@pytest.mark.parametrize("factor", [1.0, 1.0 / 7, 100.0, 1.46])
+def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure(factor: float) -> None:
+    figure = compare_figure([{**row, "peak_finetune_tok_s": 15000.0 * factor} for row in rows(factor=factor)])
     figure.canvas.draw()
     frame = figure.bbox
     for axes in figure.axes:
-        shown = [*axes.texts, axes.xaxis.label]
+        shown = [*axes.texts, axes.xaxis.label, *axes.get_xticklabels()]
         boxes = [text.get_window_extent() for text in shown if text.get_text()]
         for i, box in enumerate(boxes):
             assert frame.x0 <= box.x0 and box.x1 <= frame.x1, shown[i]
