@@ -70,6 +70,8 @@ class Finding(NamedTuple):
     """The middle 90 % of the bootstrap."""
     rivals: tuple[str, ...] = ()
     """Of a freed part: others that explain the iterations nearly as well."""
+    common: bool = False
+    """Of a part that is not freed: all other parts have a factor in common, which is its factor too."""
 
     @property
     def off(self) -> bool:
@@ -80,12 +82,20 @@ class Finding(NamedTuple):
             return f"{self.part}: too little of it to tell"
         if not self.freed:
             own = f"a factor of its own would be {self.factor:.2f}, {self.low:.2f}-{self.high:.2f}"
-            return f"{self.part}: no error found ({own})"
+            return f"{self.part}: {self._not_freed()} ({own})"
         text = f"{self.part}: measured {self.factor:.2f}x of what the profile says"
         text += f" ({self.low:.2f}-{self.high:.2f})" + ("  <- off" if self.off else "")
         if self.off and self.part == "host":
             text += ", as where other work keeps the processor busy"
         return text + (f", unless it is {' or '.join(self.rivals)}" if self.rivals else "")
+
+    def _not_freed(self) -> str:
+        """What is known of a part that needs no factor of its own: not that it is right."""
+        if self.common:
+            return f"the factor of {OTHERS}, none of its own is shown"
+        if self.low >= 1 / OFF and self.high <= OFF:
+            return f"within {OFF:g}x"
+        return f"an error beyond {OFF:g}x is neither shown nor excluded"
 
 
 def grouped(parts: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -114,7 +124,8 @@ def diagnose(parts: Mapping[str, Floats], measured_s: Floats, seed: int = 0) -> 
         if share >= LEAST_SHARE:
             # A part that keeps the common factor is shown with what its own would be.
             numbers = problem.interval(name, [*freed, *([] if name in freed else [name])], draws)
-        findings.append(Finding(name, share, name in freed, *numbers, freed.get(name, ())))
+        common = OTHERS in freed and name not in freed
+        findings.append(Finding(name, share, name in freed, *numbers, freed.get(name, ()), common))
     return findings
 
 

@@ -98,14 +98,14 @@ def _label(metric: str) -> str:
 def _parts(axis: Any, findings: Sequence[Finding]) -> None:
     told = [finding for finding in findings if np.isfinite(finding.factor)]
     for place, finding in enumerate(told):
-        color = style.VERMILION if finding.off else style.BLACK
+        ratios = np.array([finding.low, finding.factor, finding.high])
         if finding.freed:
-            ratios = np.array([finding.low, finding.factor, finding.high])
+            color = style.VERMILION if finding.off else style.BLACK
             _bar(axis, place, ratios, color, weight=min(1.0, finding.share / FULL_SHARE))
         else:
-            _bar(axis, place, np.ones(3), style.GREY)
+            _bar(axis, place, ratios, style.GREY)
     labels = [f"{finding.part} ({finding.share:.0%})" for finding in told]
-    _ratios(axis, labels, "measured / profile (grey: no error;\nlarger and darker: more of the time)")
+    _ratios(axis, labels, "measured / profile (grey: no error shown;\nlarger and darker: more of the time)")
 
 
 LEAST, MOST = 0.2, 5.0

@@ -28,7 +28,7 @@ def test_a_right_profile_predicts_the_run_and_has_no_part_off(
 ) -> None:
     assert main([str(run_folder), f"profile={profile_file}", f"out={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert "no part is off" in out and "under the recorded times: 100.00%" in out
+    assert "off by more than 1.2x: none is shown to be\n" in out and "under the recorded times: 100.00%" in out
     metrics = pd.read_parquet(tmp_path / "metrics.parquet").set_index("metric")
     assert list(metrics.index) == list(METRICS)
     summary = read_run(run_folder).summary
@@ -103,6 +103,14 @@ def test_host_time_that_is_off_is_said_to_be_the_machines_load() -> None:
     assert "busy" not in host._replace(low=1.1).line()
 
 
+def test_a_part_that_is_not_shown_to_be_off_is_not_called_right() -> None:
+    part = Finding("backward", 0.2, False, 1.05, 0.95, 1.15)
+    assert part.line() == "backward: within 1.2x (a factor of its own would be 1.05, 0.95-1.15)"
+    for low, high in ((0.95, 1.25), (0.8, 1.1), (1.3, 1.6)):
+        assert "beyond 1.2x is neither shown nor excluded" in part._replace(low=low, high=high).line()
+    assert "1.2x" not in part._replace(common=True).line()
+
+
 def test_metrics_of_the_picture_are_named_as_elsewhere() -> None:
     names = [_label(metric) for metric in METRICS]
     assert names[:4] == ["TTFT p50", "TTFT p90", "TTFT p99", "TPOT p50"]
@@ -124,6 +132,7 @@ def test_factors_of_many_rows_are_those_of_all() -> None:
     slow = diagnose(parts, 1.5 * noise * sum(parts.values()))
     assert [finding.part for finding in slow if finding.off] == [OTHERS]
     assert slow[0].factor == pytest.approx(1.5, abs=0.02)
+    assert all("the factor of all other parts" in finding.line() for finding in slow[1:])
     assert not any(finding.freed for finding in diagnose(parts, noise * sum(parts.values())))
 
 
