@@ -5,14 +5,16 @@
     coserve profile collect device=h100 model=llama_3_1_8b out=mine.parquet restart=true
 
 The file is written anew after every point, so whoever stops it loses that point at most; the next call goes on
-where it stopped. The n-th point is always the same (`engine.design`) and any beginning of the design covers
-everything, so a short profile is a coarse one and not a wrong one. A point whose time contradicts another's
-(less work, more than twice as long) was disturbed: it is timed again at once, and left out if that does not
-help, so that a file is sound whenever it is left.
+where it stopped, as long as the machine, the settings, torch and the code that is timed are what they were. The
+n-th point is always the same (`engine.design`) and any beginning of the design covers everything, so a short
+profile is a coarse one and not a wrong one. A point whose time contradicts another's (less work, more than
+twice as long) was disturbed: it is timed again at once, and left out if that does not help, so that a file is
+sound whenever it is left.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 import time
@@ -46,6 +48,7 @@ from profiles.schema import (
     MORE_COLUMNS,
     TABLES,
     Floats,
+    Profile,
     Provenance,
     contradiction,
     read_profile,
@@ -60,11 +63,18 @@ from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.errors import keys_as
 from sim.hydra_app import hydra_main
+from sim.native import ROOT, sources
 from sim.results import make_manifest
 
 MOST_REPEATS = 32
 AGAIN = 3
 """Times that a contradicting point is timed again."""
+TIMED = "engine/rig.py"
+"""It and all that it imports is the code whose time a row is."""
+OF = ("device", "hardware", "model")
+"""What a profile is of: no other is put in its place."""
+CONDITIONS = ("sources", "versions", "dtype", "limits", "job", "launch", "adapters")
+"""What else all rows of a profile have in common."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,7 +147,9 @@ def collect(config: DictConfig) -> dict[str, Any]:
     given = build(LimitSettings, config.limits, "limits")
     limits, _ = limits_and_plans(model, device, given, _jobs(model, job), utilization)
     file = ProfileFile(path, _about(model, device, limits, job, settings, launch), _provenance(model, device))
-    if not settings.restart:
+    if settings.restart:
+        file.begin()
+    else:
         limits = replace(limits, kv_tokens=file.resume(open_kv=config.limits.kv_tokens is None))
 
     def rig() -> Rig:
@@ -162,6 +174,11 @@ class ProfileFile:
         self._about = about
         self._provenance = provenance
 
+    def begin(self) -> None:
+        """Check that the file, if there is one, may be replaced. ValueError if it is of something else."""
+        if self.path.exists():
+            self._of(read_profile(self.path))
+
     def resume(self, open_kv: bool) -> int:
         """Take over the rows of the file if there is one; ValueError if it is of something else.
 
@@ -171,35 +188,34 @@ class ProfileFile:
         if not self.path.exists():
             return own_kv
         profile = read_profile(self.path)
-        found = profile.collected
-        if found is None:
-            raise ValueError(f"{self.path} was not collected here; restart=true begins anew")
+        found = self._of(profile)
         if open_kv:
             self._about["limits"]["kv_tokens"] = found["limits"]["kv_tokens"]
-        for key in (
-            "device",
-            "hardware",
-            "model",
-            "commit",
-            "versions",
-            "dtype",
-            "limits",
-            "job",
-            "launch",
-            "adapters",
-        ):
-            if found[key] != self._about[key]:
-                theirs, ours = _differing(found[key], self._about[key])
-                raise ValueError(
-                    f"{self.path} was collected with {key} {_short(theirs)}, this is {_short(ours)}; "
-                    "restart=true begins anew, out=FILE keeps both"
-                )
+        self._compare(found, CONDITIONS, "restart=true begins anew, out=FILE keeps both")
         self.passed = found["passed"]
         columns = profile.columns
         self.rows = [
             {name: float(values[n]) for name, values in columns.items()} for n in range(len(profile.seconds))
         ]
         return int(self._about["limits"]["kv_tokens"])
+
+    def _of(self, profile: Profile) -> dict[str, Any]:
+        """How the file was collected. ValueError unless on this machine and of this model."""
+        if profile.collected is None:
+            raise ValueError(f"{self.path} was not collected with this program; out=FILE keeps it")
+        self._compare(profile.collected, OF, "out=FILE keeps both")
+        return profile.collected
+
+    def _compare(self, found: Mapping[str, Any], keys: Sequence[str], way_out: str) -> None:
+        for key in keys:
+            if found.get(key) == self._about[key]:
+                continue
+            if key == "sources":
+                difference = "before code that is timed was changed"
+            else:
+                theirs, ours = _differing(found.get(key), self._about[key])
+                difference = f"with {key} {_short(theirs)}, this is {_short(ours)}"
+            raise ValueError(f"{self.path} was collected {difference}; {way_out}")
 
     def add(self, row: dict[str, float]) -> None:
         """A row, unless its work is there already."""
@@ -335,6 +351,7 @@ def _about(
         "dtype": str(model.dtype).removeprefix("torch."),
         "commit": manifest["commit"],
         "dirty": manifest["dirty"],
+        "sources": _sources(),
         "versions": _versions(),
         "limits": asdict(limits),
         "job": {**asdict(job), "lora": {**asdict(job.lora), "targets": list(job.lora.targets)}},
@@ -364,6 +381,14 @@ def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return processor() or machine()
+
+
+def _sources() -> str:
+    """Hash of the code that is timed. A commit that leaves it as it was does not matter."""
+    digest = hashlib.sha256()
+    for path in sources(ROOT, [TIMED]):
+        digest.update(path.encode() + b"\0" + (ROOT / path).read_bytes())
+    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
+import profiles.collect
 from engine.assemble import TrainingJob
 from engine.bench import main as bench
 from engine.design import Point, Space, design
@@ -20,9 +21,10 @@ from engine.rig import Rig
 from profiles.collect import Timing
 from profiles.fidelity import main as fidelity
 from profiles.program import main as program
-from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile
+from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile, write_profile
 from sim.core.plan import Limits
 from sim.core.specs import LoraSpec
+from sim.native import ROOT, sources
 from tests.engine.tiny import CONFIGS, adapter_of, tiny_model
 
 ORDERS = ("layer_major", "window_major")
@@ -188,6 +190,57 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
     assert path.read_bytes() == before
     assert program(["collect", "repeats=2"]) == 2
     assert "repeats must be from 3 to" in capsys.readouterr().err
+
+
+def test_a_profile_goes_on_after_a_commit_that_leaves_what_is_timed_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, manifest = tmp_path / "own.parquet", profiles.collect.make_manifest
+    assert collect(path, "points=8") == 0
+    later = lambda **about: {**manifest(**about), "commit": "0" * 40, "dirty": True}  # noqa: E731
+    monkeypatch.setattr(profiles.collect, "make_manifest", later)
+    assert collect(path, "points=12") == 0
+    found = read_profile(path).collected
+    assert found is not None and (found["passed"], found["commit"]) == (12, "0" * 40)
+    capsys.readouterr()
+    timed = sources(ROOT, [profiles.collect.TIMED])
+    assert {"engine/kernels/paged_attention.py", "engine/engine.py", "sim/core/state.py"} <= set(timed)
+    assert not {"engine/bench.py", "profiles/collect.py"} & set(timed)
+    monkeypatch.setattr(profiles.collect, "TIMED", "engine/bench.py")
+    assert collect(path, "points=14") == 2
+    error = capsys.readouterr().err
+    assert "before code that is timed was changed; restart=true begins anew, out=FILE keeps both" in error
+    assert error.count("\n") == 1
+    assert collect(path, "points=6", "restart=true") == 0
+    found = read_profile(path).collected
+    assert found is not None and found["passed"] == 6
+
+
+def test_the_default_file_lies_among_the_tables_and_that_of_another_machine_is_never_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(profiles.collect, "TABLES", tmp_path / "tables")
+    monkeypatch.chdir(tmp_path)
+    arguments = ["collect", "repeats=3", "points=6", *SMALL]
+    assert program(arguments) == 0
+    path = tmp_path / "tables" / "cpu-tiny.parquet"
+    assert [found.name for found in tmp_path.rglob("*") if found.is_file()] == [path.name]
+    shipped = read_profile(path)
+    columns = {name: shipped.columns[name] for name in COLUMNS}
+    assert shipped.provenance is not None and shipped.collected is not None
+    capsys.readouterr()
+    for collected, words in (
+        (None, "was not collected with this program; out=FILE keeps it"),
+        ({**shipped.collected, "hardware": "another"}, "with hardware another, this is"),
+        ({**shipped.collected, "model": {**shipped.collected["model"], "layers": 5}}, "with model layers 5"),
+    ):
+        write_profile(path, columns, shipped.provenance, collected)
+        before = path.read_bytes()
+        for overrides in ([], ["restart=true"]):
+            assert program([*arguments, *overrides]) == 2
+            error = capsys.readouterr().err
+            assert words in error and "out=FILE keeps" in error and error.count("\n") == 1, error
+            assert "restart" not in error and path.read_bytes() == before
 
 
 def test_a_profile_that_was_interrupted_is_sound_and_goes_on(

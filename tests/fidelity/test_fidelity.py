@@ -28,7 +28,9 @@ def test_a_right_profile_predicts_the_run_and_has_no_part_off(
 ) -> None:
     assert main([str(run_folder), f"profile={profile_file}", f"out={tmp_path}"]) == 0
     out = capsys.readouterr().out
-    assert "off by more than 1.2x: none is shown to be\n" in out and "under the recorded times: 100.00%" in out
+    assert (
+        "off by more than 1.2x: none is shown to be\n" in out and "under the recorded times: 100.00%" in out
+    )
     metrics = pd.read_parquet(tmp_path / "metrics.parquet").set_index("metric")
     assert list(metrics.index) == list(METRICS)
     summary = read_run(run_folder).summary
