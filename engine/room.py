@@ -18,7 +18,7 @@ from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.cost.memory import free_bytes as room_bytes
-from sim.errors import keys_as
+from sim.errors import OutOfReach, keys_as
 from sim.finetune_plans import AUTO_SHARE, FinetunePlans
 
 ROOM_STEP_TOKENS = 4096
@@ -51,15 +51,18 @@ def limits_and_plans(
     )
     none = _limits(given, given.block_tokens, shape)
     plans = _by_id(jobs, plan_jobs(model, none, jobs, free, AUTO_SHARE, device))
-    room = kv_room_tokens(
-        device=seen,
-        model=shape,
-        tp=tp,
-        utilization=utilization,
-        batch_tokens=batch_tokens,
-        batch_sequences=given.max_sequences,
-        finetune_bytes=FinetunePlans(plans=plans).held_bytes,
-    )
+    try:
+        room = kv_room_tokens(
+            device=seen,
+            model=shape,
+            tp=tp,
+            utilization=utilization,
+            batch_tokens=batch_tokens,
+            batch_sequences=given.max_sequences,
+            finetune_bytes=FinetunePlans(plans=plans).held_bytes,
+        )
+    except OutOfReach as error:
+        raise ValueError(f"{error}; a smaller job.sample_tokens needs less") from None
     return _limits(given, whole_steps(room), shape), plans
 
 

@@ -6,6 +6,7 @@ The only place that knows all config groups. Everything is checked while it is b
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,11 +26,12 @@ from sim.core.specs import DeviceSpec, ModelShape
 from sim.core.work import Chunk, Work
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.memory import free_bytes, kv_bytes_per_token, kv_room_tokens
-from sim.errors import nearest
+from sim.errors import OutOfReach, nearest
 from sim.finetune_plans import FinetunePlans, plans_of, served_work
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
 from sim.routing import Router
+from sim.ways_out import ways_out
 from sim.workload.finetune import Finetune
 from sim.workload.workload import Workload
 
@@ -121,7 +123,16 @@ class Assembly:
 
 
 def assemble(config: DictConfig) -> Assembly:
-    """Build a run from the config. Raises ValueError naming the key, the value and what is allowed."""
+    """Build a run from the config. Raises ValueError naming the key, the value and what is allowed; where it is too
+    much for the devices, with what would not be."""
+    try:
+        return _assembly(config)
+    except OutOfReach as error:
+        ways = ways_out(config, _check_reach, CONFIGS / "model", error.bound)
+        raise ValueError(f"{error}; {ways}") from None
+
+
+def _assembly(config: DictConfig) -> Assembly:
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     slos = slos_of(config)
@@ -177,6 +188,17 @@ def assemble(config: DictConfig) -> Assembly:
         horizon=horizon,
         labels=labels,
     )
+
+
+def _check_reach(config: DictConfig) -> None:
+    """Raise ValueError for what `assemble` would refuse of the pipelines, without the workload."""
+    slos = slos_of(config)
+    groups, _ = _groups(config, seed_of(config))
+    _check_possible(slos, groups)
+    policies = _policies(config, groups, slos)
+    for group in groups:
+        for index in group.members:
+            group.limits(policies[index])
 
 
 def _router_name(target: str) -> str:
@@ -258,17 +280,24 @@ def slos_of(config: DictConfig) -> dict[str, Slo]:
 
 
 def _check_possible(slos: Mapping[str, Slo], groups: list[_Group]) -> None:
-    """Refuse a bound that a request alone on the cluster would miss."""
+    """Raise OutOfReach for a bound that a request alone on the cluster would miss."""
     decode = Work(decode_count=1, decode_context_tokens=1, sampled_tokens=1)
     prefill = Work(prefill=(Chunk(1, 0),), sampled_tokens=1)
     for key, work in (("tpot_s", decode), ("ttft_s", prefill), ("e2e_s", prefill)):
         fastest_s = min(group.predictor.iteration_s(work) for group in groups)
         for slo in slos.values():
             if getattr(slo, key) < fastest_s:
-                raise ValueError(
+                raise OutOfReach(
                     f"slo.classes.{slo.name}.{key} cannot be kept: a single request alone is "
-                    f"predicted to take {fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}"
+                    f"predicted to take {fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}",
+                    {f"slo.classes.{slo.name}.{key}": _rounded_up(fastest_s)},
                 )
+
+
+def _rounded_up(seconds: float) -> float:
+    """To two digits."""
+    digit = 10.0 ** (math.floor(math.log10(seconds)) - 1)
+    return float(f"{math.ceil(seconds / digit) * digit:.3g}")
 
 
 def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:

@@ -40,6 +40,15 @@ class FailedInPart(ValueError):
         self.row = dict(row)
 
 
+class OutOfReach(ValueError):
+    """A device cannot hold, or not keep up with, what was asked of it; another one, or more of them, could."""
+
+    def __init__(self, line: str, bound: Mapping[str, object] | None = None) -> None:
+        """`bound`: the key of a bound that cannot be kept, and a value that could."""
+        super().__init__(line)
+        self.bound = dict(bound or {})
+
+
 @contextmanager
 def keys_as(keys: Mapping[str, str]) -> Iterator[None]:
     """A ValueError inside whose text begins with one of `keys` begins with what this command calls it.

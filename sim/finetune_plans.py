@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from sim.core.finetune import AUTO
 from sim.core.specs import BypassWork, DeviceSpec, LoraSpec, ModelShape
 from sim.cost.efficiency import Efficiency
+from sim.cost.memory import GIB
+from sim.errors import OutOfReach
 from sim.workload.finetune import Finetune
 
 if TYPE_CHECKING:
@@ -73,8 +75,8 @@ def plans_of(
     kv_bytes: float | None,
 ) -> FinetunePlans:
     """Compile every job. `free_bytes` per device are left beside weights and activations, `kv_bytes` of them
-    are the KV cache's (None: not said). Raises ValueError where nothing fits a job that asks, and for a device
-    whose constants are not known."""
+    are the KV cache's (None: not said). Raises OutOfReach where nothing fits a job that asks, ValueError for a
+    device whose constants are not known."""
     finetune.lora.layer_params(model)  # refuses targets that the model does not have
     if finetune.jobs:
         Efficiency.of(device)  # refuses architectures and extras that are not known, in the device's name
@@ -88,17 +90,22 @@ def plans_of(
     left = free_bytes - (kv_bytes or 0.0) - FinetunePlans(plans=plans).held_bytes
     asking = {name: job for name, job in finetune.jobs.items() if job.memory == AUTO}
     if asking and left <= 0:
-        raise ValueError(
-            f"{model.name} on tp {tp} leaves no room for finetuning on {device.name}: weights, activations and a "
-            "KV cache of a given size take all of its memory; a larger tp needs less"
+        others = (
+            "weights and activations"
+            if kv_bytes is None
+            else "weights, activations and the KV cache asked for"
+        )
+        raise OutOfReach(
+            f"{model.name} on tp {tp} leaves no room for finetuning on {device.name}: {others} need "
+            f"{-left / GIB:.1f} GiB more per device than may be used"
         )
     for name, job in asking.items():
         try:
             plans[name] = _fitting(
                 *of, job.cutoff_len, job.accumulation, job.order, left / len(asking), share
             )
-        except ValueError as error:
-            raise ValueError(f"finetune.jobs.{name}.memory=auto: {error}") from None
+        except OutOfReach as error:
+            raise OutOfReach(f"finetune.jobs.{name}.memory=auto: {error}") from None
     return FinetunePlans(plans={name: plans[name] for name in finetune.jobs})
 
 

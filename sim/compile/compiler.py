@@ -32,6 +32,7 @@ from sim.compile.remat import Point, pareto
 from sim.compile.roles import ROW_PARALLEL, keepable, keys_and_values, kind_of, layer_of, roles_of
 from sim.compile.rules import backward_flops, forward_flops
 from sim.core.specs import BypassWork, DeviceSpec, ModelShape
+from sim.errors import OutOfReach
 
 WINDOW_TOKENS = 1024
 """Of a window that runs again: enough rows to keep a device busy, an eighth of a long sample's bytes."""
@@ -93,7 +94,7 @@ def plan_for_memory(
 ) -> CompilePlan:
     """The plan with the fewest extra FLOPs whose total and adapter take at most `wanted_share` of `free_bytes`
     per device, else the smallest if it takes no more than all: stash along the Pareto list, or recompute where
-    `order` allows it (None: any). Raises ValueError where none fits."""
+    `order` allows it (None: any). Raises OutOfReach where none fits."""
     analysis = Analysis(
         model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
         loss_chunk_tokens=loss_chunk_tokens, accumulation=accumulation,
@@ -106,7 +107,7 @@ def plan_for_memory(
         return min(fitting, key=_least_work)
     smallest = min(plans, key=_taken_bytes)
     if _taken_bytes(smallest) > free_bytes:
-        raise ValueError(
+        raise OutOfReach(
             f"finetuning {model.name} on samples of {seq_tokens} tokens needs at least "
             f"{_taken_bytes(smallest) / 2**30:.2f} GiB per device, free are {free_bytes / 2**30:.2f}"
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.attention import local_kv_heads
+from sim.errors import OutOfReach
 
 GIB = 2**30
 LOGITS_BYTES = 2 + 4 + 4
@@ -64,7 +65,7 @@ def kv_room_tokens(
 ) -> int:
     """Tokens of KV cache that fit on each of the replica's devices.
 
-    memory * utilization - runtime - weights - activations - finetuning, over bytes per token. ValueError
+    memory * utilization - runtime - weights - activations - finetuning, over bytes per token. OutOfReach
     when nothing is left, naming the sizes.
     """
     model.check_tp(tp)
@@ -75,10 +76,11 @@ def kv_room_tokens(
     room = int((usable - sum(sizes.values())) // kv_bytes_per_token(model, tp))
     if room < 1:
         needed = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in sizes.items())
-        raise ValueError(
+        missing = (sum(sizes.values()) - usable) / GIB
+        raise OutOfReach(
             f"{model.name} on tp {tp} leaves no room for a KV cache on {device.name}: {usable / GIB:.1f} GiB "
-            f"({utilization:g} of {device.memory_bytes / GIB:.1f}) usable per device, needed: {needed}; "
-            "a larger tp, a shorter cutoff_len of the finetuning jobs, or memory=auto need less"
+            f"({utilization:g} of {device.memory_bytes / GIB:.1f}) usable per device, needed before it are "
+            f"{missing:.1f} more: {needed}"
         )
     return room
 

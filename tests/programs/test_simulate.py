@@ -370,6 +370,54 @@ def test_a_policy_that_raises_is_told_with_the_lines_of_its_own_file(
     assert all(re.search(text, said) for text in failed) and "Traceback" not in said and "simpy" not in said
 
 
+@pytest.mark.parametrize(
+    ("given", "missing", "ways"),
+    [
+        (
+            "device=l4 model=llama_3_1_8b",
+            "to take 0.06448 s on llama_3_1_8b, got 0.045",
+            ["cluster.tp=2", "slo.classes.default.tpot_s=0.065"],
+        ),
+        (
+            "model=llama_3_1_70b cluster.tp=1",
+            "need 60.4 GiB more per device",
+            ["cluster.tp=4", "model=qwen2_5_32b"],
+        ),
+        (
+            "cluster.limits.kv_tokens=900000",
+            "need 53.7 GiB more per device",
+            ["cluster.tp=2", "cluster.limits.kv_tokens=null"],
+        ),
+        (
+            "device=l4 model=llama_3_1_70b",
+            "need 11.9 GiB more per device",
+            [
+                "cluster.tp=8 finetune.jobs.sky_t1.order=window_major",
+                "model=qwen2_5_32b finetune.jobs.sky_t1.order=window_major",
+            ],
+        ),
+        (
+            "device=rtx_4090 finetune.jobs.sky_t1.memory=stash",
+            "17.5 more: runtime 0.5 GiB, weights 15.0 GiB",
+            ["cluster.tp=4", "finetune.jobs.sky_t1.memory=auto", "finetune.jobs.sky_t1.cutoff_len=1024"],
+        ),
+        ("device.memory_bytes=3e8", "need 15.6 GiB more per device", []),
+    ],
+)
+def test_what_devices_cannot_do_is_refused_with_all_that_would_help(
+    given: str, missing: str, ways: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Each of them does."""
+    argv = [*given.split(), "workload.duration_s=20", "run.bounds=false"]
+    assert main(["simulate", *argv]) == 2
+    error = capfd.readouterr().err
+    assert missing in error and error.count("\n") == 1
+    told = error.rstrip().partition("; possible with ")[2]
+    assert told.split(" or ") == ways if ways else "no smaller model would do" in error
+    for way in ways:
+        assert main(["simulate", *argv, *way.split()]) == 0, way
+
+
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text(LATE)
     assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0

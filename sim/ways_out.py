@@ -1,0 +1,89 @@
+"""What would make a configuration possible that its devices cannot hold or keep up with: settings that were tried."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from sim.checked import build
+from sim.core.finetune import AUTO
+from sim.core.specs import ModelShape
+
+Changes = Mapping[str, object]
+"""Key -> value, as overrides have them; of `model` the node."""
+DEGREES = (2, 4, 8, 16)
+PARTS = (2, 4, 8, 16, 32)
+"""By which the longest sample is divided."""
+
+
+def ways_out(
+    config: DictConfig, refused: Callable[[DictConfig], object], models: Path, bound: Changes
+) -> str:
+    """Which changes of `config` are each enough for `refused` not to raise ValueError: a larger `cluster.tp`, K/V
+    room that is not set by hand, jobs that hold less, a smaller one of `models`, or `bound`."""
+    found = []
+    for candidates in _candidates(config, models, bound):
+        for changes in candidates:
+            changed = copy.deepcopy(config)
+            for key, value in changes.items():
+                OmegaConf.update(changed, key, value, merge=False)
+            try:
+                refused(changed)
+            except ValueError:
+                continue
+            found.append(_said(changes))
+            break
+    return (
+        f"possible with {' or '.join(found)}"
+        if found
+        else f"no cluster.tp up to {DEGREES[-1]} and no smaller model would do"
+    )
+
+
+def _candidates(config: DictConfig, models: Path, bound: Changes) -> Iterator[list[Changes]]:
+    """Lists of which the first that does is told. Two changes at once come after all single ones."""
+    own = build(ModelShape, config.model, "model")
+    tp = own.tp if config.cluster.tp is None else config.cluster.tp
+    jobs = config.finetune.get("jobs") or {}
+    auto = _for_jobs("memory", AUTO, [n for n, job in jobs.items() if job.get("memory") != AUTO])
+    least = {
+        **auto,
+        **_for_jobs(
+            "order", "window_major", [n for n, job in jobs.items() if job.get("order") == "layer_major"]
+        ),
+    }
+    wider: list[Changes] = [{"cluster.tp": degree} for degree in DEGREES if degree > tp]
+    yield [*wider, *({**changes, **least} for changes in wider)]
+    if config.cluster.limits.kv_tokens is not None:
+        yield [{"cluster.limits.kv_tokens": None}]
+    yield [changes for changes in (auto, least) if changes]
+    longest = max((job.cutoff_len for job in jobs.values()), default=0)
+    yield [
+        _for_jobs(
+            "cutoff_len", longest // part, [n for n, job in jobs.items() if job.cutoff_len > longest // part]
+        )
+        for part in PARTS
+        if longest >= part
+    ]
+    nodes = [OmegaConf.load(path) for path in models.glob("*.yaml")]
+    params = {str(node.name): build(ModelShape, node, "model").params for node in nodes}
+    less = [node for node in nodes if params[node.name] < own.params]
+    smaller: list[Changes] = [{"model": node} for node in sorted(less, key=lambda node: -params[node.name])]
+    yield [*smaller, *({**changes, **least} for changes in smaller)]
+    if bound:
+        yield [bound]
+
+
+def _for_jobs(key: str, value: object, names: Sequence[str]) -> Changes:
+    return {f"finetune.jobs.{name}.{key}": value for name in names}
+
+
+def _said(changes: Changes) -> str:
+    values = {
+        key: value.name if isinstance(value, DictConfig) else "null" if value is None else value
+        for key, value in changes.items()
+    }
+    return " ".join(f"{key}={value}" for key, value in values.items())
