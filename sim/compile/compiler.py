@@ -31,12 +31,12 @@ from sim.compile.prune import Need, autograd, kept_bytes, prune, wanted
 from sim.compile.remat import Point, pareto
 from sim.compile.roles import ROW_PARALLEL, keepable, keys_and_values, kind_of, layer_of, roles_of
 from sim.compile.rules import backward_flops, forward_flops
+from sim.core.finetune import LOSS_CHUNK_TOKENS
 from sim.core.specs import BypassWork, DeviceSpec, ModelShape
 from sim.errors import OutOfReach
 
 WINDOW_TOKENS = 1024
 """Of a window that runs again: enough rows to keep a device busy, an eighth of a long sample's bytes."""
-LOSS_CHUNK_TOKENS = 512
 
 REFERENCE = DeviceSpec(
     name="reference",

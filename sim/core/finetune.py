@@ -26,6 +26,8 @@ ORDERS = ("layer_major", "window_major")
 MEMORIES = ("stash", "recompute")
 AUTO = "auto"
 """What a config may say instead: the compile plan and the free memory choose one of MEMORIES."""
+LOSS_CHUNK_TOKENS = 512
+"""Tokens of a window whose logits exist at a time: what plans count, the engine runs and cost models charge for."""
 
 
 class Forward(NamedTuple):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.core.finetune import LOSS_CHUNK_TOKENS
 from sim.core.specs import BypassWork, Collective
 from sim.cost import attention
 from sim.cost.collective import allreduce_s, collective_s
@@ -66,8 +67,6 @@ class Roofline:
     correct where a table names the device; curve: alone, by the curve (`sim.cost.gemm_table`)."""
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""
-    loss_chunk_tokens: int = 1024
-    """Tokens whose logits exist at a time."""
 
     def __post_init__(self) -> None:
         for name in ("host_s", "launch_s", "graph_tokens"):
@@ -77,11 +76,8 @@ class Roofline:
             raise ValueError(f"gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
         if not 0 <= self.overlap_contention <= 1:
             raise ValueError(f"overlap_contention must be in [0, 1], got {self.overlap_contention}")
-        if self.loss_chunk_tokens < 1 or self.max_tokens < max(1024, self.loss_chunk_tokens):
-            raise ValueError(
-                "loss_chunk_tokens must be at least 1 and max_tokens at least that and 1024, "
-                f"got {self.loss_chunk_tokens} and {self.max_tokens}"
-            )
+        if self.max_tokens < 1024:
+            raise ValueError(f"max_tokens must be at least 1024, got {self.max_tokens}")
 
     def build(self, context: CostContext) -> IterationCost:
         curves = self.curves(context).with_again(
@@ -224,7 +220,7 @@ class _Terms:
     def _loss_s(self) -> Floats:
         """lm_head forward and its gradient to the hidden state, chunk by chunk; the softmax reads the
         logits twice and overwrites them with their gradient."""
-        chunk = self.settings.loss_chunk_tokens
+        chunk = LOSS_CHUNK_TOKENS
         rows = self.m[:chunk]
         hidden, vocab = self.model.hidden, self.vocab
         products = self._gemm_s(rows, hidden, vocab) + self._gemm_s(rows, vocab, hidden)

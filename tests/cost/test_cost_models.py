@@ -224,9 +224,7 @@ def test_bad_settings_are_refused(builder: type, values: dict[str, float]) -> No
         builder(of=Roofline(), **values)
 
 
-@pytest.mark.parametrize(
-    "values", [{"host_s": -1.0}, {"overlap_contention": 1.1}, {"max_tokens": 100}, {"loss_chunk_tokens": 0}]
-)
+@pytest.mark.parametrize("values", [{"host_s": -1.0}, {"overlap_contention": 1.1}, {"max_tokens": 100}])
 def test_bad_roofline_settings_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(values))):
         Roofline(**values)

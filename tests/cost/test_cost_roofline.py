@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from sim.compile.compiler import compile_plan
+from sim.compile.peft import PeftSpec
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.architectures import NCCL_LATENCY_S, NCCL_TABLE, NVLINK_BYTES_S, measured_on
@@ -51,6 +53,17 @@ def test_parameter_counts_are_the_published_ones(model: str) -> None:
     shape = load(DEVICES[0], model).model
     assert shape.params == pytest.approx(PARAMS[model], abs=0.005e9)
     assert shape.tp == DEGREES[model]
+
+
+def test_the_loss_is_charged_for_in_the_chunks_that_plans_count() -> None:
+    context = load("a100_80gb", "llama_3_1_8b")
+    chunk = compile_plan(context.model, PeftSpec(), seq_tokens=8192).loss_chunk_tokens
+    cost = Roofline().build(context)
+    loss_s = [cost.parts(Work(forward=(Chunk(tokens, 0),)))["loss"] for tokens in range(1, 3 * chunk + 1)]
+    for tokens in (1, chunk // 2, chunk, 2 * chunk):
+        assert loss_s[chunk + tokens - 1] == pytest.approx(loss_s[chunk - 1] + loss_s[tokens - 1], rel=1e-12)
+    half_s = 2 * loss_s[chunk // 2 - 1]
+    assert loss_s[chunk - 1] < 0.99 * half_s, "half as many tokens at a time take longer"
 
 
 @pytest.mark.parametrize("folder", ["device", "model", "cost"])
