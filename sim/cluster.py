@@ -22,7 +22,7 @@ from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.pipeline import Clock, SimulatedPipeline
-from sim.routing import Incoming, Load, Router
+from sim.routing import LEAST_CHUNK_TOKENS, Incoming, Load, Router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,8 @@ def _start(
 ) -> SimulatedPipeline:
     state = PipelineState(limits=spec.limits, slos=slos, recorder=recorder, jobs=spec.jobs, pipeline=index)
     serves = spec.policy.serves
-    inbox = dispatcher.inbox(Load(state, spec.predictor)) if serves else _NoArrivals()
+    least = getattr(spec.policy, "min_chunk_tokens", LEAST_CHUNK_TOKENS)
+    inbox = dispatcher.inbox(Load(state, spec.predictor, least)) if serves else _NoArrivals()
     return SimulatedPipeline(env, run_loop(state, spec.policy, inbox, horizon), spec.world)
 
 

@@ -15,8 +15,8 @@ from sim.core.state import PipelineState
 from sim.core.work import Chunk, Work
 
 LEAST_CHUNK_TOKENS = 16
-"""What a policy with a latency budget computes of a prompt even when nothing fits: the default of the
-policies' `min_chunk_tokens`, which a router does not see."""
+"""The least chunk that is expected of a policy without `min_chunk_tokens`: it never cuts a prompt for the sake of
+a bound, and is compared as if it did."""
 
 
 class Incoming(NamedTuple):
@@ -31,9 +31,13 @@ class Incoming(NamedTuple):
 class Load:
     """A pipeline as a router sees it: its state and what was routed to it since it last planned."""
 
-    def __init__(self, state: PipelineState, predictor: Predictor) -> None:
+    def __init__(
+        self, state: PipelineState, predictor: Predictor, min_chunk_tokens: int = LEAST_CHUNK_TOKENS
+    ) -> None:
+        """`min_chunk_tokens`: what the policy computes of a prompt even when it breaks the bound."""
         self.state = state
         self.predictor = predictor
+        self.min_chunk_tokens = min_chunk_tokens
         self.inbox_requests = 0
         self.inbox_tokens = 0
 
@@ -233,7 +237,7 @@ def _predict(request: Incoming, load: Load) -> _Prediction:
     most = max(1, min(backlog, state.limits.max_tokens - decode.decode_count))
     budget_s = request.slo.tpot_s / load.slowness
     within = load.predictor.largest_prefill(decode, 0, most, budget_s)
-    chunk = max(within, min(most, LEAST_CHUNK_TOKENS))
+    chunk = max(within, min(most, load.min_chunk_tokens))
     return _Prediction(
         max(0.0, state.free_s - request.arrival_s),
         math.ceil(backlog / chunk),

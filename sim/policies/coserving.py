@@ -35,9 +35,8 @@ class CoServing:
         self._predictor = predictor
         self._budget_s = (1 - margin) * budget_s
         self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
-        self._latency = Latency(
-            predictor, self._budget_s, checked_tokens("min_chunk_tokens", min_chunk_tokens)
-        )
+        self.min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
+        self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency)

@@ -90,13 +90,13 @@ class CoServingSlack:
         self._smoothing = smoothing
         self._margin_deviations = margin_deviations
         self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
-        self._min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
+        self.min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         memory = self._observe(view)
         correction = memory.ratio * (1 + self._margin_deviations * memory.deviation)
         tokens_s = self._token_budget(view, memory)
-        latency = Latency(self._predictor, tokens_s / correction, self._min_chunk_tokens)
+        latency = Latency(self._predictor, tokens_s / correction, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction

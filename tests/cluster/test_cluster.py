@@ -18,6 +18,7 @@ from sim.core.state import PipelineState
 from sim.core.work import Work
 from sim.pipeline import Clock
 from sim.routing import (
+    LEAST_CHUNK_TOKENS,
     AdapterAffinity,
     Consolidate,
     Incoming,
@@ -66,11 +67,12 @@ def cluster(
     jobs: bool = False,
     horizon: Horizon | None = None,
     policy: str = "coserving",
+    **settings: object,
 ) -> Recorder:
     recorder = Recorder()
     specs = [
         PipelineSpec(
-            policy=build_policy(policy, predictor=cost),
+            policy=build_policy(policy, predictor=cost, **settings),
             world=cost,
             predictor=cost,
             limits=limits_of(lookahead=lookahead),
@@ -88,6 +90,35 @@ def cluster(
         recorder=recorder,
     )
     return recorder
+
+
+@pytest.mark.parametrize(("policy", "settings", "least"), [
+    ("coserving", {"min_chunk_tokens": 40}, 40),
+    ("coserving_slack", {"min_chunk_tokens": 24}, 24),
+    ("spatial_limited", {"min_chunk_tokens": 3}, 3),
+    ("temporal_limited", {"min_chunk_tokens": 5}, 5),
+    ("inference_only", {}, LEAST_CHUNK_TOKENS),
+])  # fmt: skip
+def test_routers_expect_the_least_chunk_of_each_policy(
+    policy: str, settings: dict[str, int], least: int
+) -> None:
+    seen: list[int] = []
+
+    class Seeing(LeastTokens):
+        def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
+            seen.extend(load.min_chunk_tokens for load in pipelines)
+            return super().choose(request, pipelines)
+
+    cost = LinearCost()
+    cluster(requests_of(1, rate_rps=1), Seeing(), [cost, cost], policy=policy, **settings)
+    assert seen == [least, least]
+
+
+def test_a_larger_least_chunk_brings_the_first_token_earlier_where_no_chunk_fits() -> None:
+    loads = [load_of(predictor=LinearCost(host_s=0.1)) for _ in range(3)]
+    for load, tokens in zip(loads, (1, 64, 16), strict=True):
+        load.min_chunk_tokens = tokens
+    assert SloAware().choose(Incoming(64, Slo(tpot_s=0.02), None), loads) == 1
 
 
 def test_round_robin_takes_each_in_turn() -> None:
