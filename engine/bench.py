@@ -299,8 +299,12 @@ def _bench(
     if policy is None or policy.finetunes:
         notes += step_notes(summary, f"{first.accumulation} samples of {first.sample_tokens} tokens")
     notes += _peak_notes(summary, before.peak_tok_s, peak_s)
+    notes += [ON_A_CPU] if device.name == "cpu" else []
     own = {"folder": str(folder), "config": resolved, "losses": losses, "plans": memory, "notes": notes}
     return {**summary, **own}, failures
+
+
+ON_A_CPU = "SLO bounds are those of a GPU; on a CPU the share of requests that meet them says nothing"
 
 
 def _peak_notes(summary: Mapping[str, Any], peak_tok_s: float | None, peak_s: float) -> list[str]:
