@@ -44,6 +44,32 @@ def step_notes(summary: Mapping[str, Any], step: str) -> list[str]:
     return [f"no optimizer step ended within {summary['duration_s']:g} s (a step is {step})"]
 
 
+def slo_notes(
+    summary: Mapping[str, Any], least: tuple[float, int] | None, tpot_s: float, alone: float | None
+) -> list[str]:
+    """Of a run that does not keep the SLO: that its policy could not, or that serving alone does not either.
+
+    `least`: predicted seconds of the shortest iteration that computes of a prompt beside a decode, and the tokens
+    of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
+    serving alone on the same traffic, None where it was not run.
+    """
+    from analysis.runs import SLO_KEPT_SHARE
+
+    kept = summary["attainment"]
+    if kept is None or kept >= SLO_KEPT_SHARE:
+        return []
+    notes = []
+    if least is not None and least[0] > tpot_s:
+        notes.append(
+            f"a decode beside the least chunk of a prompt, {least[1]} tokens, is predicted to take "
+            f"{1e3 * least[0]:.1f} ms, above the TPOT bound of {1e3 * tpot_s:g} ms: while prompts arrive it is not "
+            "kept (policy.min_chunk_tokens)"
+        )
+    if alone is not None and alone < SLO_KEPT_SHARE:
+        notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")
+    return notes
+
+
 def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
     """The notes of all rows on stderr, each once and with the runs that it is true of."""
     from analysis.repeats import display_names

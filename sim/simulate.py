@@ -28,10 +28,11 @@ from sim.assemble import CONFIGS, Assembly, assemble
 from sim.checked import check
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
+from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
-from sim.notes import print_notes, request_notes, step_notes
+from sim.notes import print_notes, request_notes, slo_notes, step_notes
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 
@@ -93,13 +94,17 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         assembly.labels["name"] = distinction(hydra.overrides.task)
     with _progress(assembly, show=single) as on_progress:
         row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
+    alone = None
     if single and config.run.bounds:
         for policy in ("inference_only", "finetune_only"):
             if config.policy.name != policy:
                 bound = _with_policy(config, policy)
                 with warnings_as_notes(shown=False):
                     other = assemble(bound)
-                _run(other, bound, folder / "bounds" / policy, peak_tok_s, None)
+                other_row = _run(other, bound, folder / "bounds" / policy, peak_tok_s, None)
+                alone = other_row["attainment"] if policy == "inference_only" else alone
+    tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
+    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
     return row
 
 
@@ -172,6 +177,21 @@ def _run(
     )
     notes += [] if step is None else step_notes(summary, step)
     return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
+
+
+def _least_prefill(assembly: Assembly) -> tuple[float, int] | None:
+    """Predicted seconds of a decode beside the least chunk of a prompt, and its tokens, on the fastest pipeline;
+    None where one that serves has no least chunk."""
+    found = []
+    for spec in assembly.pipelines:
+        if not spec.policy.serves:
+            continue
+        tokens = getattr(spec.policy, "min_chunk_tokens", None)
+        if tokens is None:
+            return None
+        work = Work(prefill=(Chunk(tokens, 0),), decode_count=1, decode_context_tokens=1, sampled_tokens=1)
+        found.append((spec.predictor.iteration_s(work), tokens))
+    return min(found, default=None)
 
 
 def _step(assembly: Assembly) -> str | None:

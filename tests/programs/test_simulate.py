@@ -418,6 +418,24 @@ def test_what_devices_cannot_do_is_refused_with_all_that_would_help(
         assert main(["simulate", *argv, *way.split()]) == 0, way
 
 
+def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "simulate",
+        "workload=poisson",
+        "workload.duration_s=20",
+        "workload.rate_rps=12",
+        "cluster.pipelines=1",
+    ]
+    tight = [*argv, "device=rtx_4090", "policy.min_chunk_tokens=256", "slo.classes.default.tpot_s=0.02"]
+    assert main(tight) == 0
+    err = capfd.readouterr().err
+    assert "a decode beside the least chunk of a prompt, 256 tokens, is predicted to take" in err
+    assert "above the TPOT bound of 20 ms: while prompts arrive it is not kept" in err
+    assert "serving alone does not keep the SLO either: " in err
+    assert main([*argv, "workload.rate_rps=1"]) == 0
+    assert "SLO" not in capfd.readouterr().err
+
+
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text(LATE)
     assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
