@@ -15,7 +15,6 @@ from typing import Any
 
 from engine.compile_translate import CaptureError, translate
 from sim.compile.ir import Graph, Op, Tensor, dims_of, same
-from sim.compile.peft import PeftSpec
 from sim.core.specs import ModelShape
 
 FAMILIES = ("llama", "qwen2")
@@ -58,29 +57,6 @@ def build_model(shape: ModelShape, family: str, dtype: str = "bfloat16", device:
     with torch.device(device):
         model = getattr(transformers, f"{prefix}ForCausalLM")(config)
     return model.to(getattr(torch, dtype)).requires_grad_(False)
-
-
-def apply_peft(model: Any, spec: PeftSpec) -> Any:
-    """The model with `spec`'s bypasses: `peft` for LoRA and (IA)^3, our own module for adapters."""
-    if spec.method == "adapter":
-        from engine.compile_adapter import add_adapters
-
-        return add_adapters(model, spec)
-    import peft
-
-    if spec.method == "ia3":
-        feedforward = [t for t in spec.targets if t == "down_proj"]
-        config: Any = peft.IA3Config(target_modules=list(spec.targets), feedforward_modules=feedforward)
-    else:
-        config = peft.LoraConfig(
-            r=spec.rank,
-            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number works
-            lora_dropout=spec.dropout,
-            use_rslora=spec.rslora,
-            target_modules=list(spec.targets),
-        )
-    wide = spec.adapter_dtype == "float32"
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
 
 
 def capture_layer(model: Any, index: int = 0, name: str = "layer") -> Graph:

@@ -7,7 +7,6 @@ alone, and draws of a random tensor what the others have as well, so that the mo
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -93,22 +92,6 @@ def named_tensors(model: Model) -> Iterator[tuple[str, torch.Tensor]]:
         yield place.name, place.target
     if model.config.shape.tied_embeddings:
         yield "lm_head.weight", model.weights.embed
-
-
-def save_model(model: Model, folder: str | Path) -> None:
-    """Write weights and config as a Hugging Face folder that `transformers` loads. Of a whole model alone."""
-    assert model.group.size == 1
-    from safetensors.torch import save_file
-
-    from engine.config import hf_config
-
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    places = _places(model.config.shape, model.weights, ALONE)
-    tensors = {place.name: place.target.detach().cpu().contiguous() for place in places}
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    text = json.dumps(hf_config(model.config) | {"dtype": str(model.dtype).removeprefix("torch.")}, indent=2)
-    (path / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def _empty(whole: ModelShape, dtype: torch.dtype, device: torch.device, group: Group) -> Weights:

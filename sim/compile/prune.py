@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.compile.ir import PARAMETER, Graph
+from sim.compile.ir import Graph
 from sim.compile.rules import RULES, storage
 
 
@@ -93,11 +93,6 @@ def unpruned(graph: Graph) -> dict[str, int]:
     """Owner of memory -> bytes per token of every activation: a graph that frees nothing."""
     owner = storage(graph)
     return {name: graph.tensors[name].bytes_per_token for name in _owners(graph, owner)}
-
-
-def trainable_parameters(graph: Graph) -> int:
-    """Number of trainable elements of a bound graph."""
-    return sum(graph.tensors[n].elements for n in graph.trainable if graph.tensors[n].role == PARAMETER)
 
 
 def kept_bytes(needs: dict[str, Need]) -> int:

@@ -35,8 +35,6 @@ class IterationCost:
         self.lookahead = lookahead
         self.known_tokens = len(curves.token_s) - 1
         """Passes of more tokens are extended by the slope of the curves' upper half."""
-        self.extrapolations = 0
-        """Passes beyond `known_tokens` in the works asked for so far."""
         self._token_s = list(curves.token_s)
         self._sampled_s = list(curves.sampled_s)
         self._window_s = [s + window_lora_s(curves, n) for n, s in enumerate(curves.loss_s)]
@@ -113,12 +111,6 @@ class IterationCost:
         parts["host"] = self.iteration_s(work) - gpu_s
         self._set_collective_apart(parts, work, passes)
         return parts
-
-    def extrapolates(self, work: Work) -> bool:
-        """Whether a pass of `work` has more tokens than the curves were made for."""
-        fused = work.decode_count + work.prefill_tokens + work.forward_tokens
-        chunks = [fused, *[c.tokens for c in work.backward], *[c.tokens for c in work.recompute]]
-        return max(chunks) > self.known_tokens
 
     def largest_prefill(self, work: Work, context: int, max_tokens: int, budget_s: float) -> int:
         """Most tokens (0..max_tokens) of one more prefill chunk; rows of logits stay as `work` says."""
@@ -244,7 +236,7 @@ class IterationCost:
         """Seconds of the iteration: the one sum that decides. `rest_s` is (backward + recompute) + optimizer."""
         largest = tokens + windows
         if largest > self.known_tokens:
-            self._beyond(largest)
+            self._reach(largest)
         finetuning_s = (forward_s + self._window_s[windows]) + rest_s
         if not overlap:
             gpu_s = (self._token_s[largest] + inference_s) + finetuning_s
@@ -321,7 +313,7 @@ class IterationCost:
             backward_s = self._backward_start_s
             for layers, n, c in backward:
                 if n > self.known_tokens:
-                    self._beyond(n)
+                    self._reach(n)
                 if c == 0:
                     backward_s += layers * self._layer_s[n]
                     continue
@@ -338,14 +330,9 @@ class IterationCost:
         if recompute:
             for n, c in recompute:
                 if n > self.known_tokens:
-                    self._beyond(n)
+                    self._reach(n)
                 recompute_s += self.recompute_window_s(n, c)
         return windows, forward_s, backward_s, recompute_s, params * self._optimizer_param_s
-
-    def _beyond(self, tokens: int) -> None:
-        """Count a pass beyond `known_tokens`, and make sure that the lists reach it."""
-        self.extrapolations += 1
-        self._reach(tokens)
 
     def _reach(self, tokens: int) -> None:
         """Extend every list to index `tokens`; doubling keeps this rare."""

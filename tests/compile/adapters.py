@@ -1,4 +1,4 @@
-"""Bottleneck adapters (Houlsby et al. 2019) as modules, because `peft` has none of this kind."""
+"""Real models with bypasses: those of `peft`, and bottleneck adapters (Houlsby et al. 2019), which it lacks."""
 
 from __future__ import annotations
 
@@ -8,6 +8,27 @@ import torch
 from torch import nn
 
 from sim.compile.peft import PeftSpec
+
+
+def apply_peft(model: Any, spec: PeftSpec) -> Any:
+    """The model with `spec`'s bypasses: `peft` for LoRA and (IA)^3, our own module for adapters."""
+    if spec.method == "adapter":
+        return add_adapters(model, spec)
+    import peft
+
+    if spec.method == "ia3":
+        feedforward = [t for t in spec.targets if t == "down_proj"]
+        config: Any = peft.IA3Config(target_modules=list(spec.targets), feedforward_modules=feedforward)
+    else:
+        config = peft.LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,  # type: ignore[arg-type]  # any number works
+            lora_dropout=spec.dropout,
+            use_rslora=spec.rslora,
+            target_modules=list(spec.targets),
+        )
+    wide = spec.adapter_dtype == "float32"
+    return peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
 
 
 class BottleneckAdapter(nn.Module):

@@ -19,6 +19,7 @@ pytest.importorskip("peft")
 
 from engine import capture  # noqa: E402
 from engine.compile_translate import CaptureError  # noqa: E402
+from tests.compile.adapters import apply_peft  # noqa: E402
 
 FAMILIES = capture.FAMILIES
 
@@ -66,7 +67,7 @@ def test_shipped_graph_is_a_fresh_capture(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_real_shapes_on_the_meta_device_equal_the_bound_shipped_graph(family: str) -> None:
     for shape in REAL[family]:
-        model = capture.apply_peft(capture.build_model(shape, family), PeftSpec())
+        model = apply_peft(capture.build_model(shape, family), PeftSpec())
         graph = capture.capture_layer(model, 1)
         assert same(layer_graph(shape, PeftSpec(), eps=capture.EPSILON), graph) == []
 
@@ -74,7 +75,7 @@ def test_real_shapes_on_the_meta_device_equal_the_bound_shipped_graph(family: st
 @pytest.mark.parametrize("spec", SPECS, ids=lambda s: f"{s.method}-{s.adapter_dtype}-{len(s.targets)}")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attached_bypasses_are_those_of_the_captured_peft_model(family: str, spec: PeftSpec) -> None:
-    model = capture.apply_peft(capture.build_model(small(family), family), spec)
+    model = apply_peft(capture.build_model(small(family), family), spec)
     graph = capture.capture_layer(model)
     assert same(layer_graph(small(family), spec, eps=capture.EPSILON), graph) == []
 
@@ -123,7 +124,7 @@ def test_autograd_column_is_what_saved_tensors_hooks_find(
                        qkv_bias=family == "qwen2", dtype_bytes=2 if dtype == "bfloat16" else 4)  # fmt: skip
     model = capture.build_model(shape, family, dtype, "cpu").train()
     if spec is not None:
-        model = capture.apply_peft(model, spec).train()
+        model = apply_peft(model, spec).train()
     measured = saved_bytes_per_token(capture.causal_lm(model).model.layers[0], shape, 64)
     assert kept_bytes(autograd(layer_graph(shape, spec))) == pytest.approx(measured, rel=0.01)
 
@@ -133,9 +134,7 @@ def test_autograd_of_the_lowest_layer_is_what_saved_tensors_hooks_find(targets: 
     """Its input wants no gradient. Fused attention saves all of its operands even where only V wants
     one; pruning does not."""
     shape = small("llama")
-    model = capture.apply_peft(
-        capture.build_model(shape, "llama", "bfloat16", "cpu"), PeftSpec(targets=targets)
-    )
+    model = apply_peft(capture.build_model(shape, "llama", "bfloat16", "cpu"), PeftSpec(targets=targets))
     layer = capture.causal_lm(model.train()).model.layers[0]
     measured = saved_bytes_per_token(layer, shape, 64, input_grad=False)
     graph = layer_graph(shape, PeftSpec(targets=targets))

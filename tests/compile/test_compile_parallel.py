@@ -121,7 +121,7 @@ def _worker(rank: int, processes: int, port: int, plans: Plans, folder: str) -> 
     import torch
     import torch.distributed as dist
 
-    from engine.compile_parallel import run_composition, unsharded
+    from tests.compile.composition import run_composition, unsharded
 
     torch.set_num_threads(1)
     dist.init_process_group(

@@ -10,7 +10,8 @@ import pytest
 
 from sim.compile.compiler import autograd_bytes, compile_plan, local_shape, plan_for_memory
 from sim.compile.families import layer_graph
-from sim.compile.peft import LINEARS, PeftSpec
+from sim.compile.ir import PARAMETER, Graph
+from sim.compile.peft import PeftSpec
 from sim.compile.plan import MODES, CompilePlan
 from sim.compile.program import (
     memory_table,
@@ -20,7 +21,6 @@ from sim.compile.program import (
     run_compile,
     write_report,
 )
-from sim.compile.prune import trainable_parameters
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 
 A100 = DeviceSpec(
@@ -165,6 +165,10 @@ def test_roles_name_what_an_engine_keeps(model: ModelShape, spec: PeftSpec) -> N
     assert roles["gate"].bytes_per_token == roles["product"].bytes_per_token == 2 * model.ffn
 
 
+def trainable_parameters(graph: Graph) -> int:
+    return sum(graph.tensors[n].elements for n in graph.trainable if graph.tensors[n].role == PARAMETER)
+
+
 def test_trainable_parameters_of_graph_and_specs_agree() -> None:
     for model in MODELS:
         for spec in SPECS.values():
@@ -249,24 +253,3 @@ def test_illegal_specs_are_refused(options: dict[str, Any]) -> None:
 def test_a_target_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(ValueError, match="no linear layer 'qkv_proj'"):
         layer_graph(LLAMA_8B, PeftSpec(targets=("qkv_proj",)))
-
-
-def test_real_peft_configurations_are_read_or_refused() -> None:
-    peft = pytest.importorskip("peft")
-    from engine.compile_peft import spec_from_peft
-
-    config = peft.LoraConfig(r=8, lora_alpha=32, use_rslora=True, target_modules=["q_proj", "v_proj"])
-    expected = PeftSpec(rank=8, alpha=32, rslora=True, targets=("q_proj", "v_proj"))
-    assert spec_from_peft(config) == expected
-    assert spec_from_peft(peft.LoraConfig(target_modules="all-linear")).targets == LINEARS
-    ia3 = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
-    assert spec_from_peft(ia3) == PeftSpec(method="ia3", targets=("k_proj", "down_proj"))
-    for bad, option in (
-        (peft.LoraConfig(target_modules=["q_proj"], use_dora=True), "use_dora"),
-        (peft.LoraConfig(target_modules=["q_proj"], bias="all"), "bias"),
-        (peft.LoraConfig(target_modules=["q_proj"], rank_pattern={"q_proj": 4}), "rank_pattern"),
-        (peft.LoraConfig(target_modules=["lm_head"]), "target_modules"),
-        (peft.PromptTuningConfig(num_virtual_tokens=4), "peft_type"),
-    ):
-        with pytest.raises(ValueError, match=option):
-            spec_from_peft(bad)

@@ -80,7 +80,8 @@ def clean(name: str) -> str:
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference(request: pytest.FixtureRequest) -> Reference:
-    from engine.capture import EPSILON, apply_peft, build_model
+    from engine.capture import EPSILON, build_model
+    from tests.compile.adapters import apply_peft
 
     shape = tiny(request.param)
     torch.manual_seed(0)

@@ -276,14 +276,13 @@ def test_nothing_fits_a_budget_that_inference_alone_exceeds() -> None:
         assert fit == (0, cost.iteration_s(work))
 
 
-def test_passes_beyond_the_lists_keep_growing_and_are_counted() -> None:
+def test_passes_beyond_the_lists_keep_growing() -> None:
     cost = Roofline(max_tokens=1024).build(context(DEVICES[0], MODELS[0]))
     reference = roofline(DEVICES[0], MODELS[0])
     inside, outside = Work(prefill=(Chunk(1000, 0),)), Work(prefill=(Chunk(5000, 0),))
     assert cost.iteration_s(inside) == reference.iteration_s(inside)
-    assert (cost.extrapolates(inside), cost.extrapolations) == (False, 0)
+    assert cost.region == {"pass_tokens": (0.0, 1024.0)}
     assert cost.iteration_s(outside) == pytest.approx(reference.iteration_s(outside), rel=0.1)
-    assert (cost.extrapolates(outside), cost.extrapolations) == (True, 1)
     assert sum(cost.parts(outside).values()) == pytest.approx(cost.iteration_s(outside), rel=1e-12)
 
 

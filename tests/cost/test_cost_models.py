@@ -179,13 +179,13 @@ def test_a_sampled_model_knows_the_loop_it_predicts() -> None:
     assert now.iteration_s(DECODE) == pytest.approx(ahead.iteration_s(DECODE) + ahead.curves.host_s)
 
 
-def test_a_table_says_when_it_extrapolates() -> None:
+def test_a_table_says_where_it_extrapolates() -> None:
     fitted = Sampled(of=Roofline()).build(HERE)
     assert isinstance(fitted, FittedCost)
-    assert not fitted.extrapolates(DECODE)
     far = Work(decode_count=4000, decode_context_tokens=10**9, sampled_tokens=1)
-    assert fitted.outside(far) == ("decode_count", "decode_context_tokens")
-    assert fitted.extrapolates(far)
+    for work, columns in ((DECODE, []), (far, ["decode_count", "decode_context_tokens"])):
+        values = zip(WORK_COLUMNS, work_row(work), strict=True)
+        assert [n for n, v in values if not fitted.region[n][0] <= v <= fitted.region[n][1]] == columns
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from engine.config import ModelConfig
-from engine.load import random_model, save_model
+from engine.load import random_model
 from engine.text import BUNDLED, read_text
 from sim.core.specs import ModelShape
+from tests.engine.saved import save_model
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

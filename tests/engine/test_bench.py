@@ -32,6 +32,7 @@ from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.results import Run, read_run
+from tests.engine.saved import save_model
 
 SHORT = [
     "workload.duration_s=3",
@@ -290,7 +291,7 @@ def test_weights_of_another_shape_are_told_by_what_differs(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shape = replace(_model_shape(), layers=1, ffn=48)
-    load.save_model(load.random_model(random_config(shape), torch.float32, "cpu"), tmp_path / "m")
+    save_model(load.random_model(random_config(shape), torch.float32, "cpu"), tmp_path / "m")
     assert main([*SHORT, f"weights={tmp_path}/m", f"hydra.run.dir={folder}"]) == 2
     error = capsys.readouterr().err
     own = _model_shape()

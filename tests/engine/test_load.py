@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from engine.config import ModelConfig, config_of, hf_config, read_config
-from engine.load import load_model, save_model
+from engine.load import load_model
 from engine.lora import read_adapter, write_adapter
 from engine.packing import Piece, pack
+from tests.engine.saved import save_model
 from tests.engine.tiny import CONFIGS, adapter_of, tiny_model, tokens_of, twin
 
 

@@ -22,7 +22,7 @@ import engine.engine
 import engine.finetune
 import engine.packing
 import engine.sampling
-from engine.driver import Driver, EngineArrivals, VirtualClock
+from engine.driver import Driver, EngineArrivals
 from engine.engine import Collected, Engine
 from engine.graphs import Body
 from engine.kernels.jit import Launch
@@ -46,6 +46,7 @@ from tests.engine.tiny import (
     tiny_model,
     tokens_of,
 )
+from tests.engine.virtual import VirtualClock
 from tests.support import SLOS, LinearCost, ListArrivals, build_policy, limits_of
 
 READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "unique", "repeat_interleave")

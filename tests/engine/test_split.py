@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from engine.assemble import TrainingJob
-from engine.driver import VirtualClock
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Split, share_of
 from engine.split import Gate
@@ -22,6 +21,7 @@ from sim.core.state import PipelineState
 from sim.policies.separate import Separate
 from sim.workload.workload import Workload
 from tests.engine.tiny import VOCAB, adapter_of, tiny_model
+from tests.engine.virtual import VirtualClock
 from tests.support import SLOS, LinearCost, ListArrivals, build_policy, limits_of
 
 WORLD = LinearCost(forward_s=2.0**-11, backward_s=2.0**-12, context_s=2.0**-16, optimizer_s=2.0**-24)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 import engine.ranks
 from engine.bench import main as bench
 from engine.generate import main as generate
-from engine.load import load_model, save_model
+from engine.load import load_model
 from engine.lora import Adapter, read_adapter, write_adapter
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
@@ -40,6 +40,7 @@ from sim.core.plan import Limits, Policy
 from sim.core.rows import Outcome
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.results import read_run
+from tests.engine.saved import save_model
 from tests.engine.test_finetune_gradients import ALL, MODES, Splits, traffic
 from tests.engine.test_inference import prompts_of
 from tests.engine.tiny import (

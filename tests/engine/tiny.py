@@ -15,11 +15,11 @@ import torch
 
 from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig, RopeScaling
-from engine.driver import Driver, EngineArrivals, VirtualClock
+from engine.driver import Driver, EngineArrivals
 from engine.engine import Engine
 from engine.finetune import Sample
 from engine.launching import Launching
-from engine.load import random_model, save_model
+from engine.load import random_model
 from engine.lora import Adapter, AdapterBank, new_adapter
 from engine.model import LayerWeights, Model, Weights
 from engine.optimizer import OptimizerSettings
@@ -35,6 +35,8 @@ from sim.core.request import Request
 from sim.core.rows import Recorder
 from sim.core.specs import LoraSpec, ModelShape
 from sim.core.state import PipelineState
+from tests.engine.saved import save_model
+from tests.engine.virtual import VirtualClock
 from tests.support import SLOS, LinearCost, ListArrivals
 
 VOCAB = 96

@@ -10,7 +10,6 @@ import pytest
 
 import engine.bench
 import engine.pipelines
-from engine.driver import VirtualClock
 from profiles.named import model_named
 from profiles.schema import Profile, Provenance, read_profile, write_profile
 from sim.core.rows import WORK_COLUMNS, work_row
@@ -20,6 +19,7 @@ from sim.cost.flat import row_parts
 from sim.cost.iteration import IterationCost
 from sim.cost.noisy import NoisyCost
 from sim.cost.sampled import designed_works
+from tests.engine.virtual import VirtualClock
 
 SPREAD = 0.02
 HOST_S = 1e-3
