@@ -158,6 +158,7 @@ def test_a_run_without_an_optimizer_step_says_so(folder: Path, capsys: pytest.Ca
     out, err = capsys.readouterr()
     told = "note: no optimizer step ended within 1 s (a step is 5000 samples of 64 tokens)"
     assert told in err.splitlines() and "loss:" not in out
+    assert err.count("note: SLO bounds are those of a GPU; on a CPU the share") == 1
 
 
 def test_a_peak_below_what_a_run_did_is_told_to_be_one() -> None:
