@@ -2,6 +2,7 @@
 
 coserve compile model=llama_3_1_8b peft=lora_all finetune.seq_len=8192 tp=1
 coserve compile peft=ia3 finetune.flops_budget=0.05   keep less, for at most 5 % extra FLOPs
+coserve compile adapter_config=FOLDER                 the method of a PEFT adapter
 coserve compile --all           every model with LoRA, Adapter and (IA)^3
 coserve compile --placements    the bypass under tensor parallelism, by rank and degree
 coserve compile --published     FlexLLM's published counts, term by term
@@ -21,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.assemble import CONFIGS
 from sim.checked import build
 from sim.compile.peft import PeftSpec
+from sim.compile.peft_file import read_peft
 from sim.compile.placements import placement_table, print_placements
 from sim.compile.program import memory_table, print_memory_table, print_report, run_compile, write_report
 from sim.compile.published import COLUMNS, published_units, terms
@@ -86,7 +88,8 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
             raise FailedInPart("; ".join(broken), told)
         return told
     model = build(ModelShape, config.model, "model")
-    spec = build(None, config.peft, "peft")
+    file = config.adapter_config
+    spec = build(None, config.peft, "peft") if file is None else read_peft(file)
     assert isinstance(spec, PeftSpec)
     if config.show == "placements":
         placements = placement_table(
