@@ -1,9 +1,14 @@
 """Devices and models of `configs/` and of the engine, by name or by the path of a file of the same form, and
-devices described by datasheet numbers alone."""
+devices described by datasheet numbers alone.
+
+A name may be written as Hugging Face, the driver or the projects that publish measurements write it:
+`meta-llama/Llama-2-70b-hf` is llama_2_70b, `NVIDIA A100-SXM4-80GB` and `a100_sxm` are a100_80gb.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +21,25 @@ from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.efficiency import Efficiency
 from sim.errors import nearest
 
-FOLDERS = (CONFIGS, CONFIGS.parent / "engine" / "configs")
+FOLDERS = (CONFIGS, *(CONFIGS.parent / package / "configs" for package in ("engine", "profiles")))
+"""Those of `profiles` are of models that have been measured and are not simulated."""
 NEEDED = ("peak_flops", "memory_bandwidth_bytes_s", "sms")
+
+SILENT = {
+    "model": ("instruct", "chat", "hf", "base", "meta"),
+    "device": ("nvidia", "geforce", "sxm", "sxm4", "sxm5", "dgx", "hgx", "hbm3", "80gb", "blackwell", "edition"),
+}
+"""Words of a name that change neither a model's shapes nor what a card is, where the rest is a name already."""
+SAME = {
+    "llama33_70b": "llama_3_1_70b",
+    "qwen2_7b": "qwen2_5_7b",
+    "qwen2_72b": "qwen2_5_72b",
+    "a100": "a100_80gb",
+    "a6000": "rtx_a6000",
+    "rtxpro6000workstation": "rtx_pro_6000",
+    "rtxpro6000server": "rtx_pro_6000",
+}
+"""Other names -> the model with the same shapes, or the card."""
 
 
 def device_named(name: str) -> DeviceSpec:
@@ -68,10 +90,40 @@ def model_named(name: str) -> ModelShape:
     return model
 
 
+def known_name(group: str, name: str, known: Iterable[str]) -> str | None:
+    """The one of `known` that `name` means, letters, punctuation, owner and SILENT words aside; None if none."""
+    names = {_plain(config): config for config in known}
+    others = {_plain(other): config for other, config in SAME.items() if config in names.values()}
+    for text in ("".join(_words(name)), bare(group, name)):
+        if text in names or text in others:
+            return names.get(text) or others[text]
+    return None
+
+
+def bare(group: str, name: str) -> str:
+    """`name` without owner, punctuation and SILENT words: 'meta-llama/Llama-3.1-8B-Instruct' is 'llama318b'."""
+    return "".join(word for word in _words(name) if word not in SILENT[group])
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.rstrip("/").rpartition("/")[2].lower())
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "")
+
+
 def _named(kind: Any, group: str, name: str) -> Any:
     files = {path.stem: path for folder in FOLDERS for path in (folder / group).glob("*.yaml")}
-    path = Path(name) if name.endswith(".yaml") else files.get(name)
-    if path is None or not path.is_file():
+    if name.endswith(".yaml"):
+        path = Path(name)
+        found = path if path.is_file() else None
+    else:
+        found = files.get(known_name(group, name, files) or "")
+    if found is None:
         known = sorted(files)
-        raise ValueError(f"no {group} named {name!r}{nearest(name, known)}; known: {', '.join(known)}")
-    return build(kind, OmegaConf.load(path), f"{group} {name}")
+        raise ValueError(
+            f"no {group} named {name!r}{nearest(name, known)}; known: {', '.join(known)}; "
+            f"or the path of a YAML file of the form of configs/{group}"
+        )
+    return build(kind, OmegaConf.load(found), f"{group} {name}")

@@ -37,9 +37,8 @@ from datetime import datetime
 from pathlib import Path
 
 from profiles.compare import Figure, Timeline, figures, timeline, windows
-from profiles.named import model_named
+from profiles.named import bare, model_named
 from profiles.workloads import Alike, known_workload, with_prompts
-from sim.assemble import CONFIGS
 from sim.core.specs import ModelShape
 from sim.cost.operators import OperatorCost
 from sim.vllm.profile import ProfileFolder, read_profile
@@ -91,7 +90,7 @@ def recorded(folder: Path, prompts: Path | None = None) -> tuple[RunFolder, Sequ
 def cost_of(run: RunFolder, profile: ProfileFolder, layers: int | None = None) -> OperatorCost:
     """The card's times for the engine's model. Raises ValueError when the two do not belong together."""
     engine = run.engine
-    if _bare(profile.model) != _bare(engine.model):
+    if bare("model", profile.model) != bare("model", engine.model):
         raise ValueError(f"the profile is of {profile.model}, the run of {engine.model}")
     if profile.tp != engine.tp:
         raise ValueError(f"the profile is of tensor parallel degree {profile.tp}, the run of {engine.tp}")
@@ -122,21 +121,11 @@ def _collectives(run: RunFolder) -> Callable[[int], float]:
 
 
 def _shape(model: str) -> ModelShape:
-    """A model that `configs/model` describes."""
-    known = {path.stem: path for path in sorted((CONFIGS / "model").glob("*.yaml"))}
-    name = _bare(model).replace("-", "_").replace(".", "_")
-    if name not in known:
-        raise ValueError(
-            f"the layers of {model} are not known; give them with --layers, or describe it in configs/model "
-            f"(there are {', '.join(known)})"
-        )
-    return model_named(name)
-
-
-def _bare(model: str) -> str:
-    """'meta-llama/Llama-3.1-8B-Instruct' -> 'llama-3.1-8b': what decides the shapes."""
-    name = model.rstrip("/").rpartition("/")[2].lower()
-    return name.removesuffix("-instruct")
+    """A model that is described; ValueError says how to do without."""
+    try:
+        return model_named(model)
+    except ValueError as error:
+        raise ValueError(f"the layers of {model} are not known; give them with --layers: {error}") from None
 
 
 def _heading(run: RunFolder, profile: ProfileFolder, replayed: Replay) -> str:
