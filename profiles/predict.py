@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from profiles.measured import Measured
 from sim.core.specs import DeviceSpec
-from sim.cost.attention import mixed_s, prefill_s
+from sim.cost.attention import cache_write_s, mixed_s, prefill_s
 from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s
 from sim.cost.efficiency import Efficiency
 from sim.cost.elementwise import KINDS, elementwise_s
@@ -30,7 +30,11 @@ def predicted_s(
         return product_rows_s(c["m"], c["k"], c["n"], device, e, how)
     if kind == "attention":
         shape = (c["heads"], c["kv_heads"], c["head_dim"], c["window"])
-        return prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
+        seconds = prefill_s(c["batch"], c["tokens"], *shape, device, e, c["context"])
+        if "written" in c:  # 0: the time is of attention without writing the cache
+            write_s = cache_write_s(c["batch"] * c["tokens"], c["kv_heads"], c["head_dim"], device, e)
+            seconds -= np.where(c["written"] > 0, 0.0, write_s)
+        return seconds
     if kind == "mixed attention":
         heads = (c["heads"], c["kv_heads"], c["head_dim"])
         return mixed_s(c["tokens"], c["context"], c["decodes"], c["decode_context"], *heads, device, e)

@@ -85,13 +85,22 @@ def test_sizes_below_one_are_refused(
     assert f"none.csv: row 3: {size} is 0; allowed: a number at least 1" in line
 
 
-def test_a_shape_given_twice_is_refused(
+def test_a_row_given_twice_is_refused(
     kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for latency in (0.1, 0.7):
-        twice = pd.concat([kernel, kernel.iloc[:1].assign(latency=latency)])
-        line = refused(capsys, write(tmp_path / "twice.csv", twice))
-        assert "twice.csv: row 4: the same as row 1" in line and "one row per shape" in line
+    line = refused(capsys, write(tmp_path / "twice.csv", pd.concat([kernel, kernel.iloc[:1]])))
+    assert "twice.csv: row 4: the same as row 1" in line and "one row per shape and time" in line
+
+
+def test_a_shape_measured_again_counts_again_and_is_said(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = write(tmp_path / "again.csv", pd.concat([kernel, kernel.iloc[:1].assign(latency=0.11)]))
+    assert main(["check", str(again), "device=a100_80gb"]) == 0
+    printed = capsys.readouterr()
+    assert "note: " in printed.err and "again.csv: 1 rows measure a shape again; all count" in printed.err
+    rows = sum(int(line.split("%")[0].split()[-2]) for line in printed.out.splitlines()[2:])
+    assert rows == 4
 
 
 def test_more_key_value_heads_than_heads_are_refused(
