@@ -1,16 +1,22 @@
 """Measured operators of one card and model: the files that `coserve validate` takes (`sim.vllm.profile`).
 
 They say layers, tokens and contexts but no shapes, which are the model's on one of `tp` devices; times are
-microseconds. An attention file has chunks after a context, decodes, and both in one kernel: the only public
-rows of either of these two.
+microseconds. `meta.yaml` beside them, or above the folder tpN of a degree, says which model and degree. An attention
+file has chunks after a context, decodes, and both in one kernel: the only public rows of the last. Later profilers
+write `prefill_key` in place of the context (`sim.vllm.profile`), the kernel's name as `layer` and the queries of a
+decode as `decode_q_len`.
 """
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import yaml
 from numpy.typing import NDArray
 
 from profiles.measured import Measured, check_numbers
@@ -23,7 +29,9 @@ Floats = NDArray[np.float64]
 DENSE = ("layer", "tokens", "time_us")
 HEADS = ("layer", "sequences", "time_us")
 ATTENTION = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
-LAYOUTS = (DENSE, HEADS, ATTENTION)
+KEYED_ATTENTION = ("prefill_chunk", "prefill_key", "n_decode", "kv_decode", "time_us")
+LAYOUTS = (DENSE, HEADS, ATTENTION, KEYED_ATTENTION)
+STEMS = ("dense", "per_sequence", "attention")
 ONCE_A_PASS = ("embedding", "final_layernorm")
 
 
@@ -31,19 +39,58 @@ def is_card(columns: Sequence[str]) -> bool:
     return any(set(layout) <= set(columns) for layout in LAYOUTS)
 
 
+def named_beside(path: Path) -> tuple[str | None, int | None]:
+    """Model and tensor-parallel degree of the card's profile that `path` is a file of, as far as its folder says."""
+    if path.stem not in STEMS:
+        return None, None
+    degree = re.fullmatch(r"tp(\d+)", path.parent.name)
+    meta_path = (path.parent.parent if degree else path.parent) / "meta.yaml"
+    try:
+        meta = yaml.safe_load(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{meta_path} is not YAML: {str(error).splitlines()[0]}") from None
+    meta = meta if isinstance(meta, dict) else {}
+    degrees = meta.get("tp_degrees")
+    only = degrees[0] if isinstance(degrees, list) and len(degrees) == 1 else None
+    model = meta.get("model")
+    return (None if model is None else str(model)), (int(degree[1]) if degree else only)
+
+
 def read_card(file: str, frame: pd.DataFrame, model: ModelShape | None, tp: int) -> list[Measured]:
     """ValueError in one line without a model, for a broken row, or when no operator is known."""
     if model is None:
         raise ValueError(f"{file}: a card's operator profile names no shapes; it needs model=NAME")
-    numbers = [name for name in frame if name in {*DENSE, *HEADS, *ATTENTION} - {"layer"}]
+    numbers = [name for name in frame if name in {*DENSE, *HEADS, *ATTENTION, *KEYED_ATTENTION} - {"layer"}]
     check_numbers(file, frame, numbers, ("time_us",), ("tokens", "sequences"))
-    if "layer" not in frame:
-        return _attention(file, frame, model, tp)
+    if "prefill_chunk" in frame:
+        return _attention(file, _one_kernel(file, frame), model, tp)
     operators = _operators(file, frame, model, tp)
     if not operators:
         known = sorted({*_products(model, tp), *_short(model, tp), "lm_head"})
         raise ValueError(f"{file}: no layer in it is known; known: {', '.join(known)}")
     return operators
+
+
+def _one_kernel(file: str, frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of attention itself, with one query per decode; ValueError when there are none."""
+    for name, value in (("layer", "attention"), ("decode_q_len", 1)):
+        if name in frame:
+            keep = frame[name] == value
+            if not keep.any():
+                raise ValueError(f"{file}: {name} is {frame[name].iloc[0]} in every row; allowed: {value}")
+            if not keep.all():
+                warnings.warn(f"{file}: {int((~keep).sum())} rows of another {name} left out", stacklevel=2)
+            frame = frame[keep]
+    if "kv_prefill" in frame:
+        return frame
+    # The keys that a query sees on average are the context and half of the chunk; fewer are several sequences.
+    context = frame["prefill_key"] - frame["prefill_chunk"] / 2
+    several = context < -0.5
+    if several.any():
+        warnings.warn(
+            f"{file}: {int(several.sum())} rows of several prompts in one kernel left out", stacklevel=2
+        )
+    return frame.assign(kv_prefill=context.round().clip(lower=0))[~several]
 
 
 def _products(model: ModelShape, tp: int) -> dict[str, tuple[int, int]]:
@@ -73,7 +120,7 @@ def _short(model: ModelShape, tp: int) -> dict[str, tuple[str, int]]:
 def _operators(file: str, frame: pd.DataFrame, model: ModelShape, tp: int) -> list[Measured]:
     count = "tokens" if "tokens" in frame else "sequences"
     products, short = _products(model, tp), _short(model, tp)
-    result = []
+    result, others = [], []
     for name, part in frame.groupby("layer", sort=True):
         m = part[count].to_numpy(np.float64)
         if name in products:
@@ -83,10 +130,13 @@ def _operators(file: str, frame: pd.DataFrame, model: ModelShape, tp: int) -> li
             kind, values = short[str(name)]
             columns = {"m": m, "values": np.full_like(m, float(values))}
         else:
-            continue  # the sampler, and what other architectures have
+            others.append(str(name))
+            continue
         if count == "tokens" and name not in ONCE_A_PASS:
             columns["tp"] = np.full_like(m, float(tp))
         result.append(_measured(file, part, str(name), kind, columns))
+    if others and result:
+        warnings.warn(f"{file}: rows of {', '.join(others)} left out", stacklevel=2)
     return result
 
 

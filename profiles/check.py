@@ -1,7 +1,7 @@
 """Measured rows against what is predicted for a device: the errors of every operator.
 
     coserve profile check FILE device=a100_80gb [model=llama_3_1_8b] [tp=1] [gemm=layer|table|curve]
-                          [cost=roofline] [bound_median=8] [bound_p90=20]
+                          [cost=roofline] [unit=ms|us|s] [bound_median=8] [bound_p90=20]
 
 FILE has the columns of a public kernel file (`profiles.measured`) or of a profile (`profiles.schema`). With
 a model, the operators of its own shapes have lines of their own. Without `gemm=`, the products of an operator
@@ -67,9 +67,11 @@ def check_file(
     cost: str = "roofline",
     gemm: str | None = None,
     changed: bool = False,
+    unit: str | None = None,
 ) -> list[CheckLine]:
     """One line per operator or regime; ValueError for a broken file, or a profile without a model. Warns when the
-    constants come from another card, or its datasheet's numbers were `changed`."""
+    constants come from another card, or its datasheet's numbers were `changed`, and when the times look like another
+    unit's."""
     if model is not None:
         _check_tp(path, model, tp)
     if is_profile(list(read_frame(path).columns)):
@@ -81,11 +83,12 @@ def check_file(
         return lines
     if cost != "roofline":
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
-    operators = read_measured(path, model, tp)
+    operators = read_measured(path, model, tp, unit)
     _warn(borrowed(path, device, {measured.kind for measured in operators}, changed))
-    lines = []
+    lines, ratios = [], []
     for measured in operators:
         seconds = predicted_s(measured, device, gemm=gemm or ("table" if measured.kind == "gemm" else None))
+        ratios.append(measured.seconds / seconds)
         lines.append(_line(measured, seconds))
         own = own_shapes(measured, model, tp) if model is not None else None
         own = None if own is not None and own.all() else own
@@ -93,7 +96,20 @@ def check_file(
             lines.append(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
             )
+    _warn(_another_unit(path, float(np.median(np.concatenate(ratios)))))
     return lines + _whole_layer(operators, device, gemm)
+
+
+def _another_unit(path: Path, ratio: float) -> str | None:
+    """In one line, that times which are `ratio` of the predicted ones are off by about a thousand."""
+    if not 300 < max(ratio, 1 / ratio) < 3000:
+        return None
+    way = (
+        "unit=us takes them as microseconds"
+        if ratio > 1
+        else "unit=s takes them as seconds, unit=ms as milliseconds"
+    )
+    return f"{path}: the times are {ratio:.2g} of the predicted ones; {way}"
 
 
 def _warn(text: str | None) -> None:

@@ -36,6 +36,8 @@ COLLECTIVE_BYTES = {
     **dict.fromkeys(("int8", "uint8", "fp8", "float8"), 1.0),
 }
 """Of an element, by the name of its type."""
+UNITS = {"ms": 1e-3, "us": 1e-6, "s": 1.0}
+"""Of times, in seconds."""
 MEASURED_TOO = ("power", "power_limit")
 """Columns that are results and not what a row is of."""
 
@@ -115,18 +117,27 @@ class Layout:
     """Rows that are written twice as a matter of course; None: none is."""
 
 
-def read_measured(path: Path, model: ModelShape | None = None, tp: int = 1) -> list[Measured]:
+def read_measured(
+    path: Path, model: ModelShape | None = None, tp: int = 1, unit: str | None = None
+) -> list[Measured]:
     """The operators of a public file; ValueError in one line for a file that is not one or is broken. Only a
-    card's profile needs the model, whose shapes on one of `tp` devices it does not name."""
+    card's profile needs the model, whose shapes on one of `tp` devices it does not name. `unit`: one of UNITS, if
+    the times are not in their layout's."""
     from profiles.card import is_card, read_card
 
     frame = read_frame(path)
-    if is_card(list(frame.columns)):
-        return read_card(str(path), frame, model, tp)
-    frame = _as_written(_half(str(path), frame))
-    layout = recognise(str(path), list(frame.columns))
-    _check(str(path), frame, layout)
-    return layout.read(str(path), _once(str(path), frame, layout))
+    card = is_card(list(frame.columns))
+    if card:
+        operators = read_card(str(path), frame, model, tp)
+    else:
+        frame = _as_written(_half(str(path), frame))
+        layout = recognise(str(path), list(frame.columns))
+        _check(str(path), frame, layout)
+        operators = layout.read(str(path), _once(str(path), frame, layout))
+    if unit is None:
+        return operators
+    factor = UNITS[unit] / UNITS["us" if card else "ms"]
+    return [replace(measured, seconds=factor * measured.seconds) for measured in operators]
 
 
 def read_frame(path: Path) -> pd.DataFrame:
@@ -134,7 +145,9 @@ def read_frame(path: Path) -> pd.DataFrame:
     decimal commas."""
     if path.is_dir():
         files = sorted(found.name for found in path.iterdir() if found.suffix in (".csv", ".parquet", ".txt"))
-        raise ValueError(f"{path}: is a folder; give a file" + (f": there are {', '.join(files)}" if files else ""))
+        raise ValueError(
+            f"{path}: is a folder; give a file" + (f": there are {', '.join(files)}" if files else "")
+        )
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
@@ -154,7 +167,9 @@ def _read_csv(path: Path) -> pd.DataFrame:
     if header.startswith(b"version https://git-lfs"):
         raise ValueError("it is a pointer of Git LFS in place of the data, which `git lfs pull` fetches")
     foreign = b";" in header and b"," not in header
-    return pd.read_csv(path, encoding="utf-8-sig", sep=";" if foreign else ",", decimal="," if foreign else ".")
+    return pd.read_csv(
+        path, encoding="utf-8-sig", sep=";" if foreign else ",", decimal="," if foreign else "."
+    )
 
 
 def _as_written(frame: pd.DataFrame) -> pd.DataFrame:
@@ -385,7 +400,9 @@ def _vidur_send(file: str, frame: pd.DataFrame) -> list[Measured]:
     part = _in_one_node(file, frame, "send_recv")
     size = _floats(part, "size")
     columns = {"bytes": 2.0 * size, "devices": np.full_like(size, 2.0)}
-    return [_measured(file, part, "send and receive", "nccl alltoall", columns, "time_stats.send_recv.median")]
+    return [
+        _measured(file, part, "send and receive", "nccl alltoall", columns, "time_stats.send_recv.median")
+    ]
 
 
 def _vidur_attention(file: str, frame: pd.DataFrame) -> list[Measured]:
@@ -449,9 +466,12 @@ def _vidur(file: str, frame: pd.DataFrame) -> list[Measured]:
     frame = _timed(file, frame, list(times.values()))
     tp, kv = frame["num_tensor_parallel_workers"], frame["n_kv_head"]
     _check_degrees(file, frame, tp, {n: frame[n] for n in ("n_head", "n_expanded_embd")}, kv)
-    columns = _vidur_columns({name: _floats(frame, name) for name in VIDUR_SHAPE}, _gated(frame), SECOND_NORM in times)
+    columns = _vidur_columns(
+        {name: _floats(frame, name) for name in VIDUR_SHAPE}, _gated(frame), SECOND_NORM in times
+    )
     return [
-        _measured(file, frame, name, VIDUR_OPERATORS[name], columns[name], time) for name, time in times.items()
+        _measured(file, frame, name, VIDUR_OPERATORS[name], columns[name], time)
+        for name, time in times.items()
     ]
 
 

@@ -27,7 +27,19 @@ NEEDED = ("peak_flops", "memory_bandwidth_bytes_s", "sms")
 
 SILENT = {
     "model": ("instruct", "chat", "hf", "base", "meta"),
-    "device": ("nvidia", "geforce", "sxm", "sxm4", "sxm5", "dgx", "hgx", "hbm3", "80gb", "blackwell", "edition"),
+    "device": (
+        "nvidia",
+        "geforce",
+        "sxm",
+        "sxm4",
+        "sxm5",
+        "dgx",
+        "hgx",
+        "hbm3",
+        "80gb",
+        "blackwell",
+        "edition",
+    ),
 }
 """Words of a name that change neither a model's shapes nor what a card is, where the rest is a name already."""
 SAME = {

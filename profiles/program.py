@@ -4,7 +4,7 @@
     coserve profile show [NAME|FILE]
     coserve profile fit FILE [device=NAME model=NAME tp=N]
     coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=layer|table|curve] [cost=roofline|table]
-                          [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
+                          [unit=ms|us|s] [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
     coserve profile curves DATA_FOLDER
 
 `collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its
@@ -28,11 +28,12 @@ from typing import Any
 import numpy as np
 
 from profiles import fit as fitting
+from profiles.card import named_beside
 from profiles.check import COSTS, CheckLine, above, check_file
 from profiles.curves import Line, fitted, operators_in, shared, table
 from profiles.layers import layer_table
-from profiles.measured import Measured, has_operators, read_frame, read_measured
-from profiles.named import device_described, device_named, model_named
+from profiles.measured import UNITS, Measured, has_operators, read_frame, read_measured
+from profiles.named import device_described, device_named, known_name, model_named
 from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec
@@ -101,19 +102,27 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 
 def _check(arguments: Sequence[str]) -> int:
-    known = ("device", "device.", "model", "tp", "cost", "gemm", "bound_median", "bound_p90")
+    known = ("device", "device.", "model", "tp", "cost", "gemm", "unit", "bound_median", "bound_p90")
     names, settings = settings_of(arguments, known)
     path = _one_file(names, "check")
     numbers = {k.removeprefix("device."): v for k, v in settings.items() if k.startswith("device.")}
     if "device" not in settings and not numbers:
         raise ValueError("check needs device=NAME, see configs/device, or a device's numbers")
     device = device_described(settings.get("device"), numbers)
-    model = model_named(settings["model"]) if "model" in settings else None
-    tp = whole_number(settings, "tp", model.tp if model is not None else 1)
+    of_model, of_tp = named_beside(path)
+    name = settings.get("model", of_model)
+    model = model_named(name) if name is not None else None
+    tp = whole_number(settings, "tp", of_tp or (model.tp if model is not None else 1))
+    if of_tp not in (None, tp):
+        raise ValueError(f"{path}: measured on one of {of_tp} devices; leave out tp={tp}, or ask for that")
+    if model is not None and of_model is not None and known_name("model", of_model, [model.name]) is None:
+        warnings.warn(f"{path}: measured for {of_model}, judged by the shapes of {model.name}", stacklevel=2)
     bounds = _number(settings, "bound_median"), _number(settings, "bound_p90")
     cost = _choice(settings, "cost", COSTS)
     gemm = _choice(settings, "gemm", GEMMS) if "gemm" in settings else None
-    lines = check_file(path, device, model, tp, cost, gemm, changed=bool(numbers) and "device" in settings)
+    unit = _choice(settings, "unit", tuple(UNITS)) if "unit" in settings else None
+    changed = bool(numbers) and "device" in settings
+    lines = check_file(path, device, model, tp, cost, gemm, changed=changed, unit=unit)
     print(f"{path}: {device.name}, {cost}" + (f", gemm={gemm}" if gemm is not None else ""))
     _print_lines(lines)
     found = above(lines, *bounds)
@@ -139,7 +148,7 @@ def _collect(arguments: Sequence[str]) -> int:
 def _fit(arguments: Sequence[str]) -> int:
     names, settings = settings_of(arguments, ("device", "model", "tp"))
     path = _one_file(names, "fit")
-    if path.is_file() and has_operators(list(read_frame(path).columns)):
+    if path.exists() and has_operators(list(read_frame(path).columns)):
         raise ValueError(f"{path}: has operators; allowed: rows of whole iterations (check takes operators)")
     profile = read_profile(find_profile(str(path)))
     context = _context(profile, settings)
@@ -187,8 +196,10 @@ def _show(arguments: Sequence[str]) -> int:
         _show_all()
         return 0
     path = _one_file(names, "show")
-    if path.is_file() and not is_profile(list(read_frame(path).columns)):
-        for measured in read_measured(path):
+    if path.exists() and not is_profile(list(read_frame(path).columns)):
+        of_model, of_tp = named_beside(path)
+        model = None if of_model is None else model_named(of_model)
+        for measured in read_measured(path, model, of_tp or 1):
             _show_measured(measured)
         return 0
     profile = read_profile(find_profile(str(path)))
