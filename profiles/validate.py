@@ -60,10 +60,11 @@ def main(argv: Sequence[str]) -> int:
     replayed = replay(run.engine, run.requests, cost_of(run, profile, arguments.layers))
     found = figures(run.requests, replayed)
     print(_heading(run, profile, replayed))
-    print("".join(f"{line}\n" for line in _caching(run, replayed, known)))
+    lines = (*profile.notes, *_beyond(run, profile), *_caching(run, replayed, known))
+    print("".join(f"{line}\n" for line in lines))
     print(_table(found))
     if run.ticks is None:
-        print("\nno timeseries.csv: neither a timeline nor a figure")
+        print("\nno ticks in timeseries.csv: neither a timeline nor a figure")
         return _judge(found, arguments.max_error, arguments.max_tpot_error)
     line = timeline(run, replayed)
     print(_windows_table(line))
@@ -136,6 +137,16 @@ def _heading(run: RunFolder, profile: ProfileFolder, replayed: Replay) -> str:
         f"{engine.kv_blocks} blocks of {engine.block_tokens} tokens; replayed in "
         f"{len(replayed.iterations['end_s'])} iterations with {replayed.preemptions} preemptions"
     )
+
+
+def _beyond(run: RunFolder, profile: ProfileFolder) -> list[str]:
+    """How far the profile goes, where the run goes further."""
+    most = min(curve.counts[-1] for curve in profile.operators.dense.values())
+    if run.engine.max_tokens <= most:
+        return []
+    return [
+        f"iterations of up to {run.engine.max_tokens:,} tokens: the profile ends at {most:,}, beyond it is extrapolated"
+    ]
 
 
 def _caching(run: RunFolder, replayed: Replay, known: Sequence[Alike] | None) -> list[str]:

@@ -17,9 +17,12 @@ Point = tuple[int, int, int, int]
 class AttentionGrid:
     """Seconds of one layer's attention."""
 
-    def __init__(self, seconds: Mapping[Point, float]) -> None:
-        """`seconds` by (prefill chunk, its context, decodes, context of each); 0, 0 where there is none."""
+    def __init__(self, seconds: Mapping[Point, float], *, by_key: bool = False) -> None:
+        """`seconds` by (prefill chunk, its context, decodes, context of each); 0, 0 where there is none. `by_key`: in
+        place of the context, the keys that a query of the chunk sees on average but for itself, so that a chunk may
+        be of several prompts."""
         self._seconds = dict(seconds)
+        self.by_key = by_key
         kinds = {
             "prefill": {p for p in seconds if p[2] == 0},
             "decode": {p for p in seconds if p[0] == 0},

@@ -3,10 +3,10 @@
 A pass costs the sum of its operators: embedding and last norm once, what a layer holds once (its two norms
 twice) per layer, attention per layer, and the head for every sequence in the batch. Between two measured
 counts a product takes as long as at the higher one, since it computes whole tiles of rows. The non-obvious
-idea is attention with several prompts in one kernel, which the profile knows for one prompt only: its time follows
+idea is attention with several prompts in one kernel, which most profiles know for one prompt only: its time follows
 the query-key pairs, so the prompts count as one chunk of all their tokens whose context gives the same
 number of pairs. That context is negative for many short prompts; then the pairs that they lack are taken
-off what a fresh chunk costs.
+off what a fresh chunk costs, unless the profile's grid has such chunks (`by_key`).
 
 Columns and meaning of the files are those of LLMServingSim's profiler (MIT): `dense.csv` by tokens of the
 batch, `per_sequence.csv` by sequences, `attention.csv` by one prefill chunk and its context beside equal
@@ -38,6 +38,9 @@ PER_LAYER = {
     "down_proj": 1,
 }
 """Operators by tokens -> how often a layer runs them."""
+
+OPTIONAL = ("qk_norm", "rotary_emb")
+"""The first is not every model's; the second early profilers missed in models before Llama 3."""
 
 PRODUCTS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 TILE_ROWS = 16
@@ -90,7 +93,7 @@ class OperatorProfile:
         for name in self.dense:
             if name not in known:
                 raise ValueError(f"dense operator {name!r} is unknown; known: {', '.join(known)}")
-        missing = [name for name in known if name not in self.dense and name != "qk_norm"]
+        missing = [name for name in known if name not in self.dense and name not in OPTIONAL]
         missing += [name for name in HEAD if name not in self.per_sequence]
         if missing:
             raise ValueError(f"the profile has no operator {missing[0]!r}")
@@ -172,6 +175,8 @@ class OperatorCost:
         if not chunks:
             return grid.at(0, 0, decodes, context)
         tokens, before = as_one_chunk(chunks)
+        if grid.by_key:
+            return grid.at(tokens, before + tokens / 2, decodes, context)
         if before >= 0:
             return grid.at(tokens, before, decodes, context)
         # As many pairs fewer than a fresh chunk has as a chunk with context -before has more.

@@ -4,6 +4,11 @@
 says `skew_fit.enabled`, `skew_fit.csv` hold the times, in microseconds. A folder `tpN` holds those of one of N
 devices; without such folders the files are those of the only degree in `tp_degrees`. An alpha table that the
 profile's own meta does not vouch for is not used.
+
+Later profilers measure several prompts in one kernel as well, and have `prefill_key` in place of the one prompt's
+`kv_prefill`: how many keys a query sees on average but for itself, its context and half of its chunk. Their
+`attention.csv` says the kernel in `layer` and the queries of a decode in `decode_q_len`, and their alpha table has
+other axes, which are not read.
 """
 
 from __future__ import annotations
@@ -22,7 +27,10 @@ from sim.cost.operators import Curve, OperatorProfile
 from sim.cost.skew import Box, Skew
 
 POINT = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
+KEY = "prefill_key"
+"""Column of later profilers instead of kv_prefill."""
 BOX = ("n_label", "skew_rate_label", "kv_big_label", "kp_label")
+SKEW_COLUMNS = ("pc", *BOX, "alpha", "n_samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +42,14 @@ class ProfileFolder:
     tp: int
     """Degree that the times are of: a device has a share of 1 / tp of every split layer."""
     operators: OperatorProfile
+    notes: tuple[str, ...] = ()
+    """What is not in it, in words."""
 
 
 def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
     """The times of one of `tp` devices. Raises ValueError naming file, row and what is allowed."""
+    if folder.name.startswith("tp") and not (folder / "meta.yaml").is_file():
+        folder = folder.parent
     path = folder / "meta.yaml"
     try:
         meta = yaml.safe_load(_text(path))
@@ -45,29 +57,44 @@ def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold keys and values")
-    for key in ("model", "hardware", "tp_degrees"):
-        if key not in meta:
-            raise ValueError(f"{path} has no key {key!r}")
-    degrees = meta["tp_degrees"]
+    if "model" not in meta:
+        raise ValueError(f"{path} has no key 'model'")
+    degrees = meta.get("tp_degrees", _degrees(folder) or [1])
     if not isinstance(degrees, list) or not all(isinstance(n, int) and n > 0 for n in degrees):
         raise ValueError(f"{path}: tp_degrees must be a list of whole numbers from 1, got {degrees!r}")
     folder = _of_degree(folder, degrees, tp)
-    skewed = bool((meta.get("skew_fit") or {}).get("enabled", False))
+    skew, notes = Skew({}), []
+    if (meta.get("skew_fit") or {}).get("enabled", False):
+        skew_path = folder / "skew_fit.csv"
+        missing = [name for name in SKEW_COLUMNS if skew_path.is_file() and name not in _header(skew_path)]
+        if skew_path.is_file() and not missing:
+            skew = _skew(skew_path)
+        else:
+            why = f"has no column {missing[0]}" if missing else "is not there"
+            notes.append(f"{skew_path} {why}: unequal decodes take the time of equal ones")
     try:
         operators = OperatorProfile(
             dense=_curves(folder / "dense.csv", "tokens"),
             per_sequence=_curves(folder / "per_sequence.csv", "sequences"),
-            attention=AttentionGrid(_points(folder / "attention.csv")),
-            skew=_skew(folder / "skew_fit.csv") if skewed else Skew({}),
+            attention=_grid(folder / "attention.csv"),
+            skew=skew,
         )
     except ValueError as error:
         raise ValueError(_located(folder, str(error))) from None
+    if "rotary_emb" not in operators.dense:
+        notes.append(f"{folder / 'dense.csv'} has no rotary_emb, which takes no time then")
     return ProfileFolder(
         model=str(meta["model"]),
-        card=str(meta["hardware"]),
+        card=str(meta.get("hardware") or meta.get("gpu") or "a card without a name"),
         tp=tp,
         operators=operators,
+        notes=tuple(notes),
     )
+
+
+def _degrees(folder: Path) -> list[int]:
+    """Those that have a folder."""
+    return sorted(int(path.name[2:]) for path in folder.glob("tp[0-9]*") if path.name[2:].isdigit())
 
 
 def _of_degree(folder: Path, degrees: list[int], tp: int) -> Path:
@@ -75,7 +102,7 @@ def _of_degree(folder: Path, degrees: list[int], tp: int) -> Path:
     if own.is_dir():
         return own
     if degrees != [tp]:
-        known = sorted({*degrees} if degrees == [1] else {int(p.name[2:]) for p in folder.glob("tp[0-9]*")})
+        known = degrees if degrees == [1] else _degrees(folder)
         raise ValueError(
             f"{folder} has no times for tensor parallel degree {tp}; it has {', '.join(map(str, known)) or 'none'}"
         )
@@ -100,22 +127,30 @@ def _curves(path: Path, key: str) -> dict[str, Curve]:
     }
 
 
-def _points(path: Path) -> dict[Point, float]:
+def _grid(path: Path) -> AttentionGrid:
+    """Attention of one query per decode."""
+    keyed = KEY in _header(path)
+    columns = tuple(KEY if keyed and key == "kv_prefill" else key for key in POINT)
     found: dict[Point, float] = {}
-    for where, row in _rows(path, (*POINT, "time_us")):
-        chunk, before, decodes, context = (_count(where, key, row[key], 0) for key in POINT)
+    for where, row in _rows(path, (*columns, "time_us")):
+        if row.get("layer", "attention") != "attention" or row.get("decode_q_len", "1") != "1":
+            continue
+        # Half a key is a rounding of odd chunks, and would be a value of the axis for itself.
+        chunk, before, decodes, context = (
+            _count(where, key, row[key], 0, rounded=key == KEY) for key in columns
+        )
         point = (chunk, before, decodes, context)
         if chunk == 0 and decodes == 0:
             raise ValueError(f"{where}: prefill_chunk or n_decode must be above 0")
         if point in found:
             raise ValueError(f"{where}: the point {point} is there twice")
         found[point] = _seconds(where, row["time_us"])
-    return found
+    return AttentionGrid(found, by_key=keyed)
 
 
 def _skew(path: Path) -> Skew:
     alphas: dict[int, dict[Box, tuple[float, int]]] = {}
-    for where, row in _rows(path, ("pc", *BOX, "alpha", "n_samples")):
+    for where, row in _rows(path, SKEW_COLUMNS):
         box = Box(*(_upper_bound(where, row[key]) for key in BOX))
         alpha = _number(where, "alpha", row["alpha"])
         boxes = alphas.setdefault(_count(where, "pc", row["pc"], 0), {})
@@ -145,14 +180,20 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, s
         yield where, row
 
 
+def _header(path: Path) -> Sequence[str]:
+    return csv.DictReader(_text(path).splitlines()).fieldnames or ()
+
+
 def _text(path: Path) -> str:
     if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    return path.read_text(encoding="utf-8")
+        below = ", ".join(sorted(str(found) for found in path.parent.glob(f"*/{path.name}")))
+        raise ValueError(f"there is no file {path}" + (f"; there is {below}" if below else ""))
+    return path.read_text(encoding="utf-8-sig")
 
 
-def _count(where: str, key: str, text: str, lowest: int) -> int:
+def _count(where: str, key: str, text: str, lowest: int, *, rounded: bool = False) -> int:
     number = _number(where, key, text)
+    number = round(number) if rounded else number
     if number != int(number) or number < lowest:
         raise ValueError(f"{where}: {key} must be a whole number from {lowest}, got {text!r}")
     return int(number)

@@ -38,7 +38,7 @@ class EngineSettings:
     model: str
     version: str
     kv_blocks: int
-    """As vLLM reports them; one of them is its null block and holds nothing."""
+    """Of one engine, as vLLM reports them; one of them is its null block and holds nothing."""
     block_tokens: int
     max_sequences: int
     max_tokens: int
@@ -85,7 +85,7 @@ class RunFolder:
     engine: EngineSettings
     requests: MeasuredRequests
     ticks: dict[str, Floats] | None
-    """Column of `timeseries.csv` -> shape (ticks,); `t` is the end of the tick. None: not recorded."""
+    """Column of `timeseries.csv` -> shape (ticks,); `t` is the end of the tick. None: none was recorded."""
     tick_s: float
     link: Link | None = None
     """None: `config.json` does not say."""
@@ -193,15 +193,17 @@ def _engine(meta: _Node) -> EngineSettings:
     caching = resolved + "cache_config.enable_prefix_caching"
     threshold = scheduler + "long_prefill_token_threshold"
     decodes, mixed = _graph_modes(meta)
+    one = {"tensor_parallel_size": 1, "data_parallel_size": 1}
+    for key in one:
+        if meta.has(parallel + key) or meta.has(given + key):
+            one[key] = meta.whole(parallel + key, given + key)
     blocks = meta.whole("kv_cache.num_gpu_blocks", resolved + "cache_config.num_gpu_blocks")
     block_tokens = meta.whole("kv_cache.block_size", resolved + "cache_config.block_size")
     max_sequences = meta.whole(scheduler + "max_num_seqs", given + "max_num_seqs")
     max_tokens = meta.whole(scheduler + "max_num_batched_tokens", given + "max_num_batched_tokens")
     longest = (resolved + "model_config.max_model_len", given + "max_model_len")
-    one = {"tensor_parallel_size": 1, "data_parallel_size": 1}
-    for key in one:
-        if meta.has(parallel + key) or meta.has(given + key):
-            one[key] = meta.whole(parallel + key, given + key)
+    # The front end, which is recorded, adds up what its engines report (vllm/v1/engine/utils.py and core_client.py).
+    blocks //= one["data_parallel_size"]
     return EngineSettings(
         model=str(meta.get("model")),
         version=str(meta.get("vllm_version")) if meta.has("vllm_version") else "of unknown version",
@@ -238,20 +240,34 @@ def _since(meta: _Node, major: int, minor: int) -> bool:
     return len(numbers) == 2 and numbers >= [major, minor]
 
 
+SIZES_SINCE = (0, 12)
+"""vLLM whose batch sizes with graphs are multiples of 16 from 256 on, not of 8."""
+
+
 def _graph_sizes(meta: _Node, max_sequences: int, max_tokens: int) -> tuple[int, ...]:
     """Batch sizes with a CUDA graph. Recorders write a long list as '<list len=83>'; then, and where there is
-    none, vLLM's own choice up to the largest (VllmConfig._set_cudagraph_sizes)."""
-    key, most = "resolved_config.compilation_config.cudagraph_capture_sizes", "max_cudagraph_capture_size"
+    none, vLLM's own choice up to the largest (VllmConfig._set_cudagraph_sizes), by the length or by the version."""
+    compilation = "resolved_config.compilation_config."
+    key = compilation + "cudagraph_capture_sizes"
     sizes = meta.get(key) if meta.has(key) else "<list>"
     where = f"{meta.path}: cudagraph_capture_sizes"
     if isinstance(sizes, list):
         return tuple(_whole(where, size) for size in sizes)
     if not (isinstance(sizes, str) and sizes.startswith("<list")):
         raise ValueError(f"{where} must be a list, got {sizes!r}")
-    most = key.rpartition(".")[0] + "." + most
-    largest = _whole(f"{meta.path}: {most}", meta.get(most), 0) if meta.has(most) else 0
+    largest = 0
+    for name in ("max_cudagraph_capture_size", "max_capture_size"):
+        if not largest and meta.has(compilation + name):
+            largest = _whole(f"{meta.path}: {name}", meta.get(compilation + name), 0)
     largest = min(largest or min(2 * max_sequences, 512), max_tokens)
-    return tuple(n for n in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)) if n <= largest)
+    now, before = (
+        tuple(n for n in (1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, step)) if n <= largest)
+        for step in (16, 8)
+    )
+    length = sizes.removeprefix("<list len=").rstrip(">")
+    if length.isdigit():
+        return before if int(length) == len(before) else now
+    return now if not meta.has("vllm_version") or _since(meta, *SIZES_SINCE) else before
 
 
 GRAPH_MODES = {
@@ -356,6 +372,10 @@ def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
     for key in keys:
         if key not in row:
             raise ValueError(f"{where} has no key {key!r}; it must have {', '.join(keys)}")
+    if all(row[key] is None for key in keys[:4]):
+        raise ValueError(
+            f"{where} has no stamps, so it was never answered; take it out to validate the others"
+        )
     arrival, queued, first, last = (_number(f"{where}: {key}", row[key]) for key in keys[:4])
     if not queued <= first <= last:
         raise ValueError(
@@ -366,7 +386,7 @@ def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
     return arrival, queued, first, last, prompt, output
 
 
-def _ticks(path: Path) -> dict[str, Floats]:
+def _ticks(path: Path) -> dict[str, Floats] | None:
     reader = csv.DictReader(_text(path).splitlines())
     missing = [name for name in TICK_COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
@@ -377,7 +397,7 @@ def _ticks(path: Path) -> dict[str, Floats]:
         for name in columns:
             columns[name].append(_number(f"{path} line {reader.line_num}: {name}", row[name]))
     if not columns["t"]:
-        raise ValueError(f"{path} has no rows")
+        return None
     if (np.diff(columns["t"]) <= 0).any():
         raise ValueError(f"{path}: t must rise from row to row")
     return {name: np.array(values) for name, values in columns.items()}

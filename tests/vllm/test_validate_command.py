@@ -57,8 +57,10 @@ def test_engines_side_by_side_are_predicted_exactly_and_serve_faster(tmp_path: P
     alone = folders.record(tmp_path / "alone", profile, folders.meta())
     settings = folders.meta()
     settings["resolved_config"]["parallel_config"]["data_parallel_size"] = replicas
+    settings["kv_cache"]["num_gpu_blocks"] *= replicas  # as the front end adds them up
     folders.record(tmp_path / "run", profile, settings)
     run = read_run(tmp_path / "run")
+    assert run.engine.kv_blocks == folders.meta()["kv_cache"]["num_gpu_blocks"]
     played = replay(run.engine, run.requests, cost_of(run, read_profile(profile)))
     assert max(abs(figure.error) for figure in figures(run.requests, played)) < 1e-6
     line = timeline(run, played)
