@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from profiles.measured import Measured, check_numbers
+from profiles.measured import Measured, check_numbers, left_out
 from sim.core.specs import ModelShape
 from sim.cost.attention import local_kv_heads
 from sim.cost.elementwise import whole_blocks
@@ -79,7 +79,7 @@ def _one_kernel(file: str, frame: pd.DataFrame) -> pd.DataFrame:
             if not keep.any():
                 raise ValueError(f"{file}: {name} is {frame[name].iloc[0]} in every row; allowed: {value}")
             if not keep.all():
-                warnings.warn(f"{file}: {int((~keep).sum())} rows of another {name} left out", stacklevel=2)
+                left_out(file, int((~keep).sum()), f"of another {name}")
             frame = frame[keep]
     if "kv_prefill" in frame:
         return frame
@@ -87,9 +87,7 @@ def _one_kernel(file: str, frame: pd.DataFrame) -> pd.DataFrame:
     context = frame["prefill_key"] - frame["prefill_chunk"] / 2
     several = context < -0.5
     if several.any():
-        warnings.warn(
-            f"{file}: {int(several.sum())} rows of several prompts in one kernel left out", stacklevel=2
-        )
+        left_out(file, int(several.sum()), "of several prompts in one kernel")
     return frame.assign(kv_prefill=context.round().clip(lower=0))[~several]
 
 

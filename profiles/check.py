@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from profiles.fit import by_regime
 from profiles.measured import Measured, read_frame, read_measured, whole_layer
+from profiles.named import card_named
 from profiles.predict import predicted_s
 from profiles.schema import is_profile, read_profile
 from profiles.table_file import TableFile
@@ -74,7 +76,8 @@ def check_file(
     unit's."""
     if model is not None:
         _check_tp(path, model, tp)
-    if is_profile(list(read_frame(path).columns)):
+    frame = read_frame(path)
+    if is_profile(list(frame.columns)):
         if model is None:
             raise ValueError(f"{path}: a profile of whole iterations needs model=NAME")
         lines = _check_profile(path, device, model, tp, cost)
@@ -84,6 +87,7 @@ def check_file(
     if cost != "roofline":
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
     operators = read_measured(path, model, tp, unit)
+    _warn(_another_card(path, frame, device))
     _warn(borrowed(path, device, {measured.kind for measured in operators}, changed))
     lines, ratios = [], []
     for measured in operators:
@@ -96,20 +100,27 @@ def check_file(
             lines.append(
                 _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
             )
-    _warn(_another_unit(path, float(np.median(np.concatenate(ratios)))))
+    _warn(_another_unit(path, np.concatenate(ratios)))
     return lines + _whole_layer(operators, device, gemm)
 
 
-def _another_unit(path: Path, ratio: float) -> str | None:
-    """In one line, that times which are `ratio` of the predicted ones are off by about a thousand."""
-    if not 300 < max(ratio, 1 / ratio) < 3000:
+def _another_card(path: Path, frame: pd.DataFrame, device: DeviceSpec) -> str | None:
+    """In one line, that rows say to be of cards that are known by another name."""
+    said = frame["device"].astype(str).unique().tolist() if "device" in frame else []
+    others = [text for text in said if card_named(text) not in (None, device.name)]
+    return f"{path}: rows of {', '.join(others)} are judged as {device.name}" if others else None
+
+
+def _another_unit(path: Path, ratios: Floats) -> str | None:
+    """In one line, that the times, which are `ratios` of the predicted ones, are nearly all off by about a thousand."""
+    least, middle, most = np.quantile(ratios, (0.1, 0.5, 0.9)).tolist()
+    if least > 100 and most < 10_000:
+        way = "unit=us takes them as microseconds"
+    elif 1 / most > 100 and 1 / least < 10_000:
+        way = "unit=s takes them as seconds, unit=ms as milliseconds"
+    else:
         return None
-    way = (
-        "unit=us takes them as microseconds"
-        if ratio > 1
-        else "unit=s takes them as seconds, unit=ms as milliseconds"
-    )
-    return f"{path}: the times are {ratio:.2g} of the predicted ones; {way}"
+    return f"{path}: the times are {middle:.2g} of the predicted ones; {way}"
 
 
 def _warn(text: str | None) -> None:

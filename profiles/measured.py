@@ -10,6 +10,7 @@ as long as an int8 one of 2 n) and bytes in vidur's.
 
 from __future__ import annotations
 
+import gzip
 import math
 import warnings
 from collections.abc import Callable, Collection, Sequence
@@ -38,6 +39,8 @@ COLLECTIVE_BYTES = {
 """Of an element, by the name of its type."""
 UNITS = {"ms": 1e-3, "us": 1e-6, "s": 1.0}
 """Of times, in seconds."""
+MOST_MISSING = 2
+"""Columns that a file may miss to be taken for a broken one of a kind."""
 MEASURED_TOO = ("power", "power_limit")
 """Columns that are results and not what a row is of."""
 
@@ -162,14 +165,13 @@ def read_frame(path: Path) -> pd.DataFrame:
 
 
 def _read_csv(path: Path) -> pd.DataFrame:
-    with path.open("rb") as file:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         header = file.readline()
     if header.startswith(b"version https://git-lfs"):
         raise ValueError("it is a pointer of Git LFS in place of the data, which `git lfs pull` fetches")
-    foreign = b";" in header and b"," not in header
-    return pd.read_csv(
-        path, encoding="utf-8-sig", sep=";" if foreign else ",", decimal="," if foreign else "."
-    )
+    separator = next((sep for sep in (",", ";", "\t") if sep.encode() in header), ",")
+    decimal = "," if separator == ";" else "."
+    return pd.read_csv(path, encoding="utf-8-sig", sep=separator, decimal=decimal)
 
 
 def _as_written(frame: pd.DataFrame) -> pd.DataFrame:
@@ -204,6 +206,11 @@ def recognise(file: str, columns: Sequence[str]) -> Layout:
     marked = [lay for lay in LAYOUTS if lay.mark & set(columns)] or list(LAYOUTS)
     missing = {lay.name: [n for n in needed[lay.name] if n not in columns] for lay in marked}
     fewest = min(map(len, missing.values()))
+    if fewest > MOST_MISSING:
+        kinds = "; ".join(f"{name}: {', '.join(names)}" for name, names in needed.items() if names)
+        raise ValueError(
+            f"{file}: row 0 (header): {', '.join(columns)}: of no kind that is known; known are {kinds}"
+        )
     near = [name for name, absent in missing.items() if len(absent) == fewest]
     absent = " or ".join(dict.fromkeys(missing[name][0] for name in near))
     wanted = "; ".join(f"needed for {name}: {', '.join(needed[name])}" for name in near)
@@ -220,7 +227,7 @@ def _half(file: str, frame: pd.DataFrame) -> pd.DataFrame:
             found = ", ".join(map(str, sorted(frame[name].astype(str).unique())[:4]))
             raise ValueError(f"{file}: {name} is {found} in every row; allowed: {', '.join(HALF)}")
         if not half.all():
-            _left_out(file, int((~half).sum()), f"of another {name}")
+            left_out(file, int((~half).sum()), f"of another {name}")
         frame = frame[half]
     return frame
 
@@ -244,6 +251,11 @@ def _check(file: str, frame: pd.DataFrame, layout: Layout) -> None:
                 f"{frame['num_key_value_heads'].iloc[row]}; "
                 f"allowed: at most num_heads, and a divisor of them, {frame['num_heads'].iloc[row]}"
             )
+
+
+def left_out(file: str, rows: int, what: str) -> None:
+    """Warn of them."""
+    warnings.warn(f"{file}: {rows} row{'s' * (rows > 1)} {what} left out", stacklevel=3)
 
 
 def check_numbers(
@@ -283,17 +295,13 @@ def _once(file: str, frame: pd.DataFrame, layout: Layout) -> pd.DataFrame:
             "allowed: one row per shape and time"
         )
     if copies.any():
-        _left_out(file, int(copies.sum()), "that are copies of another")
+        left_out(file, int(copies.sum()), "there twice")
         frame = frame[~copies]
     # Whatever else a file says of a row (kernel, library, card, run) tells it from another of its shape.
     again = frame.duplicated([n for n in told if n not in (*layout.seconds, *MEASURED_TOO)]) & ~expected
     if again.any() and not layout.several:
         warnings.warn(f"{file}: {int(again.sum())} rows measure a shape again; all count", stacklevel=2)
     return frame
-
-
-def _left_out(file: str, rows: int, what: str) -> None:
-    warnings.warn(f"{file}: {rows} row{'s' * (rows > 1)} {what} left out", stacklevel=3)
 
 
 def _floats(frame: pd.DataFrame, name: str, default: float | None = None) -> Floats:
@@ -349,7 +357,7 @@ def _some(file: str, frame: pd.DataFrame, name: str, known: Collection[str]) -> 
         raise ValueError(f"{file}: {name} is {frame[name].iloc[0]}; allowed: some of {', '.join(known)}")
     if not keep.all():
         others = ", ".join(map(str, frame[name][~keep].unique()[:4]))
-        _left_out(file, int((~keep).sum()), f"of {name} {others}")
+        left_out(file, int((~keep).sum()), f"of {name} {others}")
     return frame[keep]
 
 
@@ -385,7 +393,7 @@ def _in_one_node(file: str, frame: pd.DataFrame, collective: str) -> pd.DataFram
             f"allowed: some row of {collective} inside one node"
         )
     if not inside.all():
-        _left_out(file, int((~inside).sum()), "across nodes")
+        left_out(file, int((~inside).sum()), "across nodes")
     return frame[inside]
 
 
@@ -450,7 +458,7 @@ def _timed(file: str, frame: pd.DataFrame, times: Sequence[str]) -> pd.DataFrame
     """The rows that have all `times`."""
     empty = frame[list(times)].isna().any(axis=1)
     if empty.any():
-        _left_out(file, int(empty.sum()), "without a time")
+        left_out(file, int(empty.sum()), "without a time")
     frame = frame[~empty]
     check_numbers(file, frame, times, times, ())
     return frame

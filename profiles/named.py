@@ -102,6 +102,11 @@ def model_named(name: str) -> ModelShape:
     return model
 
 
+def card_named(name: str) -> str | None:
+    """The device that a driver calls `name`; None if it is not known."""
+    return known_name("device", name, _files("device"))
+
+
 def known_name(group: str, name: str, known: Iterable[str]) -> str | None:
     """The one of `known` that `name` means, letters, punctuation, owner and SILENT words aside; None if none."""
     names = {_plain(config): config for config in known}
@@ -126,7 +131,7 @@ def _plain(name: str) -> str:
 
 
 def _named(kind: Any, group: str, name: str) -> Any:
-    files = {path.stem: path for folder in FOLDERS for path in (folder / group).glob("*.yaml")}
+    files = _files(group)
     if name.endswith(".yaml"):
         path = Path(name)
         found = path if path.is_file() else None
@@ -139,3 +144,7 @@ def _named(kind: Any, group: str, name: str) -> Any:
             f"or the path of a YAML file of the form of configs/{group}"
         )
     return build(kind, OmegaConf.load(found), f"{group} {name}")
+
+
+def _files(group: str) -> dict[str, Path]:
+    return {path.stem: path for folder in FOLDERS for path in (folder / group).glob("*.yaml")}

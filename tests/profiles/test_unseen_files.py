@@ -15,7 +15,8 @@ from profiles.check import check_file
 from profiles.named import NEEDED, device_described, device_named, model_named
 from profiles.program import main
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*an extrapolation")
+IGNORED = ("an extrapolation", "qk_norm left out", "unit=us")
+pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{text}") for text in IGNORED]
 L40S = ("device.peak_flops=362e12", "device.memory_bandwidth_bytes_s=864e9", "device.sms=142")
 DEVICES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "device").glob("*.yaml"))
 
