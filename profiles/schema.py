@@ -61,8 +61,11 @@ class Provenance:
         for item in fields(self):
             if not getattr(self, item.name):
                 raise ValueError(f"provenance.{item.name} must not be empty")
-        device_named(self.device)
-        model_named(self.model).check_tp(self.tp)
+        # Known by other names too, but compared by these.
+        object.__setattr__(self, "device", device_named(self.device).name)
+        model = model_named(self.model)
+        object.__setattr__(self, "model", model.name)
+        model.check_tp(self.tp)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,8 @@ generation 2 takes 2.6 on an A100 and 2.95 on an RTX 4090, generation 3 hides al
 and results come through the L2 at e bytes per multiprocessor and clock h. s are the splits of the keys when there
 are few tiles. Tiles run side by side, so the longest and all of them together are nearly a maximum (p = 6); what
 the causal triangle adds is its unequal tiles, of which the longest come last. A chunk after a long context has
-equal ones.
+equal ones. W is at least the time of reading a context that the L2 cannot hold from the memory, as decodes read
+theirs: few tokens with many key-value heads, on a card whose memory is slow.
 
 What is measured as attention first writes the new keys and values to the cache, one block of min(G d, 512)
 threads per token, 2,048 threads at a time on a multiprocessor; a block takes w clocks however little it
@@ -50,6 +51,7 @@ from numpy.typing import NDArray
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.curves import ChunkCost, DecodeCost
 from sim.cost.efficiency import Efficiency
+from sim.cost.elementwise import HELD
 from sim.cost.gemm import smooth_maximum
 from sim.cost.nnls import nnls
 
@@ -126,6 +128,7 @@ def prefill_s(
         splits = _splits(tiles, np.ceil(longest / KEY_TILE), device.sms)
     mean_s = tiles / device.sms * (splits * e.attention_tile_s + mean * key_s)
     mean_s += moved / (device.sm_clocks_hz * e.attention_clock_bytes)
+    mean_s = np.maximum(mean_s, _missed_s(batch * kv_heads * np.minimum(context, reach), head_dim, device, e))
     longest_s = e.attention_tile_s + longest * key_s * e.attention_critical / splits
     seconds = e.attention_fixed_s + smooth_maximum(mean_s, longest_s, SMOOTHNESS)
     seconds += (longest - mean) * key_s * e.attention_tail / splits
@@ -231,6 +234,13 @@ def cache_write_s(
     latency_s = waves * efficiency.cache_write_clocks / device.sm_clocks_hz
     moved_s = 8.0 * tokens * width / device.memory_bandwidth_bytes_s
     return smooth_maximum(latency_s, moved_s, WRITES_OVERLAP)
+
+
+def _missed_s(keys: Floats | float, head_dim: Floats, device: DeviceSpec, efficiency: Efficiency) -> Floats:
+    """Seconds of reading cached keys and values from the memory: what the L2 cannot hold of them."""
+    read = 4.0 * head_dim * keys
+    missed = read * np.clip(read / (HELD * device.cache_bytes) - 1.0, 0.0, 1.0)
+    return np.asarray(missed / (device.memory_bandwidth_bytes_s * efficiency.decode_bandwidth))
 
 
 def local_kv_heads(model: ModelShape, tp: int) -> int:

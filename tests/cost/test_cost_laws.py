@@ -24,7 +24,9 @@ from sim.cost.scaled import Scaled
 CONFIGS = Path(__file__).parents[2] / "configs"
 DEVICES = sorted(path.stem for path in (CONFIGS / "device").glob("*.yaml"))
 MODELS = sorted(path.stem for path in (CONFIGS / "model").glob("*.yaml"))
-PAIRS = [(device, model) for device in DEVICES for model in MODELS]
+SIZES = ("llama_3_1_8b", "qwen2_5_14b", "qwen2_5_32b", "llama_3_1_70b")
+PAIRS = [(device, model) for device in DEVICES for model in MODELS if model in SIZES or device == "a100_80gb"]
+"""Four sizes on every device, and every model on one."""
 LORA = LoraSpec()
 
 
