@@ -376,30 +376,32 @@ def test_a_policy_that_raises_is_told_with_the_lines_of_its_own_file(
         (
             "device=l4 model=llama_3_1_8b",
             "to take 0.06448 s on llama_3_1_8b, got 0.045",
-            ["cluster.tp=2", "slo.classes.default.tpot_s=0.065"],
+            ["cluster.tp=2", "model=llama_3_2_3b", "slo.classes.default.tpot_s=0.065"],
         ),
         (
             "model=llama_3_1_70b cluster.tp=1",
             "need 60.4 GiB more per device",
-            ["cluster.tp=4", "model=qwen2_5_32b"],
+            ["cluster.tp=4", "model=codellama_34b"],
         ),
         (
             "cluster.limits.kv_tokens=900000",
             "need 53.7 GiB more per device",
-            ["cluster.tp=2", "cluster.limits.kv_tokens=null"],
+            ["cluster.tp=2", "cluster.limits.kv_tokens=null", "model=qwen2_5_7b"],
         ),
         (
             "device=l4 model=llama_3_1_70b",
             "need 11.9 GiB more per device",
-            [
-                "cluster.tp=8 finetune.jobs.sky_t1.order=window_major",
-                "model=qwen2_5_32b finetune.jobs.sky_t1.order=window_major",
-            ],
+            ["cluster.tp=8 finetune.jobs.sky_t1.order=window_major", "model=llama_3_2_3b"],
         ),
         (
             "device=rtx_4090 finetune.jobs.sky_t1.memory=stash",
             "17.5 more: runtime 0.5 GiB, weights 15.0 GiB",
-            ["cluster.tp=4", "finetune.jobs.sky_t1.memory=auto", "finetune.jobs.sky_t1.cutoff_len=1024"],
+            [
+                "cluster.tp=4",
+                "finetune.jobs.sky_t1.memory=auto",
+                "finetune.jobs.sky_t1.cutoff_len=1024",
+                "model=llama_3_2_3b",
+            ],
         ),
         ("device.memory_bytes=3e8", "need 15.6 GiB more per device", []),
     ],
