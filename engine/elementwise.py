@@ -76,12 +76,18 @@ def rms_norm_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, e
     return (r * (g - n * (g * n).mean(1, keepdim=True))).to(x.dtype)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of x [T, heads, D]: its first half against its second. With -sin, its backward."""
+def rotate(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Rotary embedding of x [T, heads, D]: its first half against its second. With -sin, its backward.
+
+    Goes to `out`, if there is one, in its type; its rows may be parts of longer ones.
+    """
     if uses_triton(x):
-        return rotate_triton(x, cos, sin)
+        return rotate_triton(x, cos, sin, out)
     first, second = x.to(cos.dtype).chunk(2, dim=2)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2).to(x.dtype)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=2)
+    return rotated.to(x.dtype) if out is None else out.copy_(rotated)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

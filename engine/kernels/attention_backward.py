@@ -36,7 +36,7 @@ from engine.kernels.checks import (
     check_rows,
     check_shape,
 )
-from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, tl, uses_triton
+from engine.kernels.jit import Launch, by_layout, cdiv, jit, multiprocessors, tl, uses_triton
 from engine.kernels.paged_attention import LOG2_E, MAX_SPLITS, Tile, choose_splits, gather_pages
 
 
@@ -127,6 +127,33 @@ def backward_launches(
     splits: int | None,
 ) -> tuple[list[Launch], torch.Tensor]:
     """Launches for dq (which also writes delta) and for dk, dv; and dq in [splits, N, H, D] parts."""
+    given = (dout, q, out, lse, k_pages, v_pages, block_table, dk, dv)
+    for_dq, for_dkv, shape, part_type = _pair(*given, start, scale, splits)
+    parts = q.new_empty(shape, dtype=part_type)
+    delta = torch.empty_like(lse)
+    launches = [
+        for_dq.on(dout, q, out, lse, delta, k_pages, v_pages, block_table, parts),
+        for_dkv.on(dout, q, lse, delta, k_pages, v_pages, block_table, dk, dv),
+    ]
+    return launches, parts
+
+
+@by_layout
+def _pair(
+    dout: torch.Tensor,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_table: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    start: int,
+    scale: float,
+    splits: int | None,
+) -> tuple[Launch, Launch, tuple[int, int, int, int], torch.dtype]:
+    """Both launches as `Launch.on` takes them, and shape and type of the parts of dq."""
     check_window(dout, q, out, lse, k_pages, v_pages, block_table, dk, dv, start)
     check_dtype("q", q, FLOATS)
     check_dtype("lse", lse, (torch.float32,))
@@ -144,69 +171,27 @@ def backward_launches(
         splits = choose_splits(programs * kv_heads, multiprocessors(q.device), keys)
     if not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1..{MAX_SPLITS}, got {splits}")
-    part_type = q.dtype if splits == 1 else torch.float32
-    parts = torch.empty((splits, tokens, heads, head_dim), dtype=part_type, device=q.device)
-    delta = torch.empty((tokens, heads), dtype=torch.float32, device=q.device)
     sizes = {"group": group, "block_size": k_pages.shape[1], "head_dim": head_dim}
+    numbers = (scale, scale * LOG2_E, start, tokens, heads, dout.stride(0), q.stride(0))
     strides = (k_pages.stride(0), k_pages.stride(1), k_pages.stride(2))
-    launches = [
-        Launch(
-            _dq,
-            (programs, kv_heads, splits),
-            (
-                dout,
-                q,
-                out,
-                lse,
-                delta,
-                k_pages,
-                v_pages,
-                block_table,
-                parts,
-                scale,
-                scale * LOG2_E,
-                start,
-                tokens,
-                heads,
-                dout.stride(0),
-                q.stride(0),
-                out.stride(0),
-                *strides,
-                splits,
-            ),
-            {**sizes, "block_m": tiles.dq.rows, "block_q": dq_tokens, "block_n": tiles.dq.keys},
-            tiles.dq.warps,
-            tiles.dq.stages,
-        ),
-        Launch(
-            _dkv,
-            (cdiv(keys, tiles.dkv.keys), kv_heads),
-            (
-                dout,
-                q,
-                lse,
-                delta,
-                k_pages,
-                v_pages,
-                block_table,
-                dk,
-                dv,
-                scale,
-                scale * LOG2_E,
-                start,
-                tokens,
-                heads,
-                dout.stride(0),
-                q.stride(0),
-                dk.stride(0),
-                *strides,
-            ),
-            {**sizes, "block_m": tiles.dkv.rows, "block_n": tiles.dkv.keys},
-            tiles.dkv.warps,
-            tiles.dkv.stages,
-        ),
-    ]
-    return launches, parts
+    for_dq = Launch(
+        _dq,
+        (programs, kv_heads, splits),
+        (*numbers, out.stride(0), *strides, splits),
+        {**sizes, "block_m": tiles.dq.rows, "block_q": dq_tokens, "block_n": tiles.dq.keys},
+        tiles.dq.warps,
+        tiles.dq.stages,
+    )
+    for_dkv = Launch(
+        _dkv,
+        (cdiv(keys, tiles.dkv.keys), kv_heads),
+        (*numbers, dk.stride(0), *strides),
+        {**sizes, "block_m": tiles.dkv.rows, "block_n": tiles.dkv.keys},
+        tiles.dkv.warps,
+        tiles.dkv.stages,
+    )
+    part_type = q.dtype if splits == 1 else torch.float32
+    return for_dq, for_dkv, (splits, tokens, heads, head_dim), part_type
 
 
 def check_window(

@@ -31,7 +31,16 @@ from engine.kernels.checks import (
     check_rows,
     check_shape,
 )
-from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, power_of_2_from, tl, uses_triton
+from engine.kernels.jit import (
+    Launch,
+    by_layout,
+    cdiv,
+    jit,
+    multiprocessors,
+    power_of_2_from,
+    tl,
+    uses_triton,
+)
 
 MAX_RANK = 128
 """Of one launch; a larger rank takes several, each with its columns of A^T and B."""
@@ -104,8 +113,8 @@ def lora_expand(
 def lora_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> None:
     """grad += scale * small^T @ wide over the tokens of one segment: dA and dB.
 
-    small [T, >= r] float32 (u or s of `grouped_lora`), wide [T, F] (x or dy), grad [r, F] float32 is
-    modified and may be a transposed view:
+    small [T, >= r] (u or s of `grouped_lora`, float32 or kept in wide's type), wide [T, F] (x or dy),
+    grad [r, F] float32 is modified and may be a transposed view:
 
         dA [r, I]: lora_weight_grad(da, u, x, scale)       dB [O, r]: lora_weight_grad(db.T, s, dy, scale)
 
@@ -127,16 +136,17 @@ def grouped_lora_triton(
     segment_adapter: torch.Tensor,
 ) -> torch.Tensor:
     """`grouped_lora` by the kernels of this file."""
-    found = []
-    for part in _rank_parts(a.shape[1]):
-        own = ranks if part.start == 0 else ranks - part.start
-        launches, s = lora_launches(
-            y, x, a[:, part], b[:, :, part], own, scales, segment_start, segment_adapter
-        )
-        for launch in launches:
-            launch.run()
-        found.append(s)
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    if a.shape[1] > MAX_RANK:
+        index = (segment_start, segment_adapter)
+        found = [
+            grouped_lora_triton(y, x, a[:, part], b[:, :, part], ranks - part.start, scales, *index)
+            for part in _rank_parts(a.shape[1])
+        ]
+        return torch.cat(found, dim=1)
+    launches, s = lora_launches(y, x, a, b, ranks, scales, segment_start, segment_adapter)
+    for launch in launches:
+        launch.run()
+    return s
 
 
 def lora_shrink_triton(
@@ -147,15 +157,17 @@ def lora_shrink_triton(
     segment_adapter: torch.Tensor,
 ) -> torch.Tensor:
     """`lora_shrink` by the kernel of this file."""
-    check_shrink(x, a, ranks, segment_start, segment_adapter)
-    check_dtype("x", x, FLOATS)
-    found = []
-    for part in _rank_parts(a.shape[1]):
-        own = ranks if part.start == 0 else ranks - part.start
-        launch, parts = _shrink_launch(x, a[:, part], own, segment_start, segment_adapter)
-        launch.run()
-        found.append(parts[0] if len(parts) == 1 else parts.sum(0))
-    return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+    index = (segment_start, segment_adapter)
+    if a.shape[1] > MAX_RANK:
+        check_shrink(x, a, ranks, *index)
+        found = [
+            lora_shrink_triton(x, a[:, part], ranks - part.start, *index) for part in _rank_parts(a.shape[1])
+        ]
+        return torch.cat(found, dim=1)
+    shrink, splits = _shrink_alone(x, a, ranks, *index)
+    parts = torch.empty((splits, x.shape[0], a.shape[1]), dtype=torch.float32, device=x.device)
+    shrink.on(x, a, parts, ranks, *index).run()
+    return parts[0] if splits == 1 else parts.sum(0)
 
 
 def lora_expand_triton(
@@ -168,20 +180,26 @@ def lora_expand_triton(
     segment_adapter: torch.Tensor,
 ) -> None:
     """`lora_expand` by the kernel of this file."""
-    check_expand(y, s, b, ranks, scales, segment_start, segment_adapter)
-    check_dtype("y", y, FLOATS)
-    for part in _rank_parts(b.shape[2]):
-        own = ranks if part.start == 0 else ranks - part.start
-        one = s[None, :, part].contiguous()
-        _expand_launch(y, b[:, :, part], one, one[0], own, scales, segment_start, segment_adapter).run()
+    index = (segment_start, segment_adapter)
+    if b.shape[2] > MAX_RANK:
+        check_expand(y, s, b, ranks, scales, *index)
+        for part in _rank_parts(b.shape[2]):
+            lora_expand_triton(y, s[:, part], b[:, :, part], ranks - part.start, scales, *index)
+        return
+    expand = _expand_alone(y, s, b, ranks, scales, *index)
+    s = s[:, : b.shape[2]].contiguous()
+    expand.on(y, b, s, s, ranks, scales, *index).run()
 
 
 def lora_weight_grad_triton(
     grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float
 ) -> None:
     """`lora_weight_grad` by the kernel of this file."""
-    for part in _rank_parts(grad.shape[0]):
-        weight_grad_launch(grad[part], small[:, part], wide, scale).run()
+    if grad.shape[0] > MAX_RANK:
+        for part in _rank_parts(grad.shape[0]):
+            lora_weight_grad_triton(grad[part], small[:, part], wide, scale)
+        return
+    weight_grad_launch(grad, small, wide, scale).run()
 
 
 def _rank_parts(rank: int) -> list[slice]:
@@ -200,70 +218,98 @@ def lora_launches(
     segment_adapter: torch.Tensor,
 ) -> tuple[list[Launch], torch.Tensor]:
     """The shrink and the expand, and s, which the expand writes."""
+    index = (segment_start, segment_adapter)
+    shrink, expand, splits = _pair(y, x, a, b, ranks, scales, *index)
+    size = (x.shape[0], a.shape[1])
+    s = x.new_empty(size, dtype=torch.float32)
+    parts = s if splits == 1 else x.new_empty((splits, *size), dtype=torch.float32)
+    return [shrink.on(x, a, parts, ranks, *index), expand.on(y, b, parts, s, ranks, scales, *index)], s
+
+
+@by_layout
+def _pair(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> tuple[Launch, Launch, int]:
+    """Both launches as `Launch.on` takes them, and the splits of the contraction."""
     check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
     check_dtype("x", x, FLOATS)
-    index = (segment_start, segment_adapter)
-    shrink, parts = _shrink_launch(x, a, ranks, *index)
-    s = torch.empty_like(parts[0]) if len(parts) > 1 else parts[0]
-    return [shrink, _expand_launch(y, b, parts, s, ranks, scales, *index)], s
+    shrink, splits = _shrink_launch(x, a, segment_adapter.shape[0])
+    return shrink, _expand_launch(y, b, segment_adapter.shape[0], splits), splits
 
 
-def _shrink_launch(
+@by_layout
+def _shrink_alone(
     x: torch.Tensor,
     a: torch.Tensor,
     ranks: torch.Tensor,
     segment_start: torch.Tensor,
     segment_adapter: torch.Tensor,
-) -> tuple[Launch, torch.Tensor]:
-    """The shrink, and its partial sums [C, T, R]."""
-    (tokens, wide_in), rank, segments = x.shape, a.shape[1], segment_adapter.shape[0]
+) -> tuple[Launch, int]:
+    check_shrink(x, a, ranks, segment_start, segment_adapter)
+    check_dtype("x", x, FLOATS)
+    return _shrink_launch(x, a, segment_adapter.shape[0])
+
+
+@by_layout
+def _expand_alone(
+    y: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    ranks: torch.Tensor,
+    scales: torch.Tensor,
+    segment_start: torch.Tensor,
+    segment_adapter: torch.Tensor,
+) -> Launch:
+    check_expand(y, s, b, ranks, scales, segment_start, segment_adapter)
+    check_dtype("y", y, FLOATS)
+    return _expand_launch(y, b, segment_adapter.shape[0], 1)
+
+
+def _shrink_launch(x: torch.Tensor, a: torch.Tensor, segments: int) -> tuple[Launch, int]:
+    """The shrink without its tensors, and into how many sums it splits the contraction."""
+    (tokens, wide_in), rank = x.shape, a.shape[1]
     tiles = _tiles(tokens, rank, segments)
     programs, block_t, block_r = tiles["programs"], tiles["block_t"], tiles["block_r"]
     block_i = 128 if block_r <= 32 else 64
     splits = choose_splits(
         programs, 4 * multiprocessors(x.device), block_t * block_r, wide_in // (2 * block_i)
     )
-    parts = torch.empty((splits, tokens, rank), dtype=torch.float32, device=x.device)
-    index = (ranks, segment_start, segment_adapter)
     launch = Launch(
         _shrink,
         (programs, splits),
         (
-            *(x, a, parts, *index, segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
+            *(segments, tokens, wide_in, rank, x.stride(0), *a.stride()),
             cdiv(cdiv(wide_in, splits), block_i),
         ),
         {"block_t": block_t, "block_r": block_r, "block_g": tiles["block_g"], "block_i": block_i},
         4,
         4,
     )
-    return launch, parts
+    return launch, splits
 
 
-def _expand_launch(
-    y: torch.Tensor,
-    b: torch.Tensor,
-    parts: torch.Tensor,
-    s: torch.Tensor,
-    ranks: torch.Tensor,
-    scales: torch.Tensor,
-    segment_start: torch.Tensor,
-    segment_adapter: torch.Tensor,
-) -> Launch:
-    """The expand of partial sums [C, T, R]; their sum goes to s where there are several."""
-    (tokens, wide_out), rank, segments = y.shape, b.shape[2], segment_adapter.shape[0]
+def _expand_launch(y: torch.Tensor, b: torch.Tensor, segments: int, splits: int) -> Launch:
+    """The expand of so many partial sums, without its tensors; their sum goes to s where there are several."""
+    (tokens, wide_out), rank = y.shape, b.shape[2]
     tiles = _tiles(tokens, rank, segments)
     block_o = 128
-    index = (ranks, scales, segment_start, segment_adapter)
     return Launch(
         _expand,
         (tiles["programs"], cdiv(wide_out, block_o)),
-        (y, b, parts, s, *index, segments, tokens, wide_out, rank, y.stride(0), *b.stride()),
+        (segments, tokens, wide_out, rank, y.stride(0), *b.stride()),
         {
             "block_t": tiles["block_t"],
             "block_r": tiles["block_r"],
             "block_g": tiles["block_g"],
             "block_o": block_o,
-            "splits": len(parts),
+            "splits": splits,
         },
         4,
         1,
@@ -300,9 +346,14 @@ def choose_splits(programs: int, wanted_programs: int, tile: int, limit: int) ->
 
 def weight_grad_launch(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> Launch:
     """One program per block of grad's wide dimension, walking over the tokens."""
+    return _weight_grad_launch(grad, small, wide, float(scale)).on(grad, small, wide)
+
+
+@by_layout
+def _weight_grad_launch(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tensor, scale: float) -> Launch:
     check_weight_grad(grad, small, wide)
     check_dtype("wide", wide, FLOATS)
-    check_dtype("small", small, (torch.float32,))
+    check_dtype("grad", grad, (torch.float32,))
     rank, features = grad.shape
     if rank > MAX_RANK:
         raise ValueError(f"the rank must be at most {MAX_RANK}, got {rank}")
@@ -310,18 +361,7 @@ def weight_grad_launch(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tens
     return Launch(
         _weight_grad,
         (cdiv(features, block_f),),
-        (
-            grad,
-            small,
-            wide,
-            float(scale),
-            wide.shape[0],
-            features,
-            rank,
-            small.stride(0),
-            wide.stride(0),
-            *grad.stride(),
-        ),
+        (scale, wide.shape[0], features, rank, small.stride(0), wide.stride(0), *grad.stride()),
         {"block_t": 64, "block_r": max(16, power_of_2_from(rank)), "block_f": block_f},
         4,
         3,
@@ -424,7 +464,8 @@ def check_weight_grad(grad: torch.Tensor, small: torch.Tensor, wide: torch.Tenso
     check_shape("grad", grad, (None, wide.shape[1]))
     if small.shape[1] < grad.shape[0]:
         raise ValueError(f"small must have at least {grad.shape[0]} columns, got {small.shape[1]}")
-    check_dtype("grad", grad, (small.dtype,))
+    check_dtype("grad", grad, (torch.float32, torch.float64))
+    check_dtype("small", small, (grad.dtype, wide.dtype))
     check_rows("small", small)
     check_rows("wide", wide)
     check_device("grad", grad, wide.device)
@@ -661,5 +702,4 @@ def lora_weight_grad_reference(
 ) -> None:
     """`lora_weight_grad` in torch."""
     check_weight_grad(grad, small, wide)
-    check_dtype("small", small, (torch.float32, torch.float64))
-    grad.add_(small[:, : grad.shape[0]].T @ wide.to(small.dtype), alpha=scale)
+    grad.add_(small.to(grad.dtype)[:, : grad.shape[0]].T @ wide.to(grad.dtype), alpha=scale)

@@ -265,15 +265,17 @@ def _projection(family: Family) -> list[torch.Tensor]:
 def _write_kv(family: Family) -> Callable[[], Iterable[Launch]]:
     _, k, v = _projection(family)
     pages = _empty(8192, 16, family.kv_heads, family.head_dim)
-    return lambda: [write_launch(k.contiguous(), v, pages, pages, _empty(640, dtype=torch.int32))]
+    return lambda: [write_launch(k, v, pages, pages, _empty(640, dtype=torch.int32))]
 
 
 def _rotary(family: Family) -> Callable[[], Iterable[Launch]]:
-    """Of queries and keys forward, and of the keys' gradient, which is float32."""
+    """Of queries and keys at once forward, and of their gradients, those of keys float32, into one tensor."""
     q, k, _ = _projection(family)
-    d_keys = _empty(640, family.kv_heads, family.head_dim, dtype=torch.float32)
+    both = _empty(640, family.heads + 2 * family.kv_heads, family.head_dim)[:, : -family.kv_heads]
+    d_keys = torch.empty_like(k, dtype=torch.float32)
     angle = _empty(640, 1, family.head_dim // 2, dtype=torch.float32)
-    return lambda: [rotate_launch(x, angle, angle, torch.empty_like(x)) for x in (q, k, d_keys)]
+    pairs = ((both, torch.empty_like(both)), (torch.empty_like(q), q), (d_keys, k))
+    return lambda: [rotate_launch(x, angle, angle, out) for x, out in pairs]
 
 
 def _norm_backward(family: Family) -> Callable[[], Iterable[Launch]]:
@@ -339,6 +341,7 @@ def _lora(rank: int, tokens: int, segments: int, transposed: bool = False) -> Ca
 
 
 def _weight_grad(rank: int) -> Callable[[], Iterable[Launch]]:
+    """Of A, from a sum, and of B, from what is kept in the model's type."""
     return lambda: [
         weight_grad_launch(
             _empty(rank, 4096, dtype=torch.float32),
@@ -348,7 +351,7 @@ def _weight_grad(rank: int) -> Callable[[], Iterable[Launch]]:
         ),
         weight_grad_launch(
             _empty(4096, rank, dtype=torch.float32).T,
-            _empty(512, rank, dtype=torch.float32),
+            _empty(512, rank),
             _empty(512, 4096),
             2.0,
         ),

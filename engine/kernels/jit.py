@@ -4,13 +4,16 @@ A launcher checks its tensors and returns `Launch`es; whoever asked runs them. T
 compiled for a GPU that is not there (`engine.kernels.hopper`), so the table of registers and shared
 memory is about exactly what production launches. Kernels are plain functions where Triton is missing,
 so this package imports without it.
+
+Checks, grids and block sizes follow from the layout of the tensors, and the layers of an iteration have
+equal layouts: so a launcher does all that once for each layout (`by_layout`) and then only adds the tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -24,7 +27,23 @@ else:
     except ModuleNotFoundError:
         triton = tl = None
 
-__all__ = ["Launch", "cdiv", "jit", "multiprocessors", "power_of_2_from", "tl", "triton", "uses_triton"]
+__all__ = [
+    "Launch",
+    "by_layout",
+    "cdiv",
+    "jit",
+    "multiprocessors",
+    "power_of_2_from",
+    "tl",
+    "triton",
+    "uses_triton",
+]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MOST_LAYOUTS = 512
+"""Of one function that are remembered; an iteration has about ten."""
 
 
 def jit(*varying: str) -> Callable[[Any], Any]:
@@ -46,11 +65,16 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
-    """Tensors and numbers in the order of the kernel's parameters, before the constants."""
+    """Tensors, then numbers, in the order of the kernel's parameters, before the constants."""
     constants: dict[str, Any]
     warps: int
     stages: int
     """Depth of software pipelining of the kernel's loops."""
+
+    def on(self, *tensors: torch.Tensor) -> Launch:
+        """The launch of these tensors, where `args` are its numbers alone."""
+        args = (*tensors, *self.args)
+        return Launch(self.kernel, self.grid, args, self.constants, self.warps, self.stages)
 
     def run(self) -> None:
         """Launch on the current stream. An empty grid is no work."""
@@ -61,14 +85,40 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
 
 
+def by_layout(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, called once for all arguments that look the same and not for every launch.
+
+    Tensors look the same where shape, strides, type and device are equal; other arguments are hashable
+    values, and equal. What is computed must follow from that alone; who changes what else it follows from
+    calls its `cache_clear`. An error is raised anew each time.
+    """
+    known: dict[tuple[Any, ...], R] = {}
+
+    @wraps(function)
+    def remembered(*args: P.args, **kwargs: P.kwargs) -> R:
+        assert not kwargs
+        layout = tuple(
+            [(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args]
+        )
+        found = known.get(layout)
+        if found is None:
+            if len(known) == MOST_LAYOUTS:
+                known.clear()
+            found = known[layout] = function(*args, **kwargs)
+        return found
+
+    remembered.cache_clear = known.clear  # type: ignore[attr-defined]
+    return remembered
+
+
 def uses_triton(tensor: torch.Tensor) -> bool:
     """Whether operators on this tensor's device are Triton kernels: cuda yes, cpu no (reference).
 
     Raises ValueError for any other device.
     """
-    if tensor.device.type not in ("cuda", "cpu"):
+    if not (tensor.is_cuda or tensor.is_cpu):
         raise ValueError(f"kernels run on cuda (Triton) or cpu (reference), got {tensor.device}")
-    return tensor.device.type == "cuda"
+    return tensor.is_cuda
 
 
 @cache

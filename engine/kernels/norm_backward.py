@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from engine.kernels.jit import Launch, jit, power_of_2_from, tl
+from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl
 
 
 def rms_norm_backward_triton(
@@ -28,6 +28,11 @@ def norm_backward_launch(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor, eps: float
 ) -> Launch:
     """One program per row. dy, x, dx [T, E], dx contiguous; weight [E]. ValueError if they do not fit."""
+    return _launch(dy, x, weight, float(eps)).on(dy, x, weight, dx)
+
+
+@by_layout
+def _launch(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launch:
     check_shape("x", x, (None, None))
     check_shape("dy", dy, tuple(x.shape))
     check_shape("weight", weight, (x.shape[1],))
@@ -41,7 +46,7 @@ def norm_backward_launch(
     return Launch(
         _norm_backward,
         (tokens,),
-        (dy, x, weight, dx, float(eps), dy.stride(0), x.stride(0)),
+        (eps, dy.stride(0), x.stride(0)),
         {"width": width, "block": block},
         4 if block < 2048 else 8 if block < 8192 else 16,
         1,

@@ -33,7 +33,16 @@ from engine.kernels.checks import (
     check_rows,
     check_shape,
 )
-from engine.kernels.jit import Launch, cdiv, jit, multiprocessors, power_of_2_from, tl, uses_triton
+from engine.kernels.jit import (
+    Launch,
+    by_layout,
+    cdiv,
+    jit,
+    multiprocessors,
+    power_of_2_from,
+    tl,
+    uses_triton,
+)
 
 LOG2_E = 1.4426950408889634
 MAX_SPLITS = 32
@@ -121,7 +130,7 @@ def paged_attention_triton(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`paged_attention` by the kernels of this file. `splits` (a power of two) overrides the choice."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
     for launch in attention_launches(
         q,
         k_pages,
@@ -156,6 +165,42 @@ def attention_launches(
     splits: int | None,
 ) -> list[Launch]:
     """Launches that write `out` and `lse`: the decodes, then the chunks, each with its joining."""
+    launches = []
+    given = (q, k_pages, v_pages, block_tables, query_start, context_lens)
+    for attend, join, partial_shape in _parts(*given, scale, max_keys, decodes, splits):
+        partial, partial_lse = out, lse
+        if join is not None:
+            partial = q.new_empty(partial_shape, dtype=torch.float32)
+            partial_lse = q.new_empty(partial_shape[:-1], dtype=torch.float32)
+        launches.append(attend.on(*given, partial, partial_lse))
+        if join is not None:
+            launches.append(join.on(partial, partial_lse, out, lse))
+    return launches
+
+
+class _Part(NamedTuple):
+    """The decodes or the chunks of a batch; launches as `Launch.on` takes them."""
+
+    attend: Launch
+    join: Launch | None
+    """None where one program has all keys."""
+    partial_shape: tuple[int, int, int, int]
+    """[splits, width, H, D] of what is joined."""
+
+
+@by_layout
+def _parts(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    block_tables: torch.Tensor,
+    query_start: torch.Tensor,
+    context_lens: torch.Tensor,
+    scale: float,
+    max_keys: int,
+    decodes: int,
+    splits: int | None,
+) -> list[_Part]:
     check_batch(q, k_pages, v_pages, block_tables, query_start, context_lens)
     check_dtype("q", q, FLOATS)
     (tokens, heads, head_dim), sequences = q.shape, context_lens.shape[0]
@@ -168,79 +213,57 @@ def attention_launches(
     if splits is not None and (splits < 1 or splits > MAX_SPLITS or splits & (splits - 1)):
         raise ValueError(f"splits must be a power of two of 1..{MAX_SPLITS}, got {splits}")
     group = heads // kv_heads
-    parts: list[tuple[Tile, int, int, int]] = []  # tile, tokens of a tile, first sequence, programs
+    tiled: list[tuple[Tile, int, int, int]] = []  # tile, tokens of a tile, first sequence, programs
     if decodes:
-        parts.append((decode_tile(q.dtype, group), 1, 0, decodes))
+        tiled.append((decode_tile(q.dtype, group), 1, 0, decodes))
     if decodes < sequences and decodes < tokens:
         tile = chunk_tile(q.dtype)
         if group > tile.rows:
             raise ValueError(f"query heads per key head must be at most {tile.rows}, got {group}")
         tile_tokens = tile.rows // group
         programs = (tokens - decodes) // tile_tokens + sequences - decodes
-        parts.append((tile, tile_tokens, decodes, programs))
-    launches = []
-    for tile, tile_tokens, first, programs in parts:
+        tiled.append((tile, tile_tokens, decodes, programs))
+    parts = []
+    for tile, tile_tokens, first, programs in tiled:
         decode = first == 0 and decodes > 0
         count = splits or choose_splits(
             programs * kv_heads, (4 if decode else 1) * multiprocessors(q.device), max_keys
         )
         width = decodes if decode else tokens
-        partial, partial_lse = out, lse
-        if count > 1:
-            partial = torch.empty((count, width, heads, head_dim), dtype=torch.float32, device=q.device)
-            partial_lse = torch.empty((count, width, heads), dtype=torch.float32, device=q.device)
-        launches.append(
-            Launch(
-                _attend,
-                (programs, kv_heads, count),
-                (
-                    q,
-                    k_pages,
-                    v_pages,
-                    block_tables,
-                    query_start,
-                    context_lens,
-                    partial,
-                    partial_lse,
-                    scale * LOG2_E,
-                    first,
-                    sequences,
-                    width,
-                    q.stride(0),
-                    k_pages.stride(0),
-                    k_pages.stride(1),
-                    k_pages.stride(2),
-                    block_tables.stride(0),
-                    heads,
-                    count,
-                ),
-                {
-                    "group": group,
-                    "block_size": k_pages.shape[1],
-                    "head_dim": head_dim,
-                    "block_m": tile.rows,
-                    "block_q": tile_tokens,
-                    "block_n": tile.keys,
-                    "block_s": max(256, power_of_2_from(sequences)),
-                    "decode": decode,
-                },
-                tile.warps,
-                tile.stages,
-            )
+        attend = Launch(
+            _attend,
+            (programs, kv_heads, count),
+            (
+                scale * LOG2_E,
+                first,
+                sequences,
+                width,
+                q.stride(0),
+                k_pages.stride(0),
+                k_pages.stride(1),
+                k_pages.stride(2),
+                block_tables.stride(0),
+                heads,
+                count,
+            ),
+            {
+                "group": group,
+                "block_size": k_pages.shape[1],
+                "head_dim": head_dim,
+                "block_m": tile.rows,
+                "block_q": tile_tokens,
+                "block_n": tile.keys,
+                "block_s": max(256, power_of_2_from(sequences)),
+                "decode": decode,
+            },
+            tile.warps,
+            tile.stages,
         )
-        if count > 1:
-            offset = 0 if decode else decodes
-            launches.append(
-                Launch(
-                    _join,
-                    (width - offset, heads),
-                    (partial, partial_lse, out, lse, offset, width, heads),
-                    {"head_dim": head_dim, "splits": count},
-                    1,
-                    1,
-                )
-            )
-    return launches
+        offset = 0 if decode else decodes
+        grid, numbers = (width - offset, heads), (offset, width, heads)
+        join = Launch(_join, grid, numbers, {"head_dim": head_dim, "splits": count}, 1, 1)
+        parts.append(_Part(attend, join if count > 1 else None, (count, width, heads, head_dim)))
+    return parts
 
 
 def choose_splits(programs: int, wanted_programs: int, max_keys: int) -> int:

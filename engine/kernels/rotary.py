@@ -13,24 +13,35 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from engine.kernels.jit import Launch, jit, power_of_2_from, tl
+from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl
 
 
-def rotate_triton(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`engine.elementwise.rotate` by the kernel of this file; the result is contiguous."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+def rotate_triton(
+    x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`engine.elementwise.rotate` by the kernel of this file; a result of its own is contiguous."""
+    if out is None:
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     rotate_launch(x, cos, sin, out).run()
     return out
 
 
 def rotate_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> Launch:
-    """One program per token. x, out [T, H, D], out contiguous; cos, sin [T, 1, D / 2] float32.
+    """One program per token. x, out [T, H, D] with contiguous rows; cos, sin [T, 1, D / 2] float32.
 
     Raises ValueError for tensors that do not fit together.
     """
+    return _launch(x, cos, sin, out).on(x, cos, sin, out)
+
+
+@by_layout
+def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Tensor) -> Launch:
     check_shape("x", x, (None, None, None))
-    check_dtype("x", x, FLOATS)
-    check_rows("x", x)
+    check_shape("out", out, tuple(x.shape))
+    for name, tensor in (("x", x), ("out", out)):
+        check_dtype(name, tensor, FLOATS)
+        check_rows(name, tensor)
+    check_device("out", out, x.device)
     tokens, heads, head_dim = x.shape
     if head_dim % 2:
         raise ValueError(f"head_dim must be even, got {head_dim}")
@@ -44,7 +55,7 @@ def rotate_launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: to
     return Launch(
         _rotate,
         (tokens,),
-        (x, cos, sin, out, x.stride(0)),
+        (x.stride(0), out.stride(0)),
         {"half": head_dim // 2, "size": size, "block": power_of_2_from(size)},
         4,
         1,
@@ -58,6 +69,7 @@ def _rotate(
     sin: tl.tensor,
     out: tl.tensor,
     stride_x: tl.tensor,
+    stride_out: tl.tensor,
     half: tl.constexpr,
     size: tl.constexpr,
     block: tl.constexpr,
@@ -73,7 +85,7 @@ def _rotate(
     source = x + token * stride_x + column
     first = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=mask, other=0.0).to(tl.float32)
-    target = out + token * (2 * size) + column
+    target = out + token * stride_out + column
     kind = out.dtype.element_ty
     tl.store(target, (first * c - second * s).to(kind), mask=mask)
     tl.store(target + half, (second * c + first * s).to(kind), mask=mask)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
-from engine.kernels.jit import Launch, cdiv, jit, tl
+from engine.kernels.jit import Launch, by_layout, cdiv, jit, tl
 
 BLOCK = 1024
 
@@ -30,6 +30,11 @@ def swiglu_backward_launch(
 ) -> Launch:
     """Programs of BLOCK features. d_active, gate, up [T, F]; out [T, 2 F] contiguous. ValueError if they do
     not fit."""
+    return _launch(d_active, gate, up).on(d_active, gate, up, out)
+
+
+@by_layout
+def _launch(d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Launch:
     check_shape("gate", gate, (None, None))
     for name, tensor in (("gate", gate), ("up", up), ("d_active", d_active)):
         check_shape(name, tensor, tuple(gate.shape))
@@ -40,7 +45,7 @@ def swiglu_backward_launch(
     return Launch(
         _swiglu_backward,
         (tokens, cdiv(width, BLOCK)),
-        (d_active, gate, up, out, d_active.stride(0), gate.stride(0), up.stride(0)),
+        (d_active.stride(0), gate.stride(0), up.stride(0)),
         {"width": width, "block": BLOCK},
         4,
         1,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from engine.kernels.checks import check_device, check_dtype, check_pages, check_rows, check_shape
-from engine.kernels.jit import Launch, jit, power_of_2_from, tl, uses_triton
+from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl, uses_triton
 
 
 def write_kv(
@@ -49,23 +49,19 @@ def write_launch(
     slots: torch.Tensor,
 ) -> Launch:
     """One program per token."""
+    return _launch(k, v, k_pages, v_pages, slots).on(k, v, k_pages, v_pages, slots)
+
+
+@by_layout
+def _launch(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slots: torch.Tensor
+) -> Launch:
     _check(k, v, k_pages, v_pages, slots)
     tokens, kv_heads, head_dim = k.shape
     return Launch(
         _write,
         (tokens,),
-        (
-            k,
-            v,
-            k_pages,
-            v_pages,
-            slots,
-            k.stride(0),
-            v.stride(0),
-            k_pages.stride(0),
-            k_pages.stride(1),
-            k_pages.stride(2),
-        ),
+        (k.stride(0), v.stride(0), k_pages.stride(0), k_pages.stride(1), k_pages.stride(2)),
         {
             "block_size": k_pages.shape[1],
             "head_dim": head_dim,

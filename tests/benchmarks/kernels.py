@@ -412,25 +412,20 @@ def rotary_case(tokens: int) -> Case:
     """Queries and keys of one projection, ours beside Liger's, which copies them first."""
     from liger_kernel.ops.rope import rope_forward
 
-    sizes = [heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS)]
-
     def tensors() -> list[torch.Tensor]:
-        q, k, _ = torch.split(random(tokens, sum(sizes)), sizes, dim=1)
+        fused = random(tokens, HEADS + 2 * KV_HEADS, HEAD_DIM)
         angle = torch.rand(tokens, 1, HEAD_DIM // 2, device="cuda") * 6
-        return [q.view(tokens, HEADS, HEAD_DIM), k.view(tokens, KV_HEADS, HEAD_DIM), angle.cos(), angle.sin()]
+        return [fused[:, : HEADS + KV_HEADS], angle.cos(), angle.sin()]
 
     def make() -> tuple[Call, Call | None]:
-        q, k, cos, sin = tensors()
+        both, cos, sin = tensors()
+        q, k = torch.split(both[None].transpose(1, 2), (HEADS, KV_HEADS), dim=1)
         whole = [torch.cat((part, part), dim=2).transpose(0, 1).contiguous() for part in (cos, sin)]
-
-        def call() -> object:
-            return rotate(q, cos, sin), rotate(k, cos, sin)
-
-        return call, lambda: rope_forward(q[None].transpose(1, 2), k[None].transpose(1, 2), *whole)
+        return lambda: rotate(both, cos, sin), lambda: rope_forward(q, k, *whole)
 
     def check() -> float:
-        q, _, cos, sin = tensors()
-        return error(rotate(q, cos, sin).cpu(), rotate(q.float().cpu(), cos.cpu(), sin.cpu()))
+        both, cos, sin = tensors()
+        return error(rotate(both, cos, sin).cpu(), rotate(both.float().cpu(), cos.cpu(), sin.cpu()))
 
     moved = 4 * tokens * (HEADS + KV_HEADS) * HEAD_DIM + 4 * tokens * HEAD_DIM
     return Case(f"rotary {tokens}, beside Liger's", moved, 0.0, make, check, "")
@@ -479,11 +474,18 @@ def tiles(install: Install | None) -> Iterator[None]:
         return
     file, name, replacement = install
     original = getattr(file, name)
-    setattr(file, name, replacement)
     try:
+        _choose(file, name, replacement)
         yield
     finally:
-        setattr(file, name, original)
+        _choose(file, name, original)
+
+
+def _choose(file: Any, name: str, function: Callable[..., Any]) -> None:
+    """Let `function` decide the tiles, also of launches that were made before."""
+    setattr(file, name, function)
+    for launcher in (attention_file._parts, backward_file._pair):
+        launcher.cache_clear()
 
 
 def tile_variants(kind: str) -> list[tuple[str, Install | None]]:

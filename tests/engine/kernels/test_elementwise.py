@@ -55,6 +55,17 @@ def test_rotation_of_a_slice_of_a_projection(head_dim: int, dtype_name: str, nat
     torch.testing.assert_close(back, x.contiguous(), **TOLERANCE[dtype])
 
 
+def test_rotation_goes_to_a_slice_of_another_type(native: str) -> None:
+    """Of keys' gradients, which are float32, to their part of the gradient of the projection."""
+    x, (cos, sin) = draw(0, 5, 2, 16, device=native, dtype=torch.float32), angles(5, 8, native)
+    fused = torch.zeros(5, 56, device=native, dtype=torch.float16)
+    rotate_triton(x, cos, sin, fused[:, 16:48].view(5, 2, 16))
+    wanted = torch.zeros(5, 56, dtype=torch.float16)
+    rotate(x.cpu(), cos.cpu(), sin.cpu(), wanted[:, 16:48].view(5, 2, 16))
+    assert wanted[:, 16:48].any(1).all()
+    torch.testing.assert_close(fused.cpu(), wanted, rtol=1e-3, atol=1e-5)
+
+
 def test_backward_of_the_norm_needs_only_its_input(dtype_name: str, size: str, native: str) -> None:
     dtype, width = getattr(torch, dtype_name), WIDE[size]
     fused = draw(1, 6, width + 8, device=native, dtype=dtype)

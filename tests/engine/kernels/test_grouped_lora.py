@@ -159,6 +159,17 @@ def test_weight_gradients_of_a_rank_of_several_launches(native: str) -> None:
     assert error(grad, 1 + 0.5 * small[:, :150].double().T @ wide.double()) < TOLERANCE[torch.float32]
 
 
+def test_weight_gradients_of_what_is_kept_in_the_type_of_the_other_factor(native: str) -> None:
+    small, wide = torch.randn(50, 16).half(), torch.randn(50, 90).half()
+    wanted = torch.randn(16, 90)
+    grad, reference = wanted.to(native), wanted.clone()
+    wanted = wanted.double() + 0.5 * small.double().T @ wide.double()
+    lora_weight_grad_triton(grad, small.to(native), wide.to(native), 0.5)
+    assert error(grad, wanted) < TOLERANCE[torch.float32]
+    lora_weight_grad(reference, small, wide, 0.5)
+    assert error(reference, wanted) < TOLERANCE[torch.float32]
+
+
 def test_kernels_in_half_precision(native: str) -> None:
     test_kernels_are_each_tokens_own_adapter(
         "window beside decodes", 300, 130, 64, "float16", "small", native
@@ -257,3 +268,20 @@ def test_weight_gradients_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=match):
         weight_grad_launch(torch.zeros(grad), torch.zeros(small), torch.zeros(wide), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("grad", "small", "match"),
+    [
+        (torch.bfloat16, torch.float32, "grad must be of type"),
+        (torch.float64, torch.float64, "grad must be of type"),
+        (torch.float32, torch.float16, "small must be of type"),
+        (torch.float32, torch.float64, "small must be of type"),
+    ],
+)
+def test_types_of_weight_gradients_that_do_not_fit_are_refused(
+    grad: torch.dtype, small: torch.dtype, match: str
+) -> None:
+    wide = torch.zeros(9, 30, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=match):
+        weight_grad_launch(torch.zeros(4, 30, dtype=grad), torch.zeros(9, 8, dtype=small), wide, 1.0)

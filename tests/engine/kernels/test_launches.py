@@ -1,0 +1,64 @@
+"""What a launcher decides is decided once for tensors that look the same, and anew for all others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from engine.kernels.jit import MOST_LAYOUTS, by_layout
+from engine.kernels.swiglu_backward import swiglu_backward_launch
+
+X = torch.zeros(4, 6)
+UNLIKE: dict[str, tuple[Any, ...]] = {
+    "shape": (torch.zeros(5, 6), 1, 0.5),
+    "strides": (torch.zeros(6, 4).T, 1, 0.5),
+    "type": (X.half(), 1, 0.5),
+    "device": (X.to("meta"), 1, 0.5),
+    "whole number": (X, 2, 0.5),
+    "float": (X, 1, 0.25),
+}
+
+
+class Recorded:
+    """A function that remembers what it was called with."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __call__(self, *args: Any) -> int:
+        self.calls.append(args)
+        return len(self.calls)
+
+
+@pytest.mark.parametrize("unlike", UNLIKE)
+def test_what_looks_the_same_is_decided_once(unlike: str) -> None:
+    recorded = Recorded()
+    decide = by_layout(recorded)
+    for same in (X, torch.ones(4, 6), torch.zeros(8, 6)[2:6]):
+        assert decide(same, 1, 0.5) == 1
+    assert decide(*UNLIKE[unlike]) == 2
+    assert decide(X, 1, 0.5) == 1
+    assert len(recorded.calls) == 2
+
+
+def test_what_is_remembered_is_bounded_and_can_be_forgotten() -> None:
+    decide: Any = by_layout(Recorded())
+    for n in range(MOST_LAYOUTS + 1):
+        decide(X, n)
+    assert decide(X, MOST_LAYOUTS) == MOST_LAYOUTS + 1
+    assert decide(X, 0) == MOST_LAYOUTS + 2
+    decide.cache_clear()
+    assert decide(X, 0) == MOST_LAYOUTS + 3
+
+
+def test_what_does_not_fit_is_refused_each_time_and_what_fits_has_its_own_tensors() -> None:
+    out = torch.empty(4, 12)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="d_active must have shape"):
+            swiglu_backward_launch(X[:3], X, X, out)
+    first, second = (swiglu_backward_launch(d, X, X, out) for d in (X, X + 1))
+    assert first.args[1:] == second.args[1:]
+    assert second.args[0] is not first.args[0]
+    assert torch.equal(second.args[0], X + 1)
