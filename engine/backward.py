@@ -18,30 +18,28 @@ from engine.elementwise import rms_norm_backward, rotate, swiglu_backward
 from engine.kernels.attention_backward import attention_backward
 from engine.model import Model
 from engine.recall import LayerTensors
-from engine.shelf import Segments
 
 
 def backward_layer(
     model: Model,
     saved: LayerTensors,
-    dx: torch.Tensor,
     dk: torch.Tensor | None,
     dv: torch.Tensor | None,
 ) -> None:
-    """Take dx [N, E] from the output of a block to its input, in place, as far as the plan wants it.
+    """Take the window's dx [N, E] from the output of a block to its input, in place, as far as the plan wants it.
 
     dk, dv [>= start + N, K, D] of the sample in this layer are modified, and final for the window's own
     tokens afterwards; None for a layer whose attention wants no gradient. Gradients of A and B are added.
     """
     w, eps = model.weights.layers[saved.index], model.config.norm_eps
-    bypass = _Bypass(saved)
+    dx = saved.window.dx
 
     # The MLP: down(silu(gate) * up)
     d_product = dx @ w.down if saved.wants("product") else None
-    bypass.run("down_proj", d_product, dx)
+    _bypass(saved, "down_proj", d_product, dx)
     if d_product is None:
         return
-    dh = _gate_up(w.gate_up, saved, bypass, d_product)
+    dh = _gate_up(w.gate_up, saved, d_product)
     if dh is None:
         return
     model.group.all_reduce(dh)
@@ -49,32 +47,28 @@ def backward_layer(
 
     # Attention: o(attend(rotate(q), rotate(k), v))
     d_attention = dx @ w.o if saved.wants("attention") else None
-    bypass.run("o_proj", d_attention, dx)
+    _bypass(saved, "o_proj", d_attention, dx)
     if d_attention is None:
         return
     assert dk is not None and dv is not None
     d_qkv = _attention(model, saved, d_attention, dk, dv)
     dh = d_qkv @ w.qkv if saved.wants("attention norm") else None
-    kv_dim = dk[0].numel()
-    parts = torch.split(d_qkv, [d_qkv.shape[1] - 2 * kv_dim, kv_dim, kv_dim], dim=1)
-    for target, dy in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
-        bypass.run(target, dh, dy)
+    for target, dy in zip(("q_proj", "k_proj", "v_proj"), _split(model, d_qkv), strict=True):
+        _bypass(saved, target, dh, dy)
     if dh is not None:
         model.group.all_reduce(dh)
         dx += rms_norm_backward(dh, saved["x"], w.input_norm, eps)
 
 
-def _gate_up(
-    weight: torch.Tensor, saved: LayerTensors, bypass: _Bypass, d_product: torch.Tensor
-) -> torch.Tensor | None:
+def _gate_up(weight: torch.Tensor, saved: LayerTensors, d_product: torch.Tensor) -> torch.Tensor | None:
     """The gradient at the norm before the MLP, None if it is not wanted."""
     if not saved.wants("gate"):
-        bypass.run("up_proj", None, d_product * saved["silu"])
+        _bypass(saved, "up_proj", None, d_product * saved["silu"])
         return None
     d_gate_up = swiglu_backward(d_product, saved["gate"], saved["up"])
     dh = d_gate_up @ weight if saved.wants("ffn norm") else None
     for target, dy in zip(("gate_proj", "up_proj"), d_gate_up.chunk(2, dim=1), strict=True):
-        bypass.run(target, dh, dy)
+        _bypass(saved, target, dh, dy)
     return dh
 
 
@@ -95,35 +89,34 @@ def _attention(
         saved.block_table,
         dk,
         dv,
-        start=saved.start,
+        start=saved.window.start,
         scale=model.scale,
     )
-    own = slice(saved.start, saved.start + saved.tokens)
-    cos, sin = saved.rotation()
-    parts = (rotate(dq, cos, -sin), rotate(dk[own], cos, -sin), dv[own])
-    return torch.cat([part.flatten(1).to(d_attention.dtype) for part in parts], dim=1)
+    own, rotation = saved.window.own, saved.window.rotation_back
+    shape = model.config.shape
+    d_qkv = d_attention.new_empty((saved.tokens, shape.q_dim + 2 * shape.kv_dim))
+    d_q, d_k, d_v = (part.view(saved.tokens, -1, shape.head_dim) for part in _split(model, d_qkv))
+    rotate(dq, *rotation, out=d_q)
+    rotate(dk[own], *rotation, out=d_k)
+    d_v.copy_(dv[own])
+    return d_qkv
 
 
-class _Bypass:
-    """Backward of one adapter's bypasses in one layer."""
+def _split(model: Model, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """q, k and v of [q, k, v]."""
+    shape = model.config.shape
+    return qkv.split_with_sizes((shape.q_dim, shape.kv_dim, shape.kv_dim), dim=1)
 
-    def __init__(self, saved: LayerTensors) -> None:
-        self._saved = saved
-        self._lora = saved.lora
-        start = torch.zeros(2, dtype=torch.int32, device=saved.lora.segment_slot.device)
-        start[1:].fill_(saved.tokens)
-        self._segments = Segments(start, saved.lora.segment_slot)
 
-    def run(self, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
-        """dx += scale (dy B) A unless it is None, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing
-        if `target` is not trained."""
-        lora, saved = self._lora, self._saved
-        if target not in lora.grads.a:
-            return
-        shelf, index = lora.shelves[target], saved.index
-        after = shelf.placement.after
-        grad = dy if after is None else after.backward(dy, saved.tokens)
-        u = shelf.add_input_grad(dx, grad, index, lora.scales, self._segments, saved.tokens)
-        grads = lora.grads.a[target][index], lora.grads.b[target][index]
-        low, x = saved[f"low {target}"], saved.bypass_input_of(target)
-        shelf.add_weight_grads(grads, lora.grads.scale, u, x, low, grad)
+def _bypass(saved: LayerTensors, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
+    """dx += scale (dy B) A unless it is None, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing
+    if `target` is not trained."""
+    lora, index = saved.lora, saved.index
+    if target not in lora.grads:
+        return
+    shelf = lora.shelves[target]
+    after = shelf.placement.after
+    grad = dy if after is None else after.backward(dy, saved.tokens)
+    u = shelf.add_input_grad(dx, grad, index, lora.scales, saved.window.segments, saved.tokens)
+    low, x = saved[f"low {target}"], saved.bypass_input_of(target)
+    shelf.add_weight_grads(lora.grads[target][index], lora.scale, u, x, low, grad)

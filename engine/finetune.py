@@ -29,7 +29,7 @@ from engine.model import Batch, Model, Pages, Window
 from engine.optimizer import MasterOptimizer, OptimizerSettings
 from engine.packing import upload
 from engine.placement import Placement
-from engine.recall import LayerTensors, TrainedLora
+from engine.recall import BackwardWindow, LayerTensors, TrainedLora
 from engine.shares import Shares
 from engine.shelf import Segments
 from sim.compile.plan import CompilePlan
@@ -113,6 +113,7 @@ class Trainer:
         self.plan = plan
         self._model = model
         self._pages = pages
+        self._layer_pages = pages.layers()
         self._bank = bank
         self._feed = feed
         self.table: NDArray[np.int32] = np.arange(blocks.start, blocks.stop, dtype=np.int32)
@@ -135,11 +136,18 @@ class Trainer:
         """The bank's slot of the newest weights; training uses it, requests after it is published."""
         self._shelves = {target: bank.shelf(placements[target]) for target in self.masters.targets}
         self._grads = grads
+        self._layer_grads = {
+            target: [
+                (da, db.T) for da, db in zip(grads.a[target].unbind(), grads.b[target].unbind(), strict=True)
+            ]
+            for target in grads.targets
+        }
 
         shape = model.config.shape
         self._kept = None if plan.mode == "recompute" else self._new_kept()
         size = (plan.accumulator_layers, self.max_tokens, *pages.k.shape[3:])
         self._dk, self._dv = (torch.zeros(size, dtype=model.compute, device=device) for _ in "kv")
+        self._layer_sums = list(zip(self._dk.unbind(), self._dv.unbind(), strict=True))
         self._dx = torch.empty((self.max_tokens, shape.hidden), dtype=model.dtype, device=device)
         self._loss = torch.zeros((), dtype=model.compute, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
@@ -235,29 +243,31 @@ class Trainer:
             if self._kept is None:
                 at = slice(0, end - first)
                 self._recompute(first, Window(kept, at, at))
+            window = BackwardWindow(self._model, lora, self._dx, at, first)
             for layer in reversed(range(self.spec.layers)):
-                self._layer(layer, kept, at, first, lora)
+                self._layer(layer, kept, window)
 
     def _rectangle(self, layers: int, start: int, tokens: int, length: int) -> None:
         """The same tokens in each of the next `layers` layers."""
         assert self._kept is not None
         top = self.spec.layers - 1 - self._backward_layer_tokens // length
-        lora = self._lora()
+        at = slice(start, start + tokens)
+        window = BackwardWindow(self._model, self._lora(), self._dx, at, start)
         for layer in range(top, top - layers, -1):
             if start + tokens == length:
                 self._dk.zero_()
                 self._dv.zero_()
-            self._layer(layer, self._kept, slice(start, start + tokens), start, lora)
+            self._layer(layer, self._kept, window)
 
-    def _layer(self, layer: int, kept: Kept, at: slice, start: int, lora: TrainedLora) -> None:
-        """The tokens from `start` on, whose kept tensors lie at `at`, through one layer."""
-        saved = LayerTensors(self._model, self.plan, layer, kept, at, start, self._pages, self._table, lora)
+    def _layer(self, layer: int, kept: Kept, window: BackwardWindow) -> None:
+        """A window through one layer."""
+        pages = self._layer_pages[layer]
+        saved = LayerTensors(self._model, self.plan, layer, window, kept, pages, self._table)
         dk = dv = None
         if saved.wants("q", "k", "v"):
             # One pair for every layer that wants it, the last for the highest, or one for all.
-            sums = max(0, layer - self.spec.layers + len(self._dk))
-            dk, dv = self._dk[sums], self._dv[sums]
-        backward_layer(self._model, saved, self._dx[start : start + saved.tokens], dk, dv)
+            dk, dv = self._layer_sums[max(0, layer - self.spec.layers + len(self._layer_sums))]
+        backward_layer(self._model, saved, dk, dv)
 
     def _recompute(self, start: int, window: Window) -> None:
         """Run a window's forward again, alone; its keys and values are still in the pages."""
@@ -291,7 +301,8 @@ class Trainer:
             scales=self._bank.scales,
             slot=self.slot,
             segment_slot=slot,
-            grads=self._grads,
+            scale=self._grads.scale,
+            grads=self._layer_grads,
         )
 
     # Steps

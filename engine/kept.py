@@ -39,5 +39,6 @@ class Kept:
         """Copy `rows` of what layer `index` made to `at`, as far as the plan keeps it. `made` has them by
         role."""
         for role, buffer in self.layers[index].items():
+            tensor, width = made[role], buffer.shape[1]
             # The low-rank product of a batch is padded to the largest rank.
-            buffer[at] = made[role][rows, : buffer.shape[1]]
+            buffer[at] = tensor[rows] if tensor.shape[1] == width else tensor[rows, :width]

@@ -160,7 +160,8 @@ class LoraRun(NamedTuple):
     """Rows of a batch whose adapters have one placement."""
 
     shelf: Shelf
-    rows: slice
+    rows: slice | None
+    """None: all."""
     segments: Segments
     """Of these rows."""
 
@@ -245,8 +246,7 @@ class AdapterBank:
     ) -> LoraBatch:
         """What runs for a batch. `starts` and `slots` are `segments` on the host; without them everything runs."""
         if not self._chooses or starts is None or slots is None:
-            whole = slice(None)
-            runs = {t: [LoraRun(s, whole, segments) for s in shelves] for t, shelves in self.shelves.items()}
+            runs = {t: [LoraRun(s, None, segments) for s in shelves] for t, shelves in self.shelves.items()}
             return LoraBatch(runs, self.scales)
         chosen: dict[str, list[LoraRun]] = {}
         for target, shelves in self.shelves.items():

@@ -53,6 +53,10 @@ class Pages(NamedTuple):
     k: torch.Tensor  # [layers, P, B, K, D]
     v: torch.Tensor  # [layers, P, B, K, D]
 
+    def layers(self) -> list[Pages]:
+        """Those of each layer: views [P, B, K, D]."""
+        return [Pages(k, v) for k, v in zip(self.k.unbind(), self.v.unbind(), strict=True)]
+
 
 class Batch(NamedTuple):
     """One packed batch; everything but the numbers is on the device."""
@@ -109,8 +113,8 @@ class Model:
         """
         x = self._embed(batch.tokens)
         cos, sin = self.rotation(batch.positions)
-        for index in range(len(self.weights.layers)):
-            x = self._layer(index, x, cos, sin, batch, pages, windows)
+        for index, own in enumerate(pages.layers()):
+            x = self._layer(index, x, cos, sin, batch, own, windows)
         return x
 
     def final_norm(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,24 +147,26 @@ class Model:
         pages: Pages,
         windows: Sequence[Window],
     ) -> torch.Tensor:
+        """`pages` are the layer's own."""
         shape, w, eps = self.config.shape, self.weights.layers[index], self.config.norm_eps
         tokens, q_dim, kv_dim = x.shape[0], shape.q_dim, shape.kv_dim
+        heads, kv_heads = shape.heads, shape.kv_heads
 
         h = rms_norm(x, w.input_norm, eps)
         qkv = F.linear(h, w.qkv, w.qkv_bias)
-        q_flat, k_flat, v_flat = torch.split(qkv, [q_dim, kv_dim, kv_dim], dim=1)
+        q_flat, k_flat, v_flat = qkv.split_with_sizes((q_dim, kv_dim, kv_dim), dim=1)
         made = {"x": x, "attention norm": h}
         for target, y in (("q_proj", q_flat), ("k_proj", k_flat), ("v_proj", v_flat)):
             _add_lora(y, h, target, index, batch.lora, made)
-        q = rotate(q_flat.view(tokens, shape.heads, shape.head_dim), cos, sin)
-        k = rotate(k_flat.view(tokens, shape.kv_heads, shape.head_dim), cos, sin)
-        v = v_flat.view(tokens, shape.kv_heads, shape.head_dim)
+        # Queries and keys lie beside each other: one rotation for both.
+        by_head = qkv.view(tokens, -1, shape.head_dim)
+        qk, v = by_head.split_with_sizes((heads + kv_heads, kv_heads), dim=1)
+        q, k = rotate(qk, cos, sin).split_with_sizes((heads, kv_heads), dim=1)
         if batch.slots is not None:
-            write_kv(k, v, pages.k[index], pages.v[index], batch.slots)
+            write_kv(k, v, *pages, batch.slots)
         attention, lse = paged_attention(
             q,
-            pages.k[index],
-            pages.v[index],
+            *pages,
             batch.block_tables,
             batch.query_start,
             batch.context_lens,
@@ -169,19 +175,19 @@ class Model:
             decodes=batch.decodes,
         )
         flat = attention.view(tokens, q_dim)
-        out = flat @ w.o.T
+        out = F.linear(flat, w.o)
         _add_lora(out, flat, "o_proj", index, batch.lora, made)
         self.group.all_reduce(out)
         middle = x + out
         made |= {"q": q, "attention": attention, "lse": lse, "mid": middle}
 
         h = rms_norm(middle, w.mlp_norm, eps)
-        gate_up = h @ w.gate_up.T
+        gate_up = F.linear(h, w.gate_up)
         gate, up = gate_up.chunk(2, dim=1)
         _add_lora(gate, h, "gate_proj", index, batch.lora, made)
         _add_lora(up, h, "up_proj", index, batch.lora, made)
         active = swiglu(gate, up)
-        down = active @ w.down.T
+        down = F.linear(active, w.down)
         _add_lora(down, active, "down_proj", index, batch.lora, made)
         self.group.all_reduce(down)
         made |= {"ffn norm": h, "gate": gate, "up": up, "product": active}
@@ -204,11 +210,13 @@ def _add_lora(
         return
     runs = lora.runs.get(target, ())
     for run in runs:
-        low = run.shelf.add(y[run.rows], x[run.rows], layer, lora.scales, run.segments)
+        own_y, own_x = (y, x) if run.rows is None else (y[run.rows], x[run.rows])
+        low = run.shelf.add(own_y, own_x, layer, lora.scales, run.segments)
         if len(runs) == 1 and low.shape[0] == x.shape[0]:
             made[f"low {target}"] = low
         elif not run.shelf.placement.rows_up:
             # Adapters that are placed otherwise have other rows; where tokens are split, nothing is kept.
             width = max(each.shelf.b.shape[3] for each in runs)
             whole = made.setdefault(f"low {target}", low.new_empty((x.shape[0], width)))
-            whole[run.rows, : low.shape[1]] = low
+            own = whole if run.rows is None else whole[run.rows]
+            own[:, : low.shape[1]] = low

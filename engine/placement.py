@@ -62,13 +62,10 @@ class Placement:
             self.after, self.adds = None, group.rank == 0
         self.rows_down, self.rows_up = (step.before == S0 for step in (down, up))
         """Whether the first and the second product are of this rank's tokens only."""
+        self.plain = self.before is self.between is self.after is None and self.adds
+        """Whether it is two products and nothing else."""
         self.key = (plan.composition, lora_rank if self.between is not None else None)
         """Adapters of one key may share a product: a change between the two takes ranks that are equal."""
-
-    @property
-    def plain(self) -> bool:
-        """Whether it is two products and nothing else."""
-        return self.before is self.between is self.after is None and self.adds
 
     @property
     def sends(self) -> bool:

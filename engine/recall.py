@@ -8,9 +8,9 @@ Shapes as in `engine.model`, with N the tokens of the window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -18,9 +18,8 @@ import torch.nn.functional as F  # noqa: N812
 from engine.elementwise import rms_norm, rotate
 from engine.kept import Kept
 from engine.kernels.paged_attention import paged_attention
-from engine.lora import Adapter
 from engine.model import Model, Pages
-from engine.shelf import Shelf
+from engine.shelf import Segments, Shelf
 from sim.compile.plan import RECOMPUTE, CompilePlan
 
 INPUTS = {
@@ -45,33 +44,63 @@ class TrainedLora:
     slot: int
     segment_slot: torch.Tensor
     """[1] int32: the slot, on the device."""
-    grads: Adapter
+    scale: float
+    grads: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]
+    """By linear layer, for each layer of the model: dA [r, in] and dB^T [r, out]."""
+
+
+class BackwardWindow:
+    """Tokens that go through layers together, with what is the same in all of these."""
+
+    def __init__(self, model: Model, lora: TrainedLora, dx: torch.Tensor, at: slice, start: int) -> None:
+        """`start` is the first position in the sample, whose gradient dx is [L, E]; `at` is where the tokens
+        lie in what is kept."""
+        self.lora = lora
+        self.at, self.start, self.tokens = at, start, at.stop - at.start
+        self.own = slice(start, start + self.tokens)
+        """The window in the sample."""
+        self.dx = dx[self.own]
+        ends = torch.zeros(2, dtype=torch.int32, device=dx.device)
+        ends[1:].fill_(self.tokens)
+        self.segments = Segments(ends, lora.segment_slot)
+        """One: all tokens take the adapter."""
+        self._model = model
+
+    @cached_property
+    def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin of the angles."""
+        end = self.start + self.tokens
+        return self._model.rotation(torch.arange(self.start, end, device=self.dx.device))
+
+    @cached_property
+    def rotation_back(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for gradients."""
+        cos, sin = self.rotation
+        return cos, -sin
 
 
 class LayerTensors:
-    """Layer `index` of one window: `start` is its first position in the sample, `at` where it lies in `kept`."""
+    """Layer `index` of one window; `pages` are the layer's."""
 
     def __init__(
         self,
         model: Model,
         plan: CompilePlan,
         index: int,
+        window: BackwardWindow,
         kept: Kept,
-        at: slice,
-        start: int,
         pages: Pages,
         block_table: torch.Tensor,
-        lora: TrainedLora,
     ) -> None:
         self.index = index
-        self.start = start
-        self.tokens = at.stop - at.start
-        self.lora = lora
-        self.k, self.v = pages.k[index], pages.v[index]
+        self.window = window
+        self.tokens = window.tokens
+        self.lora = window.lora
+        self.k, self.v = pages
         self.block_table = block_table
         self._model = model
         self._weights = model.weights.layers[index]
-        self._have = {role: buffer[at] for role, buffer in kept.layers[index].items()}
+        self._have = {role: buffer[window.at] for role, buffer in kept.layers[index].items()}
         self._again = {t.role for t in plan.layer(index) if t.action == RECOMPUTE}
         self._wanted = {t.role for t in plan.layer(index) if t.gradient}
 
@@ -112,19 +141,17 @@ class LayerTensors:
         bias = None if w.qkv_bias is None else w.qkv_bias[:width]
         q = F.linear(self["attention norm"], w.qkv[:width], bias)
         q = self._bypassed("q_proj", q).view(self.tokens, -1, self.k.shape[3])
-        return rotate(q, *self.rotation())
+        return rotate(q, *self.window.rotation)
 
     def _attention(self) -> torch.Tensor:
-        device, end = self.block_table.device, self.start + self.tokens
-        ends = torch.zeros(2, dtype=torch.int32, device=device)
-        ends[1:].fill_(self.tokens)
+        start, end = self.window.start, self.window.start + self.tokens
         attention, self._have["lse"] = paged_attention(
             self["q"],
             self.k,
             self.v,
             self.block_table[None],
-            ends,
-            torch.full((1,), self.start, dtype=torch.int32, device=device),
+            self.window.segments.start,
+            torch.full((1,), start, dtype=torch.int32, device=self.block_table.device),
             scale=self._model.scale,
             max_keys=end,
         )
@@ -135,30 +162,23 @@ class LayerTensors:
         return self._have["lse"]
 
     def _mid(self) -> torch.Tensor:
-        return self["x"] + self._bypassed("o_proj", self.input_of("o_proj") @ self._weights.o.T)
+        return self["x"] + self._bypassed("o_proj", F.linear(self.input_of("o_proj"), self._weights.o))
 
     def _gate_or_up(self, target: str, half: int) -> torch.Tensor:
         weight = self._weights.gate_up.chunk(2)[half]
-        return self._bypassed(target, self.input_of(target) @ weight.T)
+        return self._bypassed(target, F.linear(self.input_of(target), weight))
 
     def _low(self, target: str) -> torch.Tensor:
-        rank = self.lora.grads.a[target].shape[1]
+        rank = self.lora.grads[target][self.index][0].shape[0]
         x = self.bypass_input_of(target)
         return self.lora.shelves[target].low(x, self.index, self.lora.slot, rank, self.tokens)
 
     def _bypassed(self, target: str, y: torch.Tensor) -> torch.Tensor:
         """y with the bypass of `target`, if it has one."""
-        if target not in self.lora.grads.a:
+        if target not in self.lora.grads:
             return y
-        rank, low = self.lora.grads.b[target].shape[2], self[f"low {target}"]
-        return self.lora.shelves[target].bypassed(
-            y, low, self.index, self.lora.slot, rank, self.lora.grads.scale
-        )
-
-    def rotation(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin of the window's angles."""
-        end = self.start + self.tokens
-        return self._model.rotation(torch.arange(self.start, end, device=self.block_table.device))
+        rank, low = self.lora.grads[target][self.index][1].shape[0], self[f"low {target}"]
+        return self.lora.shelves[target].bypassed(y, low, self.index, self.lora.slot, rank, self.lora.scale)
 
 
 RULES: dict[str, Callable[[LayerTensors], torch.Tensor]] = {

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from engine.changes import rows_of
 from engine.kernels.grouped_lora import grouped_lora, lora_expand, lora_shrink, lora_weight_grad
@@ -54,6 +55,7 @@ class Shelf:
         """[layers, N, r, I]"""
         self.b = torch.zeros((layers, slots, *placement.b.shape), dtype=dtype, device=device)
         """[layers, N, O, r]"""
+        self._cut()
         self.a_ranks = torch.zeros(slots, dtype=torch.int32, device=device)
         self.b_ranks = self.a_ranks if placement.between is None else torch.zeros_like(self.a_ranks)
         self.slots: set[int] = set()
@@ -79,14 +81,20 @@ class Shelf:
         """As many slots more."""
         same = self.b_ranks is self.a_ranks
         self.a, self.b = (torch.cat((t, torch.zeros_like(t)), dim=1) for t in (self.a, self.b))
+        self._cut()
         self.a_ranks = torch.cat((self.a_ranks, torch.zeros_like(self.a_ranks)))
         self.b_ranks = self.a_ranks if same else torch.cat((self.b_ranks, torch.zeros_like(self.b_ranks)))
+
+    def _cut(self) -> None:
+        """Views of the layers' A and B, and of both transposed, which every iteration needs."""
+        self._layers = list(zip(self.a.unbind(), self.b.unbind(), strict=True))
+        self._transposed = [(a.transpose(1, 2), b.transpose(1, 2)) for a, b in self._layers]
 
     def add(
         self, y: torch.Tensor, x: torch.Tensor, layer: int, scales: torch.Tensor, segments: Segments
     ) -> torch.Tensor:
         """Add the bypass of x [T, I] to y [T, O], in place; returns low [T, >= r], unscaled."""
-        placement, a, b = self.placement, self.a[layer], self.b[layer]
+        placement, (a, b) = self.placement, self._layers[layer]
         if placement.plain:
             return grouped_lora(y, x, a, b, self.a_ranks, scales, *segments)
         tokens = x.shape[0]
@@ -107,7 +115,7 @@ class Shelf:
 
     def low(self, x: torch.Tensor, layer: int, slot: int, rank: int, tokens: int) -> torch.Tensor:
         """What the second product reads, made again: x is `before(x)`, `rank` that of A."""
-        low = x @ self.a[layer, slot, :rank].T
+        low = F.linear(x, self._layers[layer][0][slot, :rank])
         between = self.placement.between
         return low if between is None else between.forward(low, tokens)
 
@@ -115,11 +123,11 @@ class Shelf:
         self, y: torch.Tensor, low: torch.Tensor, layer: int, slot: int, rank: int, scale: float
     ) -> torch.Tensor:
         """y [T, O] with the bypass of low [T, r]; one whose output is sent is never made again."""
-        after, b = self.placement.after, self.b[layer, slot, :, :rank]
+        after, b = self.placement.after, self._layers[layer][1][slot, :, :rank]
         assert self.placement.adds and (after is None or not after.sends)
         if after is None:
             return torch.addmm(y, low, b.T, alpha=scale)
-        return y.add(after.part(low @ b.T), alpha=scale)
+        return y.add(after.part(F.linear(low, b)), alpha=scale)
 
     def add_input_grad(
         self,
@@ -134,8 +142,7 @@ class Shelf:
 
         `segments` are of all `tokens`.
         """
-        placement = self.placement
-        a, b = (factor[layer].transpose(1, 2) for factor in (self.a, self.b))
+        placement, (a, b) = self.placement, self._transposed[layer]
         if placement.plain and dx is not None:
             return grouped_lora(dx, grad, b, a, self.a_ranks, scales, *segments)
         own = segments.of(rows_of(self._group, tokens))
@@ -163,7 +170,7 @@ class Shelf:
         low: torch.Tensor,
         grad: torch.Tensor,
     ) -> None:
-        """Add to dA [r, I] and dB [O, r], from u, `before(x)`, low and `after'(dy)`."""
+        """Add to dA [r, I] and dB^T [r, O], from u, `before(x)`, low and `after'(dy)`."""
         d_a, d_b = grads
         lora_weight_grad(d_a, u, x, scale)
-        lora_weight_grad(d_b.T, low.to(u.dtype), grad, scale)
+        lora_weight_grad(d_b, low, grad, scale)
