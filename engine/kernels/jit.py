@@ -12,8 +12,9 @@ equal layouts: so a launcher does all that once for each layout (`by_layout`) an
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import torch
 
@@ -42,6 +43,8 @@ __all__ = [
 P = ParamSpec("P")
 R = TypeVar("R")
 
+ALIGNED_BYTES = 16
+"""Triton has a faster kernel for pointers to a multiple of so many."""
 MOST_LAYOUTS = 512
 """Of one function that are remembered; an iteration has about ten."""
 
@@ -59,7 +62,8 @@ def jit(*varying: str) -> Callable[[Any], Any]:
     return lambda function: triton.jit(function, do_not_specialize=list(varying))
 
 
-class Launch(NamedTuple):
+@dataclass(slots=True)
+class Launch:
     """One kernel launch: everything that decides what is compiled and what runs."""
 
     kernel: Any
@@ -67,22 +71,39 @@ class Launch(NamedTuple):
     args: tuple[Any, ...]
     """Tensors, then numbers, in the order of the kernel's parameters, before the constants."""
     constants: dict[str, Any]
+    """In the order of the kernel's last parameters."""
     warps: int
     stages: int
     """Depth of software pipelining of the kernel's loops."""
+    compiled: dict[tuple[bool, ...], Any] = field(default_factory=dict)
+    """Which of the tensors begin at a multiple of 16 bytes -> the kernel for these, of launches that look the same."""
 
     def on(self, *tensors: torch.Tensor) -> Launch:
         """The launch of these tensors, where `args` are its numbers alone."""
         args = (*tensors, *self.args)
-        return Launch(self.kernel, self.grid, args, self.constants, self.warps, self.stages)
+        return Launch(self.kernel, self.grid, args, self.constants, self.warps, self.stages, self.compiled)
 
     def run(self) -> None:
-        """Launch on the current stream. An empty grid is no work."""
+        """Launch on the current stream. An empty grid is no work.
+
+        Triton looks a kernel up by the types, values and alignments of all arguments, which takes twice as long as
+        launching it. Of launches that look the same only alignments differ, so what was found is kept by these.
+        """
         if triton is None:
             raise RuntimeError("Triton kernels need the package triton, which is not installed")
         if 0 in self.grid:
             return
-        self.kernel[self.grid](*self.args, **self.constants, num_warps=self.warps, num_stages=self.stages)
+        aligned = tuple([a.data_ptr() % ALIGNED_BYTES == 0 for a in self.args if isinstance(a, torch.Tensor)])
+        compiled = self.compiled.get(aligned)
+        if compiled is not None:
+            compiled[(*self.grid, 1, 1)[:3]](*self.args, *self.constants.values())
+            return
+        compiled = self.kernel[self.grid](
+            *self.args, **self.constants, num_warps=self.warps, num_stages=self.stages
+        )
+        # The interpreter compiles nothing.
+        if compiled is not None:
+            self.compiled[aligned] = compiled
 
 
 def by_layout(function: Callable[P, R]) -> Callable[P, R]:

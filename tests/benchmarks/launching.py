@@ -10,24 +10,25 @@ call. They are float32: of bf16 the CPU takes 25 us for the smallest product.
 
 The time of a layer is the difference between models of two depths, each the fastest of many repetitions, taken in
 turns: what happens once in an iteration (packing, loss, upload) is not in it. `engine us` is without Triton's
-launcher; `and Triton` runs all of its Python as well, with a driver that does nothing: it binds some twenty
-arguments, asks each for its alignment and looks the kernel up, 14 to 17 us for a launch among all the other work. A
-GPU adds the driver's call for each launch and each operation of torch, and what Liger's two norms and SwiGLU do on
-their way. `sim.cost.roofline` takes 5 us for a launch in all.
+launcher; `and Triton` runs all of its Python as well, with a driver that does nothing. A GPU adds the driver's call
+for each launch and each operation of torch, and what Liger's two norms and SwiGLU do on their way.
+`sim.cost.roofline` takes 5 us for a launch in all.
 
 Checks, grids and block sizes are decided once for each layout, views are made once for each window or for good,
-queries and keys are rotated at once, and gradients are written where the next product reads them. A layer with LoRA
-on all linear layers before that and with it, in turns (Triton 3.7.1, torch 2.13):
+queries and keys are rotated at once, gradients are written where the next product reads them, and the kernel that
+Triton has found for a layout is launched without looking it up again. A layer with LoRA on all linear layers before
+all that and with it, in turns (Triton 3.7.1, torch 2.13):
 
                             launches      torch        views       engine us         and Triton
-    forward, kept           18    17    13    13     85    31     554     260       936     550
-    backward, kept          35    35    27    18    162    48   1,050     470     1,750   1,060
-    forward, run again      18    17     6     6     78    24     490     215       810     510
-    backward, run again     52    51    38    29    252    86   1,560     730     2,550   1,630
+    forward, kept           18    17    13    13     85    31     554     241       936     343
+    backward, kept          35    35    27    18    162    48   1,050     447     1,750     646
+    forward, run again      18    17     6     6     78    24     490     203       810     310
+    backward, run again     52    51    38    29    252    86   1,560     685     2,550     997
 
-Triton's launcher is half of it now. The rest is spread: 0.5 us for each tensor of a launch to know its layout, 6 us
-for each tensor that a window keeps (two views and a copy), 7 us for each low-rank product that is made again.
-Seconds vary by half on a busy machine, so two checkouts are compared in turns; the counts do not vary.
+What Triton binds and looks up for a launch takes 14 to 17 us, the launch itself without the driver's call 6. The
+rest is spread: 0.5 us for each tensor of a launch to know its layout, 6 us for each tensor that a window keeps (two
+views and a copy), 7 us for each low-rank product that is made again. Seconds vary by half on a busy machine, so two
+checkouts are compared in turns; the counts do not vary.
 """
 
 from __future__ import annotations
@@ -198,9 +199,16 @@ def take_for_a_gpu() -> None:
             get_current_target=lambda: target,
         )
     )
-    nothing = SimpleNamespace(
-        function=0, packed_metadata=(), launch_metadata=lambda *_: None, run=lambda *_: None
-    )
+    from triton.compiler import CompiledKernel
+
+    class Nothing:
+        """A compiled kernel that does nothing."""
+
+        function = packed_metadata = None
+        __getitem__ = CompiledKernel.__getitem__
+        _init_handles = launch_metadata = run = staticmethod(lambda *_: None)
+
+    nothing = Nothing()
 
     def compile(kernel: Any, key: Any, *given: object) -> object:
         kernel.device_caches[0][0][key] = nothing

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,3 +67,19 @@ def test_what_does_not_fit_is_refused_each_time_and_what_fits_has_its_own_tensor
     assert first.args[1:] == second.args[1:]
     assert second.args[0] is not first.args[0]
     assert torch.equal(second.args[0], X + 1)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="launching needs triton")
+def test_what_is_launched_again_is_what_triton_would_look_up() -> None:
+    """In a process of its own: there Triton launches for a driver that only notes what it is given."""
+    program = Path(__file__).with_name("known_kernels.py")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, program],
+        env=environment | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(" launches\n")
