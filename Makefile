@@ -2,7 +2,8 @@
 # Another Python: make PYTHON=python3.12 test
 
 PYTHON ?= python3
-WORKERS ?= 2
+# Of the tests: one per core, but not more than fit into a laptop's memory.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
 DEVICE ?= h200
 MODEL ?= llama_3_1_8b
 OUT ?= runs/gpu
