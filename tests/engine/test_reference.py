@@ -32,6 +32,7 @@ from engine.reference_iterations import (
 )
 from engine.reference_peft import SETUPS, Setup, hf_model, loss_of, peft_model
 from engine.text import random_samples
+from sim.assemble import CONFIGS as SIMULATOR
 from sim.core.finetune import Backward, Forward, Step
 from sim.core.plan import Limits, Plan
 from sim.core.specs import LoraSpec
@@ -49,6 +50,13 @@ SMALL = [
     "sizes.long_sample_tokens=32",
 ]
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@pytest.mark.parametrize("group", ["scale", "sizes"])
+def test_every_device_has_its_sizes(group: str) -> None:
+    engine = Path(reference.__file__).parent / "configs"
+    devices = {path.name for folder in (engine, SIMULATOR) for path in (folder / "device").iterdir()}
+    assert {path.name for path in (engine / group).iterdir()} == {*devices, "gpu.yaml"}
 
 
 @pytest.mark.parametrize("targets", [ALL, ("down_proj",)], ids=["all", "down"])
