@@ -110,8 +110,8 @@ def by_layout(function: Callable[P, R]) -> Callable[P, R]:
     """`function`, called once for all arguments that look the same and not for every launch.
 
     Tensors look the same where shape, strides, type and device are equal; other arguments are hashable
-    values, and equal. What is computed must follow from that alone; who changes what else it follows from
-    calls its `cache_clear`. An error is raised anew each time.
+    values, equal and of one type: 1, 1.0 and True are three. What is computed must follow from that alone; who
+    changes what else it follows from calls its `cache_clear`. An error is raised anew each time.
     """
     known: dict[tuple[Any, ...], R] = {}
 
@@ -119,11 +119,14 @@ def by_layout(function: Callable[P, R]) -> Callable[P, R]:
     def remembered(*args: P.args, **kwargs: P.kwargs) -> R:
         assert not kwargs
         layout = tuple(
-            [(a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else a for a in args]
+            [
+                (a.shape, a.stride(), a.dtype, a.device) if isinstance(a, torch.Tensor) else (a.__class__, a)
+                for a in args
+            ]
         )
         found = known.get(layout)
         if found is None:
-            if len(known) == MOST_LAYOUTS:
+            if len(known) >= MOST_LAYOUTS:
                 known.clear()
             found = known[layout] = function(*args, **kwargs)
         return found

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,6 +24,9 @@ UNLIKE: dict[str, tuple[Any, ...]] = {
     "device": (X.to("meta"), 1, 0.5),
     "whole number": (X, 2, 0.5),
     "float": (X, 1, 0.25),
+    "float that is whole": (X, 1.0, 0.5),
+    "truth value": (X, True, 0.5),
+    "float of another width": (X, 1, np.float32(0.5)),
 }
 
 
