@@ -46,6 +46,8 @@ class PeftSpec:
         _one_of("activation", self.activation, ACTIVATIONS)
         if self.rank < 1:
             raise ValueError(f"peft.rank must be at least 1, got {self.rank}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"peft.alpha must be a finite number, got {self.alpha}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"peft.dropout must be in [0, 1), got {self.dropout}")
         if self.method != "lora" and (self.dropout or self.rslora):

@@ -25,6 +25,14 @@ REFUSED: dict[str, dict[str, Any]] = {
         "lora_bias": False,
         "fan_in_fan_out": False,
         "exclude_modules": None,
+        "alora_invocation_tokens": None,
+        "use_qalora": False,
+        "layer_replication": None,
+        "use_bdlora": None,
+        "kasa_config": None,
+        "arrow_config": None,
+        "monteclora_config": None,
+        "velora_config": None,
     },
     "IA3": {"modules_to_save": None, "fan_in_fan_out": False, "exclude_modules": None},
 }
@@ -58,7 +66,7 @@ def read_peft(path: str | Path, adapter_dtype: str = "model") -> PeftSpec:
 
 def _spec(config: Mapping[str, Any], adapter_dtype: str) -> PeftSpec:
     kind = config.get("peft_type")
-    if kind not in REFUSED:
+    if not isinstance(kind, str) or kind not in REFUSED:
         raise ValueError(f"peft_type must be one of {', '.join(REFUSED)}, got {kind!r}")
     for option, allowed in REFUSED[kind].items():
         value = config.get(option, allowed)
@@ -66,16 +74,19 @@ def _spec(config: Mapping[str, Any], adapter_dtype: str) -> PeftSpec:
             raise ValueError(f"{option} must be {allowed!r}, got {value!r}")
     targets = _targets(config.get("target_modules"))
     if kind == "IA3":
-        feedforward = set(config.get("feedforward_modules") or ())
-        if feedforward != set(targets) & {"down_proj"}:
-            raise ValueError(f"feedforward_modules must be down_proj alone, got {sorted(feedforward)}")
+        feedforward = config.get("feedforward_modules") or []
+        wanted = ["down_proj"] if "down_proj" in targets else []
+        if feedforward != wanted:
+            raise ValueError(
+                f"feedforward_modules must be {wanted} beside these targets, got {feedforward!r}"
+            )
         return PeftSpec(method="ia3", targets=targets, adapter_dtype=adapter_dtype)
     return PeftSpec(
         method="lora",
         targets=targets,
         rank=_number(config, "r", int),
         alpha=float(_number(config, "lora_alpha", int, float)),
-        rslora=bool(config["use_rslora"]),
+        rslora=_flag(config, "use_rslora"),
         dropout=float(_number(config, "lora_dropout", int, float)),
         adapter_dtype=adapter_dtype,
     )
@@ -88,12 +99,19 @@ def _number(config: Mapping[str, Any], key: str, *kinds: type) -> Any:
     return value
 
 
+def _flag(config: Mapping[str, Any], key: str) -> bool:
+    value = config[key]
+    if not isinstance(value, bool):
+        raise ValueError(f"{key} must be true or false, got {value!r}")
+    return value
+
+
 def _targets(modules: object) -> tuple[str, ...]:
     if modules == "all-linear":
         return LINEARS
     if not isinstance(modules, list) or not modules:
         raise ValueError(f"target_modules must be a list of layers or all-linear, got {modules!r}")
-    unknown = sorted(str(name) for name in {*modules} - {*LINEARS})
+    unknown = [name for name in modules if name not in LINEARS]
     if unknown:
         raise ValueError(f"target_modules must be among {', '.join(LINEARS)}, got {unknown[0]}")
     return tuple(modules)

@@ -107,6 +107,8 @@ class LoraSpec:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
             raise ValueError(f"finetune.lora.rank must be at least 1, got {self.rank}")
+        if not math.isfinite(self.alpha):
+            raise ValueError(f"finetune.lora.alpha must be a finite number, got {self.alpha}")
 
     def layer_params(self, model: ModelShape) -> int:
         unknown = [t for t in self.targets if t not in model.linears]

@@ -61,6 +61,15 @@ def test_peft_leaves_out_what_it_defaults(tmp_path: Path) -> None:
         ({**LORA, "r": 0}, "rank must be at least 1"),
         ({**LORA, "target_modules": []}, "target_modules must be a list of layers or all-linear, got \\[\\]"),
         ({**LORA, "target_modules": ["q_proj", 3]}, "target_modules must be among"),
+        ({**LORA, "target_modules": [["q_proj"]]}, "target_modules must be among"),
+        ({**LORA, "lora_alpha": float("nan")}, "alpha must be a finite number, got nan"),
+        ({**LORA, "use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
+        ({**LORA, "layer_replication": [[0, 4]]}, "layer_replication must be None"),
+        ({**LORA, "peft_type": ["LORA"]}, "peft_type must be one of LORA, IA3"),
+        (
+            {"peft_type": "IA3", "target_modules": ["down_proj"], "feedforward_modules": "down_proj"},
+            "feedforward_modules must be \\['down_proj'\\] beside these targets, got 'down_proj'",
+        ),
         ([], "must hold keys and values"),
     ],
 )

@@ -12,8 +12,9 @@ import torch
 
 from engine.config import ModelConfig, config_of, hf_config, read_config
 from engine.load import load_model
-from engine.lora import read_adapter, write_adapter
+from engine.lora import UNSUPPORTED, read_adapter, write_adapter
 from engine.packing import Piece, pack
+from sim.compile.peft_file import REFUSED
 from tests.engine.saved import save_model
 from tests.engine.tiny import CONFIGS, adapter_of, tiny_model, tokens_of, twin
 
@@ -138,6 +139,10 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path) -> None:
         path.write_text(json.dumps(plain | change))
         with pytest.raises(ValueError, match=words):
             read_adapter(tmp_path, CONFIGS["llama"].shape)
+
+
+def test_what_the_engine_refuses_the_compiler_refuses() -> None:
+    assert {*UNSUPPORTED} <= REFUSED["LORA"].keys()
 
 
 @pytest.mark.parametrize(
