@@ -23,6 +23,7 @@ from profiles.measured import Measured, check_numbers, left_out
 from sim.core.specs import ModelShape
 from sim.cost.attention import local_kv_heads
 from sim.cost.elementwise import whole_blocks
+from sim.vllm.text import text_of
 
 Floats = NDArray[np.float64]
 
@@ -46,12 +47,14 @@ def named_beside(path: Path) -> tuple[str | None, int | None]:
     degree = re.fullmatch(r"tp(\d+)", path.parent.name)
     meta_path = (path.parent.parent if degree else path.parent) / "meta.yaml"
     try:
-        meta = yaml.safe_load(meta_path.read_text(encoding="utf-8")) if meta_path.is_file() else None
+        meta = yaml.safe_load(text_of(meta_path)) if meta_path.is_file() else None
     except yaml.YAMLError as error:
         raise ValueError(f"{meta_path} is not YAML: {str(error).splitlines()[0]}") from None
     meta = meta if isinstance(meta, dict) else {}
     degrees = meta.get("tp_degrees")
     only = degrees[0] if isinstance(degrees, list) and len(degrees) == 1 else None
+    if not (only is None or (type(only) is int and only > 0)):
+        raise ValueError(f"{meta_path}: tp_degrees must be a list of whole numbers from 1, got {degrees!r}")
     model = meta.get("model")
     return (None if model is None else str(model)), (int(degree[1]) if degree else only)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import math
 import warnings
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -155,7 +156,7 @@ def read_frame(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path}: no such file")
     try:
         frame = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
-    except (ValueError, OSError, pd.errors.ParserError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"
         ) from None

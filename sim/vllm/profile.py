@@ -25,6 +25,7 @@ import yaml
 from sim.cost.grid import AttentionGrid, Point
 from sim.cost.operators import Curve, OperatorProfile
 from sim.cost.skew import Box, Skew
+from sim.vllm.text import text_of
 
 POINT = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 KEY = "prefill_key"
@@ -52,7 +53,7 @@ def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
         folder = folder.parent
     path = folder / "meta.yaml"
     try:
-        meta = yaml.safe_load(_text(path))
+        meta = yaml.safe_load(text_of(path))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(meta, dict):
@@ -64,7 +65,10 @@ def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
         raise ValueError(f"{path}: tp_degrees must be a list of whole numbers from 1, got {degrees!r}")
     folder = _of_degree(folder, degrees, tp)
     skew, notes = Skew({}), []
-    if (meta.get("skew_fit") or {}).get("enabled", False):
+    fit = meta.get("skew_fit") or {}
+    if not isinstance(fit, dict):
+        raise ValueError(f"{path}: skew_fit must hold keys and values, got {fit!r}")
+    if fit.get("enabled", False):
         skew_path = folder / "skew_fit.csv"
         missing = [name for name in SKEW_COLUMNS if skew_path.is_file() and name not in _header(skew_path)]
         if skew_path.is_file() and not missing:
@@ -169,7 +173,7 @@ def _upper_bound(where: str, label: str) -> float:
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """(file and line, row) of a CSV file that has all `columns`."""
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(text_of(path).splitlines())
     missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(columns)}")
@@ -181,14 +185,7 @@ def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, s
 
 
 def _header(path: Path) -> Sequence[str]:
-    return csv.DictReader(_text(path).splitlines()).fieldnames or ()
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        below = ", ".join(sorted(str(found) for found in path.parent.glob(f"*/{path.name}")))
-        raise ValueError(f"there is no file {path}" + (f"; there is {below}" if below else ""))
-    return path.read_text(encoding="utf-8-sig")
+    return csv.DictReader(text_of(path).splitlines()).fieldnames or ()
 
 
 def _count(where: str, key: str, text: str, lowest: int, *, rounded: bool = False) -> int:

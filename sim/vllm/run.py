@@ -24,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.vllm.text import text_of
+
 Floats = NDArray[np.float64]
 
 TICK_COLUMNS = ("t", "prompt_throughput", "gen_throughput", "running", "waiting")
@@ -131,7 +133,7 @@ class _Node:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._root = json.loads(_text(path))
+            self._root = json.loads(text_of(path))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from None
 
@@ -300,7 +302,7 @@ def _graph_modes(meta: _Node) -> tuple[bool, bool]:
 
 def _prompts(path: Path, meta: _Node) -> list[list[int]]:
     """Token ids by row of the workload; rows that are sessions are passed over, as vLLM's driver does."""
-    text = _text(path)
+    text = text_of(path)
     if meta.has("dataset_hash"):
         expected, own = str(meta.get("dataset_hash")), hashlib.sha256(path.read_bytes()).hexdigest()
         if own != expected:
@@ -332,7 +334,7 @@ def _object(where: str, line: str) -> dict[str, Any]:
 
 
 def _requests(path: Path, prompts: list[list[int]] | None) -> MeasuredRequests:
-    rows = [_request(path, at, line) for at, line in enumerate(_text(path).splitlines(), 1) if line.strip()]
+    rows = [_request(path, at, line) for at, line in enumerate(text_of(path).splitlines(), 1) if line.strip()]
     if not rows:
         raise ValueError(f"{path} has no requests")
     table = np.array(rows, dtype=np.float64)
@@ -387,7 +389,7 @@ def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
 
 
 def _ticks(path: Path) -> dict[str, Floats] | None:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(text_of(path).splitlines())
     missing = [name for name in TICK_COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(TICK_COLUMNS)}")
@@ -401,13 +403,6 @@ def _ticks(path: Path) -> dict[str, Floats] | None:
     if (np.diff(columns["t"]) <= 0).any():
         raise ValueError(f"{path}: t must rise from row to row")
     return {name: np.array(values) for name, values in columns.items()}
-
-
-def _text(path: Path) -> str:
-    if not path.is_file():
-        below = ", ".join(sorted(str(found) for found in path.parent.glob(f"*/{path.name}")))
-        raise ValueError(f"there is no file {path}" + (f"; there is {below}" if below else ""))
-    return path.read_text(encoding="utf-8")
 
 
 def _whole(where: str, value: object, least: int = 1) -> int:

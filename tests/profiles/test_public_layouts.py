@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +130,16 @@ def test_the_same_rows_in_another_form_are_the_same(form: str, tmp_path: Path) -
     other = read_measured(path)[0]
     assert np.array_equal(plain.seconds, other.seconds)
     assert all(np.array_equal(plain.columns[name], other.columns[name]) for name in plain.columns)
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_a_damaged_compressed_file_is_named(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = gzip.compress(b"m,n,k,latency\n" + b"".join(b"%d,2,3,4\n" % m for m in range(1, 999)))
+    path = tmp_path / "gemm.csv.gz"
+    path.write_bytes(whole[:200] if damage == "cut short" else whole[:20] + bytes(40) + whole[60:])
+    assert "gemm.csv.gz: not a readable CSV or Parquet file" in refusal(capsys, path, "device=l40s")
 
 
 def test_times_in_another_unit_are_said_and_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -316,6 +327,17 @@ def test_a_cards_folder_says_its_model_and_degree(tmp_path: Path, capsys: pytest
     assert "measured for Qwen/Qwen2.5-14B, judged by the shapes of llama_3_1_8b" in said
     assert "measured for" not in notes(capsys, dense, "device=l40s", "model=Qwen/Qwen2.5-14B-Instruct")
     assert "measured on one of 2 devices; leave out tp=4" in refusal(capsys, dense, "device=l40s", "tp=4")
+
+
+def test_a_cards_folder_that_says_no_degree_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = card(tmp_path, "dense.csv", {"layer": "qkv_proj", "tokens": [1, 64], "time_us": [50.0, 60.0]})
+    own = dense.rename(dense.parents[1] / dense.name)
+    (own.parent / "meta.yaml").write_text("model: Qwen/Qwen2.5-14B\ntp_degrees: [two]\n")
+    assert "meta.yaml: tp_degrees must be a list of whole numbers from 1" in refusal(
+        capsys, own, "device=l40s"
+    )
 
 
 def test_later_attention_of_a_card_is_read_by_its_keys(

@@ -55,6 +55,24 @@ def test_an_alpha_table_that_is_not_there_or_has_other_axes_is_said(
     assert last_token_s(run, profile) == without
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("meta.yaml", b"model: \xff\n", "meta.yaml is not UTF-8 text: byte 7 is 0xff"),
+        ("dense.csv", b"layer,tokens,time_us\nx,\xff,2\n", "dense.csv is not UTF-8 text: byte 23 is 0xff"),
+        (
+            "meta.yaml",
+            b"model: a\nskew_fit: true\n",
+            "meta.yaml: skew_fit must hold keys and values, got True",
+        ),
+    ],
+)
+def test_a_damaged_profile_is_named(profile: Path, name: str, content: bytes, says: str) -> None:
+    (profile / name).write_bytes(content)
+    with pytest.raises(ValueError, match=says):
+        read_profile(profile)
+
+
 def test_a_folder_of_one_degree_is_its_profiles(tmp_path: Path) -> None:
     profile = folders.write_profile(tmp_path / "profile", degrees=(1, 2))
     assert read_profile(profile / "tp2", 2).tp == 2
