@@ -71,7 +71,8 @@ def _candidates(config: DictConfig, models: Path, bound: Changes) -> Iterator[li
     nodes = [OmegaConf.load(path) for path in models.glob("*.yaml")]
     params = {str(node.name): build(ModelShape, node, "model").params for node in nodes}
     less = [node for node in nodes if params[node.name] < own.params]
-    smaller: list[Changes] = [{"model": node} for node in sorted(less, key=lambda node: -params[node.name])]
+    less.sort(key=lambda node: (-params[node.name], node.name))
+    smaller: list[Changes] = [{"model": node} for node in less]
     yield [*smaller, *({**changes, **least} for changes in smaller)]
     if bound:
         yield [bound]
