@@ -135,6 +135,10 @@ class Trace:
             raise ValueError("workload.file must be the path of a trace, such as my.csv; got none")
         table = replace(self.reader.read(self.file), name=self.name)
         table = table.filter(max_prompt_tokens=self.max_prompt_tokens, max_total_tokens=self.max_total_tokens)
+        if self.start_s >= table.duration_s:
+            raise ValueError(
+                f"workload.start_s must be below {table.duration_s:g}, the end of {self.name}, got {self.start_s:g}"
+            )
         if self.start_s > 0:
             table = table.slice(self.start_s)
         table = self._stretched(table)

@@ -153,6 +153,12 @@ class RequestTable:
                 keep &= values <= most
         if keep.all():
             return self
+        if not keep.any():
+            raise ValueError(
+                f"{self.name}: there are no requests as short as asked for; the shortest prompt has "
+                f"{self.prompt_tokens.min()} tokens, the shortest request "
+                f"{(self.prompt_tokens + self.output_tokens).min()}"
+            )
         dropped = len(self) - int(keep.sum())
         kept = self._rows(np.flatnonzero(keep), self.arrival_s[keep], self.duration_s)
         note = f"{dropped} of {len(self)} requests are longer than asked for and left out"

@@ -199,6 +199,25 @@ def test_wrong_values_are_refused_by_key(override: str) -> None:
         construct(None, config, "workload")
 
 
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("workload.start_s=60", "workload.start_s must be below .*, the end of csv, got 60"),
+        (
+            "workload.max_prompt_tokens=10",
+            "no requests as short as asked for; the shortest prompt has 20 tokens",
+        ),
+        ("workload.max_total_tokens=25", "no requests as short as asked for; .* the shortest request 27"),
+    ],
+)
+def test_a_trace_of_which_nothing_is_left_says_what_there_is(
+    tmp_path: Path, override: str, says: str
+) -> None:
+    (tmp_path / "a.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,20,7\n30,40,8\n")
+    with pytest.raises(ValueError, match=says):
+        build("workload=csv", f"workload.file={tmp_path / 'a.csv'}", override)
+
+
 @pytest.mark.parametrize("name", names("slo"))
 def test_every_slo_config_holds_classes_with_every_bound(name: str) -> None:
     config = compose(overrides=[f"+slo={name}", "+model.name=qwen2_5_14b"])
