@@ -183,6 +183,15 @@ class DeviceSpec:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {value}")
+        for key in ("power_w", "idle_power_w", "price_per_hour"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"device.{key} must be at least 0 and finite, got {value}")
+        power_w = math.inf if self.power_w is None else self.power_w
+        if self.idle_power_w is not None and self.idle_power_w > power_w:
+            raise ValueError(
+                f"device.idle_power_w must be at most power_w {power_w:g}, got {self.idle_power_w:g}"
+            )
 
     @property
     def softmax_flops(self) -> float:
