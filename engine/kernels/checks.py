@@ -51,6 +51,21 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
         want *= size
 
 
+def check_out(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    like: torch.Tensor,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Raise ValueError unless `tensor` is contiguous, of `shape`, beside `like` and of its type, or of `dtype`."""
+    check_shape(name, tensor, shape)
+    check_dtype(name, tensor, (like.dtype if dtype is None else dtype,))
+    check_device(name, tensor, like.device)
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
 def check_index(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` is a contiguous int32 tensor of `shape`."""
     check_shape(name, tensor, shape)

@@ -111,7 +111,8 @@ def by_layout(function: Callable[P, R]) -> Callable[P, R]:
 
     Tensors look the same where shape, strides, type and device are equal; other arguments are hashable
     values, equal and of one type: 1, 1.0 and True are three. What is computed must follow from that alone; who
-    changes what else it follows from calls its `cache_clear`. An error is raised anew each time.
+    changes what else it follows from calls its `cache_clear`. An error is raised anew each time. A `Launch` keeps
+    the kernels that it has run, so what it is launched `on` is among the arguments, or always made alike.
     """
     known: dict[tuple[Any, ...], R] = {}
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from engine.kernels.checks import FLOATS, check_device, check_dtype, check_out, check_rows, check_shape
 from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl
 
 
@@ -28,11 +28,11 @@ def norm_backward_launch(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor, eps: float
 ) -> Launch:
     """One program per row. dy, x, dx [T, E], dx contiguous; weight [E]. ValueError if they do not fit."""
-    return _launch(dy, x, weight, float(eps)).on(dy, x, weight, dx)
+    return _launch(dy, x, weight, dx, float(eps)).on(dy, x, weight, dx)
 
 
 @by_layout
-def _launch(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Launch:
+def _launch(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.Tensor, eps: float) -> Launch:
     check_shape("x", x, (None, None))
     check_shape("dy", dy, tuple(x.shape))
     check_shape("weight", weight, (x.shape[1],))
@@ -41,6 +41,7 @@ def _launch(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float)
         check_device(name, tensor, x.device)
     check_rows("x", x)
     check_rows("dy", dy)
+    check_out("dx", dx, tuple(x.shape), x)
     tokens, width = x.shape
     block = power_of_2_from(width)
     return Launch(

@@ -29,6 +29,7 @@ from engine.kernels.checks import (
     check_dtype,
     check_heads,
     check_index,
+    check_out,
     check_pages,
     check_rows,
     check_shape,
@@ -167,7 +168,7 @@ def attention_launches(
     """Launches that write `out` and `lse`: the decodes, then the chunks, each with its joining."""
     launches = []
     given = (q, k_pages, v_pages, block_tables, query_start, context_lens)
-    for attend, join, partial_shape in _parts(*given, scale, max_keys, decodes, splits):
+    for attend, join, partial_shape in _parts(*given, out, lse, scale, max_keys, decodes, splits):
         partial, partial_lse = out, lse
         if join is not None:
             partial = q.new_empty(partial_shape, dtype=torch.float32)
@@ -196,6 +197,8 @@ def _parts(
     block_tables: torch.Tensor,
     query_start: torch.Tensor,
     context_lens: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
     scale: float,
     max_keys: int,
     decodes: int,
@@ -203,6 +206,8 @@ def _parts(
 ) -> list[_Part]:
     check_batch(q, k_pages, v_pages, block_tables, query_start, context_lens)
     check_dtype("q", q, FLOATS)
+    check_out("out", out, tuple(q.shape), q)
+    check_out("lse", lse, tuple(q.shape[:2]), q, torch.float32)
     (tokens, heads, head_dim), sequences = q.shape, context_lens.shape[0]
     kv_heads = k_pages.shape[2]
     check_heads(heads, kv_heads, head_dim)

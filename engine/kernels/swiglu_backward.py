@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from engine.kernels.checks import FLOATS, check_device, check_dtype, check_out, check_rows, check_shape
 from engine.kernels.jit import Launch, by_layout, cdiv, jit, tl
 
 BLOCK = 1024
@@ -30,11 +30,11 @@ def swiglu_backward_launch(
 ) -> Launch:
     """Programs of BLOCK features. d_active, gate, up [T, F]; out [T, 2 F] contiguous. ValueError if they do
     not fit."""
-    return _launch(d_active, gate, up).on(d_active, gate, up, out)
+    return _launch(d_active, gate, up, out).on(d_active, gate, up, out)
 
 
 @by_layout
-def _launch(d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Launch:
+def _launch(d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, out: torch.Tensor) -> Launch:
     check_shape("gate", gate, (None, None))
     for name, tensor in (("gate", gate), ("up", up), ("d_active", d_active)):
         check_shape(name, tensor, tuple(gate.shape))
@@ -42,6 +42,7 @@ def _launch(d_active: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> Lau
         check_device(name, tensor, gate.device)
         check_rows(name, tensor)
     tokens, width = gate.shape
+    check_out("out", out, (tokens, 2 * width), gate)
     return Launch(
         _swiglu_backward,
         (tokens, cdiv(width, BLOCK)),

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from engine.kernels.jit import MOST_LAYOUTS, by_layout
+from engine.kernels.norm_backward import norm_backward_launch
+from engine.kernels.paged_attention import attention_launches
 from engine.kernels.swiglu_backward import swiglu_backward_launch
 
 X = torch.zeros(4, 6)
@@ -71,6 +74,29 @@ def test_what_does_not_fit_is_refused_each_time_and_what_fits_has_its_own_tensor
     assert first.args[1:] == second.args[1:]
     assert second.args[0] is not first.args[0]
     assert torch.equal(second.args[0], X + 1)
+
+
+def test_what_is_written_is_looked_at_too() -> None:
+    """A kernel that was found for results of one type would write those of another over half their rows, or twice."""
+    x, weight = torch.zeros(4, 16), torch.ones(16)
+    pages, numbers = torch.zeros(2, 16, 2, 16), torch.zeros(3, dtype=torch.int32)
+    batch = (torch.zeros(4, 2, 16), pages, pages, numbers[:2].view(1, 2), numbers[:2], numbers[:1])
+    launchers: dict[str, tuple[tuple[int, ...], Callable[[torch.Tensor], object]]] = {
+        "out": ((4, 32), lambda out: swiglu_backward_launch(x, x, x, out)),
+        "dx": ((4, 16), lambda dx: norm_backward_launch(x, x, weight, dx, 1e-5)),
+        "lse": ((4, 2), lambda lse: attention_launches(
+            *batch, torch.zeros(4, 2, 16), lse, scale=1.0, max_keys=16, decodes=0, splits=None
+        )),
+    }  # fmt: skip
+    for name, (shape, launch) in launchers.items():
+        launch(torch.zeros(shape))
+        for wrong, says in (
+            (torch.zeros(shape).half(), "be of type torch.float32, got torch.float16"),
+            (torch.zeros(shape[::-1]).T, "be contiguous"),
+            (torch.zeros(1, *shape), "have shape"),
+        ):
+            with pytest.raises(ValueError, match=f"{name} must {says}"):
+                launch(wrong)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="launching needs triton")
