@@ -112,6 +112,9 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         raise ValueError(f"{path}: r must be a whole number of at least 1, got {rank!r}")
     if type(alpha) not in (int, float) or not math.isfinite(alpha):
         raise ValueError(f"{path}: lora_alpha must be a finite number, got {alpha!r}")
+    rslora = config.get("use_rslora", False)
+    if type(rslora) is not bool:
+        raise ValueError(f"{path}: use_rslora must be true or false, got {rslora!r}")
     with whole_file(folder / "adapter_model.safetensors") as tensor_file:
         tensors = load_file(tensor_file)
     a, b = {}, {}
@@ -122,7 +125,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         b[target] = _stack(tensors, shape.layers, target, "B", (wide_out, rank), folder)
     if tensors:
         raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
-    return Adapter(rank=rank, alpha=alpha, rslora=bool(config.get("use_rslora")), a=a, b=b)
+    return Adapter(rank=rank, alpha=alpha, rslora=rslora, a=a, b=b)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:

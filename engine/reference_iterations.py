@@ -159,7 +159,7 @@ def stream_times(
                 yield Planned(Plan(finetune=(Step(JOB),)), None)
             yield Planned(Plan(finetune=(Forward(JOB, tokens),)), None)
             for at in range(0, layers, quarter):
-                beside = bool(at // quarter % 2)
+                beside = bool((at // quarter + n) % 2)
                 piece = Backward(JOB, tokens * min(quarter, layers - at))
                 whole = layers - at >= quarter
                 yield Planned(

@@ -49,7 +49,6 @@ SAME = {
     "a100": "a100_80gb",
     "a6000": "rtx_a6000",
     "rtxpro6000workstation": "rtx_pro_6000",
-    "rtxpro6000server": "rtx_pro_6000",
 }
 """Other names -> the model with the same shapes, or the card."""
 

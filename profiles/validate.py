@@ -154,7 +154,7 @@ def _caching(run: RunFolder, replayed: Replay, known: Sequence[Alike] | None) ->
     lines = []
     if known is not None:
         lines.append(
-            f"a public workload: {len(known)} prompts are known to begin like an earlier one, of which "
+            f"a public workload: known to begin like an earlier prompt are {len(known)}, of which "
             f"{replayed.found_tokens:,} tokens were found in blocks"
         )
     if run.engine.prefix_caching and run.requests.prompts is None:

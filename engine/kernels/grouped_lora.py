@@ -448,6 +448,8 @@ def _check_index(
 ) -> None:
     check_index("ranks", ranks, (factor.shape[0],))
     check_index("segment_adapter", segment_adapter, (None,))
+    if segment_adapter.shape[0] == 0:
+        raise ValueError("segment_adapter must have at least one segment, got none")
     check_index("segment_start", segment_start, (segment_adapter.shape[0] + 1,))
     for name, tensor in (
         ("ranks", ranks),

@@ -113,10 +113,6 @@ class Composition:
         return tuple(c.kind for c in (*self.forward, *self.backward))
 
     @property
-    def rules(self) -> tuple[int, ...]:
-        return tuple(s.rule for s in self.steps if s.rule is not None)
-
-    @property
     def weights(self) -> tuple[str, ...]:
         return tuple(s.weight for s in self.steps if s.weight is not None)
 

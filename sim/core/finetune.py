@@ -188,7 +188,6 @@ class Job:
         """`sample_tokens` yields the length of each sample in training order; it may be endless."""
         self.spec = spec
         self._lengths = sample_tokens
-        self.sample_index = -1
         self.accumulated_samples = 0
         self.accumulated_tokens = 0
         self.steps = 0
@@ -247,8 +246,6 @@ class Job:
         sample_tokens = next(self._lengths, 0)
         if sample_tokens == 0:
             self._data_ended = True
-        else:
-            self.sample_index += 1
         due = self.accumulated_samples == spec.accumulation or (
             self._data_ended and self.accumulated_samples > 0
         )

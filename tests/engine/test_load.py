@@ -127,6 +127,7 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path) -> None:
     for change, words in (
         ({"use_dora": True}, "use_dora"),
         ({"bias": "all"}, "bias must be none"),
+        ({"use_rslora": "false"}, "use_rslora must be true or false, got 'false'"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens is not supported"),
         ({"use_qalora": True}, "use_qalora is not supported"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "layer_replication is not supported"),

@@ -80,7 +80,7 @@ def test_models_are_known_by_the_names_of_their_owners(name: str, config: str) -
         ("NVIDIA RTX A6000", "rtx_a6000"),
         ("A6000", "rtx_a6000"),
         ("RTXPRO6000", "rtx_pro_6000"),
-        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", "rtx_pro_6000"),
+        ("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", "rtx_pro_6000"),
     ],
 )
 def test_cards_are_known_by_the_names_of_their_driver(name: str, config: str) -> None:

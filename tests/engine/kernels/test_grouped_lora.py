@@ -244,6 +244,10 @@ def test_results_repeat_to_the_bit(native: str) -> None:
         ({"ranks": lambda z: z.long()}, "ranks must be of type"),
         ({"scales": lambda z: z.double()}, "scales must be of type"),
         ({"segment_start": lambda z: z[:-1]}, "segment_start must have shape"),
+        (
+            {"segment_start": lambda z: z[:1], "segment_adapter": lambda z: z[:0]},
+            "segment_adapter must have at least one segment",
+        ),
         ({"a": lambda z: z.repeat(1, 4, 1), "b": lambda z: z.repeat(1, 1, 4)}, "padded rank"),
     ],
 )
