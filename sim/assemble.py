@@ -91,6 +91,14 @@ class ClusterSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CostSettings:
+    """The `cost` group: what an iteration takes, and what policies believe that it takes."""
+
+    world: CostBuilder
+    predictor: CostBuilder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunSettings:
     """The `run` node."""
 
@@ -305,6 +313,7 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
     cluster = build(ClusterSettings, config.cluster, "cluster")
     device = build(DeviceSpec, config.device, "device")
     finetune = build(None, config.finetune, "finetune")
+    cost = build(CostSettings, config.cost, "cost")
     members = cluster.groups or (GroupSettings(pipelines=cluster.pipelines or 0),)
     groups, first = [], 0
     for settings in members:
@@ -325,19 +334,17 @@ def _groups(config: DictConfig, seed: int) -> tuple[list[_Group], Router]:
             trained=plans.trained,
             served=served_work(model, finetune.lora, tp, cluster.limits.max_sequences),
         )
-        world = build(None, config.cost.world, "cost.world")
-        predictor = build(None, config.cost.predictor, "cost.predictor").build(context)
         groups.append(
             _Group(
                 members=range(first, first + settings.pipelines),
                 device=own,
                 model=model,
                 context=context,
-                predictor=predictor,
+                predictor=cost.predictor.build(context),
                 cluster=cluster,
                 kv_tokens=kv_tokens,
                 plans=plans,
-                world_builder=world,
+                world_builder=cost.world,
             )
         )
         first += settings.pipelines

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -67,6 +68,7 @@ def hydra_main(
     collected = _Task(task, at_start)
     try:
         _check_flags(argv)
+        _check_added(argv, config_dir, config_name)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
         with _command_line(prog, argv):
             app(collected)()
@@ -173,6 +175,17 @@ def _check_flags(argv: Sequence[str]) -> None:
         key, _, folder = arg.partition("=")
         if key in ("hydra.run.dir", "hydra.sweep.dir") and not folder.strip("'\""):
             raise ValueError(f"{key} must be a folder, got nothing")
+
+
+def _check_added(argv: Sequence[str], config_dir: Path, config_name: str) -> None:
+    """Refuse `+NAME...=` where the config has no NAME and no other argument refers to it: nobody would read it."""
+    added = {re.split(r"[./@=]", arg.lstrip("+"), maxsplit=1)[0] for arg in argv if arg.startswith("+")}
+    added = {name for name in added - {"hydra"} if not any(f"${{{name}" in arg for arg in argv)}
+    if not added:
+        return
+    known = {re.split(r"[./]", key, maxsplit=1)[0] for key in _known_keys(argv, config_dir, config_name)}
+    for name in sorted(added - known):
+        raise ValueError(f"no key or group named {name!r}{nearest(name, known) or '; --cfg job lists them'}")
 
 
 def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: str) -> str | None:

@@ -50,6 +50,8 @@ NO_KEY = "no key or group named"
             ["seed=${nothing}"],
             "seed is taken from nothing, which is not there; give it with +nothing=..., or seed=... itself",
         ),
+        (["+workloads.rate_rps=1"], f"{NO_KEY} 'workloads'; did you mean 'workload'?"),
+        (["-m", "seed=1,2", "++sede=1"], f"{NO_KEY} 'sede'; did you mean 'seed'?"),
         (["wait_s=???"], "wait_s is missing; it must be given: wait_s=..."),
         (["policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
         (["-m", "policy=plain,eager", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
@@ -68,6 +70,12 @@ def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(
     assert err.startswith(f"coserve small: error: {told}")
     assert err.count("\n") == 1
     assert out == ""
+
+
+def test_a_key_of_ones_own_may_be_added_where_another_refers_to_it(app_folder: Path) -> None:
+    assert main(["+mine=3", "seed=${mine}"]) == 0
+    assert (app_folder / "out" / "seed.txt").read_text() == "3"
+    assert main(["+workload.more=1", "++hydra.job.name=small"]) == 0
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

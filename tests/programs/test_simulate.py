@@ -312,6 +312,7 @@ BAD = {
     "workload=csv workload.file=late.csv workload.repeat=true workload.duration_s=1e8": "at most 10,000,000",
     "cost.predictor.factor=0": "error: cost.predictor.factor must be in [0.001, 1000], got 0",
     "cost.world.spread=2": "error: cost.world.spread must be in [0, 1), got 2",
+    "+cost.path=mine.parquet": "error: cost has no key 'path'; known: world, predictor",
     "model.name=mine": "give it with +slo.tpot_s.mine=..., or slo.classes.default.tpot_s=... itself",
     "hydra.run.dir=file/below": "file",
 }
