@@ -71,7 +71,7 @@ def settings(row: Row) -> dict[str, Any]:
 
 
 def _frozen(row: Row) -> tuple[tuple[str, str], ...]:
-    return tuple(sorted((key, str(value)) for key, value in settings(row).items()))
+    return tuple(sorted((key, _written(value)) for key, value in settings(row).items()))
 
 
 def display_names(rows: Sequence[Row]) -> list[str]:
@@ -109,6 +109,21 @@ def line_names(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def run_names(rows: Sequence[Row]) -> list[str]:
+    """`display_names` for lines about runs: with every label that the rows differ in."""
+    units = {"rate_rps": "{} req/s", "seed": "seed {}"}
+    told = varied(rows, [*SCENE, "rate_rps", "router", "source", "seed"])
+    return [
+        name
+        + (
+            f" [{', '.join(units.get(key, '{}').format(text(row, key) or '-') for key in told)}]"
+            if told
+            else ""
+        )
+        for name, row in zip(display_names(rows), rows, strict=True)
+    ]
+
+
 def _policy(row: Row) -> str:
     return text(row, "policy") or text(row, "name") or "-"
 
@@ -138,7 +153,9 @@ def _tell_settings(rows: Sequence[Row], group: Sequence[int], parts: Sequence[li
 
 
 def _written(value: object) -> str:
-    """As the command line takes it."""
+    """As the command line takes it; equal numbers alike, whole or not."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -179,19 +179,22 @@ def _title(rows: Sequence[Row], labels: Sequence[str]) -> str:
 
 
 def came_at(rows: Sequence[Row]) -> dict[float, str]:
-    """Rate that was asked for -> the mean rate that came and in which time, empty where they are alike."""
-    found: dict[float, str] = {}
-    for asked in dict.fromkeys(number(row, "rate_rps") for row in rows):
-        at = [row for row in rows if number(row, "rate_rps") == asked and number(row, "duration_s") > 0]
-        if math.isnan(asked):
-            continue
-        found[asked] = ""
-        if at:
-            duration_s = number(at[0], "duration_s")
-            came = sum(number(row, "requests") / number(row, "duration_s") for row in at) / len(at)
-            if abs(came / asked - 1) > UNLIKE_SHARE:
-                found[asked] = f"{came:.3g} came in {duration_s:g} s"
-    return found
+    """Rate that was asked for -> the mean rates that came and in which times, empty where they are alike."""
+    at: dict[float, dict[float, list[float]]] = {}
+    for row in rows:
+        asked, duration_s = number(row, "rate_rps"), number(row, "duration_s")
+        if not math.isnan(asked):
+            came = at.setdefault(asked, {})
+            if duration_s > 0:
+                came.setdefault(duration_s, []).append(number(row, "requests") / duration_s)
+    return {
+        asked: ", ".join(
+            f"{mean:.3g} came in {duration_s:g} s"
+            for duration_s, rates in came.items()
+            if abs((mean := sum(rates) / len(rates)) / asked - 1) > UNLIKE_SHARE
+        )
+        for asked, came in at.items()
+    }
 
 
 def _spread(column: Column, one: Repeated) -> str:

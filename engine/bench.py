@@ -454,13 +454,13 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     """The table of all rows, what was learned, the figure of a sweep, and where they are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
-    from analysis.repeats import display_names
+    from analysis.repeats import run_names
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
     print_table([{k: v for k, v in row.items() if k not in ("losses", "plans", "notes")} for row in rows])
     print_notes(rows)
-    for row, name in zip(rows, display_names(rows), strict=True):
+    for row, name in zip(rows, run_names(rows), strict=True):
         for job, losses in row["losses"].items():
             if losses:
                 who = name if len(row["losses"]) == 1 else f"{name}, {job}"

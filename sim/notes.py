@@ -71,16 +71,16 @@ def slo_notes(
 
 
 def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The notes of all rows on stderr, each once and with the runs that it is true of."""
-    from analysis.repeats import display_names
+    """The notes of all rows on stderr, each once and with the runs that it is true of, unless these are all."""
+    from analysis.repeats import run_names
 
     runs: dict[str, list[str]] = {}
-    for row, name in zip(rows, display_names(rows), strict=True):
+    for row, name in zip(rows, run_names(rows), strict=True):
         for note in row.get("notes", ()):
             runs.setdefault(note, []).append(name)
     for note, names in runs.items():
         who = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} of {len(rows)} runs"
-        print(f"note: {note}" + (f": {who}" if len(rows) > 1 else ""), file=sys.stderr)
+        print(f"note: {note}" + (f": {who}" if len(names) < len(rows) else ""), file=sys.stderr)
 
 
 def _whole_blocks(limits: Limits) -> int:

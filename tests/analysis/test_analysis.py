@@ -17,7 +17,7 @@ from analysis.figures import style
 from analysis.figures.compare import compare_figure, ranked
 from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
-from analysis.repeats import alike, display_names, over_seeds
+from analysis.repeats import alike, display_names, over_seeds, run_names
 from analysis.report import main
 from analysis.runs import best, collect, flatten
 from analysis.table import WIDTH, plain_table, print_table
@@ -171,6 +171,22 @@ def test_a_label_is_what_names_do_not_share() -> None:
     assert "coserving (slo=mlperf_server)" in plain_table(made)
 
 
+def test_a_number_written_whole_or_not_is_one_setting() -> None:
+    made = [variant(seed=seed, streams=streams) for seed, streams in enumerate((2, 2.0))]
+    assert [len(one.seeds) for one in over_seeds(made)] == [2]
+    other = [variant(streams=2), variant(seed=1, streams=2.5)]
+    assert names_of(other) == ["coserving (streams=2)", "coserving (streams=2.5)"]
+    named = [variant(streams=streams, alone=alone) for streams, alone in ((2, True), (2.0, False))]
+    assert names_of(named) == ["coserving (alone=true)", "coserving (alone=false)"]
+
+
+def test_a_line_about_a_run_says_every_label_that_runs_differ_in() -> None:
+    made = [variant(seed=seed) | {"rate_rps": rate} for rate in (8.0, 16.0) for seed in (0, 1)]
+    assert run_names(made)[:2] == ["coserving [8 req/s, seed 0]", "coserving [8 req/s, seed 1]"]
+    assert len(set(run_names(made))) == len(made)
+    assert run_names(made[:1]) == ["coserving"]
+
+
 def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders() -> None:
     same = [variant(folder=folder) for folder in ("runs/a/0", "runs/b/0")]
     assert names_of(same) == ["coserving (a/0)", "coserving (b/0)"]
@@ -193,6 +209,10 @@ def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
     row = {"policy": "p", "rate_rps": 8.0, "requests": 77, "duration_s": 30.0}
     assert plain_table([row]).startswith("8 req/s asked, 2.57 came in 30 s\n")
     assert plain_table([row | {"requests": 239}]).startswith("8 req/s\n")
+    longer = row | {"requests": 240, "duration_s": 60.0, "policy": "q"}
+    whole = row | {"requests": 4800, "duration_s": 600.0, "policy": "r"}
+    both = plain_table([row, whole, longer])
+    assert both.startswith("8 req/s asked, 2.57 came in 30 s, 4 came in 60 s\n")
     rates = plain_table([row, row | {"rate_rps": 2.5, "seed": 1}])
     assert rates.startswith("req/s 8: 2.57 came in 30 s\n")
     assert "asked" in style.scene_title([row])
