@@ -12,8 +12,7 @@ keys. Settings are key=value, as in `coserve simulate`. NAME of a device or mode
 `configs/device` or `configs/model`. A device may be changed, or without a NAME be described, by numbers of its
 datasheet: device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
 device.link_bandwidth_bytes_s or an efficiency (`sim.cost.efficiency`), e.g. device.attention_generation=3 for
-Hopper. Exit code 2 with one line for a broken file or setting, 1
-when a bound is exceeded.
+Hopper. Exit code 2 with one line for a broken file or setting, 1 when a bound is exceeded.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from profiles.curves import Line, fitted, operators_in, shared, table
 from profiles.layers import layer_table
 from profiles.measured import UNITS, Measured, has_operators, read_frame, read_measured
 from profiles.named import device_described, device_named, known_name, model_named
-from profiles.schema import Profile, find_profile, is_profile, profile_names, read_profile
+from profiles.schema import PATHS, Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec
 from sim.cost.context import CostContext
@@ -238,7 +237,7 @@ def _show_all() -> None:
         print(f"{'':<32} {item.source}, {item.date}, {item.licence}")
         print(f"{'':<32} {item.error}")
     if not profile_names():
-        print("no profile of whole iterations is shipped; cost=table needs path=FILE")
+        print(f"no profile of whole iterations is shipped; with one of your own: {PATHS}")
 
 
 def _show_measured(measured: Measured) -> None:

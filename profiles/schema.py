@@ -34,6 +34,8 @@ MORE_COLUMNS = ("point", "repeats", "host_s", "ahead_s")
 """Only in collected profiles. `host_s` is the part of `seconds_p50` in which the device did not work; `ahead_s`
 the seconds of an iteration with one launched ahead, NaN where it was not measured."""
 TABLES = Path(__file__).resolve().parent / "tables"
+PATHS = "cost=table cost.world.of.path=FILE cost.predictor.of.path=FILE"
+"""How a file of one's own is simulated with."""
 METADATA = b"coserve.profile"
 COLLECTED = b"coserve.collected"
 SLACK = 1.0
@@ -146,10 +148,10 @@ def find_profile(name: str) -> Path:
         if path.is_file():
             return path
     known = profile_names()
-    there = f"there are {', '.join(known)}" if known else "none is shipped"
+    there = f"there are {', '.join(known)}" if known else "no profile of whole iterations is shipped"
     raise ValueError(
         f"no profile named {name!r}{nearest(name, known)}; {there}; `coserve profile collect` measures one "
-        "on the device itself (needs a GPU), cost=roofline needs none"
+        f"on the device itself (needs a GPU), {PATHS} takes it; cost=roofline needs none"
     )
 
 
