@@ -209,7 +209,9 @@ def print_report(report: CompileReport, console: Any = None) -> None:
     table.add_section()
     sums = [math.fsum(c) for c in zip(*(r.values for r in report.rows), strict=True)]
     table.add_row("layer", *(_kib(v) for v in sums))
-    table.add_row(f"{plan.layers} layers x {plan.seq_tokens} tokens", *(_gib(v) for v in report.totals_bytes))
+    table.add_row(
+        f"{plan.layers} layers x {plan.seq_tokens} tokens, GiB", *(_gib(v) for v in report.totals_bytes)
+    )
     console.print(table)
     for line in _lines(report):
         console.print(line, highlight=False, soft_wrap=True)
