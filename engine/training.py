@@ -285,8 +285,16 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
 
         engine.on_step = on_step
         state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
-        with log:
-            Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
+        try:
+            with log:
+                Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
+        except KeyboardInterrupt:
+            last = next(iter(checkpoints(folder)), None)
+            ways = (
+                "no checkpoint yet (save_steps)" if last is None else f"resume=true goes on from {last.name}"
+            )
+            _note(f"{folder}: {ways}")
+            raise
         for failure in engine.failures.values():
             kept = ", ".join(path.name for path in checkpoints(folder)[:1]) or "no checkpoint"
             raise ValueError(f"{failure.failure}; {folder} has {kept}")

@@ -230,6 +230,28 @@ def test_tensorboard_that_is_missing_is_told_in_one_line(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(("step", "told"), [(1, "no checkpoint yet (save_steps)"), (3, "checkpoint-2")])
+def test_ctrl_c_says_what_training_goes_on_from(
+    step: int,
+    told: str,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    add = training.TrainingLog.add
+
+    def stopped(log: training.TrainingLog, record: Any, *rest: Any) -> None:
+        if record.step == step:
+            raise KeyboardInterrupt
+        add(log, record, *rest)
+
+    monkeypatch.setattr(training.TrainingLog, "add", stopped)
+    assert finetune([*arguments, "save_steps=2"]) == 130
+    note, last = capsys.readouterr().err.splitlines()[-2:]
+    assert note.startswith("note: ") and note.endswith(told)
+    assert last == "coserve finetune: interrupted"
+
+
 def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
