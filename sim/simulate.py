@@ -101,7 +101,8 @@ def simulate(config: DictConfig) -> dict[str, Any]:
                 bound = _with_policy(config, policy)
                 with warnings_as_notes(shown=False):
                     other = assemble(bound)
-                other_row = _run(other, bound, folder / "bounds" / policy, peak_tok_s, None)
+                with _progress(other, show=True) as on_progress:
+                    other_row = _run(other, bound, folder / "bounds" / policy, peak_tok_s, on_progress)
                 alone = other_row["attainment"] if policy == "inference_only" else alone
     tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
     row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
@@ -232,7 +233,7 @@ def _progress(assembly: Assembly, show: bool) -> Iterator[Callable[[float], None
 
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} simulated s [{elapsed}<{remaining}]"
     total_s = assembly.horizon.duration_s
-    with tqdm(total=total_s, bar_format=form, leave=False) as bar:
+    with tqdm(total=total_s, desc=str(assembly.labels["policy"]), bar_format=form, leave=False) as bar:
 
         def update(now_s: float) -> None:
             bar.update(min(now_s, total_s) - bar.n)
