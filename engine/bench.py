@@ -445,7 +445,7 @@ def _tell_plan(config: DictConfig, runs: int) -> None:
     most_s = least_s + config.run.drain_s
     print(
         f"plan:   {runs} runs of {least_s:g} to {most_s:g} s after {before_s:g} s of measuring: "
-        f"{(before_s + runs * least_s) / 60:.0f} to {(before_s + runs * most_s) / 60:.0f} minutes",
+        f"{(before_s + runs * least_s) / 60:.1f} to {(before_s + runs * most_s) / 60:.1f} minutes",
         file=sys.stderr,
     )
 

@@ -439,7 +439,7 @@ def _line(row: Row) -> str:
     def cell(value: float | None, form: str, scale: float = 1.0) -> str:
         return "-" if value is None else format(value * scale, form)
 
-    cells = [f"{row.what:9}{row.variant:48}{cell(row.p50_s, ',.3f', 1e3):>12}"]
+    cells = [f"{row.what:9}{row.variant:56}{cell(row.p50_s, ',.3f', 1e3):>12}"]
     cells.append(f"{cell(row.p20_s, ',.3f', 1e3):>12}{cell(row.p80_s, ',.3f', 1e3):>12}")
     cells.append(f"{cell(row.tok_s, ',.0f'):>12}{cell(row.peak_bytes, ',.2f', 2**-30):>10}")
     cells.append(f"{cell(row.ratio, '.3g'):>8}  {row.note or row.against}")
@@ -452,7 +452,7 @@ def _show(results: Sequence[Mapping[str, Any]]) -> None:
 
     for result in results:
         print(
-            f"{'what':9}{'variant':48}{'p50 ms':>12}{'p20 ms':>12}{'p80 ms':>12}{'tok/s':>12}"
+            f"{'what':9}{'variant':56}{'p50 ms':>12}{'p20 ms':>12}{'p80 ms':>12}{'tok/s':>12}"
             f"{'peak GiB':>10}{'ratio':>8}  against"
         )
         for row in result["rows"]:
