@@ -146,9 +146,11 @@ def main(argv: Sequence[str]) -> int:
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
+    resume = check(config.run.resume, bool, "run.resume")
+    done = finished_run(folder, resolved, resume=resume, sweep=hydra.mode == RunMode.MULTIRUN)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}
     device = build(DeviceSpec, config.device, "device")

@@ -131,17 +131,18 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder=folder, summary=summary, config=config, manifest=manifest)
 
 
-def finished_run(folder: str | Path, config: Mapping[str, Any]) -> Run | None:
-    """The complete run that a folder holds already, for a sweep that goes on where it was cut short.
+def finished_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, sweep: bool) -> Run | None:
+    """The complete run that a folder holds already, if it is to be resumed: a sweep goes on where it was cut short.
 
-    Raises ValueError when it is a run of other settings; `run.resume` itself may differ.
+    Raises ValueError when it is a run of other settings and would be resumed, or is one of a `sweep`, of which others
+    would stay beside the new ones; `run.resume` itself may differ.
     """
-    if not (Path(folder) / SUMMARY).is_file():
+    if not (resume or sweep) or not (Path(folder) / SUMMARY).is_file():
         return None
     found = read_run(folder)
     if _settings(config) != _settings(found.config):
-        raise ValueError(f"run.resume: {folder} holds a run of other settings; choose another folder")
-    return found
+        raise ValueError(f"{folder} holds a run of other settings; choose another folder")
+    return found if resume else None
 
 
 def _settings(config: Mapping[str, Any]) -> str:

@@ -81,7 +81,8 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    done = finished_run(folder, resolved) if check(config.run.resume, bool, "run.resume") else None
+    resume = check(config.run.resume, bool, "run.resume")
+    done = finished_run(folder, resolved, resume=resume, sweep=not single)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config}
     with warnings_as_notes(shown=single):

@@ -215,6 +215,9 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFix
     assert capfd.readouterr().out == out
     assert main([*sweep, "run.resume=true", "seed=1"]) == 1
     assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
+    assert main([*sweep, "seed=1"]) == 1, "nor does it mix runs of two sweeps"
+    assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
+    assert main(sweep) == 0 and first.stat().st_mtime_ns > kept
     assert main([*sweep, "run.resume=maybe"]) == 1
     assert "run.resume must be true or false, got 'maybe'" in capfd.readouterr().err
 
