@@ -19,7 +19,7 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 
-from profiles.measured import Measured, check_numbers, left_out
+from profiles.rows import Measured, check_numbers, left_out
 from sim.core.specs import ModelShape
 from sim.cost.attention import local_kv_heads
 from sim.cost.elementwise import whole_blocks

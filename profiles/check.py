@@ -21,9 +21,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from profiles.fit import by_regime
-from profiles.measured import Measured, read_frame, read_measured, whole_layer
+from profiles.measured import read_measured, whole_layer
 from profiles.named import card_named
 from profiles.predict import predicted_s
+from profiles.rows import Measured, read_frame
 from profiles.schema import is_profile, read_profile
 from profiles.table_file import TableFile
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape

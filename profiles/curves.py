@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.measured import Measured, read_measured
+from profiles.measured import read_measured
 from profiles.predict import predicted_s, relative_errors
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.architectures import NCCL_LATENCY_S
 from sim.cost.efficiency import SHARES, Efficiency

@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.curves import quantiles
-from profiles.measured import Measured, read_measured
+from profiles.measured import read_measured
 from profiles.named import device_named
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 from sim.cost.gemm import gemm_rows_s

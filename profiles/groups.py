@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from profiles.curves import FAMILIES, Family, errors_of, fit_family, operators_in, quantiles, rows_of
 from profiles.gemm_tables import errors as corrected_errors
 from profiles.gemm_tables import grid
-from profiles.measured import Measured
 from profiles.named import device_named
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 from sim.errors import message, report

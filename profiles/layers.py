@@ -16,9 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.curves import FAMILIES, Line, fitted, quantiles
-from profiles.measured import Measured, read_measured, whole_layer
+from profiles.measured import read_measured, whole_layer
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.efficiency import Efficiency
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.measured import Measured
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.attention import cache_write_s, mixed_s, prefill_s
 from sim.cost.collective import allreduce_s, eager_allreduce_s, nccl_s

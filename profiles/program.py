@@ -31,8 +31,9 @@ from profiles.card import named_beside
 from profiles.check import COSTS, CheckLine, above, check_file
 from profiles.curves import Line, fitted, operators_in, shared, table
 from profiles.layers import layer_table
-from profiles.measured import UNITS, Measured, has_operators, read_frame, read_measured
+from profiles.measured import UNITS, has_operators, read_measured
 from profiles.named import device_described, device_named, known_name, model_named
+from profiles.rows import Measured, read_frame
 from profiles.schema import PATHS, Profile, find_profile, is_profile, profile_names, read_profile
 from profiles.settings import settings_of, whole_number
 from sim.core.specs import LoraSpec

@@ -21,8 +21,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from profiles.measured import read_frame
 from profiles.named import device_named, model_named
+from profiles.rows import read_frame
 from sim.core.rows import WORK_COLUMNS
 from sim.errors import nearest
 

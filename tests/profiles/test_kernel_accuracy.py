@@ -24,9 +24,9 @@ from profiles.curves import (
     unseen,
 )
 from profiles.gemm_tables import held_out
-from profiles.measured import Measured
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
+from profiles.rows import Measured
 from sim.cost.architectures import SHARED
 from sim.cost.efficiency import Efficiency
 from sim.cost.gemm_table import gemm_tables

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 
 from profiles.check import check_file
-from profiles.measured import Measured, read_measured, whole_layer
+from profiles.measured import read_measured, whole_layer
 from profiles.named import device_named, known_name, model_named
 from profiles.predict import predicted_s
 from profiles.program import main
+from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
 from sim.cost.attention import cache_write_s
 from sim.cost.efficiency import Efficiency
