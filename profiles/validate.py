@@ -154,8 +154,8 @@ def _caching(run: RunFolder, replayed: Replay, known: Sequence[Alike] | None) ->
     lines = []
     if known is not None:
         lines.append(
-            f"a public workload: known to begin like an earlier prompt are {len(known)}, of which "
-            f"{replayed.found_tokens:,} tokens were found in blocks"
+            f"a public workload; prompts known to begin like an earlier one: {len(known)}; tokens of them found in "
+            f"blocks: {replayed.found_tokens:,}"
         )
     if run.engine.prefix_caching and run.requests.prompts is None:
         lines.append("the prompts are not known (--prompts): what they have in common is not simulated")

@@ -87,5 +87,5 @@ def test_validate_says_that_it_knows_the_workload(
     monkeypatch.setattr(workloads, "known_workloads", lambda: {"two": [Alike(1, 400, 0, 300, 300)]})
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "known to begin like an earlier prompt are 1, of which 288 tokens were found" in printed
+    assert "begin like an earlier one: 1; tokens of them found in blocks: 288" in printed
     assert "not known" not in printed
