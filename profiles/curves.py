@@ -6,8 +6,8 @@ Each family of operators (GEMM, prefill, decode, one-kernel all-reduce, NCCL, sh
 few constants of `sim.cost.efficiency`, fitted by Levenberg-Marquardt on the logarithms of both constants
 and times, robust against outliers. The table has three errors for each: in sample, of shapes that were
 left out (a model's shapes at a time: for GEMM all rows of one n, for attention all of one number of heads)
-and of the other device with its own datasheet and these constants, without and with its own LATENCIES and
-KERNELS. Without, its NCCL starts as NCCL itself expects. The last column is of constants that both devices share
+and of this device left out: its datasheet, and constants that have seen other devices only (`profiles.held_out`),
+without and with its own LATENCIES and KERNELS. The last column is of constants that both devices share
 (all but these), fitted to both: what is left when one formula has to explain two architectures.
 """
 
@@ -25,12 +25,13 @@ from profiles.measured import read_measured
 from profiles.predict import predicted_s, relative_errors
 from profiles.rows import Measured
 from sim.core.specs import DeviceSpec
-from sim.cost.architectures import NCCL_LATENCY_S
 from sim.cost.efficiency import SHARES, Efficiency
 from sim.cost.elementwise import SHORT
 
 Floats = NDArray[np.float64]
 
+FILES = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
+"""Devices whose kernels were measured alone -> how their files' names begin."""
 ROWS = 4000
 """Rows of a fit; more change no digit that matters."""
 SOFT = 0.08
@@ -47,7 +48,7 @@ KERNELS = (
     "decode_sequence_s",
 )
 """Properties of a generation of FlashAttention. What these and LATENCIES are worth is shown apart: with them a
-device held out is no longer unseen. Here each generation was measured on one device."""
+device held out is no longer unseen. Each generation was measured on one of the table's devices."""
 LIMITS = {"decode_sm_bandwidth": 10.0}
 """Beyond it a constant no longer matters."""
 
@@ -192,7 +193,7 @@ def fit_family(
 
 def fit_shared(names: Sequence[str], devices: Sequence[Rows]) -> list[Efficiency]:
     """Each device's start with `names` fitted to all devices' rows together, so that these are the same."""
-    parts = [[_thin(m, ROWS // len(measured)) for m in measured] for _, _, measured in devices]
+    parts = [thin(measured) for _, _, measured in devices]
     logs = np.log(np.concatenate([m.seconds for own in parts for m in own]))
 
     def residuals(x: Floats) -> Floats:
@@ -204,21 +205,24 @@ def fit_shared(names: Sequence[str], devices: Sequence[Rows]) -> list[Efficiency
         return np.asarray(np.log(np.concatenate(times)) - logs, dtype=np.float64)
 
     first = np.mean([np.log([getattr(start, name) for name in names]) for _, start, _ in devices], axis=0)
-    upper = np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in names])
-    found = _levenberg(residuals, np.minimum(first, upper), upper)
+    upper = upper_of(names)
+    found = levenberg(residuals, np.minimum(first, upper), upper)
     return [_with(start, names, found) for _, start, _ in devices]
 
 
 def cross_validated(
     family: Family, measured: Sequence[Measured], device: DeviceSpec, start: Efficiency
 ) -> Floats:
-    """Errors of every row, predicted by constants fitted without its group."""
-    errors = []
+    """Errors of every row in turn, predicted by constants fitted without its group."""
+    errors = [np.empty_like(m.seconds) for m in measured]
     for fold in range(FOLDS):
         inside = [m.where(_fold(m, family) != fold) for m in measured]
-        outside = [m.where(_fold(m, family) == fold) for m in measured]
         fitted = fit_family(family, [m for m in inside if len(m.seconds)], device, start)
-        errors += [relative_errors(m, predicted_s(m, device, fitted)) for m in outside if len(m.seconds)]
+        for m, own in zip(measured, errors, strict=True):
+            outside = _fold(m, family) == fold
+            if outside.any():
+                left_out = m.where(outside)
+                own[outside] = relative_errors(left_out, predicted_s(left_out, device, fitted))
     return np.concatenate(errors)
 
 
@@ -233,11 +237,20 @@ def errors_of(measured: Sequence[Measured], device: DeviceSpec, efficiency: Effi
     return np.concatenate(parts)
 
 
-def _thin(measured: Measured, rows: int) -> Measured:
-    count = len(measured.seconds)
-    keep = np.zeros(count, dtype=bool)
-    keep[np.random.default_rng(0).permutation(count)[:rows]] = True
-    return measured.where(keep)
+def thin(measured: Sequence[Measured]) -> list[Measured]:
+    """ROWS rows of all parts together at most."""
+    result = []
+    for part in measured:
+        count = len(part.seconds)
+        keep = np.zeros(count, dtype=bool)
+        keep[np.random.default_rng(0).permutation(count)[: ROWS // len(measured)]] = True
+        result.append(part.where(keep))
+    return result
+
+
+def upper_of(names: Sequence[str]) -> Floats:
+    """Logarithms of the constants' upper bounds."""
+    return np.log([1.0 if name in SHARES else LIMITS.get(name, np.inf) for name in names])
 
 
 def _with(start: Efficiency, names: Sequence[str], logs: Floats) -> Efficiency:
@@ -245,11 +258,14 @@ def _with(start: Efficiency, names: Sequence[str], logs: Floats) -> Efficiency:
     return replace(start, **changes)
 
 
-def _levenberg(residuals: Any, x: Floats, upper: Floats, steps: int = 40) -> Floats:
-    """Least soft-L1 squares by damped Gauss-Newton steps with numeric derivatives, x <= upper."""
+def levenberg(
+    residuals: Any, x: Floats, upper: Floats, weights: Floats | float = 1.0, steps: int = 40
+) -> Floats:
+    """Least soft-L1 squares, each times its weight, by damped Gauss-Newton steps with numeric derivatives,
+    x <= upper."""
     damping, change = 1e-2, 1e-3
     r = residuals(x)
-    loss = _soft(r).sum()
+    loss = (weights * _soft(r)).sum()
     for _ in range(steps):
         columns = [(residuals(np.minimum(x + change * unit, upper)) - r) for unit in np.eye(len(x))]
         at_bound = x >= upper
@@ -261,7 +277,7 @@ def _levenberg(residuals: Any, x: Floats, upper: Floats, steps: int = 40) -> Flo
             if at_bound.any()
             else jacobian[:, at_bound]
         )
-        weight = 1.0 / np.sqrt(1.0 + (r / SOFT) ** 2)
+        weight = weights / np.sqrt(1.0 + (r / SOFT) ** 2)
         normal = jacobian.T @ (jacobian * weight[:, None])
         slope = jacobian.T @ (r * weight)
         for _ in range(8):
@@ -269,7 +285,7 @@ def _levenberg(residuals: Any, x: Floats, upper: Floats, steps: int = 40) -> Flo
             step = np.clip(np.linalg.solve(normal + np.diag(lift), -slope), -0.7, 0.7)
             trial = np.minimum(x + step, upper)
             r_trial = residuals(trial)
-            trial_loss = _soft(r_trial).sum()
+            trial_loss = (weights * _soft(r_trial)).sum()
             if trial_loss < loss:
                 break
             damping *= 4
@@ -324,12 +340,6 @@ def fitted(
     return start
 
 
-def unseen(other: Efficiency, generation: float) -> Efficiency:
-    """What a device without measurements has from another: which generation of attention kernels it runs is
-    known of it."""
-    return replace(other, attention_generation=generation, nccl_fixed_s=NCCL_LATENCY_S)
-
-
 def told(other: Efficiency, own: Efficiency) -> Efficiency:
     """`other` with the LATENCIES and KERNELS of `own`."""
     return replace(other, **{name: getattr(own, name) for name in (*LATENCIES, *KERNELS)})
@@ -357,23 +367,27 @@ def table(
     one_set: Efficiency,
     families: Sequence[Family] = FAMILIES,
 ) -> Iterator[Line]:
-    """Errors on one device's rows: in sample, held out by shape, with another device's constants, and with
+    """Errors on one device's rows: in sample, held out by shape, with constants of `other` devices, and with
     those that both have in common."""
-    other = unseen(other, start.attention_generation)
     for family in families:
         own = rows_of(family, measured)
         if not own:
             continue
         inside = fit_family(family, own, device, start)
-        yield Line(
-            device=device.name,
-            operator=family.name,
-            rows=sum(len(m.seconds) for m in own),
-            errors={
-                "in sample": quantiles(errors_of(own, device, inside)),
-                "shapes held out": quantiles(cross_validated(family, own, device, start)),
-                "device held out": quantiles(errors_of(own, device, other)),
-                "kernels, latency given": quantiles(errors_of(own, device, told(other, inside))),
-                "one set for both": quantiles(errors_of(own, device, one_set)),
-            },
-        )
+        found = {
+            "in sample": errors_of(own, device, inside),
+            "shapes held out": cross_validated(family, own, device, start),
+            "device held out": errors_of(own, device, other),
+            "kernels, latency given": errors_of(own, device, told(other, inside)),
+            "one set for both": errors_of(own, device, one_set),
+        }
+        yield _line(device, family.name, found)
+        if family.name == "all-reduce":
+            graph = np.concatenate([np.full(len(m.seconds), m.kind.endswith("graph")) for m in own])
+            yield _line(device, "all-reduce in a graph", {how: e[graph] for how, e in found.items()})
+
+
+def _line(device: DeviceSpec, operator: str, found: dict[str, Floats]) -> Line:
+    rows = len(next(iter(found.values())))
+    errors = {how: quantiles(values) for how, values in found.items()}
+    return Line(device=device.name, operator=operator, rows=rows, errors=errors)

@@ -17,7 +17,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from profiles.curves import FAMILIES, Family, errors_of, fit_family, operators_in, quantiles, rows_of
+from profiles.curves import (
+    FAMILIES,
+    FILES,
+    Family,
+    errors_of,
+    fit_family,
+    operators_in,
+    quantiles,
+    rows_of,
+)
 from profiles.gemm_tables import errors as corrected_errors
 from profiles.gemm_tables import grid
 from profiles.named import device_named
@@ -29,7 +38,6 @@ from sim.errors import message, report
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
-KERNELS = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
 OPERATORS = ("gemm", "context attention", "generation attention", "nccl")
 RANGES = (1, 2, 9, 17, 33, 65, 129, 257, 513, 1025, 2049, 4097, 8193, 16385)
 OCTAVES = tuple(2**i for i in range(6, 32, 3))
@@ -147,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = {
             name: operators_in((folder / prefix).parent, (folder / prefix).name)
-            for name, prefix in KERNELS.items()
+            for name, prefix in FILES.items()
         }
     except (ValueError, OSError) as error:
         return report(parser.prog, error, message(error))

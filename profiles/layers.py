@@ -3,8 +3,8 @@
     coserve profile curves DATA_FOLDER
 
 A layer is judged as shipped, with constants fitted to the other tensor-parallel degrees of its own file, and
-with constants fitted to the other device's file alone: another model too. Products and short kernels are
-both refitted, so nothing of the rows judged is left in the last two.
+with constants that `profiles.held_out` finds in the other device's file alone: another model too. Products and
+short kernels are both refitted, so nothing of the rows judged is left in the last two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from profiles.curves import FAMILIES, Line, fitted, quantiles
+from profiles.held_out import Source, unseen
 from profiles.measured import read_measured, whole_layer
 from profiles.named import device_named
 from profiles.predict import predicted_s, relative_errors
@@ -56,7 +57,7 @@ def layer_table(folder: Path) -> list[Line]:
     lines = []
     for name, other in zip(FILES, reversed(FILES), strict=True):
         device, own = devices[name], rows[name]
-        borrowed = fitted(rows[other], devices[other], Efficiency.of(devices[other]), IN_LAYER)
+        borrowed = unseen(device, [Source(device=devices[other], measured=rows[other])], IN_LAYER)
         errors = {
             "as shipped": layer_errors(own, device, Efficiency.of(device)),
             "degrees held out": degrees_held_out(own, device),

@@ -29,7 +29,8 @@ import numpy as np
 from profiles import fit as fitting
 from profiles.card import named_beside
 from profiles.check import COSTS, CheckLine, above, check_file
-from profiles.curves import Line, fitted, operators_in, shared, table
+from profiles.curves import FILES, Line, fitted, shared, table
+from profiles.held_out import held_out, sources_in
 from profiles.layers import layer_table
 from profiles.measured import UNITS, has_operators, read_measured
 from profiles.named import device_described, device_named, known_name, model_named
@@ -251,17 +252,12 @@ def _show_measured(measured: Measured) -> None:
 def _curves(arguments: Sequence[str]) -> int:
     names, _ = settings_of(arguments, ())
     folder = _one_file(names, "curves")
-    kernels = {"a100_80gb": "kernels/a100_sxm", "h200": "kernels/h200_sxm"}
-    rows = {}
-    for name, prefix in kernels.items():
-        where = folder / prefix
-        rows[name] = operators_in(where.parent, where.name)
-    starts = {name: Efficiency.of(device_named(name)) for name in kernels}
-    own = {name: fitted(rows[name], device_named(name), starts[name]) for name in kernels}
-    both = dict(zip(kernels, shared([(device_named(n), own[n], rows[n]) for n in kernels]), strict=True))
-    for name, other in (("a100_80gb", "h200"), ("h200", "a100_80gb")):
-        lines = table(device_named(name), rows[name], starts[name], own[other], both[name])
-        _print_errors(list(lines))
+    sources = sources_in(folder)
+    devices = [(sources[name].device, sources[name].measured) for name in FILES]
+    own = [(device, fitted(rows, device, Efficiency.of(device)), rows) for device, rows in devices]
+    for (device, rows), one_set in zip(devices, shared(own), strict=True):
+        other = held_out(device.name, sources)
+        _print_errors(list(table(device, rows, Efficiency.of(device), other, one_set)))
     _print_errors(layer_table(folder / "kernel-profiles"))
     return 0
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from profiles import gemm_tables as gemm_program
-from profiles import groups, layers
+from profiles import groups, guesses, layers
 from profiles.check import check_file
 from profiles.curves import (
     FAMILIES,
@@ -20,8 +20,6 @@ from profiles.curves import (
     quantiles,
     rows_of,
     shared,
-    told,
-    unseen,
 )
 from profiles.gemm_tables import held_out
 from profiles.named import device_named
@@ -134,28 +132,6 @@ def test_layers_are_met_by_constants_that_have_not_seen_them(data: Path) -> None
     assert max(lines[device]["degrees held out"][0] for device in lines) < 0.05
 
 
-@pytest.mark.parametrize(("device", "other"), [("a100_80gb", "h200"), ("h200", "a100_80gb")])
-def test_another_architecture_is_predicted_when_its_kernels_and_latency_are_known(
-    measured: dict[str, list[Measured]], device: str, other: str
-) -> None:
-    """By the datasheet and the other's constants; attention when what its generation of kernels costs is given,
-    collectives when the device's own latency is."""
-    spec = device_named(device)
-    own = Efficiency.of(spec)
-    borrowed = unseen(Efficiency.of(device_named(other)), own.attention_generation)
-    given = told(borrowed, own)
-    for family, constants, median, p90 in (
-        ("gemm", borrowed, 0.11, 0.26),
-        ("generation attention", borrowed, 0.10, 0.34),
-        ("nccl", borrowed, 0.20, 0.36),
-        ("context attention", given, 0.08, 0.20),
-        ("generation attention", given, 0.09, 0.24),
-        ("nccl", given, 0.11, 0.26),
-    ):
-        found = quantiles(errors_of(rows_of(FAMILY[family], measured[device]), spec, constants))
-        assert found[0] < median and found[1] < p90, family
-
-
 def test_one_set_of_constants_explains_both_architectures(measured: dict[str, list[Measured]]) -> None:
     """All but what a kernel's generation and a host's latency are; it is what a third architecture is given."""
     devices = [device_named(name) for name in PREFIX]
@@ -185,7 +161,7 @@ def test_a_model_whose_heads_no_fit_has_seen_is_within_the_aim(
     assert median <= groups.AIM[0] and p90 <= groups.AIM[1]
 
 
-@pytest.mark.parametrize("program", [groups, gemm_program])
+@pytest.mark.parametrize("program", [groups, guesses, gemm_program])
 def test_a_folder_without_the_kernel_files_is_refused_in_one_line(
     program: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
