@@ -78,7 +78,7 @@ from sim.errors import FailedInPart, keys_as, warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.notes import print_notes, request_notes, step_notes
-from sim.rerun import write_rerun
+from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -263,9 +263,10 @@ def _bench(
         bench = Split(setting, split.policy, sliced, split.share)
     if run.warm_up_s:
         bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
+    rerun = None
     if isinstance(bench, Single):
         following = {id: job.sample_tokens for id, job in settings.items()}
-        write_rerun(folder, limits, bench.jobs, following, before.predictor)
+        rerun = rerun_of(limits, bench.jobs, following, before.predictor)
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     recorder = bench.run(workload, horizon)
 
@@ -289,6 +290,8 @@ def _bench(
     )
     wall_s = time.perf_counter() - started_s
     manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
+    if rerun is not None:
+        write_rerun(folder, rerun)
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     trainer = bench.trainer
     for id in settings:

@@ -35,6 +35,7 @@ from tqdm import tqdm
 from sim.errors import message
 from sim.outcome import Outcome, caught
 from sim.pool import WorkerDied, run_calls
+from sim.run_folder import remove_unused, there
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -115,8 +116,20 @@ class GridSweeper(BasicSweeper):
             self.task_function.start(config, len(runs))  # type: ignore[attr-defined]
 
         folder = Path(self.config.hydra.sweep.dir)
+        kept = there(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        before = set(folder.iterdir())
         OmegaConf.save(self.config, folder / "multirun.yaml")
+        try:
+            self._launch(batches)
+        finally:
+            for path in set(folder.iterdir()) - before:
+                remove_unused(path, kept)
+            remove_unused(folder, kept)
+
+    def _launch(self, batches: Sequence[Sequence[Sequence[str]]]) -> None:
+        assert self.launcher is not None
+        runs = [run for batch in batches for run in batch]
         if runs and isinstance(self.launcher, BasicLauncher):
             self._one_by_one(runs)
             return

@@ -9,13 +9,13 @@ import inspect
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
-from sim.checked import build, locate
+from sim.checked import build, check, locate
 from sim.cluster import PipelineSpec
 from sim.core.cost import CostModel, Predictor
 from sim.core.finetune import Job
@@ -88,6 +88,20 @@ class ClusterSettings:
             raise ValueError("cluster.groups must be null or name at least one group, got []")
         if not 0 < self.memory_utilization <= 1:
             raise ValueError(f"cluster.memory_utilization must be in (0, 1], got {self.memory_utilization}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSettings:
+    """The `slo` group."""
+
+    classes: Mapping[str, Mapping[str, Any]]
+    """Name -> bounds, as `Slo` has them; null is none."""
+    tpot_s: Mapping[str, float] = field(default_factory=dict)
+    """Model -> a bound that classes may refer to."""
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise ValueError("slo.classes must name at least one class, got {}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,13 +290,10 @@ def seed_of(config: DictConfig) -> int:
 
 def slos_of(config: DictConfig) -> dict[str, Slo]:
     """The SLO classes by name."""
-    classes = OmegaConf.to_container(config.slo.classes, resolve=True)
-    if not isinstance(classes, Mapping) or not classes:
-        raise ValueError("slo.classes must name at least one class")
+    settings = build(SloSettings, config.slo, "slo")
     slos = {}
-    for name in map(str, classes):
-        bounds = config.slo.classes[name]
-        given = {str(key): bound for key, bound in bounds.items() if bound is not None}
+    for name, bounds in settings.classes.items():
+        given = {key: bound for key, bound in bounds.items() if bound is not None}
         slos[name] = build(Slo, given, f"slo.classes.{name}", name=name)
     return slos
 
@@ -402,6 +413,6 @@ def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo
         if key in parameters and node.get(key) is None:
             node = {name: value for name, value in node.items() if name != key}
             given[key] = min(getattr(slo, bound) for slo in slos.values())
-        elif key in parameters and not node[key] > 0:
+        elif key in parameters and not check(node[key], float, f"policy.{key}") > 0:
             raise ValueError(f"policy.{key} must be above 0 seconds, got {node[key]}")
     return cast(Policy, build(None, node, "policy", **given))

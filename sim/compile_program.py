@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from sim.assemble import CONFIGS
-from sim.checked import build
+from sim.checked import build, check
 from sim.compile.peft import PeftSpec
 from sim.compile.peft_file import read_peft
 from sim.compile.placements import placement_table, print_placements
@@ -66,11 +66,15 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     """Compile one model and method, print the memory table and write the plan, or show what was asked."""
     if config.show not in SHOWS:
         raise ValueError(f"show must be one of {', '.join(SHOWS)}, got {config.show!r}")
+    device = build(DeviceSpec, config.device, "device")
+    settings = build(FinetuneSettings, config.finetune, "finetune")
+    model = build(ModelShape, config.model, "model")
+    file = config.adapter_config
+    spec = build(None, config.peft, "peft") if file is None else read_peft(file)
+    assert isinstance(spec, PeftSpec)
     if config.show == "published":
         _print_published()
         return {}
-    device = build(DeviceSpec, config.device, "device")
-    settings = build(FinetuneSettings, config.finetune, "finetune")
     if config.show == "all":
         models, broken = models_in(CONFIGS / "model")
         specs = {name: _method(name) for name in METHODS}
@@ -87,10 +91,6 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         if broken:
             raise FailedInPart("; ".join(broken), told)
         return told
-    model = build(ModelShape, config.model, "model")
-    file = config.adapter_config
-    spec = build(None, config.peft, "peft") if file is None else read_peft(file)
-    assert isinstance(spec, PeftSpec)
     if config.show == "placements":
         placements = placement_table(
             model,
@@ -100,7 +100,8 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         )
         print_placements(placements)
         return {}
-    tp = model.tp if config.tp is None else config.tp
+    given_tp = check(config.tp, int | None, "tp")
+    tp = model.tp if given_tp is None else given_tp
     model.check_tp(tp)
     report = run_compile(
         model,
@@ -112,7 +113,7 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         budget_share=settings.flops_budget,
         window_tokens=settings.window_tokens,
         accumulation=settings.accumulation,
-        memory_fraction=config.memory_utilization,
+        memory_fraction=check(config.memory_utilization, float, "memory_utilization"),
     )
     if settings.seq_len > model.max_context_tokens:
         print(

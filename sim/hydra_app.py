@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
+from sim.run_folder import remove_unused, there
 from sim.usage import all_groups, usage
 
 VERSION_BASE = "1.3"
@@ -65,7 +66,7 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start)
+    collected = _Task(task, at_start, there(_given_folder(argv)))
     try:
         _check_flags(argv)
         _check_added(argv, config_dir, config_name)
@@ -94,20 +95,27 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task, at_start: AtStart | None) -> None:
+    def __init__(self, task: Task, at_start: AtStart | None, kept: Collection[Path]) -> None:
+        """`kept` are folders that stay, even if nothing comes of the run."""
         functools.update_wrapper(self, task)
         self.task = task
         self.at_start = at_start
+        self.kept = kept
         self.outcomes: list[Outcome] = []
         self.sweeping = False
 
     def __call__(self, config: DictConfig) -> Outcome:
         overrides = _overrides()
+        run = HydraConfig.get()
+        single = run.mode == hydra.types.RunMode.RUN
         try:
             outcome = Outcome(overrides=overrides, row=dict(self.task(config)))
         except Exception as error:
             outcome = caught(error, overrides, message(error))
-        if HydraConfig.get().mode == hydra.types.RunMode.RUN:
+        finally:
+            if single:  # those of a sweep are the sweeper's
+                remove_unused(Path(run.runtime.output_dir), self.kept)
+        if single:
             self.outcomes.append(outcome)
         return outcome
 
@@ -160,6 +168,12 @@ def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before_env
 
 
+def _given_folder(argv: Sequence[str]) -> Path:
+    """Of a single run; without one the working folder, below which it is."""
+    given = [arg.partition("=")[2].strip("'\"") for arg in argv if arg.startswith("hydra.run.dir=")]
+    return Path(given[-1] if given else ".")
+
+
 def _check_flags(argv: Sequence[str]) -> None:
     """Refuse what Hydra's parser would refuse with a page of usage, and a run without a folder."""
     parser: ArgumentParser = get_args_parser()
@@ -179,13 +193,24 @@ def _check_flags(argv: Sequence[str]) -> None:
 
 def _check_added(argv: Sequence[str], config_dir: Path, config_name: str) -> None:
     """Refuse `+NAME...=` where the config has no NAME and no other argument refers to it: nobody would read it."""
-    added = {re.split(r"[./@=]", arg.lstrip("+"), maxsplit=1)[0] for arg in argv if arg.startswith("+")}
-    added = {name for name in added - {"hydra"} if not any(f"${{{name}" in arg for arg in argv)}
-    if not added:
+    added = [re.split(r"[@=]", arg.lstrip("+"), maxsplit=1)[0] for arg in argv if arg.startswith("+")]
+    names = {key: re.split(r"[./]", key, maxsplit=1)[0] for key in added}
+    names = {key: name for key, name in names.items() if name != "hydra" and not _is_read(name, argv)}
+    if not names:
         return
-    known = {re.split(r"[./]", key, maxsplit=1)[0] for key in _known_keys(argv, config_dir, config_name)}
-    for name in sorted(added - known):
-        raise ValueError(f"no key or group named {name!r}{nearest(name, known) or '; --cfg job lists them'}")
+    groups = all_groups(config_dir, config_name)
+    nodes = {key.partition(".")[0] for key in _config_keys(argv, groups, config_dir, config_name)}
+    for key, name in sorted(names.items()):
+        # A group of changes to the whole config, such as experiment, is no node of it.
+        if nodes and name not in nodes and key not in groups:
+            unknown = key if name in groups else name
+            hint = nearest(unknown, nodes | groups.keys()) or "; --cfg job lists them"
+            raise ValueError(f"no key or group named {unknown!r}{hint}")
+
+
+def _is_read(name: str, argv: Sequence[str]) -> bool:
+    """Whether another argument is taken from the key."""
+    return any(f"${{{name}" in arg for arg in argv)
 
 
 def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: str) -> str | None:
@@ -201,6 +226,8 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
         key = _refused_key(text, argv)
         if key is not None:
             keys = _known_keys(argv, config_dir, config_name)
+            if "already at" in text:
+                return f"{key!r} is there already; without the + it is set"
             if key in keys:
                 return f"{key!r} is not an option of this command"
             elsewhere = _choices_with(key, config_dir, config_name)
@@ -226,16 +253,23 @@ def _refused_key(text: str, argv: Sequence[str]) -> str | None:
 
 
 def _known_keys(argv: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
-    """Groups, and the dotted keys of the config with the choices of `argv` that can be composed."""
-    groups = list(all_groups(config_dir, config_name))
+    """Groups, and the dotted keys of the config."""
+    groups = all_groups(config_dir, config_name)
+    return [*groups, *_config_keys(argv, groups, config_dir, config_name)]
+
+
+def _config_keys(
+    argv: Sequence[str], groups: Collection[str], config_dir: Path, config_name: str
+) -> list[str]:
+    """The dotted keys of the config with the choices of `argv`; none where these cannot be composed."""
     choices = [arg for arg in argv if arg.partition("=")[0] in groups and "," not in arg]
     with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
         try:
             config = hydra.compose(config_name, choices)
         except Exception:
             # The error told is the first one; suggestions for it are not worth a second.
-            return groups
-    return groups + list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
+            return []
+    return list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
 
 
 def _choices_with(key: str, config_dir: Path, config_name: str) -> str:

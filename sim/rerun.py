@@ -70,16 +70,15 @@ class Rerun:
         return [_job(plain) for plain in self._jobs]
 
 
-def write_rerun(
-    folder: Path,
+def rerun_of(
     limits: Limits,
     jobs: Iterable[Job],
     following_tokens: Mapping[str, int],
     predictor: IterationCost,
-) -> None:
-    """Write FILE before the run starts; `following_tokens` is the length of every sample that is still to come,
-    by job."""
-    plain = {
+) -> dict[str, Any]:
+    """What FILE holds, to be taken before the run moves the jobs on; `following_tokens` is the length of every
+    sample that is still to come, by job."""
+    return {
         "limits": asdict(limits),
         "jobs": [
             {
@@ -92,6 +91,10 @@ def write_rerun(
         ],
         "predictor": to_plain(predictor),
     }
+
+
+def write_rerun(folder: Path, plain: Mapping[str, Any]) -> None:
+    """Write FILE, of `rerun_of`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(plain), encoding="utf-8")
 

@@ -26,8 +26,10 @@ def task(config: DictConfig) -> dict[str, Any]:
         np.zeros(2**50)
     if config.seed == 98:
         sys.exit(7)
-    time.sleep(config.wait_s)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if config.wait_s:
+        (folder / "waiting.log").touch()
+        time.sleep(config.wait_s)
     (folder / "seed.txt").write_text(str(config.seed))
     (folder / SUMMARY).write_text("{}")
     return {"policy": config.policy.name, "seed": config.seed, "folder": str(folder)}

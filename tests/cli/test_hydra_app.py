@@ -52,6 +52,7 @@ NO_KEY = "no key or group named"
         ),
         (["+workloads.rate_rps=1"], f"{NO_KEY} 'workloads'; did you mean 'workload'?"),
         (["-m", "seed=1,2", "++sede=1"], f"{NO_KEY} 'sede'; did you mean 'seed'?"),
+        (["+seed=1"], "'seed' is there already; without the + it is set"),
         (["wait_s=???"], "wait_s is missing; it must be given: wait_s=..."),
         (["policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
         (["-m", "policy=plain,eager", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
@@ -70,6 +71,28 @@ def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(
     assert err.startswith(f"coserve small: error: {told}")
     assert err.count("\n") == 1
     assert out == ""
+    assert not (app_folder / "out").exists()
+
+
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_of_a_sweep_only_runs_that_came_to_something_leave_a_folder(app_folder: Path, launcher: str) -> None:
+    config = app_folder / "configs" / "config.yaml"
+    config.write_text(config.read_text().replace("  launcher: {workers: 2}\n", ""))
+    sweep = ["-m", "policy=broken,plain", "seed=1,2", f"hydra/launcher={launcher}"]
+    assert main([*sweep, "hydra.sweep.dir=a/b"]) == 1
+    assert sorted(path.name for path in (app_folder / "a" / "b").iterdir()) == ["2", "3", "multirun.yaml"]
+    assert main(["-m", "policy=broken", "seed=1,2", f"hydra/launcher={launcher}", "hydra.sweep.dir=c/d"]) == 1
+    assert not (app_folder / "c").exists()
+
+
+def test_a_refused_run_leaves_folders_that_were_there(app_folder: Path) -> None:
+    (app_folder / "mine").mkdir()
+    assert main(["policy=broken", "hydra.run.dir=mine"]) == 2
+    assert (app_folder / "mine").is_dir()
+    assert main(["policy=broken", "hydra.run.dir=mine/below/it"]) == 2
+    assert not (app_folder / "mine" / "below").exists() and (app_folder / "mine").is_dir()
+    assert main(["seed=1"]) == 0 and main(["policy=broken"]) == 2
+    assert (app_folder / "out" / "seed.txt").is_file()
 
 
 def test_a_key_of_ones_own_may_be_added_where_another_refers_to_it(app_folder: Path) -> None:
@@ -172,13 +195,12 @@ def test_a_sweep_whose_ends_fail_alike_is_told_once_and_not_run(
     assert err.count("failed: policy broken cannot run") == 8
 
 
-def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.cli.small_app", "-m", "seed=range(0,40)", "wait_s=0.3"]
-    process = subprocess.Popen(
-        command,
-        cwd=app_folder,
-        env=environment,
+def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
+    """The command as a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.cli.small_app", *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -186,6 +208,21 @@ def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> Non
         # A shell that starts the tests in the background has SIGINT ignored, and children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
+
+
+def test_ctrl_c_of_a_run_without_results_leaves_no_folder(app_folder: Path) -> None:
+    process = start(app_folder, "wait_s=60")
+    while not (app_folder / "out" / "waiting.log").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "coserve small: interrupted\n")
+    assert not (app_folder / "out").exists()
+
+
+def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> None:
+    process = start(app_folder, "-m", "seed=range(0,40)", "wait_s=0.3")
     while len(list(app_folder.glob("out/*/seed.txt"))) < 3:
         assert process.poll() is None
         time.sleep(0.02)
@@ -203,3 +240,5 @@ def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> Non
     assert 2 <= len(told) < 40
     for seed in told:
         assert (app_folder / "out" / str(seed) / "seed.txt").read_text() == str(seed)
+    # One that was stopped has written its first result, or has no folder.
+    assert all((path / "seed.txt").is_file() for path in folder.iterdir() if path.is_dir())

@@ -43,6 +43,44 @@ def test_a_sample_beyond_the_context_of_the_model_is_noted(
         assert capfd.readouterr().err == told
 
 
+@pytest.mark.parametrize("shown", ["plan", "all", "placements", "published"])
+@pytest.mark.parametrize("group", ["model", "peft", "device", "finetune"])
+def test_unknown_keys_are_refused_whatever_is_shown(
+    shown: str, group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", f"show={shown}", f"+{group}.more=1"]) == 2
+    assert f"coserve compile: error: {group} has no key 'more'; " in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "told"),
+    [
+        ("tp=x", "tp must be a whole number or null, got 'x'"),
+        ("tp=0", "tp must divide heads 32"),
+        ("memory_utilization=x", "memory_utilization must be a number, got 'x'"),
+    ],
+)
+def test_numbers_that_are_none_are_refused(
+    argument: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", argument]) == 2
+    error = capfd.readouterr().err
+    assert error.startswith(f"coserve compile: error: {told}") and error.count("\n") == 1
+
+
+def test_what_is_only_printed_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "--published"]) == 0
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_model_whose_file_is_incomplete_stops_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -278,6 +278,9 @@ BAD = {
     "slo.classes.default.tpot_s=-1": "slo.classes.default.tpot_s must be above 0",
     "slo.classes.default.tpot_s=0.001": "slo.classes.default.tpot_s cannot be kept",
     "slo.classes.default.ttft_s=0.001": "slo.classes.default.ttft_s cannot be kept",
+    "+slo.more=1": "slo has no key 'more'; known: classes, tpot_s",
+    "+slo.classes.more=1": "slo.classes.more must be a group of keys, got 1",
+    "+experiment.more=1": "no key or group named 'experiment.more'; did you mean 'experiment'?",
     "cluster.limits.kv_tokens=3": "cluster.limits.kv_tokens must hold a block of 16 tokens, got 3",
     "cluster.limits.admission=random": "cluster.limits.admission must be one of fcfs, deadline, shortest",
     "cluster.limits.lookahead=2": "cluster.limits.lookahead must be 0 or 1, got 2",
@@ -295,9 +298,17 @@ BAD = {
     "workload/lengths=lognormal workload.lengths.prompt.quantiles.p50=0": "lengths.prompt.quantiles.p50 must",
     "hydra.run.dir=": "hydra.run.dir must be a folder, got nothing",
     "device.peak_flops=inf": "device.peak_flops must be above 0 and finite, got inf",
+    "device.link_bandwidth_bytes_s=inf": "device.link_bandwidth_bytes_s must be at least 0 and finite, got inf",
+    "device.link_bandwidth_bytes_s=-1": "device.link_bandwidth_bytes_s must be at least 0 and finite, got -1.0",
+    "model.hidden=7": "model.hidden must be a multiple of model.heads, got 7 and 32",
+    "model.head_dim=7": "model.head_dim must be even, for rotary embeddings, got 7",
+    "model.kv_heads=3": "model.heads must be a multiple of model.kv_heads, got 32 and 3",
+    "model.layers=0": "model.layers must be at least 1, got 0",
     "device.power_w=-5": "device.power_w must be at least 0 and finite, got -5.0",
     "+device.price_per_hour=-2": "device.price_per_hour must be at least 0 and finite, got -2.0",
     "+device.idle_power_w=500": "device.idle_power_w must be at most power_w 400, got 500",
+    "policy.budget_s=fast": "policy.budget_s must be a number, got 'fast'",
+    "policy.budget_s=0": "policy.budget_s must be above 0 seconds, got 0",
     "seed=x": "seed must be a whole number from 0, got 'x'",
     "run.drain_s=-1": "run.drain_s must be at least 0 seconds",
     "workload=csv": "workload.file must be the path of a trace",
@@ -315,6 +326,7 @@ BAD = {
     "workload=csv workload.file=late.csv workload.repeat=true workload.duration_s=1e8": "at most 10,000,000",
     "cost.predictor.factor=0": "error: cost.predictor.factor must be in [0.001, 1000], got 0",
     "cost.world.spread=2": "error: cost.world.spread must be in [0, 1), got 2",
+    "+cost.world.of.host_s=inf": "cost.world.of.host_s must be at least 0 and finite, got inf",
     "+cost.path=mine.parquet": "error: cost has no key 'path'; known: world, predictor",
     "model.name=mine": "give it with +slo.tpot_s.mine=..., or slo.classes.default.tpot_s=... itself",
     "hydra.run.dir=file/below": "file",
@@ -336,6 +348,7 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
     assert err.startswith("coserve simulate: error: ")
     assert BAD[override] in err
     assert err.count("\n") == 1
+    assert not Path("runs").exists()
 
 
 BROKEN = """
