@@ -73,6 +73,16 @@ TIMED = "engine/rig.py"
 """It and all that it imports is the code whose time a row is."""
 OF = ("device", "hardware", "model")
 """What a profile is of: no other is put in its place."""
+NOT_TIMED = ("data", "accumulation", "warm_up_s")
+"""Keys of `job` and `run` that the `scale` group brings for `coserve bench`."""
+SAME, TOO_LARGE, DISTURBED, BROKEN = "same", "too_large", "disturbed", "broken"
+LEFT_OUT = {
+    SAME: "of the same work as another",
+    TOO_LARGE: "too large for the memory",
+    DISTURBED: "in contradiction to others each time",
+    BROKEN: "broken off",
+}
+"""Why a point of the design has no row."""
 CONDITIONS = ("sources", "versions", "dtype", "limits", "job", "launch", "adapters")
 """What else all rows of a profile have in common."""
 
@@ -136,9 +146,12 @@ def collect(config: DictConfig) -> dict[str, Any]:
     device, shape = build(DeviceSpec, config.device, "device"), shape_of(config.model, config.weights)
     if shape.tp > 1:
         raise ValueError(f"coserve profile collect times one device: model.tp must be 1, got {shape.tp}")
-    keys = ("sample_tokens", "order", "memory", "lora")
+    own = {str(key): value for key, value in config.job.items() if key not in NOT_TIMED}
     with keys_as({"finetune.lora.": "job.lora."}):
-        job = build(JobSettings, {key: config.job[key] for key in keys}, "job")
+        job = build(JobSettings, own, "job")
+    for key in config.run:
+        if key not in NOT_TIMED:
+            raise ValueError(f"run has no key {key!r}; known: none")
     launch = build(LaunchSettings, config.launch, "launch")
     place_of(device)
     path = Path(settings.out) if settings.out is not None else TABLES / f"{device.name}-{shape.name}.parquet"
@@ -157,10 +170,10 @@ def collect(config: DictConfig) -> dict[str, Any]:
         assemble = partial(assemble_engine, launching=launch.on(model))
         return Rig(model, limits, _jobs(model, job), adapters, assemble)
 
-    left_out = _time_points(Timing(rig, settings.repeats), file, settings)
+    _time_points(Timing(rig, settings.repeats), file, settings)
     if not file.rows:
         raise ValueError(f"seconds must allow a point, {settings.seconds} gave none")
-    return {"file": str(path), "points": settings.points, "left_out": left_out}
+    return {"file": str(path), "points": settings.points}
 
 
 class ProfileFile:
@@ -170,7 +183,9 @@ class ProfileFile:
         self.path = path
         self.rows: list[dict[str, float]] = []
         self.passed = 0
-        """Points of the design that need no more time: timed, or the same work as another."""
+        """Points of the design that need no more time: timed, or left out."""
+        self.left_out = dict.fromkeys(LEFT_OUT, 0)
+        """Why -> how many of them have no row."""
         self._about = about
         self._provenance = provenance
 
@@ -193,6 +208,7 @@ class ProfileFile:
             self._about["limits"]["kv_tokens"] = found["limits"]["kv_tokens"]
         self._compare(found, CONDITIONS, "restart=true begins anew, out=FILE keeps both")
         self.passed = found["passed"]
+        self.left_out |= found.get("left_out", {})
         columns = profile.columns
         self.rows = [
             {name: float(values[n]) for name, values in columns.items()} for n in range(len(profile.seconds))
@@ -219,7 +235,9 @@ class ProfileFile:
 
     def add(self, row: dict[str, float]) -> None:
         """A row, unless its work is there already."""
-        if not any(all(row[name] == old[name] for name in WORK_COLUMNS) for old in self.rows):
+        if any(all(row[name] == old[name] for name in WORK_COLUMNS) for old in self.rows):
+            self.left_out[SAME] += 1
+        else:
             self.rows.append(row)
 
     def columns(self) -> dict[str, Floats]:
@@ -230,7 +248,7 @@ class ProfileFile:
         """Put the file in place; none without a row."""
         if not self.rows:
             return
-        about = {**self._about, "passed": self.passed}
+        about = {**self._about, "passed": self.passed, "left_out": self.left_out}
         write_profile(self.path, self.columns(), self._provenance, about)
 
 
@@ -257,9 +275,9 @@ class Timing:
         return None
 
 
-def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> int:
-    """The points that the file lacks, until the time is over. Returns how many were left out."""
-    started_s, left_out = time.perf_counter(), 0
+def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> None:
+    """The points that the file lacks, until the time is over."""
+    started_s = time.perf_counter()
     rest = itertools.islice(design(timing.space), file.passed, settings.points)
     with tqdm(total=settings.points, initial=file.passed, unit="point", leave=False, disable=None) as bar:
         for point in rest:
@@ -269,14 +287,16 @@ def _time_points(timing: Timing, file: ProfileFile, settings: Settings) -> int:
             try:
                 row = timing.row(point, file.passed - 1)
             except Exception:
+                file.left_out[BROKEN] += 1
                 file.write()  # the next call goes on behind it
                 raise
-            if row is not None:
+            if row is None:
+                file.left_out[TOO_LARGE] += 1
+            else:
                 file.add(row)
-                left_out += _settle(timing, file)
-                file.write()
+                _settle(timing, file)
+            file.write()
             bar.update()
-    return left_out
 
 
 def _flat(timed: Timed, index: int) -> dict[str, float]:
@@ -292,9 +312,9 @@ def _flat(timed: Timed, index: int) -> dict[str, float]:
     }
 
 
-def _settle(timing: Timing, file: ProfileFile) -> int:
-    """Time rows that contradict others again; those that go on doing so are left out. Returns how many."""
-    left_out, tries = 0, dict.fromkeys((row["point"] for row in file.rows), 0)
+def _settle(timing: Timing, file: ProfileFile) -> None:
+    """Time rows that contradict others again; those that go on doing so are left out."""
+    tries = dict.fromkeys((row["point"] for row in file.rows), 0)
     while (found := contradiction(file.columns())) is not None:
         _, slow = found
         index = int(file.rows[slow]["point"])
@@ -303,10 +323,9 @@ def _settle(timing: Timing, file: ProfileFile) -> int:
         again = timing.row(point, index) if tries[index] <= AGAIN else None
         if again is None:
             del file.rows[slow]
-            left_out += 1
+            file.left_out[DISTURBED] += 1
         elif again["seconds_p50"] < file.rows[slow]["seconds_p50"]:
             file.rows[slow] = again
-    return left_out
 
 
 def _jobs(model: Model, job: JobSettings) -> list[TrainingJob]:
@@ -424,7 +443,7 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         profile = read_profile(Path(row["file"]))
         assert profile.collected is not None
-        done, c = profile.collected["passed"], profile.columns
+        c = profile.columns
         if len(profile.seconds) < LEAST_ROWS:
             print(f"{len(profile.seconds)} rows: a fit needs {LEAST_ROWS}")
         else:
@@ -434,8 +453,17 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"host, not hidden: {1e3 * np.median(c['host_s']):.2f} ms an iteration in the median row")
         ahead = np.nanmedian(1 - c["ahead_s"] / c["seconds_p50"])
         print(f"launched one ahead: {100 * ahead:.1f} % shorter in the median row")
-        if row["left_out"]:
-            print(f"left out: {row['left_out']} rows that contradict others each time they are measured")
-        if done < row["points"]:
-            print(f"points: {done} of {row['points']}; the same command goes on")
+        print(points_line(profile.collected, len(profile.seconds), row["points"]))
         print(f"file: {row['file']}")
+
+
+def points_line(collected: Mapping[str, Any], rows: int, planned: int) -> str:
+    """What became of the design's points, over all calls that made the file."""
+    done, left_out = collected["passed"], collected.get("left_out", {})
+    reasons = [f"{count} {LEFT_OUT[why]}" for why, count in left_out.items() if count]
+    # Files of before say how many points were passed and not why some have no row.
+    unsaid = done - rows - sum(left_out.values())
+    reasons += [f"{unsaid} for reasons that the file does not say"] if unsaid else []
+    line = f"points: {done} of {max(done, planned)} of the design, {rows} measured"
+    line += f"; left out {', '.join(reasons)}" if reasons else ""
+    return line + ("; the same command goes on" if done < planned else "")

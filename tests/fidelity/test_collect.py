@@ -18,7 +18,7 @@ from engine.design import Point, Space, design
 from engine.lora import new_adapter
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig
-from profiles.collect import Timing
+from profiles.collect import Timing, points_line
 from profiles.fidelity import main as fidelity
 from profiles.program import main as program
 from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile, write_profile
@@ -133,6 +133,8 @@ def test_collect_fit_bench_fidelity(
     assert collect(path, "points=70") == 0
     profile = read_profile(path)
     assert list(profile.columns) == [*COLUMNS, *MORE_COLUMNS] and contradiction(profile.columns) is None
+    said = f"points: 70 of 70 of the design, {len(profile.seconds)} measured; left out "
+    assert said in capsys.readouterr().out
     about, of = profile.collected, profile.provenance
     assert about is not None and of is not None
     assert (of.device, of.model, about["passed"], about["dtype"]) == ("cpu", "tiny", 70, "float32")
@@ -182,6 +184,8 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
         ("out=own.csv", "out must be a file that ends in .parquet, got 'own.csv'"),
         ("job.order=sideways", "job.order must be one of layer_major, window_major, got 'sideways'"),
         ("job.lora.rank=0", " job.lora.rank must be at least 1, got 0"),
+        ("+job.more=1", " job has no key 'more'; did you mean 'order'?"),
+        ("+run.more=1", " run has no key 'more'; known: none"),
         ("seconds=1e-9 restart=true", "seconds must allow a point, 1e-09 gave none"),
     ):
         assert collect(path, "points=30", *override.split()) == 2
@@ -286,7 +290,25 @@ def test_a_point_that_breaks_off_is_left_behind(
     assert collect(path, "points=12") == 0
     found = read_profile(path)
     assert found.collected is not None and found.collected["passed"] == 12
+    left_out = found.collected["left_out"]
+    assert left_out["broken"] == 1 and sum(left_out.values()) + len(found.seconds) == 12
+    assert "1 broken off" in capsys.readouterr().out
     assert 7 not in found.columns["point"] and found.columns["point"].max() > 7
+
+
+def test_what_became_of_the_points_is_said_in_one_line() -> None:
+    left_out = {"same": 6, "too_large": 1, "disturbed": 2, "broken": 0}
+    whole = points_line({"passed": 60, "left_out": left_out}, 51, 60)
+    assert whole == (
+        "points: 60 of 60 of the design, 51 measured; left out 6 of the same work as another, "
+        "1 too large for the memory, 2 in contradiction to others each time"
+    )
+    short = points_line({"passed": 40}, 37, 60)
+    assert short == (
+        "points: 40 of 60 of the design, 37 measured; left out 3 for reasons that the file does not say; "
+        "the same command goes on"
+    )
+    assert points_line({"passed": 5, "left_out": {}}, 5, 3) == "points: 5 of 5 of the design, 5 measured"
 
 
 def test_samples_need_not_fill_their_last_block() -> None:
