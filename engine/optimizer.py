@@ -40,8 +40,14 @@ class OptimizerSettings:
             raise ValueError(
                 f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"optimizer.learning_rate must be above 0, got {self.learning_rate}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"optimizer.learning_rate must be above 0 and finite, got {self.learning_rate}")
+        for key in ("weight_decay", "eps"):
+            if not 0 <= getattr(self, key) < math.inf:
+                raise ValueError(f"optimizer.{key} must be at least 0 and finite, got {getattr(self, key)}")
+        for key, shares in (("betas", self.betas), ("momentum", (self.momentum,))):
+            if not all(0 <= share < 1 for share in shares):
+                raise ValueError(f"optimizer.{key} must be in [0, 1), got {getattr(self, key)}")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.warmup_steps < 0:

@@ -45,6 +45,13 @@ class ModelShape:
             raise ValueError(
                 f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}"
             )
+        # As `transformers` has it for Llama, also where head_dim is not their quotient.
+        if self.hidden % self.heads:
+            raise ValueError(
+                f"model.hidden must be a multiple of model.heads, got {self.hidden} and {self.heads}"
+            )
+        if self.head_dim % 2:
+            raise ValueError(f"model.head_dim must be even, for rotary embeddings, got {self.head_dim}")
 
     @property
     def q_dim(self) -> int:
@@ -183,7 +190,8 @@ class DeviceSpec:
             value = getattr(self, key)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"device.{key} must be above 0 and finite, got {value}")
-        for key in ("power_w", "idle_power_w", "price_per_hour"):
+        # A link bandwidth of 0 is no link.
+        for key in ("link_bandwidth_bytes_s", "power_w", "idle_power_w", "price_per_hour"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"device.{key} must be at least 0 and finite, got {value}")

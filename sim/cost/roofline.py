@@ -15,6 +15,7 @@ Formulas: `sim.cost.gemm`, `sim.cost.attention`, `sim.cost.collective`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -70,8 +71,8 @@ class Roofline:
 
     def __post_init__(self) -> None:
         for name in ("host_s", "launch_s", "graph_tokens"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be at least 0 and finite, got {getattr(self, name)}")
         if self.gemm not in GEMMS:
             raise ValueError(f"gemm must be one of {', '.join(GEMMS)}, got {self.gemm!r}")
         if not 0 <= self.overlap_contention <= 1:
