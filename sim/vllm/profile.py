@@ -13,7 +13,6 @@ other axes, which are not read.
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import yaml
 from sim.cost.grid import AttentionGrid, Point
 from sim.cost.operators import Curve, OperatorProfile
 from sim.cost.skew import Box, Skew
-from sim.vllm.text import text_of
+from sim.vllm.text import table_of, text_of
 
 POINT = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
 KEY = "prefill_key"
@@ -70,7 +69,8 @@ def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
         raise ValueError(f"{path}: skew_fit must hold keys and values, got {fit!r}")
     if fit.get("enabled", False):
         skew_path = folder / "skew_fit.csv"
-        missing = [name for name in SKEW_COLUMNS if skew_path.is_file() and name not in _header(skew_path)]
+        names = table_of(skew_path)[0] if skew_path.is_file() else SKEW_COLUMNS
+        missing = [name for name in SKEW_COLUMNS if name not in names]
         if skew_path.is_file() and not missing:
             skew = _skew(skew_path)
         else:
@@ -133,7 +133,7 @@ def _curves(path: Path, key: str) -> dict[str, Curve]:
 
 def _grid(path: Path) -> AttentionGrid:
     """Attention of one query per decode."""
-    keyed = KEY in _header(path)
+    keyed = KEY in table_of(path)[0]
     columns = tuple(KEY if keyed and key == "kv_prefill" else key for key in POINT)
     found: dict[Point, float] = {}
     for where, row in _rows(path, (*columns, "time_us")):
@@ -173,19 +173,14 @@ def _upper_bound(where: str, label: str) -> float:
 
 def _rows(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     """(file and line, row) of a CSV file that has all `columns`."""
-    reader = csv.DictReader(text_of(path).splitlines())
-    missing = [name for name in columns if name not in (reader.fieldnames or ())]
+    names, rows = table_of(path)
+    missing = [name for name in columns if name not in names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(columns)}")
-    for row in reader:
-        where = f"{path} line {reader.line_num}"
+    for where, row in rows:
         if any(row[name] is None for name in columns):
             raise ValueError(f"{where} has fewer than {len(columns)} values")
         yield where, row
-
-
-def _header(path: Path) -> Sequence[str]:
-    return csv.DictReader(text_of(path).splitlines()).fieldnames or ()
 
 
 def _count(where: str, key: str, text: str, lowest: int, *, rounded: bool = False) -> int:

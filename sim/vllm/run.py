@@ -12,7 +12,6 @@ and time 0 is when the engine took in its first request.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.vllm.text import text_of
+from sim.vllm.text import table_of, text_of
 
 Floats = NDArray[np.float64]
 
@@ -389,15 +388,15 @@ def _request(path: Path, at: int, line: str) -> tuple[float, ...]:
 
 
 def _ticks(path: Path) -> dict[str, Floats] | None:
-    reader = csv.DictReader(text_of(path).splitlines())
-    missing = [name for name in TICK_COLUMNS if name not in (reader.fieldnames or ())]
+    names, rows = table_of(path)
+    missing = [name for name in TICK_COLUMNS if name not in names]
     if missing:
         raise ValueError(f"{path} has no column {missing[0]!r}; it must have {', '.join(TICK_COLUMNS)}")
-    later = [name for name in LATER_TICK_COLUMNS if name in (reader.fieldnames or ())]
+    later = [name for name in LATER_TICK_COLUMNS if name in names]
     columns: dict[str, list[float]] = {name: [] for name in (*TICK_COLUMNS, *later)}
-    for row in reader:
+    for where, row in rows:
         for name in columns:
-            columns[name].append(_number(f"{path} line {reader.line_num}: {name}", row[name]))
+            columns[name].append(_number(f"{where}: {name}", row[name]))
     if not columns["t"]:
         return None
     if (np.diff(columns["t"]) <= 0).any():

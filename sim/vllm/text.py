@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 
@@ -16,3 +17,13 @@ def text_of(path: Path) -> str:
         raise ValueError(
             f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}"
         ) from None
+
+
+def table_of(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
+    """Names of the columns of a CSV file, and (file and line, row) of each. ValueError names a line that is no CSV,
+    such as one with a field without an end."""
+    reader = csv.DictReader(text_of(path).splitlines())
+    try:
+        return list(reader.fieldnames or ()), [(f"{path} line {reader.line_num}", row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(f"{path} line {reader.reader.line_num}: not CSV: {error}") from None

@@ -61,6 +61,11 @@ def test_an_alpha_table_that_is_not_there_or_has_other_axes_is_said(
         ("meta.yaml", b"model: \xff\n", "meta.yaml is not UTF-8 text: byte 7 is 0xff"),
         ("dense.csv", b"layer,tokens,time_us\nx,\xff,2\n", "dense.csv is not UTF-8 text: byte 23 is 0xff"),
         (
+            "dense.csv",
+            b'layer,tokens,time_us\nx,1,"' + b"2" * 131_073,
+            "dense.csv line 2: not CSV: field larger than field limit",
+        ),
+        (
             "meta.yaml",
             b"model: a\nskew_fit: true\n",
             "meta.yaml: skew_fit must hold keys and values, got True",
@@ -71,6 +76,14 @@ def test_a_damaged_profile_is_named(profile: Path, name: str, content: bytes, sa
     (profile / name).write_bytes(content)
     with pytest.raises(ValueError, match=says):
         read_profile(profile)
+
+
+def test_a_log_that_is_no_csv_is_named_with_its_line(tmp_path: Path) -> None:
+    run = folders.write_run(tmp_path / "run", folders.meta(), *REQUEST)
+    path = run / "timeseries.csv"
+    path.write_text(path.read_text() + '"' + "2" * 131_073)
+    with pytest.raises(ValueError, match=r"timeseries.csv line 3: not CSV: field larger than field limit"):
+        read_run(run)
 
 
 def test_a_folder_of_one_degree_is_its_profiles(tmp_path: Path) -> None:

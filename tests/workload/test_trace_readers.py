@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -345,6 +346,30 @@ def test_files_are_found_as_given_and_below_the_data_folder(
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert data_dir() == tmp_path / ".cache" / "coserve"
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        (
+            ["arrival_s,prompt_tokens,output_tokens", "0,10,5", '1,"' + "x" * 131_073],
+            "row 3: not CSV: field",
+        ),
+        (['"arrival_s,' + "x" * 131_073, "0,10,5"], "row 1: not CSV: field larger than field limit"),
+        (
+            ["arrival_s,prompt_tokens,output_tokens", f"0,{'x' * 131_073},5"],
+            "row 2, column prompt_tokens: must be a whole number from 1 to 2147483647, got 'xxx",
+        ),
+    ],
+)
+def test_a_field_of_a_hundred_thousand_letters_is_told_by_file_and_row(
+    tmp_path: Path, lines: list[str], told: str
+) -> None:
+    path = tmp_path / "long.csv"
+    path.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {told}")) as error:
+        CsvReader().read(str(path))
+    assert len(str(error.value)) < len(str(path)) + 200
 
 
 def test_a_missing_public_trace_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

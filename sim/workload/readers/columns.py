@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_TOKENS = 2**31 - 1
+LONGEST_SHOWN = 60
+"""Letters of a value in a message."""
 
 
 def read_csv(
@@ -45,7 +47,7 @@ def read_csv(
     import pandas as pd
 
     content = path.read_text(encoding="utf-8-sig", errors="replace").rstrip()
-    header = csv_header(content)
+    header = csv_header(path, content)
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{path}: row 1: column {twice!r} must be there once, got {header.count(twice)}")
@@ -129,9 +131,9 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             raise ValueError(f"{path}: row {row}: must be JSON, got {line[:60]!r}") from None
 
 
-def csv_header(content: str) -> list[str]:
+def csv_header(path: Path, content: str) -> list[str]:
     """Names of the first line's columns, quoted or not."""
-    return [name.strip() for name in next(csv.reader([content.partition("\n")[0]]), [])]
+    return [name.strip() for name in next(_csv_rows(path, content.partition("\n")[0]), (1, []))[1]]
 
 
 def json_number(
@@ -187,10 +189,19 @@ def _check_widths(path: Path, content: str, width: int) -> None:
     """Refuse a row with more fields than the header: pandas would drop the rest in silence."""
     if content.count(",") == (width - 1) * (content.count("\n") + 1):
         return
-    reader = csv.reader(io.StringIO(content))
-    for fields in reader:
+    for row, fields in _csv_rows(path, content):
         if len(fields) > width:
-            raise ValueError(f"{path}: row {reader.line_num}: must have {width} fields, got {len(fields)}")
+            raise ValueError(f"{path}: row {row}: must have {width} fields, got {len(fields)}")
+
+
+def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
+    """(line number, fields); ValueError names the line that is no CSV, such as a field without an end."""
+    reader = csv.reader(io.StringIO(content))
+    try:
+        for fields in reader:
+            yield reader.line_num, fields
+    except csv.Error as error:
+        raise ValueError(f"{path}: row {reader.line_num}: not CSV: {error}") from None
 
 
 def _numbers(column: pd.Series[Any]) -> Floats:
@@ -204,5 +215,6 @@ def _refuse(path: Path, frame: pd.DataFrame, column: str, bad: NDArray[np.bool_]
         at = int(np.argmax(bad))
         value = frame[column].tolist()[at]
         shown = "nothing" if value != value or value == "" else repr(value)
+        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
         row = int(frame.index[at]) + 2
         raise ValueError(f"{path}: row {row}, column {column}: must be {allowed}, got {shown}")

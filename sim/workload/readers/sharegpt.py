@@ -31,7 +31,7 @@ def read_sharegpt(file: str) -> Ints:
     """Prompt and output lengths, shape (rows, 2)."""
     path = find_file(file)
     if path.suffix == ".csv":
-        pair = _pair(path, csv_header(path.read_text(encoding="utf-8-sig", errors="replace")))
+        pair = _pair(path, csv_header(path, path.read_text(encoding="utf-8-sig", errors="replace")))
         frame = read_csv(path, pair)
         return np.stack([tokens_column(path, frame, column) for column in pair], axis=1)
     return _lengths(path, json_records(path))
