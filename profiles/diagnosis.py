@@ -95,7 +95,7 @@ class Finding(NamedTuple):
             return f"the factor of {OTHERS}, none of its own is shown"
         if self.low >= 1 / OFF and self.high <= OFF:
             return f"within {OFF:g}x"
-        return f"an error beyond {OFF:g}x is neither shown nor excluded"
+        return f"the runs do not say whether it is off by more than {OFF:g}x"
 
 
 def grouped(parts: Mapping[str, Floats]) -> dict[str, Floats]:

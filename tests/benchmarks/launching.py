@@ -142,6 +142,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--repetitions", type=int, default=REPETITIONS)
     options = parser.parse_args()
+    if options.repetitions < 1:
+        parser.error(f"--repetitions must be at least 1, got {options.repetitions}")
     torch.set_num_threads(1)
     runs = [lambda launch: None] if triton is None else [lambda launch: None, Launch.run]
     take_for_a_gpu()

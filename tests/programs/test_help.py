@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,28 @@ def test_commands_that_share_a_config_say_what_they_do_themselves(
     lines = help_of(command, capsys)
     assert not any("coserve simulate" in line for line in lines)
     assert lines[2] != help_of("simulate", capsys)[2]
+
+
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None
+from sim.cli import main
+for command in sys.argv[1:]:
+    main([*command.split(), "--help"])
+"""
+
+
+def test_programs_of_the_engine_say_alike_what_brings_torch() -> None:
+    commands = ["bench", "finetune", "generate", "profile collect", "reference"]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *commands],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    told = (
+        "needs torch, which is not installed; pip install -e '.[engine]' in the folder of coserve brings it"
+    )
+    names = [f"coserve {command.split()[0]}" for command in commands]
+    assert done.stderr.splitlines() == [f"{name}: error: {told}" for name in names]

@@ -113,3 +113,17 @@ def test_what_is_launched_again_is_what_triton_would_look_up() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(" launches\n")
+
+
+def test_a_benchmark_without_a_repetition_is_refused() -> None:
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "launching.py"
+    root = script.parents[2]
+    done = subprocess.run(
+        [sys.executable, str(script), "--repetitions", "0"],
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].endswith("error: --repetitions must be at least 1, got 0")
