@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, Outcome, Recorder
 from sim.core.specs import DeviceSpec
-from sim.metrics import DEFINITIONS, PipelineFacts, column_views, summarize, weighted_percentiles
+from sim.metrics import DEFINITIONS, PipelineFacts, column_views, summarize
 
 SLOS = {
     "chat": Slo(name="chat", ttft_s=3.0, tpot_s=1.1),
@@ -241,22 +241,6 @@ def test_system_numbers_equal_loops_over_rows(seed: int) -> None:
     # that the tiny simulator stamps a little before their iteration's end.
     whole = summarize(recorder, slos=SLOS, duration_s=1e6, pipelines=[PipelineFacts()] * 2)
     assert whole["inference_tok_s"] == pytest.approx(sum(r["sampled_tokens"] for r in rows) / 1e6)
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 1e3), st.integers(0, 9)), max_size=30),
-    st.lists(st.floats(0, 100), min_size=1, max_size=4),
-)
-def test_a_weighted_percentile_is_that_of_the_repeated_values(
-    pairs: list[tuple[float, int]], percents: list[float]
-) -> None:
-    values = np.array([v for v, _ in pairs], dtype=np.float64)
-    weights = np.array([w for _, w in pairs], dtype=np.int64)
-    listed = np.repeat(values, weights)
-    want = np.percentile(listed, percents) if listed.size else [math.nan] * len(percents)
-    assert weighted_percentiles(values, weights, percents) == pytest.approx(
-        list(want), rel=1e-9, abs=1e-9, nan_ok=True
-    )
 
 
 def hand_made() -> Recorder:
