@@ -33,40 +33,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
-from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
 from engine.before import Before, before_runs
+from engine.bench_jobs import FIRST, adapter_folder, jobs_of, samples_of
 from engine.engine import Engine
-from engine.finetune import Sample
 from engine.launching import LaunchSettings
 from engine.lora import new_adapter, write_adapter
 from engine.machine import model_of, place_of, release, shape_of
 from engine.measure import finetune_peak_tok_s, measure
 from engine.model import Model
-from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Share, Single, Split, share_of
 from engine.replica import Replica, replica
 from engine.room import limits_and_plans
-from engine.text import (
-    BUNDLED,
-    BYTES,
-    byte_tokens,
-    packed_samples,
-    passes,
-    random_samples,
-    read_text,
-    read_tokenizer,
-)
+from engine.text import passes
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
 from sim.checked import build, check, locate
 from sim.compile.plan import CompilePlan
-from sim.core.finetune import AUTO, MEMORIES, ORDERS, Job
+from sim.core.finetune import Job
 from sim.core.loop import Horizon
 from sim.core.plan import Limits, Policy
 from sim.core.request import Slo
@@ -74,7 +62,7 @@ from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
-from sim.errors import FailedInPart, keys_as, warnings_as_notes
+from sim.errors import FailedInPart, warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.notes import print_notes, request_notes, step_notes
@@ -82,10 +70,6 @@ from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
-RANDOM = "random"
-RANDOM_SAMPLES = 64
-FIRST = "job"
-"""Id of the job that the `job` node describes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,34 +84,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         if not 0 <= self.warm_up_s < math.inf:
             raise ValueError(f"run.warm_up_s must be at least 0 seconds and end, got {self.warm_up_s}")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class JobSettings:
-    """The `job` node, or it with the changes of one of `more_jobs`."""
-
-    weight: float
-    data: str | None
-    sample_tokens: int
-    accumulation: int
-    order: str
-    memory: str
-    lora: LoraSpec
-    optimizer: OptimizerSettings
-
-    def __post_init__(self) -> None:
-        for key, least in (("sample_tokens", 2), ("accumulation", 1)):
-            if getattr(self, key) < least:
-                raise ValueError(f"job.{key} must be at least {least}, got {getattr(self, key)}")
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"job.weight must be above 0 and finite, got {self.weight}")
-        for key, allowed in (("order", ORDERS), ("memory", (*MEMORIES, AUTO))):
-            if getattr(self, key) not in allowed:
-                raise ValueError(f"job.{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
-        if self.memory == "recompute" and self.order != "window_major":
-            raise ValueError(f"job.memory=recompute needs job.order=window_major, got {self.order}")
-        if not self.lora.targets:
-            raise ValueError("job.lora.targets must name at least one linear layer, got []")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -181,13 +137,13 @@ def _bench(
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     measure_s, peak_s = _seconds(config, "measure_s"), _seconds(config, "peak_s")
-    settings = _jobs(config, shape)
+    settings = jobs_of(config, shape)
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     split = _split_of(config, shape)
     with warnings_as_notes(shown=True):
         workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    samples = {id: _samples(config, job, shape) for id, job in settings.items()}
+    samples = {id: samples_of(config, job, shape) for id, job in settings.items()}
     model = model_of(shape, device, config.weights, ranks)
     given = build(LimitSettings, config.limits, "limits")
 
@@ -295,7 +251,7 @@ def _bench(
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
     trainer = bench.trainer
     for id in settings:
-        write_adapter(trainer.adapter(id), folder / _adapter_folder(id), config.weights)
+        write_adapter(trainer.adapter(id), folder / adapter_folder(id), config.weights)
     losses = {id: [record.loss for record in trainer.steps if record.job == id] for id in settings}
     first = settings[FIRST]
     memory = {id: plan.describe() for id, plan in plans.items()}
@@ -337,35 +293,6 @@ def _seconds(config: DictConfig, key: str) -> float:
     return seconds
 
 
-def _jobs(config: DictConfig, shape: ModelShape) -> dict[str, JobSettings]:
-    """Job -> its settings; the first is `job` itself."""
-    found = {FIRST: _job(config.job, "job", shape)}
-    more = config.more_jobs
-    if more is not None and not isinstance(more, DictConfig):
-        raise ValueError(f"more_jobs must be a group of names, each with keys of job, got {more!r}")
-    for key, changes in (more or {}).items():
-        name = str(key)
-        if name == FIRST or name.startswith("adapter_"):
-            raise ValueError(f"more_jobs.{name}: a name must not be {FIRST}, nor begin with adapter_")
-        if not isinstance(changes, DictConfig):
-            raise ValueError(f"more_jobs.{name} must be a group of keys of job, got {changes!r}")
-        node = OmegaConf.merge(OmegaConf.to_container(config.job, resolve=True), changes)
-        found[name] = _job(node, f"more_jobs.{name}", shape)
-    return found
-
-
-def _job(node: object, where: str, shape: ModelShape) -> JobSettings:
-    own = {"job.": f"{where}.", "finetune.lora.": f"{where}.lora.", "optimizer.": f"{where}.optimizer."}
-    with keys_as(own):
-        settings: JobSettings = build(JobSettings, node, where)
-        settings.lora.params(shape)  # refuses targets that the model does not have
-    return settings
-
-
-def _adapter_folder(job: str) -> str:
-    return "adapter" if job == FIRST else f"adapter_{job}"
-
-
 def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
     """Who serves in a static split, for a policy that assigns whole pipelines; None for all others.
 
@@ -378,26 +305,6 @@ def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
     if shape.tp > 1:
         raise ValueError(f"policy {config.policy.name} splits one device; model.tp must be 1, got {shape.tp}")
     return share_of(build(None, node, "policy"))
-
-
-def _samples(config: DictConfig, settings: JobSettings, shape: ModelShape) -> list[Sample]:
-    """What the job trains on."""
-    if settings.data == RANDOM:
-        return random_samples(RANDOM_SAMPLES, settings.sample_tokens, shape.vocab)
-    return packed_samples(_tokens(config, settings), settings.sample_tokens)
-
-
-def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
-    """The job's text in tokens: the model's own, or bytes for random weights."""
-    text = read_text(BUNDLED if settings.data is None else settings.data)
-    if config.weights is None:
-        if config.model.vocab < BYTES:
-            raise ValueError(
-                f"model.vocab must be at least {BYTES} for tokens of bytes, got {config.model.vocab}"
-            )
-        return byte_tokens(text)
-    tokenizer = read_tokenizer(config.weights)
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
 
 
 def _named_policy(name: str) -> Any:
@@ -456,7 +363,7 @@ def _tell_plan(config: DictConfig, runs: int) -> None:
 
 
 def _show(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The table of all rows, what was learned, the figure of a sweep, and where they are."""
+    """The table of all rows, what was learned, the figure that compares them, and where they are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
     from analysis.repeats import run_names
@@ -473,10 +380,10 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     for text in dict.fromkeys(text for row in rows for text in row["plans"].values()):
         print(f"memory: {text}")
     folder = Path(rows[0]["folder"])
-    print(f"runs:   {shown_path(folder if len(rows) == 1 else folder.parent)}")
-    scenes = varied(rows, SCENE)
-    if len(rows) > 1 and not scenes:
-        write = write_sweep if varied(rows, ["rate_rps"]) else write_compare
-        print(f"figure: {shown_path(write(rows, folder.parent / 'compare.png'))}")
-    elif scenes:
+    folder = folder if len(rows) == 1 else folder.parent
+    print(f"runs:   {shown_path(folder)}")
+    if scenes := varied(rows, SCENE):
         print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")
+        return
+    write = write_sweep if varied(rows, ["rate_rps"]) else write_compare
+    print(f"figure: {shown_path(write(rows, folder / 'compare.png'))}")

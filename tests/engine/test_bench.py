@@ -18,7 +18,8 @@ import engine.before
 import engine.bench
 from engine import load, room
 from engine.assemble import TrainingJob
-from engine.bench import CONFIGS, _jobs, _peak_notes, main
+from engine.bench import CONFIGS, _peak_notes, main
+from engine.bench_jobs import jobs_of
 from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
@@ -55,6 +56,7 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
     assert main([*SHORT, f"hydra.run.dir={folder}"]) == 0
     out = capsys.readouterr().out
     assert "coserving" in out and "met %" in out
+    assert out.rstrip().endswith("figure: out/compare.png") and (folder / "compare.png").is_file()
     run = read_run(folder)
     assert run.summary["source"] == "engine" and run.summary["device"] == "cpu"
     requests, iterations, steps = (run.table(name) for name in ("requests", "iterations", "steps"))
@@ -310,7 +312,7 @@ def test_weights_of_another_shape_are_told_by_what_differs(
 
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
     config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
-    first, second = _jobs(config, _model_shape()).values()
+    first, second = jobs_of(config, _model_shape()).values()
     assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 16, 1)
     assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
 
