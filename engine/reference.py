@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 import traceback
 import warnings
@@ -40,6 +39,7 @@ from engine.reference_iterations import (
     window_times,
 )
 from engine.reference_peft import SETUPS, LigerMissing, Setup, peft_times
+from engine.reference_rows import HEAD, Row, compared, line, timed_row, write_rows
 from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes, ceilings
 from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
@@ -104,33 +104,6 @@ class Settings:
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {list(self.parts)}")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Row:
-    """One measurement; what is not known is None."""
-
-    what: str
-    """ceiling, decode, prefill, window, fused, streams, finetune or memory."""
-    variant: str
-    sequences: int | None = None
-    """That decode."""
-    context_tokens: int | None = None
-    """Of each of them."""
-    tokens: int | None = None
-    """Of a prompt, window or sample, or of the sequences' next tokens."""
-    p20_s: float | None = None
-    p50_s: float | None = None
-    p80_s: float | None = None
-    tok_s: float | None = None
-    """tokens / p50_s"""
-    rate: float | None = None
-    """Of a ceiling: bytes/s or FLOP/s; of a prefill or window: FLOP/s."""
-    peak_bytes: int | None = None
-    """The allocator's peak without the weights: adapter with optimizer state, gradients, activations."""
-    ratio: float | None = None
-    against: str = ""
-    note: str = ""
-
-
 def main(argv: Sequence[str]) -> int:
     """`coserve reference`."""
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
@@ -163,7 +136,7 @@ def reference(config: DictConfig) -> dict[str, Any]:
             rows = compared([*rows, found])
             bar.set_postfix_str(f"{found.what} {found.variant}", refresh=False)
             bar.update()
-            _write_rows(rows, folder / "reference.parquet")
+            write_rows(rows, folder / "reference.parquet")
     manifest = make_manifest(seed=0, device=device.name, wall_s=time.perf_counter() - started_s)
     manifest |= {
         "model": shape.name,
@@ -175,18 +148,6 @@ def reference(config: DictConfig) -> dict[str, Any]:
     if measurement.failures:
         raise FailedInPart("; ".join(measurement.failures), result)
     return result
-
-
-def _write_rows(rows: Sequence[Row], path: Path) -> None:
-    """All rows so far, so that a run that is cut short leaves what it has measured."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    kinds = {"str": pa.string(), "int": pa.int64(), "float": pa.float64()}
-    schema = pa.schema([(f.name, kinds[str(f.type).partition(" ")[0]]) for f in fields(Row)])
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows], schema=schema), partial)
-    os.replace(partial, path)
 
 
 class _Measurement:
@@ -261,8 +222,8 @@ class _Measurement:
         found: Ceilings = ceilings(model.device, model.dtype, sizes.copy_bytes, sizes.product, self._share_s)
         self._rate, self._copy_bytes_s = found.product_flops, found.copy_bytes_s
         return [
-            _timed("ceiling", "copy, read and written", found.copy, rate=found.copy_bytes_s),
-            _timed("ceiling", f"product of {sizes.product}", found.product, rate=found.product_flops),
+            timed_row("ceiling", "copy, read and written", found.copy, rate=found.copy_bytes_s),
+            timed_row("ceiling", f"product of {sizes.product}", found.product, rate=found.product_flops),
         ]
 
     def _decode(self, sequences: int, context: int) -> list[Row]:
@@ -272,7 +233,7 @@ class _Measurement:
 
         def measure() -> Row:
             times = decode_times(self._model, sequences, context, self._share_s)
-            return _timed(
+            return timed_row(
                 "decode",
                 variant,
                 times,
@@ -307,7 +268,7 @@ class _Measurement:
             return [Row(what=w, variant=name, tokens=tokens, note=OUT_OF_MEMORY) for w in ("window", "fused")]
         rows = [self._of_rate("window", name, tokens, flops, times["window"])]
         if "fused" in times:
-            row = _timed(
+            row = timed_row(
                 "fused",
                 name,
                 times["fused"],
@@ -334,8 +295,10 @@ class _Measurement:
                 return [Row(what="streams", variant=variants["beside"], note=note, **known)]
             ratio = times["beside"].p50_s / times["after"].p50_s
             return [
-                _timed("streams", variants["after"], times["after"], **known),
-                _timed("streams", variants["beside"], times["beside"], ratio=ratio, against="after", **known),
+                timed_row("streams", variants["after"], times["after"], **known),
+                timed_row(
+                    "streams", variants["beside"], times["beside"], ratio=ratio, against="after", **known
+                ),
             ]
 
         try:
@@ -353,7 +316,7 @@ class _Measurement:
             release()
             peak = PeakMemory(self._model.device, self._beside_bytes)
             times = finetune_times(self._model, self._lora(name), tokens, how, seconds)
-            return _timed(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+            return timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
 
         return [self._or_out_of_memory(measure, Row(what=what, variant=variant, tokens=tokens))]
 
@@ -367,7 +330,7 @@ class _Measurement:
             release()
             peak = PeakMemory(self._model.device, self._beside_bytes)
             times = peft_times(self._model, self._lora(name), samples, setup, rate, seconds)
-            return _timed(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+            return timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
 
         empty = Row(what=what, variant=variant, tokens=tokens)
         try:
@@ -395,7 +358,7 @@ class _Measurement:
     def _of_rate(self, what: str, variant: str, tokens: int, flops: float, times: Times) -> Row:
         rate = flops / times.p50_s
         ratio = rate / self._rate
-        return _timed(
+        return timed_row(
             what, variant, times, tokens=tokens, rate=rate, ratio=ratio, against="rate of a large product"
         )
 
@@ -410,52 +373,13 @@ def _named(measure: Callable[[], list[Row]]) -> str:
     return " ".join((measure.func.__name__.removeprefix("_"), *given))
 
 
-def compared(rows: Sequence[Row]) -> list[Row]:
-    """The engine's finetuning against PEFT with checkpointing, its memory against PEFT's default."""
-    known = {(row.what, row.variant): row for row in rows}
-    out = []
-    for row in rows:
-        name, _, how = row.variant.partition(": ")
-        if row.what == "finetune" and how.startswith("engine"):
-            other = known.get(("finetune", f"{name}: {SETUPS[1].name}"))
-            if other is not None and other.tok_s is not None and row.tok_s is not None:
-                row = replace(row, ratio=row.tok_s / other.tok_s, against=f"tok/s of {SETUPS[1].name}")
-        if row.what == "memory" and how.startswith("engine"):
-            other = known.get(("memory", f"{name}: {SETUPS[0].name}"))
-            if other is not None and other.peak_bytes is not None and row.peak_bytes is not None:
-                ratio = row.peak_bytes / other.peak_bytes
-                row = replace(row, ratio=ratio, against=f"peak of {SETUPS[0].name}")
-        out.append(row)
-    return out
-
-
-def _timed(what: str, variant: str, times: Times, **known: Any) -> Row:
-    tokens = known.get("tokens")
-    tok_s = None if tokens is None else tokens / times.p50_s
-    return Row(what=what, variant=variant, **asdict(times), tok_s=tok_s, **known)
-
-
-def _line(row: Row) -> str:
-    def cell(value: float | None, form: str, scale: float = 1.0) -> str:
-        return "-" if value is None else format(value * scale, form)
-
-    cells = [f"{row.what:9}{row.variant:56}{cell(row.p50_s, ',.3f', 1e3):>12}"]
-    cells.append(f"{cell(row.p20_s, ',.3f', 1e3):>12}{cell(row.p80_s, ',.3f', 1e3):>12}")
-    cells.append(f"{cell(row.tok_s, ',.0f'):>12}{cell(row.peak_bytes, ',.2f', 2**-30):>10}")
-    cells.append(f"{cell(row.ratio, '.3g'):>8}  {row.note or row.against}")
-    return "".join(cells).rstrip()
-
-
 def _show(results: Sequence[Mapping[str, Any]]) -> None:
     """The table, with the target beside each ratio that has one."""
     from analysis.targets import reference_target
 
     for result in results:
-        print(
-            f"{'what':9}{'variant':56}{'p50 ms':>12}{'p20 ms':>12}{'p80 ms':>12}{'tok/s':>12}"
-            f"{'peak GiB':>10}{'ratio':>8}  against"
-        )
+        print(HEAD)
         for row in result["rows"]:
             target = reference_target(asdict(row))
-            print(_line(row) + ("" if target is None else f"  (target: {target})"))
+            print(line(row) + ("" if target is None else f"  (target: {target})"))
         print(f"rows:   {shown_path(result['folder'])}")

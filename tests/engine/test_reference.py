@@ -18,7 +18,7 @@ from engine.finetune import Sample
 from engine.launching import Launching, LaunchSettings, SecondStream
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from engine.reference import Row, compared, main
+from engine.reference import main
 from engine.reference_iterations import (
     JOB,
     Memory,
@@ -31,6 +31,7 @@ from engine.reference_iterations import (
     stream_times,
 )
 from engine.reference_peft import SETUPS, Setup, hf_model, loss_of, peft_model
+from engine.reference_rows import Row, compared
 from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.core.finetune import Backward, Forward, Step

@@ -18,7 +18,8 @@ from engine.design import Point, Space, design
 from engine.lora import new_adapter
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig
-from profiles.collect import Timing, points_line
+from profiles.collect import Timing
+from profiles.collected import points_line
 from profiles.fidelity import main as fidelity
 from profiles.program import main as program
 from profiles.schema import COLUMNS, MORE_COLUMNS, contradiction, read_profile, write_profile

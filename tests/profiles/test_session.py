@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from profiles import session
-from profiles.session import Session, Step, main, steps_of
+from profiles.session import Session, main
+from profiles.session_steps import COSERVE, SHORT, Step, steps_of
 from sim.cli import COMMANDS
 
 PYTHON = (sys.executable, "-c")
@@ -117,7 +118,8 @@ def test_who_kills_a_session_ends_its_step_and_finds_what_was_gathered(tmp_path:
     )
     program = (
         "from pathlib import Path\n"
-        "from profiles.session import Session, Step\n"
+        "from profiles.session import Session\n"
+        "from profiles.session_steps import Step\n"
         f"steps = [Step(name=n, command=({sys.executable!r}, '-c', c), limit_s=60) for n, c in "
         f"(('one', 'print(1)'), ('two', {waits!r}))]\n"
         f"Session(Path({str(out)!r}), 'cpu', 'tiny').run(steps, 100)\n"
@@ -275,10 +277,10 @@ def test_a_damaged_record_is_named_in_one_line(
 def test_every_step_is_a_command_of_this_project(tmp_path: Path) -> None:
     steps = steps_of(tmp_path, "h200", "llama_3_1_8b")
     assert len({one.name for one in steps}) == len(steps)
-    commands = [one.command[3] for one in steps if one.command[:3] == session.COSERVE]
+    commands = [one.command[3] for one in steps if one.command[:3] == COSERVE]
     assert set(commands) <= set(COMMANDS) | {"fidelity"}
     for one in steps:
-        if one.command[:3] != session.COSERVE:
+        if one.command[:3] != COSERVE:
             assert one.gpu
 
 
@@ -287,7 +289,7 @@ def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
 ) -> None:
     """Some of the reference and a sweep of one run with the tiny model, gathered into the page."""
     small = ["parts=[decode]", "sizes.product=64", "sizes.decode_sequences=[2]"]
-    sweep = [*session.SHORT, "policy=separate_50", "workload.rate_rps=4"]
+    sweep = [*SHORT, "policy=separate_50", "workload.rate_rps=4"]
 
     def steps(folder: Path, device: str, model: str) -> list[Step]:
         found = {one.name: one for one in steps_of(folder, device, model)}
