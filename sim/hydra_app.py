@@ -225,9 +225,9 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
         text = str(error) or str(error.__cause__)
         key = _refused_key(text, argv)
         if key is not None:
-            keys = _known_keys(argv, config_dir, config_name)
             if "already at" in text:
                 return f"{key!r} is there already; without the + it is set"
+            keys = _known_keys(argv, config_dir, config_name)
             if key in keys:
                 return f"{key!r} is not an option of this command"
             elsewhere = _choices_with(key, config_dir, config_name)

@@ -6,6 +6,7 @@ or stopped before its first result would leave that alone.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -17,7 +18,7 @@ HYDRAS = (".hydra", "multirun.yaml")
 def there(folder: Path) -> frozenset[Path]:
     """`folder` and those above it, as far as they exist."""
     folder = folder.absolute()
-    return frozenset(path for path in (folder, *folder.parents) if path.exists())
+    return frozenset(path for path in (folder, *folder.parents) if os.path.exists(path))
 
 
 def remove_unused(folder: Path, kept: Collection[Path]) -> None:
@@ -26,7 +27,7 @@ def remove_unused(folder: Path, kept: Collection[Path]) -> None:
     folder = folder.absolute()
     if folder in kept or not _holds_nothing(folder):
         return
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     for above in folder.parents:
         if above in kept:
             return
