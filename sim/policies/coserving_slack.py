@@ -4,8 +4,8 @@ What `coserving` cannot do. Time that fast tokens have banked is spent on finetu
 there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends. The
 predictor is corrected online by measured / predicted, with a margin that follows the error seen, so a
 predictor that is wrong costs throughput or slack for a moment, not the SLO. Where no request is, and the less
-one is to be expected, iterations are long. And a backward runs on a second stream beside inference where the
-predictor says that this gets more done.
+one is to be expected, iterations are long. And finetuning runs on a second stream beside inference where the
+predictor, corrected by what two streams took so far, says that this gets more done.
 """
 
 from __future__ import annotations
@@ -14,21 +14,26 @@ import math
 from typing import NamedTuple
 
 from sim.core.cost import Predictor
-from sim.core.finetune import Backward, Forward, JobView, Slice
+from sim.core.finetune import JobView, Slice
 from sim.core.plan import Plan, View
 from sim.core.work import Work
 from sim.policies.packing import Latency, checked_tokens, pack_inference
-from sim.policies.slices import fill
+from sim.policies.slices import add_slices, fill
 
 WORTH_A_STREAM = 1.01
-"""How many times the finetuning per second of one stream two must promise: below that it is rounding."""
+"""How many times the seconds of two streams one must take for the same work: below that it is rounding."""
 
 
 class _Memory(NamedTuple):
-    """Measured over predicted time: exponential averages of the ratio and of its distance from that."""
+    """Measured over predicted time: exponential averages of the ratio and of its distance from what it was
+    expected to be."""
 
     ratio: float
+    """On one stream."""
     deviation: float
+    beside: float | None
+    """The ratio on two streams: how much they hide of each other is what a predictor knows least. None, and
+    that of one is taken, until it has been seen."""
     iteration: int
     """The last one that is in the averages."""
     quiet_from_s: float
@@ -100,39 +105,53 @@ class CoServingSlack:
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
-        slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s)
+        beside = 1.0 if memory.beside is None else memory.beside / memory.ratio
+        slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s, beside)
         return Plan(decode, prefills, preempted, slices, overlap, predicted_s, memory)
 
     def _finetuning(
-        self, work: Work, jobs: tuple[JobView, ...], budget_s: float
+        self, work: Work, jobs: tuple[JobView, ...], budget_s: float, beside: float
     ) -> tuple[tuple[Slice, ...], bool, float]:
         """The slices, whether they run on a second stream beside inference, and the predicted seconds.
+        `beside`: how many times as wrong as on one stream the prediction is on two.
 
-        A forward window shares the read of the weights with inference. A backward shares nothing, so it may
-        run beside inference, and does where the predictor says that two streams get more done.
+        On one stream a forward window shares the read of the weights with inference, which pays while few
+        tokens use it; on two, the shorter stream hides in part behind the longer.
         """
         slices, predicted_s = fill(work, jobs, self._predictor, budget_s, self._max_forward_tokens)
-        if slices and type(slices[0]) is Backward and (work.decode_count or work.prefill):
-            beside = work._replace(overlap=True)
-            others, beside_s = fill(beside, jobs, self._predictor, budget_s, self._max_forward_tokens)
-            layers = jobs[0].layers
-            if _done(others, layers) * predicted_s > WORTH_A_STREAM * _done(slices, layers) * beside_s:
-                return others, True, beside_s
+        if slices and (work.decode_count or work.prefill):
+            two = work._replace(overlap=True)
+            two_s = beside * self._predictor.iteration_s(add_slices(two, jobs, slices))
+            if WORTH_A_STREAM * two_s < predicted_s:
+                more, two_s = fill(two, jobs, self._predictor, budget_s / beside, self._max_forward_tokens)
+                return more, True, two_s
         return slices, False, predicted_s
 
     def _observe(self, view: View) -> _Memory:
-        memory: _Memory = view.memory or _Memory(1.0, 0.0, -1, view.start_s)
-        ratio, deviation, iteration, quiet_from_s = memory
+        memory: _Memory = view.memory or _Memory(1.0, 0.0, None, -1, view.start_s)
+        ratio, deviation, beside, iteration, quiet_from_s = memory
         if view.running or len(view.waiting):
             quiet_from_s = view.start_s
         last = view.last
         if last is not None and last.predicted_s is not None and last.iteration != iteration:
             seen = last.actual_s / last.predicted_s
-            weight = self._smoothing
-            deviation += weight * (abs(seen / ratio - 1) - deviation)
-            ratio += weight * (seen - ratio)
+            two = ratio if beside is None else beside
+            expected = two if last.work.overlap else ratio
+            deviation += self._smoothing * (abs(seen / expected - 1) - deviation)
+            if last.work.overlap:
+                beside, ratio = self._averaged(seen, two, ratio)
+            else:
+                ratio, two = self._averaged(seen, ratio, two)
+                beside = None if beside is None else two
             iteration = last.iteration
-        return _Memory(ratio, deviation, iteration, quiet_from_s)
+        return _Memory(ratio, deviation, beside, iteration, quiet_from_s)
+
+    def _averaged(self, seen: float, average: float, other: float) -> tuple[float, float]:
+        """The average with what was seen, and the one of which nothing was. That one, where it is worse, comes
+        slowly closer: a bad iteration must not keep its number of streams from being tried again."""
+        weight = self._smoothing
+        average += weight * (seen - average)
+        return average, (other + weight * weight * (average - other) if other > average else other)
 
     def _token_budget(self, view: View, memory: _Memory) -> float:
         """Seconds that the coming iteration may take for the sake of the decoding requests, or of one that
@@ -162,14 +181,3 @@ class CoServingSlack:
             if left_s > 0:
                 budget_s = min(budget_s, left_s / math.ceil(tokens / room))
         return budget_s
-
-
-def _done(slices: tuple[Slice, ...], layers: int) -> int:
-    """Layer-tokens of forward and backward."""
-    done = 0
-    for piece in slices:
-        if type(piece) is Forward:
-            done += piece.tokens * layers
-        elif type(piece) is Backward:
-            done += piece.layer_tokens
-    return done

@@ -35,6 +35,17 @@ def add_slice(work: Work, job: JobView, piece: Slice) -> Work:
     )
 
 
+def add_slices(work: Work, jobs: tuple[JobView, ...], slices: tuple[Slice, ...]) -> Work:
+    """`work` with `slices` of `jobs`, in order; at least one."""
+    *before, last = slices
+    standing = {job.id: job for job in jobs}
+    for piece in before:
+        job = standing[piece.job]
+        work = add_slice(work, job, piece)
+        standing[piece.job] = after(job, piece)
+    return add_slice(work, standing[last.job], last)
+
+
 def fill(
     work: Work,
     jobs: tuple[JobView, ...],
