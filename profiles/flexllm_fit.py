@@ -11,7 +11,7 @@ of it is a factor taken from a simulated run, twice. One more row is the time of
 whole finetuning iteration of 3,650 tokens on 8B, 0.61 s (FlexLLM, temporal sharing with N = 1).
 
 The fit is least squares of log(model / measured) over `FREE`, in logarithms, with a prior at its start values
-(one standard deviation is a factor of e, for shares of peak FLOP/s 15 %), so that what the data do not
+(one standard deviation is a factor of 1.65, for shares of peak FLOP/s 15 %), so that what the data do not
 determine stays where it was. The law of the all-reduces was chosen among four (a constant
 per layer, one that falls with the devices, a padded batch, padding tokens) by the error on models left out.
 Temporal sharing with N = 64 and 128, attainment and finetuning rates entered nothing.
@@ -54,6 +54,8 @@ MODELS = {"8B": "llama_3_1_8b", "14B": "qwen2_5_14b", "32B": "qwen2_5_32b", "70B
 PROMPT_TOKENS, OUTPUT_TOKENS, BUDGET_TOKENS, PIPELINES = 240, 260, 256, 4
 DECODE_CONTEXT_TOKENS = 490
 """Mean context of a decode: prompt + E[o^2] / 2 E[o] with the built-in output lengths."""
+DIFFERENCE = 0.02
+"""Of a logarithm, for slopes: wide enough that a token more or less in a window does not show."""
 NODES = ("world", "predictor")
 NOTHING = Work()
 FREE = (
@@ -64,7 +66,7 @@ FREE = (
     "backward_start_s",
     "backward_layer_s",
     "backward_flops",
-    "window_context_s",
+    "window_bandwidth",
     "link_bandwidth",
 )
 START = LaunchBound(
@@ -76,7 +78,7 @@ START = LaunchBound(
     backward_layer_s=1e-3,
     pass_flops=0.8,
     backward_flops=0.65,
-    window_context_s=0.2e-6,
+    window_bandwidth=0.01,
 )
 """Where the fit begins, and the centre of its prior: rough readings of the step times."""
 
@@ -256,7 +258,7 @@ def fit(rows: Sequence[Measured], start: LaunchBound = START, free: Sequence[str
         errors = [math.log(s / row.seconds) / row.sigma for s, row in zip(seconds, rows, strict=True)]
         return np.array([*errors, *(x / width)])
 
-    width = np.array([0.15 if name.endswith("_flops") else 1.0 for name in free])
+    width = np.array([0.15 if name.endswith("_flops") else 0.5 for name in free])
 
     return profile(least_squares(residuals, np.zeros(len(free))))
 
@@ -286,10 +288,10 @@ def simulated_s(row: Measured, profile: LaunchBound) -> float:
 
 
 def least_squares(residuals: Callable[[Floats], Floats], x: Floats, steps: int = 40) -> Floats:
-    """Levenberg-Marquardt with a forward-difference Jacobian; stops when a step gains less than 1e-5."""
+    """Levenberg-Marquardt; stops when a step gains less than 1e-5. Slopes are those of DIFFERENCE to both sides."""
     damping, r = 1e-2, residuals(x)
     for _ in range(steps):
-        jacobian = np.stack([(residuals(x + 1e-3 * unit) - r) / 1e-3 for unit in np.eye(len(x))], axis=1)
+        jacobian = np.stack([_slope(residuals, x, DIFFERENCE * unit) for unit in np.eye(len(x))], axis=1)
         normal, gradient = jacobian.T @ jacobian, jacobian.T @ r
         gain = 0.0
         for _ in range(8):
@@ -303,6 +305,10 @@ def least_squares(residuals: Callable[[Floats], Floats], x: Floats, steps: int =
         if gain < 1e-5:
             break
     return x
+
+
+def _slope(residuals: Callable[[Floats], Floats], x: Floats, step: Floats) -> Floats:
+    return (residuals(x + step) - residuals(x - step)) / (2 * DIFFERENCE)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,7 +7,7 @@ of a pass over n tokens, with P the layer's linear parameters on one of tp devic
     pass        max(launch, 2 P / B + n 2 P / F) + [tp > 1] 2 all-reduces of (n + padding) h values
     all-reduce  (2 (tp - 1) / tp) bytes / (link share (tp - 1) / 3)
     window      + window_launch in every layer, once per iteration that holds finetuning windows; attention
-                takes at least (context + n) window_context
+                reads the keys and values of context + n tokens at a share of the memory's bandwidth
     backward    backward_start in every layer of the model, whatever the depth of the slice; then for each
                 layer of the slice  backward_layer + n 2 P / F' + [tp > 1] 2 all-reduces of n h values
                 + attention
@@ -109,21 +109,21 @@ Qwen2.5-32B and Llama-3.1-70B on four."""
 class LaunchBound:
     """Builder. `_s` are seconds; `_flops` and `_bandwidth` are shares of the device's peak."""
 
-    host_s: float = 2.677e-3
+    host_s: float = 2.226e-3
     """Per iteration: scheduling, batch preparation and the runtime's own work."""
-    launch_s: float = 0.3227e-3
+    launch_s: float = 0.3269e-3
     """Per layer: the least time in which its kernels are launched."""
-    collective_tokens: float = 160.8
+    collective_tokens: float = 186.7
     """Tokens that each all-reduce of a pass carries beyond the pass's own."""
-    window_launch_s: float = 0.07916e-3
-    backward_start_s: float = 0.1022e-3
-    backward_layer_s: float = 1.931e-3
+    window_launch_s: float = 0.08594e-3
+    backward_start_s: float = 0.09055e-3
+    backward_layer_s: float = 1.82e-3
     pass_flops: float = 0.8
     """F: includes element-wise kernels, LoRA and whatever else grows with the tokens."""
-    backward_flops: float = 0.7938
-    window_context_s: float = 0.0626e-6
-    """Per layer and context token: the least time of a window's attention, however narrow the window."""
-    link_bandwidth: float = 0.1343
+    backward_flops: float = 0.7732
+    window_bandwidth: float = 0.02536
+    """At which a window's attention reads its context, however narrow the window."""
+    link_bandwidth: float = 0.1368
     weight_bandwidth: float = 0.718
     """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0
@@ -167,7 +167,9 @@ class LaunchBound:
         backward = 2 * weights / (peak * self.backward_flops) * m + backward_collective
         layer_chunk, layer_decode = _attention(context, efficiency)
         chunk = layer_chunk.times(model.layers)
-        window = chunk._replace(read_s=max(chunk.read_s, model.layers * self.window_context_s))
+        cached = 2 * attention.local_kv_heads(model, tp) * model.head_dim * model.dtype_bytes
+        window_s = model.layers * cached / (device.memory_bandwidth_bytes_s * self.window_bandwidth)
+        window = chunk._replace(read_s=max(chunk.read_s, window_s))
         return Curves(
             token_s=_curve(model.layers * layer),
             collective_s=_curve(model.layers * collective),
