@@ -22,14 +22,10 @@ launched one after the other.
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,32 +33,18 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine.assemble import TrainingJob
-from engine.before import Before, before_runs
-from engine.bench_jobs import FIRST, adapter_folder, jobs_of, samples_of
-from engine.engine import Engine
-from engine.launching import LaunchSettings
-from engine.lora import new_adapter, write_adapter
-from engine.machine import model_of, place_of, release, shape_of
-from engine.measure import finetune_peak_tok_s, measure
-from engine.model import Model
-from engine.pipelines import Setting, Share, Single, Split, share_of
+from engine.before import before_runs
+from engine.bench_jobs import FIRST, adapter_folder
+from engine.bench_loaded import load_bench
+from engine.bench_spec import BenchSpec, spec_of
+from engine.lora import write_adapter
+from engine.machine import release
+from engine.pipelines import Single
 from engine.replica import Replica, replica
-from engine.room import limits_and_plans
-from engine.text import passes
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.assemble import LimitSettings, policy_of, seed_of, slos_of
-from sim.checked import build, check, locate
-from sim.compile.plan import CompilePlan
-from sim.core.finetune import Job
+from sim.checked import check
 from sim.core.loop import Horizon
-from sim.core.plan import Limits, Policy
-from sim.core.request import Slo
-from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
-from sim.cost.context import CostContext
-from sim.cost.fitted import FittedCost
-from sim.cost.iteration import IterationCost
-from sim.errors import FailedInPart, warnings_as_notes
+from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
 from sim.notes import print_notes, request_notes, step_notes
@@ -70,20 +52,6 @@ from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 CONFIGS = Path(__file__).parent / "configs"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
-    """The `run` node."""
-
-    name: str | None
-    drain_s: float
-    warm_up_s: float
-    resume: bool
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.warm_up_s < math.inf:
-            raise ValueError(f"run.warm_up_s must be at least 0 seconds and end, got {self.warm_up_s}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -109,11 +77,12 @@ def bench(config: DictConfig) -> dict[str, Any]:
     done = finished_run(folder, resolved, resume=resume, sweep=hydra.mode == RunMode.MULTIRUN)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}
-    device = build(DeviceSpec, config.device, "device")
-    shape = shape_of(config.model, config.weights)
+    spec = spec_of(config)
+    if spec.run.name is None:
+        spec.labels["name"] = distinction(hydra.overrides.task)
     try:
-        with replica(shape.tp, place_of(device)) as ranks:
-            row, failures = _bench(config, resolved, folder, ranks, shape, device)
+        with replica(spec.shape.tp, spec.place) as ranks:
+            row, failures = _bench(spec, ranks, folder)
     except Exception as error:
         # The error is kept until the sweep ends, its frames with it: they must not hold the pages.
         traceback.clear_frames(error.__traceback__)
@@ -124,145 +93,54 @@ def bench(config: DictConfig) -> dict[str, Any]:
     return row
 
 
-def _bench(
-    config: DictConfig,
-    resolved: dict[str, object],
-    folder: Path,
-    ranks: Replica,
-    shape: ModelShape,
-    device: DeviceSpec,
-) -> tuple[dict[str, Any], list[str]]:
+def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The summary row, and what failed."""
     started_s = time.perf_counter()
-    seed = seed_of(config)
-    run = build(RunSettings, config.run, "run")
-    measure_s, peak_s = _seconds(config, "measure_s"), _seconds(config, "peak_s")
-    settings = jobs_of(config, shape)
-    launch = build(LaunchSettings, config.launch, "launch")
-    slos = slos_of(config)
-    split = _split_of(config, shape)
-    with warnings_as_notes(shown=True):
-        workload = build(None, config.workload, "workload").build(seed, tuple(slos))
-    samples = {id: samples_of(config, job, shape) for id, job in settings.items()}
-    model = model_of(shape, device, config.weights, ranks)
-    given = build(LimitSettings, config.limits, "limits")
-
-    def training(of_seed: int, plans: Mapping[str, CompilePlan]) -> list[TrainingJob]:
-        return [
-            TrainingJob(
-                id=id,
-                samples=passes(samples[id], of_seed),
-                max_sample_tokens=job.sample_tokens,
-                adapter=new_adapter(job.lora, shape, model.compute, model.device, of_seed),
-                optimizer=job.optimizer,
-                accumulation=job.accumulation,
-                weight=job.weight,
-                order=job.order,
-                memory=job.memory,
-                plan=plans.get(id),
-            )
-            for id, job in settings.items()
-        ]
-
-    utilization = check(config.memory_utilization, float, "memory_utilization")
-    limits, plans = limits_and_plans(model, device, given, training(0, {}), utilization)
-    assemble = partial(ranks.assemble, launching=launch.on(model))
-
-    def measured() -> Before:
-        predictor = _predictor(config, model, limits, device, training(0, plans)[0], measure_s, assemble)
-        if not peak_s:
-            return Before(predictor, None)
-        release()
-        alone = _policy(_named_policy("finetune_only"), predictor, slos)
-        return Before(
-            predictor, finetune_peak_tok_s(model, limits, training(0, plans), alone, peak_s, assemble)
-        )
-
-    parts = (
-        "model",
-        "weights",
-        "device",
-        "limits",
-        "memory_utilization",
-        "job",
-        "more_jobs",
-        "launch",
-        "predictor",
-        "measure_s",
-        "peak_s",
-    )
-    told = [plan.describe() for plan in plans.values()]
-    key = json.dumps([*(resolved[part] for part in parts), *told])
-    before = before_runs(key, measured, _sweep_folder(), run.resume)
+    loaded = load_bench(spec, ranks)
+    before = before_runs(loaded.key, loaded.measured, _sweep_folder(), spec.run.resume)
     release()
-    names = [f"adapter_{n}" for n in range(config.workload.get("adapters", {}).get("count", 0))]
-    adapters = {
-        name: new_adapter(settings[FIRST].lora, shape, model.compute, model.device, seed + n)
-        for n, name in enumerate(names, 1)
-    }
-    setting = Setting(
-        model=model,
-        limits=limits,
-        jobs=training(seed, plans),
-        adapters=adapters,
-        slos=slos,
-        device=device,
-        seed=seed,
-        assemble=assemble,
-    )
-    policy = None if split is not None else _policy(config.policy, before.predictor, slos)
-    if policy is not None:
-        bench: Single | Split = Single(setting, policy)
-    else:
-        assert split is not None
-        sliced = _policy(_named_policy("temporal_limited"), before.predictor, slos)
-        bench = Split(setting, split.policy, sliced, split.share)
-    if run.warm_up_s:
-        bench.run(workload, Horizon(duration_s=run.warm_up_s, drain_s=0.0))
+    pipelines = loaded.pipelines(before.predictor)
+    if spec.run.warm_up_s:
+        pipelines.run(spec.workload, Horizon(duration_s=spec.run.warm_up_s, drain_s=0.0))
     rerun = None
-    if isinstance(bench, Single):
-        following = {id: job.sample_tokens for id, job in settings.items()}
-        rerun = rerun_of(limits, bench.jobs, following, before.predictor)
-    horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
-    recorder = bench.run(workload, horizon)
+    if isinstance(pipelines, Single):
+        following = {id: job.sample_tokens for id, job in spec.jobs.items()}
+        rerun = rerun_of(loaded.limits, pipelines.jobs, following, before.predictor)
+    recorder = pipelines.run(spec.workload, spec.horizon)
 
-    asked_rps = config.workload.get("rate_rps")
     summary = summarize(
         recorder,
-        slos=slos,
-        duration_s=horizon.duration_s,
-        pipelines=bench.facts,
+        slos=spec.slos,
+        duration_s=spec.horizon.duration_s,
+        pipelines=pipelines.facts,
         peak_finetune_tok_s=before.peak_tok_s,
-        labels={
-            "name": distinction(HydraConfig.get().overrides.task) if run.name is None else run.name,
-            "policy": config.policy.name,
-            "model": shape.name,
-            "device": device.name,
-            "workload": workload.name,
-            "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
-            "seed": seed,
-            "source": "engine",
-        },
+        labels=spec.labels,
     )
     wall_s = time.perf_counter() - started_s
-    manifest = make_manifest(seed=seed, device=device.name, wall_s=wall_s, command=sys.argv)
+    manifest = make_manifest(seed=spec.seed, device=spec.device.name, wall_s=wall_s, command=sys.argv)
     if rerun is not None:
         write_rerun(folder, rerun)
-    write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="engine", overwrite=True)
-    trainer = bench.trainer
-    for id in settings:
-        write_adapter(trainer.adapter(id), folder / adapter_folder(id), config.weights)
-    losses = {id: [record.loss for record in trainer.steps if record.job == id] for id in settings}
-    first = settings[FIRST]
-    memory = {id: plan.describe() for id, plan in plans.items()}
-    failures = [record.failure for record in trainer.failures.values()]
-    notes = request_notes(recorder, [limits] if policy is None or policy.serves else [], "limits")
-    if policy is None or policy.finetunes:
+    write_run(
+        folder, recorder, summary, config=spec.config, manifest=manifest, source="engine", overwrite=True
+    )
+    trainer = pipelines.trainer
+    for id in spec.jobs:
+        write_adapter(trainer.adapter(id), folder / adapter_folder(id), spec.weights)
+
+    notes = request_notes(recorder, [loaded.limits] if pipelines.serves else [], "limits")
+    if pipelines.finetunes:
+        first = spec.jobs[FIRST]
         notes += step_notes(summary, f"{first.accumulation} samples of {first.sample_tokens} tokens")
-    notes += _peak_notes(summary, before.peak_tok_s, peak_s)
-    notes += [ON_A_CPU] if device.name == "cpu" else []
-    own = {"folder": str(folder), "config": resolved, "losses": losses, "plans": memory, "notes": notes}
-    return {**summary, **own}, failures
+    notes += _peak_notes(summary, before.peak_tok_s, spec.peak_s)
+    notes += [ON_A_CPU] if spec.device.name == "cpu" else []
+    own = {
+        "folder": str(folder),
+        "config": spec.config,
+        "losses": {id: [record.loss for record in trainer.steps if record.job == id] for id in spec.jobs},
+        "plans": {id: plan.describe() for id, plan in loaded.plans.items()},
+        "notes": notes,
+    }
+    return {**summary, **own}, [record.failure for record in trainer.failures.values()]
 
 
 ON_A_CPU = "SLO bounds are those of a GPU; on a CPU the share of requests that meet them says nothing"
@@ -283,63 +161,6 @@ def _sweep_folder() -> Path | None:
     """Of all runs of a sweep; None for a run of its own."""
     hydra = HydraConfig.get()
     return Path(hydra.sweep.dir) if hydra.mode == RunMode.MULTIRUN else None
-
-
-def _seconds(config: DictConfig, key: str) -> float:
-    """A time that is spent before the first run."""
-    seconds: float = check(config[key], float, key)
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{key} must be at least 0 seconds and end, got {seconds}")
-    return seconds
-
-
-def _split_of(config: DictConfig, shape: ModelShape) -> Share | None:
-    """Who serves in a static split, for a policy that assigns whole pipelines; None for all others.
-
-    Its other side finetunes in slices within the latency budget, so that serving never waits for it longer
-    than for a token of its own.
-    """
-    node = {str(key): value for key, value in config.policy.items() if key != "name"}
-    if not hasattr(locate(node.get("_target_"), "policy"), "assign"):
-        return None
-    if shape.tp > 1:
-        raise ValueError(f"policy {config.policy.name} splits one device; model.tp must be 1, got {shape.tp}")
-    return share_of(build(None, node, "policy"))
-
-
-def _named_policy(name: str) -> Any:
-    return OmegaConf.load(SIMULATOR / "policy" / f"{name}.yaml")
-
-
-def _predictor(
-    config: DictConfig,
-    model: Model,
-    limits: Limits,
-    device: DeviceSpec,
-    job: TrainingJob,
-    measure_s: float,
-    assemble: Callable[..., tuple[Engine, list[Job]]],
-) -> FittedCost:
-    """A table of the profile in `predictor`, or of what this machine does in `measure_s`."""
-    path = check(config.predictor, str | None, "predictor")
-    if path is None:
-        return measure(model, limits, job, measure_s, assemble)
-    from profiles.table_file import TableFile
-
-    lora = build(LoraSpec, config.job.lora, "job.lora")
-    context = CostContext(
-        device=device,
-        model=model.whole.shape,
-        tp=model.group.size,
-        lora=lora,
-        seed=0,
-        lookahead=limits.lookahead,
-    )
-    return TableFile(path=path).build(context)
-
-
-def _policy(node: Any, predictor: IterationCost, slos: Mapping[str, Slo]) -> Policy:
-    return policy_of({str(k): v for k, v in node.items() if k != "name"}, predictor, slos)
 
 
 def _tell_plan(config: DictConfig, runs: int) -> None:

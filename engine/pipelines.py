@@ -73,6 +73,7 @@ class Single:
         self._policy = policy
         self.trainer, self.jobs = setting.engine(setting.limits, trains=True)
         """The engine that finetunes, and its jobs as they stand."""
+        self.serves, self.finetunes = policy.serves, policy.finetunes
         self.facts = (setting.facts(setting.limits),)
 
     def run(self, workload: Workload, horizon: Horizon) -> Recorder:
@@ -90,6 +91,8 @@ class Single:
 
 class Split:
     """Two pipelines on the same weights, one that serves and one that finetunes, each with its share."""
+
+    serves = finetunes = True
 
     def __init__(
         self,

@@ -11,15 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig, OmegaConf
 
 import engine.before
-import engine.bench
 from engine import load, room
 from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, _peak_notes, main
 from engine.bench_jobs import jobs_of
+from engine.bench_loaded import Loaded
 from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
@@ -33,6 +31,7 @@ from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.results import Run, read_run
+from tests.engine.composed import bench_config
 from tests.engine.saved import save_model
 
 SHORT = [
@@ -78,14 +77,8 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
     assert float(losses[2]) < float(losses[0])
 
 
-def _config(*overrides: str) -> DictConfig:
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return compose("bench", [*overrides])
-
-
 def _model_shape() -> ModelShape:
-    return build(ModelShape, _config().model, "model")
+    return build(ModelShape, bench_config().model, "model")
 
 
 def test_a_warm_up_is_in_no_number_and_the_job_goes_on_from_it(folder: Path) -> None:
@@ -119,8 +112,7 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(
     second.unlink()
     engine.before._LAST.forget()
     with monkeypatch.context() as patch:
-        patch.setattr(engine.bench, "measure", lambda *_: pytest.fail("measured again"))
-        patch.setattr(engine.bench, "finetune_peak_tok_s", lambda *_: pytest.fail("measured again"))
+        patch.setattr(Loaded, "measured", lambda _: pytest.fail("measured again"))
         assert main([*sweep, "run.resume=true"]) == 0
     assert first.stat().st_mtime_ns == kept and second.exists()
     again = read_run(folder / "1")
@@ -195,16 +187,12 @@ def test_every_experiment_begins_with_its_command_and_fits_its_time(path: Path) 
     lines = path.read_text().splitlines()
     place = "" if path.stem == "cpu_paper" else " device=h200"
     assert lines[1] == f"# coserve bench experiment={path.stem}{place}"
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
-    with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        sweep = compose("bench", [f"experiment={path.stem}"], return_hydra_config=True)
-        params = {key: str(value).split(",") for key, value in sweep.hydra.sweeper.params.items()}
-        for key, values in params.items():
-            for value in values:
-                tiny = compose(
-                    "bench", [f"experiment={path.stem}", f"{key}={value}", "model=tiny", "device=cpu"]
-                )
-                assert tiny.limits.kv_tokens == 8192 and tiny.run.drain_s == sweep.run.drain_s
+    sweep = bench_config(f"experiment={path.stem}", with_hydra=True)
+    params = {key: str(value).split(",") for key, value in sweep.hydra.sweeper.params.items()}
+    for key, values in params.items():
+        for value in values:
+            tiny = bench_config(f"experiment={path.stem}", f"{key}={value}", "model=tiny", "device=cpu")
+            assert tiny.limits.kv_tokens == 8192 and tiny.run.drain_s == sweep.run.drain_s
     runs = math.prod(map(len, params.values()))
     told = re.search(r"(\d+) runs in (\d+) minute", " ".join(line.lstrip("# ") for line in lines))
     assert told is not None and int(told[1]) == runs
@@ -216,7 +204,7 @@ def test_every_experiment_begins_with_its_command_and_fits_its_time(path: Path) 
 def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
     """Given a device, limits and the job's sizes follow; a large model needs no other setting."""
     for lora, targets in (("all_linear", 7), ("down_proj", 1)):
-        config = _config("model=qwen2_5_32b", f"device={path.stem}", f"job/lora={lora}")
+        config = bench_config("model=qwen2_5_32b", f"device={path.stem}", f"job/lora={lora}")
         assert config.limits.kv_tokens is None and config.job.sample_tokens == 4096
         assert config.job.lora.rank == 16 and len(config.job.lora.targets) == targets
 
@@ -224,7 +212,7 @@ def test_every_device_has_its_sizes_and_each_kind_of_lora(path: Path) -> None:
 @pytest.mark.parametrize("memory", ["stash", "auto"])
 def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a device's memory free but for weights and runtime, bench and simulator size the cache alike."""
-    config = _config("model=llama_3_1_8b", "device=h200")
+    config = bench_config("model=llama_3_1_8b", "device=h200")
     device, shape = build(DeviceSpec, config.device, "device"), build(ModelShape, config.model, "model")
     given = build(LimitSettings, config.limits, "limits")
     config_of = random_config(shape)
@@ -311,7 +299,7 @@ def test_weights_of_another_shape_are_told_by_what_differs(
 
 
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
-    config = _config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
+    config = bench_config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
     first, second = jobs_of(config, _model_shape()).values()
     assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 16, 1)
     assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
