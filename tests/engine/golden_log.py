@@ -1,4 +1,4 @@
-"""Golden logs: read one, and let the shared loop decide again what it says."""
+"""Golden logs: write one, read one, and let the shared loop decide again what it says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from omegaconf import OmegaConf
 
 from sim.assemble import policy_of, slos_of
@@ -15,7 +16,7 @@ from sim.core.finetune import Job, JobSpec
 from sim.core.loop import Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Plan
 from sim.core.request import Request
-from sim.core.rows import Recorder
+from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.fitted import FittedCost
@@ -28,6 +29,11 @@ CHUNKS = ("prefill", "forward", "recompute", "backward")
 def read_log(path: Path) -> dict[str, Any]:
     log: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
     return log
+
+
+def write_log(path: Path, log: dict[str, Any]) -> None:
+    # Without a time in its header the same log gives the same file.
+    path.write_bytes(gzip.compress(json.dumps(log).encode(), mtime=0))
 
 
 def plan_row(plan: Plan) -> list[Any]:
@@ -64,6 +70,18 @@ def decide_again(log: dict[str, Any]) -> tuple[list[list[Any]], Recorder]:
             f"after {len(plans)} plans the recorded loop did otherwise"
         )
         reply = Done(now_s, *map(tuple, ends))
+
+
+def assert_decided_again(log: dict[str, Any]) -> None:
+    """The loop makes the recorded plans, one by one, and every request finishes."""
+    plans, recorder = decide_again(log)
+    for index, (now, then) in enumerate(zip(plans, log["plans"], strict=True)):
+        where = f"plan {index}; tests/engine/record_golden.py tells how to record anew"
+        assert now[:-1] == then[:-1], where
+        # Seconds may be added up in another order.
+        assert now[-1] == pytest.approx(then[-1], rel=1e-12), where
+    rows = recorder.requests.arrays()
+    assert (rows["outcome"] == Outcome.FINISHED).all() and len(rows["outcome"]) == len(log["requests"])
 
 
 def _curves(node: dict[str, Any]) -> Curves:

@@ -1,34 +1,42 @@
-"""Record real `coserve bench` runs as golden logs: what the loop was told, and what it decided.
+"""Record real benches as golden logs: what the loop was told, and what it decided.
 
-    python -m tests.engine.record_golden
+    python -m tests.engine.record_golden            # tests/engine/golden/NAME.json.gz for each of RUNS
+    python -m tests.engine.record_golden FOLDER
 
-Writes `tests/engine/golden/NAME.json.gz` for each of RUNS. A log holds everything that decides, so that
-`test_golden_log` needs no clock, no model and no torch: limits, requests, job, policy and the predictor's curves;
-the times that the engine's clock gave; and every plan. Record anew when a policy or the loop is meant to
-decide differently, and look at what has changed.
+A log holds everything that decides, so that `golden_log` needs no clock, no model and no torch: limits,
+requests, job, policy and the predictor's curves; the times that the engine's clock gave; and every plan. Record
+anew when a policy or the loop is meant to decide differently, and look at what has changed.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import sys
-import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from engine import bench
-from engine.driver import Driver
-from sim.core.loop import Command, Done, Execute, Sleep
+import torch
+
+from engine.bench_jobs import FIRST
+from engine.bench_loaded import load_bench
+from engine.bench_spec import spec_of
+from engine.driver import Driver, EngineArrivals, WallClock
+from engine.parallel import ALONE
+from engine.replica import Replica
+from sim.assemble import policy_of
+from sim.core.loop import Command, Done, Execute, Sleep, run_loop
+from sim.core.rows import Recorder
+from sim.core.state import PipelineState
 from sim.cost.curves import LISTS, Curves
 from sim.cost.fitted import FittedCost
-from sim.results import read_run
-from tests.engine.golden_log import FOLDER, plan_row
+from tests.engine.composed import bench_config
+from tests.engine.golden_log import FOLDER, plan_row, write_log
 
 KNOWN_TOKENS = 512
 """More than any pass of these runs; the curves are cut there to keep the file small."""
 COMMON = [
+    "peak_s=0",
     "workload.duration_s=4",
     "workload.rate_rps=30",
     "limits.kv_tokens=320",
@@ -43,45 +51,47 @@ RUNS = {
 }
 
 
-def main() -> int:
+def main(argv: Sequence[str]) -> int:
     """Record every run; prints what is in each."""
-    FOLDER.mkdir(exist_ok=True)
+    folder = Path(argv[0]) if argv else FOLDER
+    folder.mkdir(exist_ok=True)
     for name, overrides in RUNS.items():
         log = record([*COMMON, *overrides])
-        path = FOLDER / f"{name}.json.gz"
-        # Without a time in its header the same log gives the same file.
-        path.write_bytes(gzip.compress(json.dumps(log).encode(), mtime=0))
+        path = folder / f"{name}.json.gz"
+        write_log(path, log)
         preempted = sum(len(plan[2]) for plan in log["plans"])
         print(f"{path}: {len(log['plans'])} plans, {preempted} preemptions, {path.stat().st_size} bytes")
     return 0
 
 
-def record(overrides: list[str]) -> dict[str, Any]:
-    """Run `coserve bench` and return its golden log."""
-    log: dict[str, Any] = {"plans": [], "replies": []}
-    measure, run, driver = bench.measure, bench._run, bench.Driver
-
-    def measured(*given: Any) -> FittedCost:
-        found = measure(*given)
-        log["curves"] = asdict(_cut(found.curves))
-        return FittedCost(_cut(found.curves), found.ranges, found.lookahead)
-
-    def noted(engine: Any, jobs: Any, policy: Any, limits: Any, *rest: Any) -> Any:
-        log["job"], log["limits"] = asdict(jobs[0].spec), asdict(limits)
-        return run(engine, jobs, policy, limits, *rest)
-
-    class Recording(Driver):
-        def run(self, loop: Generator[Command, Done, None]) -> None:
-            super().run(_recorded(loop, log))
-
-    bench.measure, bench._run, bench.Driver = measured, noted, Recording  # type: ignore[misc, assignment]
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            code = bench.main([*overrides, f"hydra.run.dir={folder}"])
-            assert code == 0
-            _take_run(folder, log)
-    finally:
-        bench.measure, bench._run, bench.Driver = measure, run, driver  # type: ignore[misc]
+def record(overrides: Sequence[str]) -> dict[str, Any]:
+    """Serve and finetune on the wall clock as `coserve bench` does, and return the golden log of it."""
+    spec = spec_of(bench_config(*overrides))
+    loaded = load_bench(spec, Replica(ALONE, torch.device(spec.place)))
+    setting = loaded.setting()
+    limits, slos = setting.limits, setting.slos
+    curves = _cut(loaded.measured().predictor.curves)
+    policy = policy_of(spec.policy, FittedCost(curves, {}, limits.lookahead), slos)
+    engine, jobs = setting.engine(limits, trains=True)
+    log: dict[str, Any] = {
+        "plans": [],
+        "replies": [],
+        "curves": asdict(curves),
+        "job": asdict(jobs[0].spec),
+        "limits": asdict(limits),
+        "requests": [
+            [*request[:5], request.adapter or ""]
+            for request in spec.workload.arrivals().due(spec.horizon.duration_s)
+        ],
+        "policy": spec.config["policy"],
+        "slo": spec.config["slo"],
+        "horizon_s": [spec.horizon.duration_s, spec.horizon.drain_s],
+        "sample_tokens": spec.jobs[FIRST].sample_tokens,
+    }
+    state = PipelineState(limits=limits, slos=slos, recorder=Recorder(), jobs=jobs)
+    arrivals = EngineArrivals(spec.workload.arrivals(), engine, setting.prompt)
+    loop = run_loop(state, policy, arrivals, spec.horizon)
+    Driver(engine, WallClock()).run(_recorded(loop, log))
     return log
 
 
@@ -100,21 +110,10 @@ def _recorded(loop: Generator[Command, Done, None], log: dict[str, Any]) -> Gene
             log["replies"].append([type(command) is Sleep, *reply])
 
 
-def _take_run(folder: str, log: dict[str, Any]) -> None:
-    """The requests and the parts of the config that decide."""
-    run = read_run(folder)
-    columns = ["request", "arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter"]
-    requests = run.table("requests").sort_values("request")
-    log["requests"] = requests[columns].astype({"slo": str, "adapter": str}).values.tolist()
-    log["policy"], log["slo"] = run.config["policy"], run.config["slo"]
-    log["horizon_s"] = [run.config["workload"]["duration_s"], run.config["run"]["drain_s"]]
-    log["sample_tokens"] = run.config["job"]["sample_tokens"]
-
-
 def _cut(curves: Curves) -> Curves:
     lists = {name: getattr(curves, name) for name in LISTS}
     return replace(curves, **{n: None if v is None else v[: KNOWN_TOKENS + 1] for n, v in lists.items()})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -6,23 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from sim.core.rows import Outcome
-from tests.engine.golden_log import FOLDER, decide_again, read_log
+from tests.engine.golden_log import FOLDER, assert_decided_again, read_log
 
 LOGS = sorted(FOLDER.glob("*.json.gz"))
 
 
 @pytest.mark.parametrize("path", LOGS, ids=lambda path: path.name.partition(".")[0])
 def test_the_loop_decides_what_it_decided_then(path: Path) -> None:
-    log = read_log(path)
-    plans, recorder = decide_again(log)
-    for index, (now, then) in enumerate(zip(plans, log["plans"], strict=True)):
-        where = f"plan {index}; tests/engine/record_golden.py tells how to record anew"
-        assert now[:-1] == then[:-1], where
-        # Seconds may be added up in another order.
-        assert now[-1] == pytest.approx(then[-1], rel=1e-12), where
-    rows = recorder.requests.arrays()
-    assert (rows["outcome"] == Outcome.FINISHED).all() and len(rows["outcome"]) == len(log["requests"])
+    assert_decided_again(read_log(path))
 
 
 def test_the_recorded_runs_hold_what_matters() -> None:
