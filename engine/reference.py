@@ -231,27 +231,23 @@ class _Measurement:
         known: dict[str, Any] = {"sequences": sequences, "context_tokens": context, "tokens": sequences}
         floor_s = decode_floor_s(self._shape, sequences, context, self._copy_bytes_s)
 
-        def measure() -> Row:
+        def measure() -> list[Row]:
             times = decode_times(self._model, sequences, context, self._share_s)
-            return timed_row(
-                "decode",
-                variant,
-                times,
-                ratio=times.p50_s / floor_s,
-                against="time to copy its bytes",
-                **known,
-            )
+            ratio = times.p50_s / floor_s
+            return [
+                timed_row("decode", variant, times, ratio=ratio, against="time to copy its bytes", **known)
+            ]
 
-        return [self._or_out_of_memory(measure, Row(what="decode", variant=variant, **known))]
+        return _or_out_of_memory(measure, Row(what="decode", variant=variant, **known))
 
     def _prefill(self, tokens: int) -> list[Row]:
         flops = forward_flops(self._shape, tokens, logits=1)
 
-        def measure() -> Row:
+        def measure() -> list[Row]:
             times = prefill_times(self._model, tokens, self._share_s)
-            return self._of_rate("prefill", str(tokens), tokens, flops, times)
+            return [self._of_rate("prefill", str(tokens), tokens, flops, times)]
 
-        return [self._or_out_of_memory(measure, Row(what="prefill", variant=str(tokens), tokens=tokens))]
+        return _or_out_of_memory(measure, Row(what="prefill", variant=str(tokens), tokens=tokens))
 
     def _window(self, name: str) -> list[Row]:
         """The window, with the head forward and back for its loss, and the fused iteration."""
@@ -259,27 +255,27 @@ class _Measurement:
         tokens, parts = sizes.window_tokens, self._settings.parts
         sequences, context = sizes.fused_sequences, sizes.fused_context
         flops = forward_flops(self._shape, tokens, logits=2 * tokens, lora=lora)
-        try:
-            times = window_times(
-                self._model, lora, tokens, sequences if "fused" in parts else 0, context, self._share_s
-            )
-        except torch.OutOfMemoryError:
-            release()
-            return [Row(what=w, variant=name, tokens=tokens, note=OUT_OF_MEMORY) for w in ("window", "fused")]
-        rows = [self._of_rate("window", name, tokens, flops, times["window"])]
-        if "fused" in times:
-            row = timed_row(
-                "fused",
-                name,
-                times["fused"],
-                sequences=sequences,
-                context_tokens=context,
-                tokens=tokens,
-                ratio=times["fused"].p50_s / times["window"].p50_s,
-                against="the window alone",
-            )
-            rows.append(row)
-        return rows
+        beside = sequences if "fused" in parts else 0
+
+        def measure() -> list[Row]:
+            times = window_times(self._model, lora, tokens, beside, context, self._share_s)
+            rows = [self._of_rate("window", name, tokens, flops, times["window"])]
+            if "fused" in times:
+                row = timed_row(
+                    "fused",
+                    name,
+                    times["fused"],
+                    sequences=sequences,
+                    context_tokens=context,
+                    tokens=tokens,
+                    ratio=times["fused"].p50_s / times["window"].p50_s,
+                    against="the window alone",
+                )
+                rows.append(row)
+            return rows
+
+        empty = (Row(what=what, variant=name, tokens=tokens) for what in ("window", "fused"))
+        return _or_out_of_memory(measure, *empty)
 
     def _streams(self, name: str) -> list[Row]:
         """Most decodes beside a quarter of a sample's backward, on a stream each, against one after the other."""
@@ -301,24 +297,20 @@ class _Measurement:
                 ),
             ]
 
-        try:
-            return measure()
-        except torch.OutOfMemoryError:
-            release()
-            return [Row(what="streams", variant=variants["beside"], note=OUT_OF_MEMORY, **known)]
+        return _or_out_of_memory(measure, Row(what="streams", variant=variants["beside"], **known))
 
     def _finetune(self, what: str, name: str, tokens: int, order: str, memory: str) -> list[Row]:
         how = Memory(order, memory, self._sizes.recompute_tokens if memory == "recompute" else None)
         seconds = 0.0 if what == "memory" else self._share_s
         variant = f"{name}: engine + {memory}"
 
-        def measure() -> Row:
+        def measure() -> list[Row]:
             release()
             peak = PeakMemory(self._model.device, self._beside_bytes)
             times = finetune_times(self._model, self._lora(name), tokens, how, seconds)
-            return timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+            return [timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())]
 
-        return [self._or_out_of_memory(measure, Row(what=what, variant=variant, tokens=tokens))]
+        return _or_out_of_memory(measure, Row(what=what, variant=variant, tokens=tokens))
 
     def _peft(self, what: str, name: str, tokens: int, setup: Setup) -> list[Row]:
         variant = f"{name}: {setup.name}"
@@ -326,15 +318,15 @@ class _Measurement:
         rate = self._settings.learning_rate
         seconds = 0.0 if what == "memory" else self._share_s
 
-        def measure() -> Row:
+        def measure() -> list[Row]:
             release()
             peak = PeakMemory(self._model.device, self._beside_bytes)
             times = peft_times(self._model, self._lora(name), samples, setup, rate, seconds)
-            return timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())
+            return [timed_row(what, variant, times, tokens=tokens, peak_bytes=peak.bytes())]
 
         empty = Row(what=what, variant=variant, tokens=tokens)
         try:
-            return [self._or_out_of_memory(measure, empty)]
+            return _or_out_of_memory(measure, empty)
         except LigerMissing as missing:
             return [replace(empty, note=f"Liger {missing}")]
         except Exception as error:
@@ -343,17 +335,6 @@ class _Measurement:
             # Liger replaces functions of transformers, whose versions it does not all know: that is a result.
             release()
             return [replace(empty, note=f"Liger failed: {type(error).__name__}: {error}".partition("\n")[0])]
-
-    def _or_out_of_memory(self, measure: Callable[[], Row], empty: Row) -> Row:
-        """What was measured, or `empty` with the words."""
-        try:
-            return measure()
-        except torch.OutOfMemoryError:
-            pass
-        finally:
-            release()
-        release()
-        return replace(empty, note=OUT_OF_MEMORY)
 
     def _of_rate(self, what: str, variant: str, tokens: int, flops: float, times: Times) -> Row:
         rate = flops / times.p50_s
@@ -364,6 +345,14 @@ class _Measurement:
 
     def _lora(self, name: str) -> LoraSpec:
         return LoraSpec(rank=self._settings.rank, alpha=self._settings.alpha, targets=LORAS[name])
+
+
+def _or_out_of_memory(measure: Callable[[], list[Row]], *empty: Row) -> list[Row]:
+    """What was measured, or `empty` with the words; what the error held is free once this has returned."""
+    try:
+        return measure()
+    except torch.OutOfMemoryError:
+        return [replace(row, note=OUT_OF_MEMORY) for row in empty]
 
 
 def _named(measure: Callable[[], list[Row]]) -> str:

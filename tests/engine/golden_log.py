@@ -1,10 +1,11 @@
-"""Golden logs: write one, read one, and let the shared loop decide again what it says."""
+"""Golden logs: keep what a loop was told and decided, and let the shared loop decide it again."""
 
 from __future__ import annotations
 
 import gzip
 import itertools
 import json
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from omegaconf import OmegaConf
 
 from sim.assemble import policy_of, slos_of
 from sim.core.finetune import Job, JobSpec
-from sim.core.loop import Done, Execute, Horizon, Sleep, run_loop
+from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Plan
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
@@ -22,6 +23,7 @@ from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.fitted import FittedCost
 from tests.support import ListArrivals
 
+Loop = Generator[Command, Done, None]
 FOLDER = Path(__file__).parent / "golden"
 CHUNKS = ("prefill", "forward", "recompute", "backward")
 
@@ -54,13 +56,34 @@ def decide_again(log: dict[str, Any]) -> tuple[list[list[Any]], Recorder]:
     arrivals = ListArrivals(Request(*row[:5], row[5] or None) for row in log["requests"])
     duration_s, drain_s = log["horizon_s"]
     loop = run_loop(state, policy, arrivals, Horizon(duration_s=duration_s, drain_s=drain_s))
-    plans, replies, reply = [], iter(log["replies"]), None
+    return answered(loop, log["replies"]), recorder
+
+
+def recorded(loop: Loop, log: dict[str, Any]) -> Loop:
+    """The same loop; its plans and the answers to its waits and sleeps are kept in `log`."""
+    log["plans"], log["replies"] = [], []
+    reply: Any = None
+    while True:
+        try:
+            command = loop.send(reply)
+        except StopIteration:
+            return
+        reply = yield command
+        if isinstance(command, Execute):
+            log["plans"].append(plan_row(command.plan))
+        else:
+            log["replies"].append([isinstance(command, Sleep), *reply])
+
+
+def answered(loop: Loop, replies: Iterable[list[Any]]) -> list[list[Any]]:
+    """The plans of a loop that is told what was recorded."""
+    plans, replies, reply = [], iter(replies), None
     while True:
         try:
             command = loop.send(reply)  # type: ignore[arg-type]
         except StopIteration:
             assert next(replies, None) is None, "the recorded run went on"
-            return plans, recorder
+            return plans
         if isinstance(command, Execute):
             plans.append(plan_row(command.plan))
             reply = Done(0.0)

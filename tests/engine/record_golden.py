@@ -11,7 +11,7 @@ anew when a policy or the loop is meant to decide differently, and look at what 
 from __future__ import annotations
 
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,13 @@ from engine.driver import Driver, EngineArrivals, WallClock
 from engine.parallel import ALONE
 from engine.replica import Replica
 from sim.assemble import policy_of
-from sim.core.loop import Command, Done, Execute, Sleep, run_loop
+from sim.core.loop import run_loop
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from sim.cost.curves import LISTS, Curves
 from sim.cost.fitted import FittedCost
 from tests.engine.composed import bench_config
-from tests.engine.golden_log import FOLDER, plan_row, write_log
+from tests.engine.golden_log import FOLDER, recorded, write_log
 
 KNOWN_TOKENS = 512
 """More than any pass of these runs; the curves are cut there to keep the file small."""
@@ -74,8 +74,6 @@ def record(overrides: Sequence[str]) -> dict[str, Any]:
     policy = policy_of(spec.policy, FittedCost(curves, {}, limits.lookahead), slos)
     engine, jobs = setting.engine(limits, trains=True)
     log: dict[str, Any] = {
-        "plans": [],
-        "replies": [],
         "curves": asdict(curves),
         "job": asdict(jobs[0].spec),
         "limits": asdict(limits),
@@ -91,23 +89,8 @@ def record(overrides: Sequence[str]) -> dict[str, Any]:
     state = PipelineState(limits=limits, slos=slos, recorder=Recorder(), jobs=jobs)
     arrivals = EngineArrivals(spec.workload.arrivals(), engine, setting.prompt)
     loop = run_loop(state, policy, arrivals, spec.horizon)
-    Driver(engine, WallClock()).run(_recorded(loop, log))
+    Driver(engine, WallClock()).run(recorded(loop, log))
     return log
-
-
-def _recorded(loop: Generator[Command, Done, None], log: dict[str, Any]) -> Generator[Command, Done, None]:
-    """The same loop; its plans and the answers to its waits and sleeps are kept."""
-    reply: Any = None
-    while True:
-        try:
-            command = loop.send(reply)
-        except StopIteration:
-            return
-        reply = yield command
-        if type(command) is Execute:
-            log["plans"].append(plan_row(command.plan))
-        else:
-            log["replies"].append([type(command) is Sleep, *reply])
 
 
 def _cut(curves: Curves) -> Curves:

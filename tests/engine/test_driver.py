@@ -12,12 +12,12 @@ from engine.driver import Driver, EngineArrivals, WallClock
 from engine.sampling import Sampling
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.finetune import Job, JobSpec
-from sim.core.loop import Done, Execute, Horizon, Sleep, Wait, run_loop
-from sim.core.plan import Plan
+from sim.core.loop import Horizon, run_loop
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.routing import LeastTokens
+from tests.engine.golden_log import answered, recorded
 from tests.engine.tiny import EngineRun, JobSetup, Watched, adapter_of, sample_of, tiny_model, tokens_of
 from tests.support import FINETUNING, POLICIES, SLOS, LinearCost, ListArrivals, build_policy, limits_of
 
@@ -100,11 +100,11 @@ class WallRun:
             tiny_model("llama"), limits, [job.of() for job in jobs], on_token=on_token
         )
         self.recorder = Recorder()
-        self.policy = Watched(policy)
+        self.log: dict[str, Any] = {}
         state = PipelineState(limits=limits, slos=SLOS, recorder=self.recorder, jobs=counted)
         arrivals = ListArrivals(request for request, _, _ in prompts.values())
         source = EngineArrivals(arrivals, engine, lambda r: prompts[r.id][1:])
-        self.loop = run_loop(state, self.policy, source, horizon)
+        self.loop = recorded(run_loop(state, policy, source, horizon), self.log)
         self.engine = engine
         self.driver = Driver(engine, WallClock())
 
@@ -125,37 +125,13 @@ def test_a_replay_of_the_wall_clocks_times_gives_the_same_plans(name: str) -> No
     ends = run.recorder.iterations.arrays()["end_s"].tolist()
     assert ends == sorted(ends)
 
-    again = Watched(build_policy(name, predictor=WORLD))
     spec = [trainer.spec for trainer in run.engine.trainers.values()]
     counted = [Job(one, iter(LENGTHS)) for one in spec]
     state = PipelineState(limits=limits_of(), slos=SLOS, recorder=Recorder(), jobs=counted)
     arrivals = ListArrivals(request for request, _, _ in prompts.values())
-    starts = run.recorder.iterations.arrays()["start_s"].tolist()
-    assert replay(run_loop(state, again, arrivals, horizon), starts, ends) == len(ends)
-    assert [p for p in again.plans if has_work(p)] == [p for p in run.policy.plans if has_work(p)]
-
-
-def has_work(plan: Plan) -> bool:
-    return bool(plan.decode or plan.prefills or plan.finetune)
-
-
-def replay(loop: Any, starts: list[float], ends: list[float]) -> int:
-    """Answer every Wait with the next recorded end, every Sleep with the next start; iterations executed."""
-    left, executed, reply = iter(ends), 0, None
-    while True:
-        try:
-            command = loop.send(reply)
-        except StopIteration:
-            return executed
-        if isinstance(command, Execute):
-            executed += 1
-            reply = Done(0.0)
-        elif isinstance(command, Sleep):
-            # A sleep on the wall clock ends a little after its time.
-            reply = Done(starts[executed] if executed < len(starts) else command.until_s)
-        else:
-            assert isinstance(command, Wait)
-            reply = Done(next(left))
+    again = run_loop(state, build_policy(name, predictor=WORLD), arrivals, horizon)
+    assert answered(again, run.log["replies"]) == run.log["plans"]
+    assert len(run.log["plans"]) == len(ends)
 
 
 def test_an_aborted_request_stops_and_frees_its_blocks() -> None:

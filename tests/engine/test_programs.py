@@ -159,9 +159,14 @@ def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
 
 @pytest.mark.parametrize("row", ['{"text": 3}', "{broken"])
 def test_a_malformed_row_stops_a_run_before_the_model_is_loaded(
-    row: str, arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    row: str, model_folder: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training, "load_model", None)
+    """Its weights cannot be read, and nobody has tried."""
+    shutil.copytree(model_folder, "model")
+    Path("model/model.safetensors").write_bytes(b"")
+    arguments = [*arguments, "model_name_or_path=model"]
+    assert finetune(arguments) == 2
+    assert "model.safetensors" in capsys.readouterr().err
     with Path("d.jsonl").open("a") as file:
         file.write(row + "\n")
     assert finetune(arguments) == 2
