@@ -23,7 +23,7 @@ def points(monkeypatch: pytest.MonkeyPatch, seconds: float) -> int:
     rig = SimpleNamespace(space=None, time=lambda *_, **__: timed)
     monkeypatch.setattr(engine.measure, "Rig", lambda *_, **__: rig)
     monkeypatch.setattr(engine.measure, "design", lambda space: itertools.repeat(None))
-    monkeypatch.setattr(engine.measure.time, "perf_counter", lambda: float(next(now_s)))
+    monkeypatch.setattr(engine.measure, "time", SimpleNamespace(perf_counter=lambda: float(next(now_s))))
 
     def table(columns: dict[str, Any], *_: Any) -> Any:
         return SimpleNamespace(model=lambda: len(next(iter(columns.values()))))

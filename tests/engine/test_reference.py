@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import reference
+from engine import reference, reference_iterations
 from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig
 from engine.finetune import Sample
@@ -162,9 +162,9 @@ def test_placed_sequences_decode_at_their_context_and_do_not_run_out_of_room() -
 )
 def test_a_sample_is_trained_whole_and_stepped(how: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
-    run = reference.finetune_times.__globals__["run"]
-    monkeypatch.setitem(
-        reference.finetune_times.__globals__, "run", lambda rig, plans: (seen.append(rig), run(rig, plans))[1]
+    run = reference_iterations.run
+    monkeypatch.setattr(
+        reference_iterations, "run", lambda rig, plans: (seen.append(rig), run(rig, plans))[1]
     )
     finetune_times(tiny_model("llama"), LoraSpec(rank=2, targets=("o_proj",)), 20, how, 0.0)
     (rig,) = seen
@@ -177,12 +177,12 @@ def test_backward_is_timed_beside_decodes_and_after_them(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Plan] = []
-    run = stream_times.__globals__["run"]
+    run = reference_iterations.run
 
     def watched(rig: Any, plans: Any) -> Any:
         return run(rig, (seen.append(planned.plan) or planned for planned in plans))
 
-    monkeypatch.setitem(stream_times.__globals__, "run", watched)
+    monkeypatch.setattr(reference_iterations, "run", watched)
     lora = LoraSpec(rank=2, targets=("o_proj", "down_proj"))
     model = tiny_model(family)
     assert stream_times(model, lora, 20, 3, 16, 0.0) == {}
