@@ -23,6 +23,7 @@ from hydra import version
 from hydra._internal.config_repository import CachingConfigRepository, IConfigRepository
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn, JobRuntime, JobStatus, run_job, setup_globals
 from hydra.errors import MissingConfigException
@@ -90,8 +91,16 @@ class ProcessLauncher(Launcher):
                             bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()
         except KeyboardInterrupt:
+            # Runs end their own folders; those that were cut short could not.
+            for index in [i for i in order if i not in returns][: self.workers]:
+                remove_unused(self._folder(*jobs[index]), there(Path(self.config.hydra.sweep.dir)))
             raise SweepInterrupted([returns[i] for i in sorted(returns)]) from None
         return [returns[i] for i in sorted(returns)]
+
+    def _folder(self, number: int, overrides: Sequence[str]) -> Path:
+        config = _job_config(self.hydra_context, self.config, number, overrides)
+        HydraConfig.instance().set_config(config)  # the folder's name may ask it for the run's number
+        return Path(config.hydra.sweep.dir) / str(config.hydra.sweep.subdir)
 
 
 class GridSweeper(BasicSweeper):
@@ -118,13 +127,10 @@ class GridSweeper(BasicSweeper):
         folder = Path(self.config.hydra.sweep.dir)
         kept = there(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        before = set(folder.iterdir())
         OmegaConf.save(self.config, folder / "multirun.yaml")
         try:
             self._launch(batches)
         finally:
-            for path in set(folder.iterdir()) - before:
-                remove_unused(path, kept)
             remove_unused(folder, kept)
 
     def _launch(self, batches: Sequence[Sequence[Sequence[str]]]) -> None:
@@ -224,12 +230,9 @@ def _prepare(
     def run(job: tuple[int, tuple[str, ...]]) -> Outcome:
         number, overrides = job
         try:
-            job_config = context.config_loader.load_sweep_config(config, list(overrides))
-            with open_dict(job_config):
-                job_config.hydra.job.id = job_config.hydra.job.num = number
             result = run_job(
                 task_function=task_function,
-                config=job_config,
+                config=_job_config(context, config, number, overrides),
                 job_dir_key="hydra.sweep.dir",
                 job_subdir_key="hydra.sweep.subdir",
                 hydra_context=context,
@@ -240,6 +243,16 @@ def _prepare(
         return _sendable(outcome)
 
     return run
+
+
+def _job_config(
+    context: HydraContext, config: DictConfig, number: int, overrides: Sequence[str]
+) -> DictConfig:
+    """Of one run of a sweep."""
+    result = context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(result):
+        result.hydra.job.id = result.hydra.job.num = number
+    return result
 
 
 def _sendable(outcome: Outcome) -> Outcome:

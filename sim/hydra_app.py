@@ -66,7 +66,7 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start, there(_given_folder(argv)))
+    collected = _Task(task, at_start, _kept_folders(argv))
     try:
         _check_flags(argv)
         _check_added(argv, config_dir, config_name)
@@ -95,8 +95,8 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task, at_start: AtStart | None, kept: Collection[Path]) -> None:
-        """`kept` are folders that stay, even if nothing comes of the run."""
+    def __init__(self, task: Task, at_start: AtStart | None, kept: Collection[Path] | None) -> None:
+        """`kept` are folders that stay, even if nothing comes of a single run; None: all."""
         functools.update_wrapper(self, task)
         self.task = task
         self.at_start = at_start
@@ -113,8 +113,9 @@ class _Task:
         except Exception as error:
             outcome = caught(error, overrides, message(error))
         finally:
-            if single:  # those of a sweep are the sweeper's
-                remove_unused(Path(run.runtime.output_dir), self.kept)
+            kept = self.kept if single else there(Path(run.sweep.dir))
+            if kept is not None:
+                remove_unused(Path(run.runtime.output_dir), kept)
         if single:
             self.outcomes.append(outcome)
         return outcome
@@ -168,10 +169,16 @@ def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before_env
 
 
-def _given_folder(argv: Sequence[str]) -> Path:
-    """Of a single run; without one the working folder, below which it is."""
-    given = [arg.partition("=")[2].strip("'\"") for arg in argv if arg.startswith("hydra.run.dir=")]
-    return Path(given[-1] if given else ".")
+def _kept_folders(argv: Sequence[str]) -> Collection[Path] | None:
+    """Folders that were there before a single run: those above its own, and its own if it was made by others. None
+    where its own is not written out, so that nobody knows."""
+    given = [arg.lstrip("+") for arg in argv if re.match(r"\+*hydra(\.run)?(\.dir)?=", arg)]
+    if not given:
+        return there(Path("."))
+    key, _, folder = given[-1].partition("=")
+    if len(given) > 1 or key != "hydra.run.dir" or "${" in folder:
+        return None
+    return there(Path(folder.strip("'\"")))
 
 
 def _check_flags(argv: Sequence[str]) -> None:

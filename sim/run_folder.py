@@ -39,6 +39,6 @@ def remove_unused(folder: Path, kept: Collection[Path]) -> None:
 
 def _holds_nothing(folder: Path) -> bool:
     entries = list(folder.iterdir()) if folder.is_dir() else []
-    empty = [path for path in entries if path.suffix == ".log" and path.stat().st_size == 0]
+    empty = [path for path in entries if path.suffix == ".log" and path.lstat().st_size == 0]
     own = [path for path in entries if path.name in HYDRAS]
     return len(own) > 0 and len(own) + len(empty) == len(entries)

@@ -95,6 +95,28 @@ def test_a_refused_run_leaves_folders_that_were_there(app_folder: Path) -> None:
     assert (app_folder / "out" / "seed.txt").is_file()
 
 
+@pytest.mark.parametrize(
+    "told",
+    ["hydra.run.dir=${oc.env:FOLDER}", "++hydra.run.dir=mine/below", "hydra.run={dir:mine/below}"],
+)
+def test_a_refused_run_leaves_a_folder_that_is_not_written_out(
+    app_folder: Path, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    monkeypatch.setenv("FOLDER", "mine/below")
+    (app_folder / "mine" / "below").mkdir(parents=True)
+    assert main(["policy=broken", told]) == 2
+    assert (app_folder / "mine" / "below").is_dir()
+
+
+def test_a_refused_sweep_leaves_the_runs_of_another(app_folder: Path) -> None:
+    """Its own run's folder goes; one beside it that holds nothing yet is somebody's who is still at work."""
+    other = app_folder / "both" / "theirs" / ".hydra"
+    other.mkdir(parents=True)
+    assert main(["-m", "policy=broken,plain", "hydra.sweep.dir=both"]) == 1
+    assert other.is_dir()
+    assert sorted(path.name for path in (app_folder / "both").iterdir()) == ["1", "multirun.yaml", "theirs"]
+
+
 def test_a_key_of_ones_own_may_be_added_where_another_refers_to_it(app_folder: Path) -> None:
     assert main(["+mine=3", "seed=${mine}"]) == 0
     assert (app_folder / "out" / "seed.txt").read_text() == "3"
