@@ -136,8 +136,8 @@ class LaunchBound:
             if item.name.endswith(("_flops", "_bandwidth")):
                 if not 0 < value <= 1:
                     raise ValueError(f"{item.name} must be in (0, 1], got {value}")
-            elif not value >= 0:
-                raise ValueError(f"{item.name} must be at least 0, got {value}")
+            elif not 0 <= value < np.inf:
+                raise ValueError(f"{item.name} must be at least 0 and finite, got {value}")
         if self.max_tokens < 1024:
             raise ValueError(f"max_tokens must be at least 1024, got {self.max_tokens}")
         if self.overlap_contention > 1:

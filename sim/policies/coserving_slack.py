@@ -24,6 +24,10 @@ WORTH_A_STREAM = 1.01
 """How many times the seconds of two streams one must take for the same work: below that it is rounding."""
 
 
+RETRIED = 400
+"""Iterations in a row on two streams after which one is tried again: what it takes has been unseen for so long."""
+
+
 class _Memory(NamedTuple):
     """Measured over predicted time: exponential averages of the ratio and of its distance from what it was
     expected to be."""
@@ -34,6 +38,8 @@ class _Memory(NamedTuple):
     beside: float | None
     """The ratio on two streams: how much they hide of each other is what a predictor knows least. None, and
     that of one is taken, until it has been seen."""
+    in_a_row: int
+    """Last iterations on two streams."""
     iteration: int
     """The last one that is in the averages."""
     quiet_from_s: float
@@ -80,9 +86,9 @@ class CoServingSlack:
         ):
             if not 0 < share <= 1:
                 raise ValueError(f"policy.{key} must be in (0, 1], got {share}")
-        if not max_burst >= 1 or not margin_deviations >= 0:
+        if not max_burst >= 1 or not 0 <= margin_deviations < math.inf:
             raise ValueError(
-                "policy.max_burst must be at least 1 and policy.margin_deviations at least 0, "
+                "policy.max_burst must be at least 1, policy.margin_deviations at least 0 and finite, "
                 f"got {max_burst} and {margin_deviations}"
             )
         self._predictor = predictor
@@ -106,6 +112,8 @@ class CoServingSlack:
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = min(tokens_s, self._prompt_budget(view)) / correction
         beside = 1.0 if memory.beside is None else memory.beside / memory.ratio
+        if memory.in_a_row >= RETRIED:
+            beside = math.inf
         slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s, beside)
         return Plan(decode, prefills, preempted, slices, overlap, predicted_s, memory)
 
@@ -128,8 +136,8 @@ class CoServingSlack:
         return slices, False, predicted_s
 
     def _observe(self, view: View) -> _Memory:
-        memory: _Memory = view.memory or _Memory(1.0, 0.0, None, -1, view.start_s)
-        ratio, deviation, beside, iteration, quiet_from_s = memory
+        memory: _Memory = view.memory or _Memory(1.0, 0.0, None, 0, -1, view.start_s)
+        ratio, deviation, beside, in_a_row, iteration, quiet_from_s = memory
         if view.running or len(view.waiting):
             quiet_from_s = view.start_s
         last = view.last
@@ -140,11 +148,13 @@ class CoServingSlack:
             deviation += self._smoothing * (abs(seen / expected - 1) - deviation)
             if last.work.overlap:
                 beside, ratio = self._averaged(seen, two, ratio)
+                in_a_row += 1
             else:
-                ratio, two = self._averaged(seen, ratio, two)
+                ratio, two = self._averaged(seen, seen if in_a_row >= RETRIED else ratio, two)
                 beside = None if beside is None else two
+                in_a_row = 0
             iteration = last.iteration
-        return _Memory(ratio, deviation, beside, iteration, quiet_from_s)
+        return _Memory(ratio, deviation, beside, in_a_row, iteration, quiet_from_s)
 
     def _averaged(self, seen: float, average: float, other: float) -> tuple[float, float]:
         """The average with what was seen, and the one of which nothing was. That one, where it is worse, comes

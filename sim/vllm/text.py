@@ -22,7 +22,7 @@ def text_of(path: Path) -> str:
 def table_of(path: Path) -> tuple[list[str], list[tuple[str, dict[str, str]]]]:
     """Names of the columns of a CSV file, and (file and line, row) of each. ValueError names a line that is no CSV,
     such as one with a field without an end."""
-    reader = csv.DictReader(text_of(path).splitlines())
+    reader = csv.DictReader(text_of(path).splitlines(), strict=True)
     try:
         return list(reader.fieldnames or ()), [(f"{path} line {reader.line_num}", row) for row in reader]
     except csv.Error as error:

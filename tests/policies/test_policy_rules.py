@@ -300,6 +300,19 @@ def test_slack_forgets_one_bad_iteration_on_two_streams() -> None:
     assert not any(took[100:150])
 
 
+@pytest.mark.parametrize(("factor", "true"), [(1.5, 1.5), (1.5, 1.25), (1.25, 1.25), (1.3, 1.0)])
+def test_slack_tries_one_stream_again_after_many_iterations_on_two(factor: float, true: float) -> None:
+    """A predictor that is too slow as well: what was seen on two streams alone would never tell of one."""
+
+    class Slow(Contention):
+        def iteration_s(self, work: Work) -> float:
+            return factor * super().iteration_s(work)
+
+    result = slack_beside(Slow(contention=0.5), Contention(contention=true), duration_s=60.0)
+    beside = [plan.overlap for plan in result.log.plans]
+    assert all(beside[10:400]) and np.mean(beside[410:]) < 0.5
+
+
 @pytest.mark.parametrize("lengths", ["fixed", "drawn"])
 @pytest.mark.parametrize("backward_layers", [1, 2])
 def test_the_static_policy_gives_its_closed_form(lengths: str, backward_layers: int) -> None:

@@ -66,6 +66,11 @@ def test_an_alpha_table_that_is_not_there_or_has_other_axes_is_said(
             "dense.csv line 2: not CSV: field larger than field limit",
         ),
         (
+            "dense.csv",
+            b'layer,tokens,time_us\nx,1,"2\nx,2,3\nx,4,5\n',
+            "dense.csv line 4: not CSV: unexpected end of data",
+        ),
+        (
             "meta.yaml",
             b"model: a\nskew_fit: true\n",
             "meta.yaml: skew_fit must hold keys and values, got True",
