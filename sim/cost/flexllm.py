@@ -109,21 +109,21 @@ Qwen2.5-32B and Llama-3.1-70B on four."""
 class LaunchBound:
     """Builder. `_s` are seconds; `_flops` and `_bandwidth` are shares of the device's peak."""
 
-    host_s: float = 2.226e-3
+    host_s: float = 1.939e-3
     """Per iteration: scheduling, batch preparation and the runtime's own work."""
-    launch_s: float = 0.3269e-3
+    launch_s: float = 0.3279e-3
     """Per layer: the least time in which its kernels are launched."""
-    collective_tokens: float = 186.7
+    collective_tokens: float = 183.4
     """Tokens that each all-reduce of a pass carries beyond the pass's own."""
-    window_launch_s: float = 0.08594e-3
-    backward_start_s: float = 0.09055e-3
-    backward_layer_s: float = 1.82e-3
+    window_launch_s: float = 0.08743e-3
+    backward_start_s: float = 0.1084e-3
+    backward_layer_s: float = 1.711e-3
     pass_flops: float = 0.8
     """F: includes element-wise kernels, LoRA and whatever else grows with the tokens."""
-    backward_flops: float = 0.7732
-    window_bandwidth: float = 0.02536
+    backward_flops: float = 0.762
+    window_bandwidth: float = 0.026
     """At which a window's attention reads its context, however narrow the window."""
-    link_bandwidth: float = 0.1368
+    link_bandwidth: float = 0.1357
     weight_bandwidth: float = 0.718
     """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0

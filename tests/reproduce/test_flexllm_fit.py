@@ -14,6 +14,7 @@ from profiles.flexllm_fit import (
     CONTEXTS,
     FREE,
     Measured,
+    corrected,
     fit,
     least_squares,
     modelled_s,
@@ -47,7 +48,7 @@ def test_shipped_constants_reproduce_the_step_profile() -> None:
     assert np.median(errors) < 0.05
     backward = [e for e, row in zip(errors, steps, strict=True) if row.work.backward]
     assert len(backward) == 7
-    assert max(backward) < 0.06
+    assert max(backward) < 0.09
 
 
 @needs_data
@@ -66,6 +67,16 @@ def test_a_model_left_out_is_predicted(small_fit: None) -> None:
     kept = fit([row for row in rows if row.model != "14B"])
     errors = [s / row.seconds - 1 for s, row in zip(modelled_s(kept, left), left, strict=True)]
     assert np.mean(np.abs(errors)) < 0.15
+
+
+@needs_data
+def test_shipped_constants_are_what_the_fit_finds() -> None:
+    """One more round from them leads back to them, but for what a 99th percentile differs between rounds."""
+    rows = corrected(read_all(DATA), LaunchBound())
+    found = fit(rows)
+    for name in FREE:
+        assert getattr(found, name) == pytest.approx(getattr(LaunchBound(), name), rel=0.25), name
+    assert found.window_bandwidth == LaunchBound().window_bandwidth
 
 
 def test_the_fit_finds_the_constants_that_made_its_rows() -> None:
