@@ -10,6 +10,7 @@ coserve compile --published     FlexLLM's published counts, term by term
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -24,14 +25,32 @@ from sim.checked import build, check
 from sim.compile.peft import PeftSpec
 from sim.compile.peft_file import read_peft
 from sim.compile.placements import placement_table, print_placements
-from sim.compile.program import memory_table, print_memory_table, print_report, run_compile, write_report
+from sim.compile.program import (
+    CompileReport,
+    memory_table,
+    print_memory_table,
+    print_report,
+    run_compile,
+    write_report,
+)
 from sim.compile.published import COLUMNS, published_units, terms
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.errors import FailedInPart, message
 from sim.hydra_app import hydra_main
 from sim.results import shown_path
+from sim.ways_out import ways_to_fit
 
 SHOWS = ("plan", "all", "placements", "published")
+TAKEN = {
+    "all": (
+        "device", "finetune.seq_len", "finetune.flops_budget", "finetune.window_tokens", "memory_utilization",
+    ),
+    "placements": (
+        "model", "device", "finetune.seq_len", "finetune.window_tokens", "finetune.accumulation",
+    ),
+    "published": (),
+}  # fmt: skip
+"""What is shown -> the keys and groups that change it, where these are not all."""
 METHODS = ("lora_all", "adapter", "ia3")
 """PEFT configs of the table over all models."""
 
@@ -69,9 +88,8 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     device = build(DeviceSpec, config.device, "device")
     settings = build(FinetuneSettings, config.finetune, "finetune")
     model = build(ModelShape, config.model, "model")
-    file = config.adapter_config
-    spec = build(None, config.peft, "peft") if file is None else read_peft(file)
-    assert isinstance(spec, PeftSpec)
+    _spec(config)
+    _check_taken(config.show, HydraConfig.get().overrides.task)
     if config.show == "published":
         _print_published()
         return {}
@@ -85,6 +103,7 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
             device=device,
             budget_share=settings.flops_budget,
             window_tokens=settings.window_tokens,
+            memory_fraction=check(config.memory_utilization, float, "memory_utilization"),
         )
         print_memory_table(rows)
         told = {"rows": [asdict(row) for row in rows]}
@@ -100,21 +119,8 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         )
         print_placements(placements)
         return {}
-    given_tp = check(config.tp, int | None, "tp")
-    tp = model.tp if given_tp is None else given_tp
-    model.check_tp(tp)
-    report = run_compile(
-        model,
-        spec,
-        seq_tokens=settings.seq_len,
-        device=device,
-        tp=tp,
-        mode=settings.mode,
-        budget_share=settings.flops_budget,
-        window_tokens=settings.window_tokens,
-        accumulation=settings.accumulation,
-        memory_fraction=check(config.memory_utilization, float, "memory_utilization"),
-    )
+    report = _compiled(config)
+    ways = "" if report.kv_room_tokens is not None else ways_to_fit(config, _check_fits, CONFIGS / "model")
     if settings.seq_len > model.max_context_tokens:
         print(
             f"note: finetune.seq_len {settings.seq_len} is longer than the context of {model.name}, "
@@ -123,9 +129,63 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
         )
     folder = Path(HydraConfig.get().runtime.output_dir)
     write_report(report, folder)
-    print_report(report)
+    print_report(report, ways=ways)
     print(f"plan and figure: {shown_path(folder)}")
     return {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
+
+
+def _compiled(config: DictConfig) -> CompileReport:
+    settings = build(FinetuneSettings, config.finetune, "finetune")
+    model = build(ModelShape, config.model, "model")
+    given_tp = check(config.tp, int | None, "tp")
+    tp = model.tp if given_tp is None else given_tp
+    model.check_tp(tp)
+    return run_compile(
+        model,
+        _spec(config),
+        seq_tokens=settings.seq_len,
+        device=build(DeviceSpec, config.device, "device"),
+        tp=tp,
+        mode=settings.mode,
+        budget_share=settings.flops_budget,
+        window_tokens=settings.window_tokens,
+        accumulation=settings.accumulation,
+        memory_fraction=check(config.memory_utilization, float, "memory_utilization"),
+    )
+
+
+def _check_fits(config: DictConfig) -> None:
+    """ValueError where no token of K/V fits beside the sample in flight."""
+    if _compiled(config).kv_room_tokens is None:
+        raise ValueError("does not fit")
+
+
+def _spec(config: DictConfig) -> PeftSpec:
+    file = config.adapter_config
+    spec = build(None, config.peft, "peft") if file is None else read_peft(file)
+    assert isinstance(spec, PeftSpec)
+    return spec
+
+
+def _check_taken(show: str, overrides: Sequence[str]) -> None:
+    """Refuse settings that change nothing of what is shown."""
+    keys = [re.split(r"[@=]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
+    if keys.count("show") > 1:
+        raise ValueError(f"one of {', '.join(f'--{name}' for name in TAKEN)} can be shown, got several")
+    if show not in TAKEN:
+        return
+    taken = TAKEN[show]
+    # Both tables have their own degrees: a model's own, or several side by side.
+    idle = [
+        key
+        for key in dict.fromkeys(keys)
+        if key not in ("show", *taken)
+        and (key == "model.tp" or not key.startswith(tuple(f"{t}." for t in taken)))
+    ]
+    if idle:
+        raise ValueError(
+            f"--{show} does not depend on {', '.join(idle)}; it takes {', '.join(taken) or 'no key'}"
+        )
 
 
 def models_in(folder: Path) -> tuple[list[ModelShape], list[str]]:

@@ -24,8 +24,23 @@ def ways_out(
 ) -> str:
     """Which changes of `config` are each enough for `refused` not to raise ValueError: a larger `cluster.tp`, K/V
     room that is not set by hand, jobs that hold less, a smaller one of `models`, or `bound`."""
+    return _tried(config, refused, _candidates(config, models, bound), "cluster.tp")
+
+
+def ways_to_fit(config: DictConfig, refused: Callable[[DictConfig], object], models: Path) -> str:
+    """The same for a sample that `coserve compile` plans: a larger `tp`, less of it kept, a shorter one, or a
+    smaller one of `models`."""
+    return _tried(config, refused, _candidates_to_fit(config, models), "tp")
+
+
+def _tried(
+    config: DictConfig,
+    refused: Callable[[DictConfig], object],
+    choices: Iterator[list[Changes]],
+    tp_key: str,
+) -> str:
     found = []
-    for candidates in _candidates(config, models, bound):
+    for candidates in choices:
         for changes in candidates:
             changed = copy.deepcopy(config)
             for key, value in changes.items():
@@ -39,7 +54,7 @@ def ways_out(
     return (
         f"possible with {' or '.join(found)}"
         if found
-        else f"no cluster.tp up to {DEGREES[-1]} and no smaller model would do"
+        else f"no {tp_key} up to {DEGREES[-1]} and no smaller model would do"
     )
 
 
@@ -68,14 +83,32 @@ def _candidates(config: DictConfig, models: Path, bound: Changes) -> Iterator[li
         for part in PARTS
         if longest >= part
     ]
+    smaller = _smaller(own, models)
+    yield [*smaller, *({**changes, **least} for changes in smaller)]
+    if bound:
+        yield [bound]
+
+
+def _candidates_to_fit(config: DictConfig, models: Path) -> Iterator[list[Changes]]:
+    own = build(ModelShape, config.model, "model")
+    tp = own.tp if config.tp is None else config.tp
+    recompute: Changes = {} if config.finetune.mode == "recompute" else {"finetune.mode": "recompute"}
+    wider: list[Changes] = [{"tp": degree} for degree in DEGREES if degree > tp]
+    yield wider
+    if recompute:
+        yield [recompute, *({**changes, **recompute} for changes in wider)]
+    yield [{"finetune.seq_len": config.finetune.seq_len // part} for part in PARTS]
+    smaller = _smaller(own, models)
+    yield [*smaller, *({**changes, **recompute} for changes in smaller)]
+
+
+def _smaller(own: ModelShape, models: Path) -> list[Changes]:
+    """Those of `models` that are smaller than `own`, the largest first."""
     nodes = [OmegaConf.load(path) for path in models.glob("*.yaml")]
     params = {str(node.name): build(ModelShape, node, "model").params for node in nodes}
     less = [node for node in nodes if params[node.name] < own.params]
     less.sort(key=lambda node: (-params[node.name], node.name))
-    smaller: list[Changes] = [{"model": node} for node in less]
-    yield [*smaller, *({**changes, **least} for changes in smaller)]
-    if bound:
-        yield [bound]
+    return [{"model": node} for node in less]
 
 
 def _for_jobs(key: str, value: object, names: Sequence[str]) -> Changes:

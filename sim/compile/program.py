@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from sim.compile.compiler import WINDOW_TOKENS, Analysis, autograd_bytes, local_shape
+from sim.compile.compiler import WINDOW_TOKENS, Analysis, autograd_bytes
 from sim.compile.console import wide_console
 from sim.compile.families import layer_graph
 from sim.compile.ir import Graph
@@ -64,6 +64,8 @@ class CompileReport:
     """PEFT default with gradient checkpointing: layer inputs, and one layer's set or the loss."""
     kv_room_tokens: int | None
     """Tokens of K/V cache that fit beside weights, adapter and this plan; None if nothing fits."""
+    short_bytes: float
+    """What is missing on a device for one such token; 0 where there is room."""
     compile_s: float
 
 
@@ -84,8 +86,7 @@ def run_compile(
 
     Raises ValueError for options outside their range (see `compile_plan`).
     """
-    if not 0 < memory_fraction <= 1:
-        raise ValueError(f"memory_utilization must be in (0, 1], got {memory_fraction}")
+    _check_fraction(memory_fraction)
     start = time.perf_counter()
     analysis = Analysis(
         model,
@@ -97,6 +98,9 @@ def run_compile(
         accumulation=accumulation,
     )
     plan = analysis.plan(mode, budget_share)
+    free = _usable_bytes(model, plan, device, memory_fraction) - plan.total_bytes()
+    local = analysis.local
+    token_bytes = model.layers * 2 * local.kv_dim * local.dtype_bytes
     rows = _rows(plan, analysis.graph, layer_graph(analysis.local, peft_default(spec)))
     inner, first, head = autograd_bytes(model, peft_default(spec), tp)
     saved = (model.layers - 1) * inner + first
@@ -109,9 +113,15 @@ def run_compile(
         totals_bytes=tuple(totals),
         peft_bytes=seq_tokens * (saved + head),
         checkpoint_bytes=seq_tokens * (inputs + max(inner, head)),
-        kv_room_tokens=_kv_room(model, plan, device, memory_fraction),
+        kv_room_tokens=int(free // token_bytes) if free >= token_bytes else None,
+        short_bytes=max(0.0, token_bytes - free),
         compile_s=time.perf_counter() - start,
     )
+
+
+def _check_fraction(memory_fraction: float) -> None:
+    if not 0 < memory_fraction <= 1:
+        raise ValueError(f"memory_utilization must be in (0, 1], got {memory_fraction}")
 
 
 def peft_default(spec: PeftSpec) -> PeftSpec:
@@ -137,6 +147,8 @@ class MemoryRow:
     far_stash_extra_share: float
     recompute_bytes: int
     recompute_extra_share: float
+    usable_bytes: float
+    """Of one device, beside weights and adapter."""
     compile_s: float
 
 
@@ -148,8 +160,10 @@ def memory_table(
     device: DeviceSpec,
     budget_share: float | None = None,
     window_tokens: int = WINDOW_TOKENS,
+    memory_fraction: float = 0.9,
 ) -> list[MemoryRow]:
     """Every model at its own `tp` with every PEFT configuration (name -> spec)."""
+    _check_fraction(memory_fraction)
     found = []
     for model in models:
         for name, spec in specs.items():
@@ -175,6 +189,7 @@ def memory_table(
                     far_stash_extra_share=far.extra_flops_share,
                     recompute_bytes=recompute.total_bytes(),
                     recompute_extra_share=recompute.extra_flops_share,
+                    usable_bytes=_usable_bytes(model, stash, device, memory_fraction),
                     compile_s=time.perf_counter() - start,
                 )
             )
@@ -194,8 +209,9 @@ def write_report(report: CompileReport, folder: Path) -> None:
     draw(report, folder / "memory.png")
 
 
-def print_report(report: CompileReport, console: Any = None) -> None:
-    """Write the table with `rich` (to its own console if none is given)."""
+def print_report(report: CompileReport, console: Any = None, ways: str = "") -> None:
+    """Write the table with `rich` (to its own console if none is given). `ways`: what would make a plan fit that
+    does not."""
     from rich.table import Table
 
     plan, console = report.plan, console if console is not None else wide_console()
@@ -213,7 +229,7 @@ def print_report(report: CompileReport, console: Any = None) -> None:
         f"{plan.layers} layers x {plan.seq_tokens} tokens, GiB", *(_gib(v) for v in report.totals_bytes)
     )
     console.print(table)
-    for line in _lines(report):
+    for line in _lines(report, ways):
         console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -228,14 +244,14 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
     console = console if console is not None else wide_console()
     widths = [max(5 if head[1] == "%" else 6, *map(len, head)) for head in MEMORY_HEADS]
 
-    def line(first: str, cells: Iterable[str]) -> str:
-        return f"  {first:<10}" + "".join(
-            f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True)
-        )
+    def line(first: str, cells: Iterable[str], marks: Iterable[str] = ()) -> str:
+        """Marks stand behind the cells, in the gap to the next."""
+        marked = zip(cells, widths, ["", *marks, *[""] * len(widths)], strict=False)
+        return f"  {first:<10}" + "".join(f"{mark:<2}{cell:>{width}}" for cell, width, mark in marked)
 
     lines = ["finetuning memory of one sample: GiB per device, extra FLOPs in %"]
     lines += [line(("", "method")[level], [head[level] for head in MEMORY_HEADS]) for level in (0, 1)]
-    before = None
+    before, beyond = None, False
     for r in rows:
         scene = f"{r.model} on {r.tp}, {r.seq_tokens:,} tokens; weights {_gib(r.weight_bytes)}"
         if scene != before:
@@ -246,8 +262,15 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
             (r.far_stash_bytes, r.far_stash_extra_share),
             (r.recompute_bytes, r.recompute_extra_share),
         )
-        cells = [cell for size, share in plans for cell in (_gib(size), f"{100 * share:.1f}")]
-        lines.append(line(r.method, [_gib(r.peft_bytes), _gib(r.checkpoint_bytes), *cells]))
+        cells, marks = [], []
+        for size, share in ((r.peft_bytes, None), (r.checkpoint_bytes, None), *plans):
+            cells += [_gib(size)] if share is None else [_gib(size), f"{100 * share:.1f}"]
+            mark = "*" if size > r.usable_bytes else ""
+            marks += [mark] if share is None else [mark, ""]
+        beyond = beyond or "*" in marks
+        lines.append(line(r.method, cells, marks))
+    if beyond:
+        lines.append("* does not fit into a device beside its weights and adapter")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
@@ -288,28 +311,30 @@ def _by_kind(sizes: Mapping[str, int]) -> dict[str, int]:
     return found
 
 
-def _kv_room(model: ModelShape, plan: CompilePlan, device: DeviceSpec, fraction: float) -> int | None:
-    """Beside weights in the model's dtype, the adapter and the sample in flight."""
-    local = local_shape(model, plan.tp)
-    free = fraction * device.memory_bytes - model.weight_bytes / plan.tp
-    free -= plan.adapter_bytes + plan.total_bytes()
-    tokens = int(free // (model.layers * 2 * local.kv_dim * local.dtype_bytes))
-    return tokens if tokens > 0 else None
+def _usable_bytes(model: ModelShape, plan: CompilePlan, device: DeviceSpec, fraction: float) -> float:
+    """Of one device, beside weights in the model's dtype and the adapter; negative where these do not fit."""
+    return fraction * device.memory_bytes - model.weight_bytes / plan.tp - plan.adapter_bytes
 
 
-def _lines(report: CompileReport) -> list[str]:
+def _lines(report: CompileReport, ways: str) -> list[str]:
     plan = report.plan
     parts = ", ".join(f"{k} {_gib(v)}" for k, v in plan.live_bytes().items())
     if plan.mode == "recompute":
         parts += ", the last and the kept window in turn"
-    room = "none" if report.kv_room_tokens is None else f"{report.kv_room_tokens:,} tokens"
+    room = (
+        f"none, it does not fit: weights, adapter and this sample need {_gib(report.short_bytes)} GiB more per "
+        f"device than may be used{'; ' if ways else ''}{ways}"
+        if report.kv_room_tokens is None
+        else f"{report.kv_room_tokens:,} tokens"
+    )
     saving = 1 - plan.total_bytes() / report.peft_bytes
     lines = [
         f"{plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), "
         f"{plan.extra_flops_share:.1%} extra FLOPs",
         f"PEFT default with full logits: {_gib(report.peft_bytes)} GiB ({saving:.1%} less here); "
         f"with gradient checkpointing: {_gib(report.checkpoint_bytes)} GiB",
-        f"KV room left: {room}; compiled in {report.compile_s:.2f} s",
+        f"KV room left: {room}",
+        f"compiled in {report.compile_s:.2f} s",
     ]
     if plan.tp > 1:
         lines += _placement_lines(plan)

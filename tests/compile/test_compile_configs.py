@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,108 @@ def test_numbers_that_are_none_are_refused(
     assert main(["compile", argument]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"coserve compile: error: {told}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--all", "finetune.mode=foo", "model=qwen_72b"], "--all does not depend on finetune.mode, model; "),
+        (["--all", "tp=3", "finetune.seq_len=512"], "--all does not depend on tp; "),
+        (["--all", "peft.rank=3"], "--all does not depend on peft.rank; "),
+        (["--all", "finetune.accumulation=2"], "--all does not depend on finetune.accumulation; "),
+        (["--placements", "tp=4"], "--placements does not depend on tp; "),
+        (["--placements", "model.tp=4"], "--placements does not depend on model.tp; "),
+        (["--placements", "memory_utilization=0.5"], "--placements does not depend on memory_utilization; "),
+        (["show=published", "device=h100"], "--published does not depend on device; it takes no key"),
+        (["--all", "--placements"], "one of --all, --placements, --published can be shown, got several"),
+    ],
+)
+def test_settings_that_change_nothing_of_a_table_are_refused(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", *arguments]) == 2
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith(f"coserve compile: error: {told}")
+    if "does not depend" in told and "show" not in arguments[0]:
+        assert all(key in said.err for key in compile_program.TAKEN[arguments[0].removeprefix("--")])
+
+
+@pytest.mark.parametrize(
+    ("shown", "argument"),
+    [
+        ("all", "device=h200"),
+        ("all", "finetune.seq_len=512"),
+        ("all", "finetune.flops_budget=0.1"),
+        ("all", "finetune.window_tokens=256"),
+        ("all", "memory_utilization=0.5"),
+        ("placements", "model=llama_3_2_1b"),
+        ("placements", "device=h200"),
+        ("placements", "finetune.seq_len=512"),
+        ("placements", "finetune.window_tokens=256"),
+        ("placements", "finetune.accumulation=1"),
+    ],
+)
+def test_settings_that_a_table_takes_change_it(
+    shown: str,
+    argument: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert argument.partition("=")[0] in compile_program.TAKEN[shown]
+    tables = []
+    for arguments in ([], [argument]):
+        assert main(["compile", f"--{shown}", *arguments]) == 0
+        tables.append(capfd.readouterr().out)
+    assert tables[0] != tables[1]
+
+
+def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def compiled(*arguments: str) -> str:
+        assert main(["compile", "model=llama_3_1_70b", "hydra.run.dir=out", *arguments]) == 0
+        return next(line for line in capfd.readouterr().out.splitlines() if line.startswith("KV room left"))
+
+    told = compiled("tp=1")
+    found = re.search(
+        r"none, it does not fit: .* need ([\d.]+) GiB more per device .*; possible with (.*)", told
+    )
+    assert found is not None and float(found[1]) == pytest.approx(176.1, abs=0.1)
+    ways = found[2].split(" or ")
+    assert len(ways) > 1 and "tp=8" in ways
+    for way in ways:
+        assert compiled("tp=1", *way.split()).endswith(" tokens"), way
+    assert compiled("tp=4").startswith("KV room left: none, it does not fit: ")
+    assert compiled("tp=1", "memory_utilization=0.01").endswith(
+        "; no tp up to 16 and no smaller model would do"
+    )
+
+
+def test_samples_that_do_not_fit_are_marked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    legend = "* does not fit into a device beside its weights and adapter"
+
+    def marked(*arguments: str) -> tuple[int, bool]:
+        assert main(["compile", "--all", *arguments]) == 0
+        lines = capfd.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= 80
+        return sum(line.count("*") for line in lines[:-1]), lines[-1] == legend
+
+    some, more = marked(), marked("memory_utilization=0.1")
+    assert 0 < some[0] < more[0] and some[1] and more[1]
+    assert marked("finetune.seq_len=16", "device=h200") == (0, False)
 
 
 def test_what_is_only_printed_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
