@@ -83,5 +83,30 @@ def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
         print(f"note: {note}" + (f": {who}" if len(names) < len(rows) else ""), file=sys.stderr)
 
 
+def print_unfinished(rows: Sequence[Mapping[str, Any]]) -> None:
+    """In one line on stderr, of which simulated runs some requests had not finished at the end, and what that does to
+    the numbers."""
+    from analysis.repeats import run_names
+
+    found = [
+        (row["unfinished"], f"{row['unfinished']:,} of {row['requests']:,}", name)
+        for row, name in zip(rows, run_names(rows), strict=True)
+        if row["unfinished"]
+    ]
+    if not found:
+        return
+    _, count, name = max(found, key=lambda run: run[0])
+    if len(rows) == 1:
+        who = f"{count} requests"
+    elif len(found) == 1:
+        who = f"{count} requests of {name}"
+    else:
+        who = f"requests of {len(found)} of {len(rows)} runs (most: {count} of {name})"
+    print(
+        f"note: {who} did not finish: they count as missed, latencies are of finished ones (longer: run.drain_s)",
+        file=sys.stderr,
+    )
+
+
 def _whole_blocks(limits: Limits) -> int:
     return limits.kv_tokens // limits.block_tokens * limits.block_tokens

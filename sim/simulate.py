@@ -32,7 +32,7 @@ from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
-from sim.notes import print_notes, request_notes, slo_notes, step_notes
+from sim.notes import print_notes, print_unfinished, request_notes, slo_notes, step_notes
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 
 
@@ -269,6 +269,7 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
         folder = folder.parent
     print_table(shown)
     print_notes(rows)
+    print_unfinished(rows)
     print(f"runs:   {shown_path(folder)}")
     scenes = varied(shown, SCENE)
     if scenes:

@@ -190,6 +190,27 @@ def test_requests_that_do_not_fit_and_answers_cut_short_are_told(capfd: pytest.C
     assert "do not fit" not in capfd.readouterr().err
 
 
+def test_requests_that_did_not_finish_are_told_in_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def told(command: str, *arguments: str) -> list[str]:
+        assert main([command, *arguments]) == 0
+        return [line for line in capfd.readouterr().err.splitlines() if "did not finish" in line]
+
+    Path("long.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,100,20000\n2,100,5\n")
+    own = ("workload=csv", "workload.file=long.csv", "run.drain_s=1")
+    what = "did not finish: they count as missed, latencies are of finished ones (longer: run.drain_s)"
+    assert told("simulate", *own, "hydra.run.dir=out") == [f"note: 1 of 3 requests {what}"]
+    assert read_run("out").summary["unfinished"] == 1
+    assert told("simulate", *own[:2], "run.drain_s=2000", "run.bounds=false", "hydra.run.dir=all") == []
+    # Nobody is served by finetune_only: its requests are rejected, not unfinished.
+    for policies, who in (
+        ("coserving,finetune_only", "1 of 3 requests of coserving"),
+        ("coserving,finetune_only,inference_only", "requests of 2 of 3 runs (most: 1 of 3 of coserving)"),
+    ):
+        assert told("compare", *own, f"policy={policies}", f"hydra.sweep.dir={len(policies)}") == [
+            f"note: {who} {what}"
+        ]
+
+
 def test_finetuning_without_an_optimizer_step_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
     own = [*SHORT, "finetune.jobs.sky_t1.accumulation=500", "policy=coserving,temporal,inference_only"]
     assert main(["compare", *own, "hydra.sweep.dir=sweep"]) == 0
