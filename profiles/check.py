@@ -31,6 +31,7 @@ from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.architectures import measured_on
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.flat import row_seconds
+from sim.cost.gemm_table import table_for
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
 
@@ -89,6 +90,7 @@ def check_file(
         raise ValueError(f"{path}: has operators, which cost={cost} does not know; allowed: cost=roofline")
     operators = read_measured(path, model, tp, unit)
     _warn(_another_card(path, frame, device))
+    _warn(_in_sample(path, operators, device, gemm))
     _warn(borrowed(path, device, {measured.kind for measured in operators}, changed))
     lines, ratios = [], []
     for measured in operators:
@@ -110,6 +112,23 @@ def _another_card(path: Path, frame: pd.DataFrame, device: DeviceSpec) -> str | 
     said = frame["device"].astype(str).unique().tolist() if "device" in frame else []
     others = [text for text in said if card_named(text) not in (None, device.name)]
     return f"{path}: rows of {', '.join(others)} are judged as {device.name}" if others else None
+
+
+def _in_sample(path: Path, operators: Sequence[Measured], device: DeviceSpec, gemm: str | None) -> str | None:
+    """In one line, that products lie on the grid of the corrections that predict them."""
+    table = table_for(device)
+    products = [measured.columns for measured in operators if measured.kind == "gemm"]
+    if table is None or not products or gemm not in (None, "table"):
+        return None
+    nodes = {"m": table.m, "n": table.n, "k": table.k}
+    on = [np.logical_and.reduce([np.isin(c[name], nodes[name]) for name in nodes]) for c in products]
+    rows = np.concatenate(on)
+    if not rows.any():
+        return None
+    return (
+        f"{path}: in sample: {rows.sum():,} of {len(rows):,} products have the shapes that the corrections of "
+        f"profiles/tables/{table.name}.json were fitted to rows of; its errors: {table.error}"
+    )
 
 
 def _another_unit(path: Path, ratios: Floats) -> str | None:

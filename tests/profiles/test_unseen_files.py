@@ -15,7 +15,7 @@ from profiles.check import check_file
 from profiles.named import NEEDED, device_described, device_named, model_named
 from profiles.program import main
 
-IGNORED = ("an extrapolation", "qk_norm left out", "unit=us")
+IGNORED = ("an extrapolation", "in sample", "qk_norm left out", "unit=us")
 pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{text}") for text in IGNORED]
 L40S = ("device.peak_flops=362e12", "device.memory_bandwidth_bytes_s=864e9", "device.sms=142")
 DEVICES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs" / "device").glob("*.yaml"))
@@ -145,6 +145,31 @@ def test_a_device_file_from_elsewhere_is_taken(tmp_path: Path) -> None:
     assert main(["check", str(path), f"device={tmp_path / 'mine.yaml'}"]) == 0
 
 
+def test_products_that_the_corrections_were_fitted_at_are_said_to_be_in_sample(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = {
+        "m": [8, 8, 64, 3000, 8],
+        "n": [4096, 4096, 1024, 4096, 4097],
+        "k": [4096, 1024, 4096, 4096, 4096],
+    }
+    frame = pd.DataFrame(rows)
+
+    def note(frame: pd.DataFrame, *settings_: str) -> str:
+        assert main(["check", str(write(tmp_path / "rows.csv", frame)), *settings_]) == 0
+        said = [line for line in capsys.readouterr().err.splitlines() if "in sample: " in line]
+        assert len(said) <= 1
+        return said[0] if said else ""
+
+    told = note(frame, "device=a100_80gb")
+    assert "in sample: 3 of 5 products" in told and "profiles/tables/a100_80gb-gemm.json" in told
+    assert "n or k held out 3.7 % median, 13.0 % p90" in told
+    assert "profiles/tables/h200-gemm.json" in note(frame, "device=h100", "gemm=table")
+    assert note(frame[3:], "device=a100_80gb") == "", "off the grid"
+    assert note(frame, "device=a100_80gb", "gemm=curve") == "", "not corrected"
+    assert note(frame, "device=l40s") == "", "has no corrections"
+
+
 def test_constants_of_another_card_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(write(tmp_path / "unseen.csv", gemm(np.random.default_rng(0))))
     for settings_, says in (
@@ -162,7 +187,7 @@ def test_constants_of_another_card_are_named(tmp_path: Path, capsys: pytest.Capt
     assert main(["check", prompts, "device=l40s"]) == 0
     assert "rtx_4090 and a100_80gb (attention, decode)" in capsys.readouterr().err
     assert main(["check", path, "device=h200"]) == 0
-    assert not capsys.readouterr().err
+    assert "an extrapolation" not in capsys.readouterr().err
 
 
 def test_what_a_file_says_besides_changes_nothing(tmp_path: Path) -> None:
