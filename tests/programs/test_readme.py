@@ -45,6 +45,14 @@ def test_there_are_commands_to_check() -> None:
     assert len(LINES) >= 6
 
 
+def test_installs_are_of_the_pinned_versions() -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    installs = re.findall(r"pip install (?!--no-index)(.*)", README)
+    assert len(installs) == 3 and "triton" in pinned
+    assert all(install.startswith("-c constraints.txt ") for install in installs)
+    assert f"-c constraints.txt 'torch=={pinned['torch']}'" in installs
+
+
 @pytest.mark.parametrize("line", [line for line in LINES if line.split()[1] in HYDRA])
 def test_commands_of_the_readme_compose(line: str, capfd: pytest.CaptureFixture[str]) -> None:
     words = line.split()[1:]
