@@ -45,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--draws", type=int, default=20)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.draws < 1:
+            raise ValueError(f"--draws must be at least 1, got {arguments.draws}")
         sources = sources_in(arguments.folder)
     except (ValueError, OSError) as error:
         return report(parser.prog, error, message(error))

@@ -2,10 +2,12 @@
 
     c = argmin  sum over sources of mean soft(log predicted / measured)  +  w sum soft(s log(c / written))
 
-soft is the loss of `profiles.curves`. Three things are used, none of them measured on that device: rows of other
-devices (`sources_in`), what is written about hardware and kernels (WRITTEN), and what papers and code say of how
-generations of kernels and links differ (WRITTEN_OF, NVLINK). Rows of one device leave directions of the constants
-open, along which the next device may lie anywhere. So of all fits that are equally good on the sources (each one's
+soft is the loss of `profiles.curves`. Three things are used, no row of that device among them: rows of other devices
+(`sources_in`), what is written about hardware and kernels (WRITTEN), and what papers and code say of how generations
+of kernels and links differ (WRITTEN_OF, NVLINK). Single published figures may be of that device: FlashAttention's
+shares of the peak of an A100 and an H100, aiconfigurator's empirical factors of both systems (0.8 of the memory's rate,
+3 us a kernel), NCCL's table. Rows of one device leave directions of the constants open, along which the next device
+may lie anywhere. So of all fits that are equally good on the sources (each one's
 median within EQUAL of the freest fit's) the one nearest to what is written is taken: the largest w. Constants of a
 generation of FlashAttention come from a source that runs it; if none does, they are another generation's in the ratio
 of what the papers say of the two, or what is written.
@@ -211,7 +213,12 @@ def unseen(
 def carried(
     family: Family, found: Mapping[str, float], device: DeviceSpec, source: Source, written: Written
 ) -> dict[str, float]:
-    """Constants of `device` by those `found` on other devices, of which `source` is the first."""
+    """Constants of `device` by those `found` on other devices, of which `source` is the first.
+
+    NVLINK is taken from that first source to `device`: exact where all sources that have rows of collectives are of
+    one generation of links, as here, where there is one. Of a mix, whose fit lies between the generations, it is an
+    approximation.
+    """
     own, other = Efficiency.of(device).attention_generation, source.generation
     result = {}
     for name in family.constants:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from profiles.curves import FAMILIES, FILES, Family, errors_of, quantiles, rows_of, told
-from profiles.guesses import guessed_otherwise
+from profiles.guesses import guessed_otherwise, main
 from profiles.held_out import (
     CARD,
     GUESSED,
@@ -130,13 +130,23 @@ def test_a_device_held_out_is_met(sources: dict[str, Source], device: str) -> No
 
 
 def test_guesses_do_not_carry_the_result(sources: dict[str, Source]) -> None:
-    """Attention of the A100 stays within the aim when each of them is another."""
+    """Attention of the A100 stays within the aim, 8 % in the median and 20 % in the 90th percentile, when each of them
+    is another."""
     constants = held_out("a100_80gb", sources, ATTENTION, guessed_otherwise(np.random.default_rng(1)))
     assert constants != held_out("a100_80gb", sources, ATTENTION)
     for family in ATTENTION:
         own = sources["a100_80gb"]
         median, p90 = quantiles(errors_of(rows_of(family, own.measured), own.device, constants))
-        assert median < 0.08 and p90 < 0.21, family.name
+        assert median < 0.08 and p90 < 0.20, family.name
+
+
+@pytest.mark.parametrize("draws", ["0", "-1"])
+def test_no_draws_are_refused_in_one_line(
+    draws: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main([str(tmp_path), "--draws", draws]) == 2
+    told = f"python -m profiles.guesses: error: --draws must be at least 1, got {draws}\n"
+    assert capsys.readouterr().err == told
 
 
 def test_another_guess_leaves_alone_what_has_a_source() -> None:
