@@ -11,9 +11,12 @@ import pytest
 from sim.core.finetune import Backward, Forward, Step
 from sim.core.loop import Horizon
 from sim.core.plan import Plan, View
-from sim.core.request import Request
-from sim.core.work import Chunk, Work
+from sim.core.request import Request, Slo
+from sim.core.rows import Recorder
+from sim.core.state import PipelineState
+from sim.core.work import Chunk, LayerChunk, Work
 from sim.policies.separate import Separate
+from sim.policies.slices import add_slices
 from sim.policies.temporal_dynamic import TemporalDynamic
 from tests.support import (
     LAYERS,
@@ -311,6 +314,143 @@ def test_slack_tries_one_stream_again_after_many_iterations_on_two(factor: float
     result = slack_beside(Slow(contention=0.5), Contention(contention=true), duration_s=60.0)
     beside = [plan.overlap for plan in result.log.plans]
     assert all(beside[10:400]) and np.mean(beside[410:]) < 0.5
+
+
+def plan_of_slack(requests: list[Request], slos: dict[str, Slo], under_way: Plan, now_s: float) -> Plan:
+    """What `coserving_slack` plans at `now_s` once `under_way` has been done, with a budget of 50 ms."""
+    cost = LinearCost(prefill_s=2.0**-16)
+    state = PipelineState(limits=limits_of(), slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
+    for request in requests:
+        assert state.arrive(request)
+    if under_way.prefills:
+        state.apply(under_way, 0.0)
+        state.commit(0.0)
+    return build_policy("coserving_slack", predictor=cost, budget_s=0.05).plan(state.view(now_s))
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "under_way", "now_s", "budget_s"),
+    [
+        # Prompt tokens and TTFT bound of each, all here at 0 s; half of the time left, over iterations of 256.
+        pytest.param((600, math.inf), (700, math.inf), {}, 0.0, 0.05, id="no-hurry"),
+        pytest.param((600, 0.12), (700, math.inf), {}, 0.0, 0.12 / 2 / 3, id="first"),
+        pytest.param((600, 0.22), (700, math.inf), {}, 0.1, 0.12 / 2 / 3, id="first-waited"),
+        pytest.param((600, math.inf), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="last"),
+        pytest.param((600, 0.15), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="both-last-tighter"),
+        pytest.param((600, 0.12), (700, 0.48), {}, 0.0, 0.12 / 2 / 3, id="both-first-tighter"),
+        pytest.param((600, 0.1), (700, math.inf), {}, 0.2, 0.05, id="first-lost"),
+        pytest.param((600, 0.1), (700, 0.44), {}, 0.2, 0.24 / 2 / 6, id="first-lost-last-not"),
+        pytest.param((600, math.inf), (700, 0.1), {}, 0.2, 0.05, id="last-lost"),
+        pytest.param((600, 0.08), (700, math.inf), {0: 200}, 0.0, 0.08 / 2 / 2, id="first-under-way"),
+        pytest.param((600, math.inf), (700, 0.2), {0: 200}, 0.0, 0.2 / 2 / 5, id="last-behind-one-under-way"),
+        pytest.param(
+            (400, 0.08), (500, math.inf), {0: 100, 1: 100}, 0.0, 0.08 / 2 / 2, id="first-of-two-under-way"
+        ),
+        pytest.param(
+            (400, math.inf), (500, 0.12), {0: 100, 1: 100}, 0.0, 0.12 / 2 / 3, id="last-of-two-under-way"
+        ),
+        pytest.param((56, math.inf), (256, 0.08), {0: 56}, 0.0, 0.08 / 2 / 2, id="beside-a-decode"),
+    ],
+)
+def test_slack_leaves_prompts_the_time_that_their_first_tokens_need(
+    first: tuple[int, float],
+    last: tuple[int, float],
+    under_way: dict[int, int],
+    now_s: float,
+    budget_s: float,
+) -> None:
+    """Finetuning fills the iteration up to the budget by hand, to the last token of its window."""
+    requests = [Request(id, 0.0, tokens, 10, str(id)) for id, (tokens, _) in enumerate((first, last))]
+    slos = {str(id): Slo(ttft_s=ttft_s) for id, (_, ttft_s) in enumerate((first, last))}
+    plan = plan_of_slack(requests, slos, Plan(prefills=tuple(under_way.items())), now_s)
+    assert plan.prefills and [type(piece) for piece in plan.finetune] == [Forward]
+    assert plan.predicted_s is not None
+    assert budget_s - 2.0**-14 < plan.predicted_s <= budget_s * (1 + 1e-9)
+
+
+def test_slack_brings_first_tokens_in_time_that_finetuning_would_make_late() -> None:
+    """Bursts of 32 prompts of 200 tokens: 25 iterations, 0.5 s of them alone and 1.25 s in iterations of 50 ms."""
+    requests = [Request(i, 2.0 * (i // 32), 200, 2, "chat") for i in range(128)]
+    policy = build_policy("coserving_slack", predictor=COST, first_token_share=0.9)
+    result = run(policy, requests, jobs=[job_of(900)], world=COST, horizon=Horizon(duration_s=8.0))
+    rows = result.table("requests")
+    assert len(rows["request"]) == 128
+    assert (rows["first_token_s"] - rows["arrival_s"]).max() < 1.0
+    beside = [plan.finetune for plan in result.log.plans if plan.prefills]
+    assert np.mean([len(slices) > 0 for slices in beside]) > 0.9
+
+
+def test_slack_sizes_prompt_chunks_by_what_iterations_really_take() -> None:
+    """A world twice as slow as predicted: chunks of a prompt beside decodes take the budget, not twice that."""
+    believed = LinearCost(prefill_s=2.0**-11)
+    policy = build_policy("coserving_slack", predictor=believed, budget_s=0.05, max_burst=1.0)
+    requests = [*long_requests(), Request(8, 10.0, 5000, 2)]
+    world = LinearCost(prefill_s=2.0**-11, scale=2.0)
+    result = run(policy, requests, limits=ROOMY, world=world, horizon=Horizon(duration_s=20.0, drain_s=0.0))
+    done, took_s = 0, []
+    for work in result.log.works[1:]:
+        done += work.prefill_tokens
+        if work.prefill and done < 5000:
+            took_s.append(world.iteration_s(work._replace(adapters=0)))
+    assert len(took_s) > 50 and done == 5000
+    assert 0.048 < min(took_s) and max(took_s) <= 0.05 * (1 + 1e-9)
+
+
+def test_slack_counts_each_iteration_once() -> None:
+    """With a lookahead the first two plans after a pause follow the same iteration. In a world twice as slow,
+    the ratio after n iterations is 2 - 0.95^n."""
+
+    class Watched:
+        serves = True
+
+        def __init__(self) -> None:
+            self.policy = build_policy("coserving_slack", predictor=COST)
+            self.last: dict[int, int | None] = {}
+            self.plans: list[Plan] = []
+
+        def plan(self, view: View) -> Plan:
+            plan = self.policy.plan(view)
+            self.plans.append(plan)
+            self.last[id(plan)] = None if view.last is None else view.last.iteration
+            return plan
+
+    watched, world = Watched(), LinearCost(context_s=COST.context_s, scale=2.0)
+    requests = [Request(i, float(i), 16, 4) for i in range(20)]
+    result = run(watched, requests, limits=limits_of(lookahead=1), world=world)
+    seen, again = set(), 0
+    for plan in result.log.plans:
+        last = watched.last[id(plan)]
+        if last is not None:
+            again += last in seen
+            seen.add(last)
+        assert plan.memory.ratio == pytest.approx(2 - 0.95 ** len(seen), rel=1e-9)
+    assert again > 10 and len(seen) > 40
+
+
+def test_slices_of_several_jobs_each_follow_from_where_their_own_job_stands() -> None:
+    plain = job_of(100, id="plain")
+    again = job_of(50, id="again", order="window_major", memory="recompute")
+    plain.advance(Forward("plain", 40))
+    again.advance(Forward("again", 50))
+    again.advance(Backward("again", 30 * LAYERS))
+    slices = (
+        Forward("plain", 20),
+        Backward("again", 10 * LAYERS),
+        Forward("plain", 40),
+        Backward("plain", 130),
+        Backward("again", 5 * LAYERS),
+    )
+    decodes = Work(decode_count=3, decode_context_tokens=70, sampled_tokens=3)
+    assert add_slices(decodes, (plain.view(), again.view()), slices) == decodes._replace(
+        forward=(Chunk(20, 40), Chunk(40, 60)),
+        backward=(
+            LayerChunk(LAYERS, 10, 10),
+            LayerChunk(1, 100, 0),
+            LayerChunk(1, 30, 70),
+            LayerChunk(LAYERS, 5, 5),
+        ),
+        recompute=(Chunk(10, 10), Chunk(5, 5)),
+    )
 
 
 @pytest.mark.parametrize("lengths", ["fixed", "drawn"])
