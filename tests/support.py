@@ -113,6 +113,25 @@ class LinearCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Contention(LinearCost):
+    """On two streams the shorter of inference and finetuning costs `contention` of its seconds, and a forward
+    window `read_s`, for the weights that it no longer shares."""
+
+    decode_s: float = 2.0**-9
+    forward_s: float = 2.0**-11
+    backward_s: float = 2.0**-13
+    contention: float
+    read_s: float = 0.0
+
+    def iteration_s(self, work: Work) -> float:
+        alone_s = LinearCost.iteration_s(self, work)
+        if not work.overlap:
+            return alone_s
+        shorter_s = min(LinearCost.iteration_s(self, w) for w in (work.inference, work.finetuning))
+        return alone_s - (1 - self.contention) * (shorter_s - self.host_s) + self.read_s * bool(work.forward)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConstantCost:
     """Every iteration takes the same time, whatever is in it."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,17 +10,30 @@ import pytest
 
 from engine.assemble import assemble_engine
 from engine.driver import Driver, EngineArrivals, WallClock
+from engine.launching import Launching, SecondStream
 from engine.sampling import Sampling
 from sim.cluster import PipelineSpec, simulate_cluster
-from sim.core.finetune import Job, JobSpec
+from sim.core.cost import Predictor
+from sim.core.finetune import Backward, Forward, Job
 from sim.core.loop import Horizon, run_loop
+from sim.core.plan import Limits, Plan, Policy
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.routing import LeastTokens
 from tests.engine.golden_log import answered, recorded
+from tests.engine.test_streams import Device, Races
 from tests.engine.tiny import EngineRun, JobSetup, Watched, adapter_of, sample_of, tiny_model, tokens_of
-from tests.support import FINETUNING, POLICIES, SLOS, LinearCost, ListArrivals, build_policy, limits_of
+from tests.support import (
+    FINETUNING,
+    POLICIES,
+    SLOS,
+    Contention,
+    LinearCost,
+    ListArrivals,
+    build_policy,
+    limits_of,
+)
 
 WORLD = LinearCost(forward_s=2.0**-11, backward_s=2.0**-12, context_s=2.0**-16, optimizer_s=2.0**-24)
 LENGTHS = (31, 12, 44, 20)
@@ -34,8 +48,8 @@ def prompts_of(count: int) -> dict[int, Any]:
     return found
 
 
-def setup_of(order: str) -> JobSetup:
-    samples = [sample_of(length, seed=n) for n, length in enumerate(LENGTHS)]
+def setup_of(order: str, lengths: Sequence[int] = LENGTHS) -> JobSetup:
+    samples = [sample_of(length, seed=n) for n, length in enumerate(lengths)]
     return JobSetup(samples=samples, adapter=adapter_of("llama", 2, ["down_proj"]), order=order)
 
 
@@ -43,6 +57,30 @@ def equal(a: Recorder, b: Recorder) -> None:
     for name in ("iterations", "requests", "steps", "ticks", "segments"):
         own, other = (np.array(getattr(r, name).data) for r in (a, b))
         assert np.array_equal(own, other, equal_nan=True), name
+
+
+def simulate(
+    policy: Policy,
+    world: Predictor,
+    predictor: Predictor,
+    limits: Limits,
+    prompts: dict[int, Any],
+    jobs: Sequence[Job],
+    horizon: Horizon,
+) -> tuple[list[Plan], Recorder]:
+    """The simulator's plans and rows."""
+    watched, recorder = Watched(policy), Recorder()
+    simulate_cluster(
+        pipelines=[
+            PipelineSpec(policy=watched, world=world, predictor=predictor, limits=limits, jobs=tuple(jobs))
+        ],
+        arrivals=ListArrivals(request for request, _, _ in prompts.values()),
+        router=LeastTokens(),
+        slos=SLOS,
+        horizon=horizon,
+        recorder=recorder,
+    )
+    return watched.plans, recorder
 
 
 @pytest.mark.parametrize("order", ["layer_major", "window_major"])
@@ -62,31 +100,64 @@ def test_engine_and_simulator_decide_the_same(name: str, lookahead: int, order: 
         horizon=horizon,
         world=WORLD,
     )
-    recorder = Recorder()
-    policy = Watched(build_policy(name, predictor=WORLD))
-    spec = run.trainers[0].spec if jobs else JobSpec(layers=1, optimizer_params=1)
-    simulate_cluster(
-        pipelines=[
-            PipelineSpec(
-                policy=policy,
-                world=WORLD,
-                predictor=WORLD,
-                limits=limits,
-                jobs=(Job(spec, iter(LENGTHS)),) if jobs else (),
-            )
-        ],
-        arrivals=ListArrivals(request for request, _, _ in prompts.values()),
-        router=LeastTokens(),
-        slos=SLOS,
-        horizon=horizon,
-        recorder=recorder,
-    )
+    simulated = [Job(run.trainers[0].spec, iter(LENGTHS))] if jobs else []
+    policy = build_policy(name, predictor=WORLD)
+    plans, recorder = simulate(policy, WORLD, WORLD, limits, prompts, simulated, horizon)
     assert len(run.policy.plans) >= 5
-    assert run.policy.plans == policy.plans
+    assert run.policy.plans == plans
     equal(run.recorder, recorder)
     rows = run.recorder.requests.arrays()
     for id, generated in zip(rows["request"], rows["generated_tokens"], strict=True):
         assert len(run.tokens[int(id)]) == generated, "every counted token is a real one"
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+@pytest.mark.parametrize("order", ["layer_major", "window_major"])
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_engine_and_simulator_learn_the_same_about_two_streams(
+    lookahead: int, order: str, streams: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two streams hide less than predicted, finetuning runs on both at first and on one later. An engine
+    with one stream decides as one with two."""
+    costs = {"forward_s": 2.0**-11, "backward_s": 2.0**-12, "decode_s": 2.0**-10, "optimizer_s": 2.0**-24}
+    predictor, world = Contention(contention=0.5, **costs), Contention(contention=1.2, **costs)
+    limits = limits_of(kv_tokens=128, block_tokens=4, max_sequences=6, max_tokens=24, lookahead=lookahead)
+    horizon, prompts, lengths = Horizon(duration_s=0.7, drain_s=0.5), prompts_of(16), 5 * LENGTHS
+
+    def policy() -> Policy:
+        return build_policy("coserving_slack", predictor=predictor, smoothing=0.5)
+
+    def engine_run(launching: Launching) -> EngineRun:
+        return EngineRun(
+            tiny_model("llama"),
+            policy(),
+            limits,
+            prompts,
+            jobs=[setup_of(order, lengths)],
+            horizon=horizon,
+            world=world,
+            launching=launching,
+        )
+
+    if streams == 2:
+        device = Device()
+        with Races(device).pages(monkeypatch) as races:
+            captures = (lambda: lambda body: body) if lookahead else None
+            run = engine_run(Launching(captures, SecondStream(device)))
+        assert len(races.streams) == 2 and races.found == []
+    else:
+        run = engine_run(Launching())
+    jobs = [Job(run.trainers[0].spec, iter(lengths))]
+    plans, recorder = simulate(policy(), world, predictor, limits, prompts, jobs, horizon)
+    assert run.policy.plans == plans
+    equal(run.recorder, recorder)
+    beside = {
+        (plan.overlap, type(piece))
+        for plan in plans
+        if plan.decode or plan.prefills
+        for piece in plan.finetune
+    }
+    assert {(True, Forward), (True, Backward), (False, Forward), (False, Backward)} <= beside
 
 
 class WallRun:
