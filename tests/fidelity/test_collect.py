@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from engine.design import Point, Space, design
 from engine.lora import new_adapter
 from engine.optimizer import OptimizerSettings
 from engine.rig import Rig
+from engine.room import limits_and_plans
 from profiles.collect import Timing
 from profiles.collected import points_line
 from profiles.fidelity import main as fidelity
@@ -139,6 +142,8 @@ def test_collect_fit_bench_fidelity(
     about, of = profile.collected, profile.provenance
     assert about is not None and of is not None
     assert (of.device, of.model, about["passed"], about["dtype"]) == ("cpu", "tiny", 70, "float32")
+    left_out = about["left_out"]
+    assert left_out["same"] > 0 and sum(left_out.values()) + len(profile.seconds) == 70
     assert about["model"]["layers"] == 4 and about["versions"]["torch"] == str(torch.__version__)
     for command in (["fit", str(path)], ["show", str(path)]):
         assert program(command) == 0
@@ -195,6 +200,33 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
     assert path.read_bytes() == before
     assert program(["collect", "repeats=2"]) == 2
     assert "repeats must be from 3 to" in capsys.readouterr().err
+
+
+def test_a_profile_keeps_the_room_that_it_began_with_where_memory_leaves_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`limits.kv_tokens: null`: other memory is free at the second call, and the rig is as large as at the first."""
+    path, free, rooms = tmp_path / "own.parquet", iter((2048, 4096)), []
+
+    def limits_of(model: Any, device: Any, given: Any, *more: Any) -> Any:
+        if given.kv_tokens is None:
+            given = replace(given, kv_tokens=next(free))
+        return limits_and_plans(model, device, given, *more)
+
+    def watched(model: Any, limits: Limits, *more: Any) -> Rig:
+        rooms.append(limits.kv_tokens)
+        return Rig(model, limits, *more)
+
+    monkeypatch.setattr(profiles.collect, "limits_and_plans", limits_of)
+    monkeypatch.setattr(profiles.collect, "Rig", watched)
+    for points in (6, 9):
+        assert collect(path, f"points={points}", "limits.kv_tokens=null") == 0
+        found = read_profile(path).collected
+        assert found is not None and (found["passed"], found["limits"]["kv_tokens"]) == (points, 2048)
+    assert rooms == [2048, 2048]
+    capsys.readouterr()
+    assert collect(path, "points=12", "limits.kv_tokens=4096") == 2
+    assert "was collected with limits kv_tokens 2048, this is kv_tokens 4096;" in capsys.readouterr().err
 
 
 def test_a_profile_goes_on_after_a_commit_that_leaves_what_is_timed_as_it_was(
