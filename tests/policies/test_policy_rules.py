@@ -214,6 +214,13 @@ def test_the_slack_iterations_of_a_pipeline_grow_with_its_quiet() -> None:
     assert checked > 60 and waited_s.max() < 0.5 + 0.15
 
 
+def test_an_idle_slack_iteration_is_no_shorter_than_one_with_requests() -> None:
+    """A hundredth of a TTFT of 0.5 s is less than the budget of 50 ms."""
+    policy = build_policy("coserving_slack", predictor=COST, idle_share=0.01)
+    result = run(policy, jobs=[job_of(300_000)], world=COST, horizon=Horizon(duration_s=2.0))
+    assert [plan.predicted_s for plan in result.log.plans[:20]] == pytest.approx([0.05] * 20, abs=2.0**-14)
+
+
 def slack_beside(believed: Contention, world: LinearCost, duration_s: float = 20.0) -> Run:
     """Eight decodes beside a job, with the budget as the longest iteration."""
     policy = build_policy("coserving_slack", predictor=believed, max_burst=1.0)
@@ -248,6 +255,17 @@ def test_slack_finetunes_beside_inference_where_two_streams_do_more(
     alone = Contention(contention=1.0)
     gain = trained_tok_s(result) / trained_tok_s(slack_beside(alone, alone))
     assert gain > 1 + 0.05 * len(beside) or not beside
+
+
+def test_slack_finetunes_beside_a_prompt_where_nothing_decodes() -> None:
+    cost = Contention(contention=0.5)
+    policy = build_policy("coserving_slack", predictor=cost)
+    result = run(
+        policy, [Request(0, 0.0, 1000, 1)], jobs=[job_of(3000)], limits=ROOMY, world=cost, horizon=BUSY
+    )
+    works = [work for work in result.log.works if work.prefill]
+    assert len(works) == 4
+    assert all(work.forward and work.overlap and not work.decode_count for work in works)
 
 
 @pytest.mark.parametrize(("believed", "true"), [(0.5, 1.5), (0.95, 0.5)])
