@@ -46,6 +46,7 @@ from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
 from sim.cost.flexllm import LaunchBound
 from sim.cost.iteration import IterationCost
+from sim.errors import message, report
 from sim.metrics import summarize
 from sim.simulate import run_assembly
 from sim.workload.lengths import Lognormal
@@ -327,7 +328,10 @@ def _slope(residuals: Callable[[Floats], Floats], x: Floats, step: Floats) -> Fl
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m profiles.flexllm_fit")
     parser.add_argument("--data", type=Path, default=Path(os.environ.get("COSERVE_DATA", "../shared/data")))
-    rows = read_all(parser.parse_args(argv).data / "flexllm")
+    try:
+        rows = read_all(parser.parse_args(argv).data / "flexllm")
+    except (ValueError, OSError) as refused:
+        return report(parser.prog, refused, message(refused))
     fitted = fit(rows)
     for number in range(ROUNDS):
         rows = corrected(rows, fitted, 1 / (number + 1))

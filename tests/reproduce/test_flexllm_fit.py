@@ -79,6 +79,14 @@ def test_shipped_constants_are_what_the_fit_finds() -> None:
     assert found.window_bandwidth == LaunchBound().window_bandwidth
 
 
+def test_a_folder_without_the_measurements_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert flexllm_fit.main(["--data", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("python -m profiles.flexllm_fit: error: ") and flexllm_fit.STEPS in line
+
+
 def test_the_fit_finds_the_constants_that_made_its_rows() -> None:
     truth = LaunchBound(host_s=4e-3, launch_s=0.5e-3, backward_layer_s=3e-3)
     works = [
