@@ -128,8 +128,8 @@ def _name_ends(
         axes.annotate(
             policy, (point.goodput_rps, point.finetune_tok_s), xytext=(1.06, y), textcoords=beside,
             va="center", fontsize=9, color=style.BLACK, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": look.color, "linewidth": 0.9, "linestyle": ":",
-                        "shrinkB": 4, "relpos": (0, 0.5), "shrinkA": 14},
+            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.5, "shrinkB": 4,
+                        "relpos": (0, 0.5), "shrinkA": 14},
         )  # fmt: skip
 
 

@@ -70,17 +70,21 @@ def grid_figure(
                 panel.set_xlabel("requests per second of the cluster")
     handles: list[Any] = list(axes[0][0].get_legend_handles_labels()[0])
     names = [handle.get_label() for handle in handles]
-    marks = dict.fromkeys(style.look(POLICIES[system]).marker for system in systems)
+    seen = {key.system for key in own}
+    marks = dict.fromkeys(style.look(POLICIES[system]).marker for system in systems if system in seen)
     hollow = {"ls": "", "mfc": "none", "ms": 8, "color": style.BLACK}
     published_marks = tuple(axes[0][0].plot([], [], marker=mark, **hollow)[0] for mark in marks)
     looks: dict[str, Any] = {
-        "loc": "outside lower center", "ncols": len(handles) + 1, "frameon": False, "fontsize": 9,
+        "loc": "outside lower center", "ncols": 9, "frameon": False, "fontsize": 9,
         "handlelength": 2.6, "columnspacing": 1.3, "handler_map": {tuple: HandlerTuple(ndivide=None, pad=0.3)},
     }  # fmt: skip
-    handles.append(published_marks)
-    figure.legend(handles, [*names, "published: hollow, the same shape"], **looks)
-    title = f"{figure_name}: FlexLLM's figure, simulated (lines) and published (hollow)"
+    if published_marks:
+        handles.append(published_marks)
+        names.append("published: hollow, the same shape")
+    figure.legend(handles, names, **looks)
+    title = f"{figure_name}: FlexLLM's figure, simulated{' (lines) and published (hollow)' if own else ''}"
     figure.suptitle(f"{title}\n{CAPTIONS[figure_name]}", fontsize=11)
+    figure.align_ylabels(axes[:, 0])
     return figure
 
 
