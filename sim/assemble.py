@@ -8,7 +8,9 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +21,7 @@ from sim.checked import build, check, locate
 from sim.cluster import PipelineSpec
 from sim.core.cost import CostModel, Predictor
 from sim.core.finetune import Job
-from sim.core.loop import Horizon
+from sim.core.loop import Horizon, PolicyError
 from sim.core.plan import ClusterPolicy, Limits, Policy
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
@@ -397,15 +399,25 @@ def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo])
     node = {key: value for key, value in config.policy.items() if key != "name"}
     built = [policy_of(node, group.predictor, slos) for group in groups]
     count = sum(len(group.members) for group in groups)
-    if hasattr(built[0], "assign"):
-        return cast(ClusterPolicy, built[0]).assign(count)
-    return [policy for policy, group in zip(built, groups, strict=True) for _ in group.members]
+    first = built[0]
+    if not hasattr(first, "assign"):
+        return [policy for policy, group in zip(built, groups, strict=True) for _ in group.members]
+    with _told_of(type(first)):
+        assigned = cast(ClusterPolicy, first).assign(count)
+        if len(assigned) != count:
+            told = f"assign({count}) must return as many policies, got {len(assigned)}"
+            raise ValueError(f"policy {type(first).__name__} in {_file(type(first))}: {told}")
+    return [_checked_policy(policy) for policy in assigned]
 
 
 def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
     """Build a policy, giving it what it asks for by name: `predictor`, and where they are null the tightest
-    bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT."""
-    parameters = inspect.signature(locate(node.get("_target_"), "policy")).parameters
+    bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT.
+
+    Raises ValueError for a node that makes no policy, PolicyError for what else its constructor raises.
+    """
+    target = locate(node.get("_target_"), "policy")
+    parameters = inspect.signature(target).parameters
     given: dict[str, object] = {}
     if "predictor" in parameters:
         given["predictor"] = predictor
@@ -415,4 +427,37 @@ def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo
             given[key] = min(getattr(slo, bound) for slo in slos.values())
         elif key in parameters and not check(node[key], float, f"policy.{key}") > 0:
             raise ValueError(f"policy.{key} must be above 0 seconds, got {node[key]}")
-    return cast(Policy, build(None, node, "policy", **given))
+    with _told_of(target):
+        policy = build(None, node, "policy", **given)
+    return cast(Policy, policy) if hasattr(policy, "assign") else _checked_policy(policy)
+
+
+@contextmanager
+def _told_of(target: Callable[..., Any]) -> Iterator[None]:
+    """What goes wrong inside is told with the lines of the target's own file; a ValueError is for the user as it is."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        told = f"policy {target.__name__}: {type(error).__name__}: {error}".removesuffix(": ")
+        raise PolicyError(told, _file(target)) from error
+
+
+def _checked_policy(policy: object) -> Policy:
+    """`policy`, or ValueError for what it lacks to be one."""
+    lacks = [
+        f"{key} = True or False"
+        for key in ("serves", "finetunes")
+        if not isinstance(getattr(policy, key, None), bool)
+    ]
+    lacks += [] if callable(getattr(policy, "plan", None)) else ["a method plan(view) -> Plan"]
+    if lacks:
+        kind = type(policy)
+        raise ValueError(f"policy {kind.__name__} in {_file(kind)} needs {', '.join(lacks)}")
+    return cast(Policy, policy)
+
+
+def _file(target: Callable[..., Any]) -> str:
+    """Where a class or function stands."""
+    return getattr(sys.modules.get(target.__module__), "__file__", None) or target.__module__

@@ -13,11 +13,12 @@ import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
 from enum import Enum
+from traceback import extract_tb
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from sim.errors import keys_as, nearest
+from sim.errors import keys_as, message, nearest
 
 _WORDS = {
     int: "a whole number",
@@ -43,7 +44,11 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
     if target is None:
         target = locate(name, where)
     parameters = inspect.signature(target).parameters
-    hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
+    try:
+        hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
+    except NameError as error:
+        told = f"an annotation of {target.__name__} names {error.name!r}, which is not imported when it runs"
+        raise ValueError(f"{where}._target_: {told}") from error
     _check_keys(values, parameters, given, where)
     checked = {key: check(value, hints.get(key, Any), f"{where}.{key}") for key, value in values.items()}
     # What the target says of an argument of its own, or of a key within it, is said of the key that the user knows.
@@ -173,18 +178,38 @@ def _signature_owner(target: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def locate(name: object, where: str) -> Callable[..., Any]:
+    """The class or function of a `_target_`; ValueError says why there is none."""
     if not isinstance(name, str):
         raise ValueError(f"{where}._target_ must name a class, got {name!r}")
     module, _, attribute = name.rpartition(".")
+    if not module or module.startswith("."):
+        raise ValueError(f"{where}._target_ must be MODULE.CLASS, got {name!r}")
     try:
-        target = getattr(importlib.import_module(module), attribute)
+        found = importlib.import_module(module)
     except ModuleNotFoundError as error:
+        if f"{module}.".startswith(f"{error.name}."):
+            path = "" if "." in str(error.name) else "; is its folder on PYTHONPATH?"
+            raise ValueError(
+                f"{where}._target_ names a module that does not exist: {name!r}{path}"
+            ) from error
         # A package that the module itself imports and that is not installed is another matter.
-        if not f"{module}.".startswith(f"{error.name}."):
+        if message(error) is not None:
             raise
-        raise ValueError(f"{where}._target_ names a module that does not exist: {name!r}") from error
-    except (AttributeError, ValueError) as error:
-        raise ValueError(f"{where}._target_ names nothing that exists: {name!r}") from error
+        raise ValueError(f"{where}._target_ {name!r} cannot be imported: {_place(error)}") from error
+    except Exception as error:
+        raise ValueError(f"{where}._target_ {name!r} cannot be imported: {_place(error)}") from error
+    if not hasattr(found, attribute):
+        known = [key for key, value in vars(found).items() if isinstance(value, type)]
+        raise ValueError(f"{where}._target_ names nothing that exists: {name!r}{nearest(attribute, known)}")
+    target = getattr(found, attribute)
     if not callable(target):
         raise ValueError(f"{where}._target_ must name a class or function, got {name!r}")
     return target  # type: ignore[no-any-return]
+
+
+def _place(error: Exception) -> str:
+    """`FILE, line N: what` of an error in a module that is imported."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno}: not Python: {error.msg}"
+    frames = [frame for frame in extract_tb(error.__traceback__) if "importlib" not in frame.filename]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {error}"

@@ -270,6 +270,9 @@ def _config_keys(
 ) -> list[str]:
     """The dotted keys of the config with the choices of `argv`; none where these cannot be composed."""
     choices = [arg for arg in argv if arg.partition("=")[0] in groups and "," not in arg]
+    choices += [arg for arg in argv if arg.startswith("hydra.searchpath=")]
+    own = get_args_parser().parse_known_args(list(argv))[0].config_dir
+    choices += [] if own is None else [f"hydra.searchpath=[{Path(own).absolute()}]"]
     with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
         try:
             config = hydra.compose(config_name, choices)

@@ -24,7 +24,8 @@ _FOOT = """\
 _FOOT_FOLDERS = """\
   hydra.run.dir=FOLDER       where the run is written; hydra.sweep.dir=FOLDER for a sweep
 """
-_FOOT_LAUNCHER = """\
+_FOOT_GROUPS = """\
+  --config-dir FOLDER        choices of your own beside these: FOLDER/GROUP/NAME.yaml
   hydra/launcher=NAME        how a sweep runs: processes (hydra.launcher.workers=N), basic, ...
 """
 WIDTH = 100
@@ -73,7 +74,7 @@ def usage(
         *(line for key, text in keys for line in _key_lines(text, comments.get(key), width)),
         "",
     ]
-    foot = _FOOT + (_FOOT_LAUNCHER if groups else "")
+    foot = _FOOT + (_FOOT_GROUPS if groups else "")
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     if plain.get("hydra", {}).get("run", {}).get("dir", ".") != ".":

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from textwrap import dedent
 
 import pytest
 
 from sim.cli import COMMANDS, main
 from sim.metrics import DEFINITIONS, LATENCIES, STATISTICS
+from sim.results import read_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-FENCED = "".join(re.findall(r"^ *```\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
+FENCED = "".join(re.findall(r"^ *```\w*\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
 LINES = [line.strip() for line in FENCED.splitlines() if line.strip().startswith("coserve ")]
 HYDRA = ("simulate", "compare", "frontier", "compile")
 
@@ -62,3 +64,25 @@ def test_commands_of_the_readme_compose(line: str, capfd: pytest.CaptureFixture[
     plain = [re.sub(r"=([^,\[]+),.*", r"=\1", word) if sweep else word for word in words if word != "-m"]
     assert main([*plain, "--cfg", "job"]) == 0
     assert "device:" in capfd.readouterr().out
+
+
+def test_the_policy_of_the_readme_runs_from_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = README.split("- **A policy**")[1].split("- **A device**")[0]
+    code, node = re.findall(r"^ *```\w+\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    (tmp_path / "policy").mkdir()
+    for name, content in (("quiet.py", code), ("policy/quiet.yaml", node)):
+        assert f"`{name}`" in text
+        (tmp_path / name).write_text(dedent(content))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    command = re.findall(r"`PYTHONPATH=\. coserve (.*?)`", text)[0].split()
+    own = ["cluster=single", "workload=poisson", "workload.rate_rps=2", "workload.duration_s=30"]
+    trained = []
+    for few in (0, 1000):
+        assert main([*command, *own, "run.bounds=false", "hydra.run.dir=out", f"policy.few={few}"]) == 0
+        summary = read_run("out").summary
+        assert summary["policy"] == f"quiet_{few}" and summary["attainment"] > 0.9
+        trained.append(summary["finetune_fwd_tok_s"])
+    assert 0 < 2 * trained[0] < trained[1]

@@ -411,6 +411,87 @@ def test_a_policy_that_raises_is_told_with_the_lines_of_its_own_file(
     assert all(re.search(text, said) for text in failed) and "Traceback" not in said and "simpy" not in said
 
 
+OWN = """
+from sim.core.plan import Plan
+
+
+class Own:
+    serves = finetunes = True
+
+    def __init__(self, *, few: int) -> None:
+        self.few = few
+
+    def plan(self, view):
+        return Plan()
+"""
+BAD_POLICIES = {
+    "serves = finetunes = True": (
+        "",
+        "policy Own in {file} needs serves = True or False, finetunes = True or False",
+    ),
+    "serves = f": ("f", "policy Own in {file} needs serves = True or False"),
+    "= finetunes = True": (
+        "= True; finetunes = 'yes'",
+        "policy Own in {file} needs finetunes = True or False",
+    ),
+    "plan(self, view)": ("plam(self, view)", "policy Own in {file} needs a method plan(view) -> Plan"),
+    "class Own:": (
+        "class Own",
+        "policy._target_ '{module}.Own' cannot be imported: {file}, line 5: not Python: ",
+    ),
+    "import Plan": (
+        "import Plam",
+        "policy._target_ '{module}.Own' cannot be imported: {file}, line 2: ImportError: cannot import name 'Plam'",
+    ),
+    "from sim.core.plan": (
+        "from nowhere.plan",
+        "policy._target_ '{module}.Own' cannot be imported: {file}, line 2: ModuleNotFoundError: No module named",
+    ),
+    "Own:": ("Owl:", "policy._target_ names nothing that exists: '{module}.Own'; did you mean 'Owl'?"),
+    "few: int": ("fw: int", "policy has no key 'few'; did you mean 'fw'?; known: fw"),
+    "few: int)": ("few: 'Int')", "policy._target_: an annotation of Own names 'Int', which is not imported"),
+    "self.few = few": (
+        "self.few = fw",
+        "policy Own: NameError: name 'fw' is not defined\n  {file}:9 in __init__: self.few = fw",
+    ),
+    "    def plan(self, view):\n        return Plan()": (
+        "    def assign(self, pipelines):\n        return [self]",
+        "policy Own in {file}: assign(4) must return as many policies, got 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", BAD_POLICIES)
+def test_a_policy_that_is_none_is_told_by_its_file(
+    change: str, inside: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    instead, told = BAD_POLICIES[change]
+    file = inside / f"own_{list(BAD_POLICIES).index(change)}.py"
+    file.write_text(OWN.replace(change, instead))
+    monkeypatch.syspath_prepend(inside)
+    (inside / "policy").mkdir()
+    (inside / "policy/own.yaml").write_text(f"name: own\n_target_: {file.stem}.Own\nfew: 3\n")
+    assert main(["simulate", *SHORT, "--config-dir", ".", "policy=own"]) == 2
+    err = capfd.readouterr().err
+    assert err.startswith(f"coserve simulate: error: {told.format(file=file, module=file.stem)}")
+    assert err.count("\n") == 1 + told.count("\n")
+
+
+def test_keys_of_a_policy_in_a_folder_of_its_own_are_known(
+    inside: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (inside / "policy").mkdir()
+    (inside / "policy/own.yaml").write_text("name: own\n_target_: nowhere.Own\nfew: 3\n")
+    for place in (["--config-dir", "."], [f"hydra.searchpath=[{inside}]"]):
+        assert main(["simulate", *place, "policy=own", "policy.fw=4"]) == 2
+        assert "no key or group named 'policy.fw'; did you mean 'policy.few'?" in capfd.readouterr().err
+        assert main(["simulate", *place, "policy=own"]) == 2
+        missing = (
+            "policy._target_ names a module that does not exist: 'nowhere.Own'; is its folder on PYTHONPATH?"
+        )
+        assert missing in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("given", "missing", "ways"),
     [
