@@ -46,6 +46,9 @@ IDENTITY = ("name", "policy", "workload", "model", "device", "rate_rps", "seed",
 SCENE = ("workload", "model", "device")
 """Runs that agree in these can be compared side by side."""
 
+USUAL = {"slo_set": "flexllm", "router": "consolidate", "admission": "fcfs"}
+"""Label -> what `coserve simulate` takes unless told otherwise, which titles leave out."""
+
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping -> dotted key and value; lists stay values."""
@@ -76,6 +79,13 @@ def varied(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
     """Those of `keys` in which `rows` differ."""
     rows = list(rows)
     return [key for key in keys if len({text(row, key) for row in rows}) > 1]
+
+
+def unusual(rows: Sequence[Row]) -> list[str]:
+    """For titles: what the runs share and is not as usual, such as `SLO mlperf_server`, `router least_tokens`."""
+    words = {"slo_set": "SLO", "router": "router", "admission": "admission"}
+    shared = [key for key in USUAL if not varied(rows, [key])]
+    return [f"{words[key]} {own}" for key in shared if (own := text(rows[0], key)) not in ("", USUAL[key])]
 
 
 def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:

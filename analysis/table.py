@@ -14,7 +14,18 @@ from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
 from analysis.repeats import Repeated, display_names, over_seeds
-from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, best, keeps_slo, number, text, unlike_seeds, varied
+from analysis.runs import (
+    SCENE,
+    SLO_KEPT_SHARE,
+    Row,
+    best,
+    keeps_slo,
+    number,
+    text,
+    unlike_seeds,
+    unusual,
+    varied,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,8 +179,8 @@ def _section(rows: list[Row], kept_share: float) -> Section:
 
 
 def _title(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    """What all lines share, the rate as it was asked for, and as it came where that is another."""
-    shared = [text(rows[0], key) for key in SCENE]
+    """What all lines share and is worth saying; the rate as it was asked for, and as it came where that is another."""
+    shared = [*(text(rows[0], key) for key in SCENE), *unusual(rows)]
     rates = came_at(rows)
     if "rate_rps" not in labels:
         shared += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]

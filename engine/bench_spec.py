@@ -146,6 +146,8 @@ def spec_of(config: DictConfig) -> BenchSpec:
             "name": run.name,
             "policy": config.policy.name,
             "model": shape.name,
+            "slo_set": config.slo.get("name"),
+            "admission": config.limits.admission,
             "device": device.name,
             "workload": workload.name,
             "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),

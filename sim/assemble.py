@@ -96,6 +96,8 @@ class ClusterSettings:
 class SloSettings:
     """The `slo` group."""
 
+    name: str | None = None
+    """Shown in titles of tables and figures."""
     classes: Mapping[str, Mapping[str, Any]]
     """Name -> bounds, as `Slo` has them; null is none."""
     tpot_s: Mapping[str, float] = field(default_factory=dict)
@@ -196,7 +198,9 @@ def _assembly(config: DictConfig) -> Assembly:
         "name": run.name,
         "policy": config.policy.name,
         "model": config.model.name,
+        "slo_set": config.slo.get("name"),
         "router": _router_name(str(config.cluster.router._target_)),
+        "admission": config.cluster.limits.admission,
         "device": "+".join(dict.fromkeys(group.device.name for group in groups)),
         "workload": workload.name,
         "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.repeats import alike
-from analysis.runs import SCENE, Row, text
+from analysis.runs import SCENE, Row, text, unusual
 from analysis.table import came_at
 
 if TYPE_CHECKING:
@@ -99,7 +99,8 @@ def looks(policies: Mapping[str, str]) -> dict[str, Look]:
 
 
 def scene_title(rows: Sequence[Row]) -> str:
-    """Workload, model and device, and the rate and seed where they are the same in all rows."""
+    """Workload, model and device, the rate where it is the same in all rows, and what else they share that is not as
+    usual."""
     parts = []
     for key in SCENE:
         values = list(dict.fromkeys(text(row, key) for row in rows))
@@ -108,7 +109,7 @@ def scene_title(rows: Sequence[Row]) -> str:
     rates = came_at(rows)
     if len(rates) == 1:
         parts[1:1] = [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
-    return ", ".join(parts)
+    return ", ".join([*parts, *unusual(rows)])
 
 
 def seeds_title(rows: Sequence[Row], drawn: str) -> str:

@@ -105,7 +105,8 @@ class Trace:
     A trace too short for what is asked is refused, or starts again when `repeat` is true.
     """
 
-    name: str
+    name: str | None
+    """None is the file's, without its suffix."""
     file: str | Sequence[str] | None
     """Path, or several of which the first that exists is read; see `find_file`."""
     reader: TraceReader
@@ -133,11 +134,12 @@ class Trace:
     def build(self, seed: int, slo_names: Sequence[str]) -> Workload:
         if self.file is None:
             raise ValueError("workload.file must be the path of a trace, such as my.csv; got none")
-        table = replace(self.reader.read(self.file), name=self.name)
+        table = self.reader.read(self.file)
+        table = table if self.name is None else replace(table, name=self.name)
         table = table.filter(max_prompt_tokens=self.max_prompt_tokens, max_total_tokens=self.max_total_tokens)
         if self.start_s >= table.duration_s:
             raise ValueError(
-                f"workload.start_s must be below {table.duration_s:g}, the end of {self.name}, got {self.start_s:g}"
+                f"workload.start_s must be below {table.duration_s:g}, the end of {table.name}, got {self.start_s:g}"
             )
         if self.start_s > 0:
             table = table.slice(self.start_s)
@@ -161,7 +163,7 @@ class Trace:
         if needed > 1 and not self.repeat:
             have = f"{len(table)} requests in {table.duration_s:.6g} s from start_s {self.start_s:g}"
             raise ValueError(
-                f"workload {self.name}: the trace has {have}, {needed:.3g} times too few for rate_rps "
+                f"workload {table.name}: the trace has {have}, {needed:.3g} times too few for rate_rps "
                 f"{self.rate_rps} and duration_s {self.duration_s}; ask for less, or let it start again "
                 "at its end with workload.repeat=true"
             )

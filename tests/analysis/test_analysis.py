@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from analysis.figures import style
@@ -19,8 +20,9 @@ from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
 from analysis.repeats import alike, display_names, over_seeds, run_names
 from analysis.report import main
-from analysis.runs import best, collect, flatten
+from analysis.runs import USUAL, best, collect, flatten
 from analysis.table import WIDTH, plain_table, print_table
+from sim.assemble import CONFIGS
 from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, Outcome, Recorder
 from sim.metrics import DEFINITIONS, summarize
@@ -216,6 +218,24 @@ def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
     rates = plain_table([row, row | {"rate_rps": 2.5, "seed": 1}])
     assert rates.startswith("req/s 8: 2.57 came in 30 s\n")
     assert "asked" in style.scene_title([row])
+
+
+def test_titles_say_what_all_runs_share_that_is_not_as_usual() -> None:
+    usual = {"policy": "p", "workload": "w", "rate_rps": 8.0, **USUAL}
+    other = {**usual, "slo_set": "mlperf_server", "router": "least_tokens", "admission": "shortest"}
+    said = "SLO mlperf_server, router least_tokens, admission shortest"
+    assert plain_table([usual]).startswith("w, 8 req/s\n") and style.scene_title([usual]) == "w, 8 req/s"
+    assert plain_table([other, other]).startswith(f"w, {said}, 8 req/s\n")
+    assert style.scene_title([other, other]) == f"w, 8 req/s, {said}"
+    assert plain_table([usual, other]).startswith("w, 8 req/s\n")
+    assert plain_table([other, {**other, "router": "x"}]).startswith(
+        "w, SLO mlperf_server, admission shortest, 8 req/s\n"
+    )
+    config = OmegaConf.load(CONFIGS / "config.yaml")
+    cluster = OmegaConf.load(CONFIGS / "cluster/default.yaml")
+    groups = {key: name for entry in config.defaults if entry != "_self_" for key, name in entry.items()}
+    router = next(entry.router for entry in cluster.defaults if entry != "_self_")
+    assert {"slo_set": groups["slo"], "router": router, "admission": cluster.limits.admission} == USUAL
 
 
 def test_the_terminal_shows_the_same_text_even_when_it_is_narrow() -> None:

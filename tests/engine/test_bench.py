@@ -266,7 +266,7 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
         ("job.memory=recompute", "job.memory=recompute needs job.order=window_major, got layer_major"),
         ("job.lora.rank=0", " job.lora.rank must be at least 1, got 0"),
         ("job.lora.targets=[]", "job.lora.targets must name at least one linear layer"),
-        ("+slo.more=1", " slo has no key 'more'; known: classes, tpot_s"),
+        ("+slo.more=1", " slo has no key 'more'; known: name, classes, tpot_s"),
         ("+scale.more=1", "no key or group named 'scale.more'"),
         ("more_jobs=3", "more_jobs must be a group of names, each with keys of job, got 3"),
         ("+more_jobs.second.weight=0", "more_jobs.second.weight must be above 0 and finite, got 0"),

@@ -147,6 +147,19 @@ def test_compare_runs_every_policy(capfd: pytest.CaptureFixture[str]) -> None:
     assert "run/s" not in capfd.readouterr().err  # nobody watches a bar that goes into a file
 
 
+def test_titles_name_the_trace_the_slo_and_what_else_is_not_the_default(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    Path("my.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,200,5\n")
+    own = ["workload=csv", "workload.file=my.csv", "policy=coserving,inference_only"]
+    told = ["slo=llmstation", "cluster/router=least_tokens", "cluster.limits.admission=deadline"]
+    for more, said in (([], ""), (told, "SLO llmstation, router least_tokens, admission deadline, ")):
+        assert main(["compare", *own, *more, f"hydra.sweep.dir={len(more)}"]) == 0
+        assert capfd.readouterr().out.startswith(f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\n")
+        assert main(["report", f"{len(more)}"]) == 0
+        assert capfd.readouterr().out.startswith(f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\n")
+
+
 def test_unequal_pipelines_get_unequal_shares() -> None:
     run = read_run(simulate("cluster=mixed", "policy=inference_only", "run.bounds=false"))
     counts = run.table("requests")["pipeline"].value_counts()
@@ -299,7 +312,7 @@ BAD = {
     "slo.classes.default.tpot_s=-1": "slo.classes.default.tpot_s must be above 0",
     "slo.classes.default.tpot_s=0.001": "slo.classes.default.tpot_s cannot be kept",
     "slo.classes.default.ttft_s=0.001": "slo.classes.default.ttft_s cannot be kept",
-    "+slo.more=1": "slo has no key 'more'; known: classes, tpot_s",
+    "+slo.more=1": "slo has no key 'more'; known: name, classes, tpot_s",
     "+slo.classes.more=1": "slo.classes.more must be a group of keys, got 1",
     "+experiment.more=1": "no key or group named 'experiment.more'; did you mean 'experiment'?",
     "cluster.limits.kv_tokens=3": "cluster.limits.kv_tokens must hold a block of 16 tokens, got 3",

@@ -140,6 +140,7 @@ def test_own_trace_by_its_path(tmp_path: Path) -> None:
     workload = build("workload=csv", f"workload.file={file}", slo_names=("batch", "chat", "other"))
     requests = workload.arrivals().due(9.0)
     assert [(r.slo, r.adapter) for r in requests] == [("chat", None), ("batch", "fr")]
+    assert workload.name == "my"
     with pytest.raises(
         ValueError, match=r"no SLO class 'chat'; the slo config has batch, chatty; did you mean chatty"
     ):
@@ -202,7 +203,7 @@ def test_wrong_values_are_refused_by_key(override: str) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("workload.start_s=60", "workload.start_s must be below .*, the end of csv, got 60"),
+        ("workload.start_s=60", "workload.start_s must be below .*, the end of a, got 60"),
         (
             "workload.max_prompt_tokens=10",
             "no requests as short as asked for; the shortest prompt has 20 tokens",
@@ -221,6 +222,7 @@ def test_a_trace_of_which_nothing_is_left_says_what_there_is(
 @pytest.mark.parametrize("name", names("slo"))
 def test_every_slo_config_holds_classes_with_every_bound(name: str) -> None:
     config = compose(overrides=[f"+slo={name}", "+model.name=qwen2_5_14b"])
+    assert config.slo.name == name
     classes = OmegaConf.to_container(config, resolve=True)["slo"]["classes"]
     assert classes
     for key, bounds in classes.items():
