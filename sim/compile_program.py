@@ -82,7 +82,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def compile_plan(config: DictConfig) -> dict[str, Any]:
-    """Compile one model and method, print the memory table and write the plan, or show what was asked."""
+    """Compile one model and method, print the memory table and write the plan, or show what was asked.
+
+    Raises FailedInPart for a plan that does not fit, when it has been shown and written.
+    """
     if config.show not in SHOWS:
         raise ValueError(f"show must be one of {', '.join(SHOWS)}, got {config.show!r}")
     device = build(DeviceSpec, config.device, "device")
@@ -131,7 +134,12 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     write_report(report, folder)
     print_report(report, ways=ways)
     print(f"plan and figure: {shown_path(folder)}")
-    return {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
+    planned = {"plan": report.plan.model, "total_bytes": report.plan.total_bytes()}
+    if report.kv_room_tokens is None:
+        raise FailedInPart(
+            f"the plan does not fit: it needs {report.short_bytes / 2**30:.2f} GiB more per device", planned
+        )
+    return planned
 
 
 def _compiled(config: DictConfig) -> CompileReport:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sim.compile.program import COLUMNS, CompileReport
+from sim.compile.program import CompileReport, marked_columns
 
 LESS_SHARE = 0.8
 """What FlexLLM says that it saves; the line is that much less than PEFT's default."""
@@ -35,16 +35,17 @@ def _classes(axes: Any, report: CompileReport) -> None:
         style.BLUE, style.ORANGE, style.GREEN, style.VERMILION,
         style.PURPLE, style.SKY, style.YELLOW, style.GREY,
     )  # fmt: skip
-    below = [0.0] * len(COLUMNS)
+    columns = marked_columns(report.plan)
+    below = [0.0] * len(columns)
     for i, row in enumerate(report.rows):
         heights = [v / 1024 for v in row.values]
-        axes.bar(COLUMNS, heights, bottom=below, label=row.kind, color=colors[i % len(colors)], width=0.7)
+        axes.bar(columns, heights, bottom=below, label=row.kind, color=colors[i % len(colors)], width=0.7)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     for x, total in enumerate(below):
         axes.text(x, total, f"{total:.1f}", ha="center", va="bottom")
     axes.set_ylim(0, max(below) * 1.1)
     axes.set_ylabel("KiB per token and layer")
-    axes.set_title("tensors that are held", fontsize=11)
+    axes.set_title("tensors that are held (*: by this plan)", fontsize=11)
     handles, kinds = axes.get_legend_handles_labels()
     axes.legend(handles[::-1], kinds[::-1], fontsize=9, frameon=False)
     style.tidy(axes, "y")
@@ -61,7 +62,8 @@ def _choices(axes: Any, report: CompileReport) -> None:
     )  # fmt: skip
     chosen = plan.kept_bytes_per_token_layer / 1024
     extra = 100 * plan.extra_flops / plan.layer_step_flops
-    axes.plot([extra], [chosen], "o", color=style.VERMILION, label=f"chosen: {chosen:.1f} KiB")
+    where = "" if plan.mode == "stash" else ", of one window at a time"
+    axes.plot([extra], [chosen], "o", color=style.VERMILION, label=f"chosen: {chosen:.1f} KiB{where}")
     saved = math.fsum(r.autograd for r in report.rows) / 1024
     axes.axhline(saved, color=style.BLACK, ls="--", linewidth=1.2, label=f"PEFT default: {saved:.1f} KiB")
     less = f"{100 * LESS_SHARE:g} % less than PEFT default: {(1 - LESS_SHARE) * saved:.1f} KiB"

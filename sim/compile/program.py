@@ -6,7 +6,7 @@
 Columns, in bytes per token and layer: every forward tensor (unpruned); what PyTorch saves with `peft` as
 its users run it, adapters in float32 (autograd); what the backward needs (pruned); what is kept at the
 allowed share of extra FLOPs (+remat); and what is live with token-level finetuning when only K and V
-outlast a window (+token-level).
+outlast a window (+token-level). The plan is the starred one of the last two.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from sim.compile.roles import KINDS, kind_of
 from sim.core.specs import Collective, DeviceSpec, ModelShape
 
 COLUMNS = ("unpruned", "autograd", "pruned", "+remat", "+token-level")
+CHOSEN = {"stash": "+remat", "recompute": "+token-level"}
+"""Mode of a plan -> the column that it is."""
 GRADIENTS = "dK dV and hidden gradient"
 
 
@@ -218,7 +220,7 @@ def print_report(report: CompileReport, console: Any = None, ways: str = "") -> 
     title = f"{plan.model}, {plan.method} on {', '.join(plan.targets)}: KiB per token and layer"
     table = Table(title=title + (f", per device of {plan.tp}" if plan.tp > 1 else ""))
     table.add_column("tensors")
-    for column in COLUMNS:
+    for column in marked_columns(plan):
         table.add_column(column, justify="right")
     for row in report.rows:
         table.add_row(row.kind, *(_kib(v) for v in row.values))
@@ -231,6 +233,11 @@ def print_report(report: CompileReport, console: Any = None, ways: str = "") -> 
     console.print(table)
     for line in _lines(report, ways):
         console.print(line, highlight=False, soft_wrap=True)
+
+
+def marked_columns(plan: CompilePlan) -> list[str]:
+    """COLUMNS with a star behind that of the plan."""
+    return [f"{column} *" if column == CHOSEN[plan.mode] else column for column in COLUMNS]
 
 
 MEMORY_HEADS = (
@@ -329,7 +336,7 @@ def _lines(report: CompileReport, ways: str) -> list[str]:
     )
     saving = 1 - plan.total_bytes() / report.peft_bytes
     lines = [
-        f"{plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), "
+        f"* {plan.mode}: {_gib(plan.total_bytes())} GiB live ({parts}), "
         f"{plan.extra_flops_share:.1%} extra FLOPs",
         f"PEFT default with full logits: {_gib(report.peft_bytes)} GiB ({saving:.1%} less here); "
         f"with gradient checkpointing: {_gib(report.checkpoint_bytes)} GiB",

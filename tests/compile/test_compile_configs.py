@@ -40,7 +40,8 @@ def test_a_sample_beyond_the_context_of_the_model_is_noted(
     monkeypatch.chdir(tmp_path)
     note = "note: finetune.seq_len 131073 is longer than the context of llama_3_1_8b, 131072 tokens\n"
     for seq_len, told in ((131072, ""), (131073, note)):
-        assert main(["compile", f"finetune.seq_len={seq_len}", "hydra.run.dir=out"]) == 0
+        own = ["device=h200", "finetune.mode=recompute", f"finetune.seq_len={seq_len}"]
+        assert main(["compile", *own, "hydra.run.dir=out"]) == 0
         assert capfd.readouterr().err == told
 
 
@@ -143,8 +144,16 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_fit(
     monkeypatch.chdir(tmp_path)
 
     def compiled(*arguments: str) -> str:
-        assert main(["compile", "model=llama_3_1_70b", "hydra.run.dir=out", *arguments]) == 0
-        return next(line for line in capfd.readouterr().out.splitlines() if line.startswith("KV room left"))
+        code = main(["compile", "model=llama_3_1_70b", "hydra.run.dir=out", *arguments])
+        said = capfd.readouterr()
+        told = next(line for line in said.out.splitlines() if line.startswith("KV room left"))
+        assert (code, said.err.count("\n")) == ((2, 1) if "does not fit" in told else (0, 0))
+        short = re.search(r"need (.*) GiB more per device", told)
+        if short is not None:
+            error = f"the plan does not fit: it needs {short[1]} GiB more per device"
+            assert said.err == f"coserve compile: error: {error}\n"
+        assert Path("out/plan.json").is_file()
+        return told
 
     told = compiled("tp=1")
     found = re.search(
@@ -159,6 +168,23 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_fit(
     assert compiled("tp=1", "memory_utilization=0.01").endswith(
         "; no tp up to 16 and no smaller model would do"
     )
+
+
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_the_column_of_the_plan_is_starred(
+    mode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", f"finetune.mode={mode}", "hydra.run.dir=out"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    heads = next(line for line in lines if "unpruned" in line).split("┃")
+    [place] = [i for i, head in enumerate(heads) if "*" in head]
+    assert heads[place].strip() == ("+remat *" if mode == "stash" else "+token-level *")
+    live = next(line for line in lines if line.startswith(f"* {mode}: ")).partition("(")[2].partition(")")[0]
+    parts = dict(part.rsplit(" ", 1) for part in live.split(", ") if part[-1].isdigit())
+    held = ["K V", "kept"] if mode == "stash" else ["K V", "kept", "dK dV", "hidden gradient"]
+    total = float(next(line for line in lines if "layers x" in line).split("│")[place])
+    assert total == pytest.approx(sum(float(parts[name]) for name in held), abs=0.02)
 
 
 def test_samples_that_do_not_fit_are_marked(
