@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis.paper import (
     DEVICES,
@@ -30,7 +30,41 @@ SPLITS = ("separate_25", "separate_50", "separate_75")
 LIGHT, HEAVY = RATES_RPS[0], RATES_RPS[-1]
 
 
-def page(predicted: Mapping[Key, float], published: Mapping[Key, float], fair: Fair) -> str:
+class Claim(NamedTuple):
+    """One claim: a section of the page, and its line of the verdict."""
+
+    title: str
+    text: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    line: tuple[str, str, str]
+    """The claim in few words, what the paper says, and what the simulator says."""
+
+
+def claims(predicted: Mapping[Key, float], fair: Fair) -> list[Claim]:
+    """All claims, in the order of the page."""
+    return [
+        _claim_slo(predicted, fair),
+        _claim_ratio(predicted, fair, HEAVY, "1.9-4.8x"),
+        _claim_ratio(predicted, fair, LIGHT, "2.5-6.8x"),
+        _claim_peak(predicted, fair),
+        _claim_memory(),
+    ]
+
+
+def verdict(found: Sequence[Claim]) -> str:
+    """A line for each claim, below their heads."""
+    lines = [("claim", "paper", f"simulator ({', '.join(MODELS)})"), *(claim.line for claim in found)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+
+
+def page(
+    found: Sequence[Claim], predicted: Mapping[Key, float], published: Mapping[Key, float], fair: Fair
+) -> str:
     """The whole page as Markdown."""
     blocks = [
         "# FlexLLM's claims, simulated",
@@ -39,11 +73,7 @@ def page(predicted: Mapping[Key, float], published: Mapping[Key, float], fair: F
         "and on TPOT of 8B and 14B: 32B and every other sharing policy are predictions. Serving in separate "
         "clusters is `cost=vllm_eager_a100`, fitted on 8B; finetuning there is the published rate per "
         "pipeline. How the published spatial sharing and dynamic intervals work is not known; ours are.",
-        _claim_slo(predicted, fair),
-        _claim_ratio(predicted, fair, HEAVY, "1.9-4.8x"),
-        _claim_ratio(predicted, fair, LIGHT, "2.5-6.8x"),
-        _claim_peak(predicted, fair),
-        memory(),
+        *(_section(claim.title, claim.text, claim.columns, claim.rows) for claim in found),
         _fair_table(fair),
         _errors(predicted, published),
     ]
@@ -54,22 +84,23 @@ def _flexllm(predicted: Mapping[Key, float], model: str, rate_rps: int, metric: 
     return predicted[Key("end-to-end", "flexllm", model, rate_rps, metric)]
 
 
-def _claim_slo(predicted: Mapping[Key, float], fair: Fair) -> str:
+def _claim_slo(predicted: Mapping[Key, float], fair: Fair) -> Claim:
     rows = []
     for model in MODELS:
         own = _flexllm(predicted, model, HEAVY, "slo_attainment")
         best = max(("coserving", "coserving_slack"), key=lambda p: fair[p, model, HEAVY]["slo_attainment"])
         attained = fair[best, model, HEAVY]["slo_attainment"]
         rows.append((model, f"{own:.1f} %", f"{attained:.1f} % ({best})"))
-    return _section(
+    return Claim(
         "The SLO is kept up to 20 req/s",
         "The paper: on all three models.",
         ("model", "same assumptions: requests within the SLO at 20 req/s", "fair"),
         rows,
+        ("the SLO is kept at 20 req/s", "by all", _said(rows, 1, 2)),
     )
 
 
-def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, claimed: str) -> str:
+def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, claimed: str) -> Claim:
     """Finetuning against separate clusters with 75 % serving, the only split that always keeps the SLO."""
     rows = []
     for model in MODELS:
@@ -88,7 +119,7 @@ def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, clai
             )
         )
     name = "heavy" if rate_rps == HEAVY else "light"
-    return _section(
+    return Claim(
         f"{claimed} the finetuning of separate clusters under {name} load ({rate_rps} req/s)",
         f"The paper: {claimed} over 8B to 32B, against 75 % of the pipelines serving. LLaMA-Factory's rate "
         "is read as published and times the pipeline's devices.",
@@ -100,10 +131,11 @@ def _claim_ratio(predicted: Mapping[Key, float], fair: Fair, rate_rps: int, clai
             "fair: budgeted time slicing",
         ),
         rows,
+        (f"finetuning over that of separate clusters, {rate_rps} req/s", claimed, _said(rows, 1, 3)),
     )
 
 
-def _claim_peak(predicted: Mapping[Key, float], fair: Fair) -> str:
+def _claim_peak(predicted: Mapping[Key, float], fair: Fair) -> Claim:
     rows = []
     for model in MODELS:
         light, heavy = (_flexllm(predicted, model, rate, "finetune_tok_s") for rate in (LIGHT, HEAVY))
@@ -111,16 +143,17 @@ def _claim_peak(predicted: Mapping[Key, float], fair: Fair) -> str:
         best = max(_kept_tok_s(fair, p, model, HEAVY) for p in ("coserving", "coserving_slack"))
         at_light = max(_kept_tok_s(fair, p, model, LIGHT) for p in ("coserving", "coserving_slack"))
         rows.append((model, _share(heavy, light), _share(best, at_light), _share(best, alone)))
-    return _section(
+    return Claim(
         "Over 76 % of peak finetuning progress is kept at peak demand",
         "The paper does not define the peak; 8B's published 7195 tok/s at 20 req/s are 76 % of its 9408 at 4 "
         "req/s, so it is read as the share of the lightest load.",
         ("model", "same: 20 over 4 req/s", "fair: 20 over 4 req/s", "fair: 20 req/s over finetuning alone"),
         rows,
+        ("finetuning at 20 req/s over that at 4", "over 76 %", _said(rows, 1, 2)),
     )
 
 
-def memory() -> str:
+def _claim_memory() -> Claim:
     """The memory claim against what people run: PEFT's default, and with gradient checkpointing."""
     from omegaconf import OmegaConf
 
@@ -133,7 +166,7 @@ def memory() -> str:
         return build(cls, OmegaConf.load(CONFIGS / group / f"{name}.yaml"), f"{group} {name}")
 
     settings = OmegaConf.load(CONFIGS / "compile.yaml").finetune
-    rows = memory_table(
+    table = memory_table(
         [config(ModelShape, "model", name) for name in ("llama_3_1_8b", "llama_3_1_70b")],
         {"LoRA on all linear layers": config(None, "peft", "lora_all")},
         seq_tokens=settings.seq_len,
@@ -141,24 +174,37 @@ def memory() -> str:
         budget_share=settings.flops_budget,
         window_tokens=settings.window_tokens,
     )
-    lines = [
-        "## Up to 80 % less memory",
-        "",
+    rows = [
+        (
+            f"{row.model} on {row.tp}",
+            f"{row.peft_bytes / 2**30:.1f}",
+            *(
+                f"{size / 2**30:.1f} ({1 - size / row.peft_bytes:.0%})"
+                for size in (row.checkpoint_bytes, row.stash_bytes, row.recompute_bytes)
+            ),
+        )
+        for row in table
+    ]
+    stash, recompute = (
+        ", ".join(f"{100 - 100 * getattr(row, f'{mode}_bytes') / row.peft_bytes:.0f} %" for row in table)
+        for mode in ("stash", "recompute")
+    )
+    return Claim(
+        "Up to 80 % less memory",
         "The paper: activations of a 70B model with LoRA fall from 84.6 to 12.5 GB against a graph that keeps "
         "everything (`coserve compile --published` names the terms). Against what people run, with the plans that "
         f"engine and simulator run, one sample of {settings.seq_len:,} tokens, GiB per device, less than PEFT's "
         "default in brackets:",
-        "",
-        "| model | PEFT default | with gradient checkpointing | stash | recompute |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        cells = [
-            f"{size / 2**30:.1f} ({1 - size / row.peft_bytes:.0%})"
-            for size in (row.checkpoint_bytes, row.stash_bytes, row.recompute_bytes)
-        ]
-        lines.append(f"| {row.model} on {row.tp} | {row.peft_bytes / 2**30:.1f} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        ("model", "PEFT default", "with gradient checkpointing", "stash", "recompute"),
+        rows,
+        ("memory below PEFT's default", "up to 80 %", f"stash {stash}; recompute {recompute} (8B, 70B)"),
+    )
+
+
+def _said(rows: Sequence[Sequence[str]], same: int, fair: int) -> str:
+    """Two columns for the verdict, without the names in brackets."""
+    as_published, good = (", ".join(row[i].partition(" (")[0] for row in rows) for i in (same, fair))
+    return f"{as_published}; on a good engine {good}"
 
 
 def best_split(fair: Fair, model: str, rate_rps: int) -> tuple[str | None, float]:

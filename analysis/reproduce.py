@@ -8,6 +8,7 @@ Runs every case of `analysis.paper` in parallel processes and writes into DIR
     end_to_end.png, sharing.png, case_study.png
     claims.md                                 what the paper says, and what the simulator says of it
 
+and prints a line for each claim, with the paper's number and the simulator's.
 Published numbers are read from `flexllm/published.csv` of the data folder (COSERVE_DATA); without them the
 predictions are the same and stand alone.
 """
@@ -43,7 +44,7 @@ SEEDS = (0, 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all and write the folder. 0, or 1 with a line for each case that failed."""
+    """Run all, write the folder and print the verdict. 0, or 1 with a line for each case that failed."""
     options = _parser().parse_args(argv)
     out: Path = options.out
     try:
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for case, text in failed:
             print(f"coserve reproduce: {' '.join(case.overrides)}: {text}", file=sys.stderr)
         return 1
-    write(out, todo, rows, published)
+    print(write(out, todo, rows, published))
     print(f"predictions: {out / 'predictions.csv'}")
     print(f"page:        {out / 'claims.md'}")
     return 0
@@ -83,12 +84,12 @@ def run_all(todo: Sequence[Case], workers: int) -> list[dict[str, Any]]:
 
 def write(
     out: Path, todo: Sequence[Case], rows: Sequence[Mapping[str, Any]], published: Mapping[Key, float]
-) -> None:
-    """All files of the folder `out`, which exists."""
+) -> str:
+    """All files of the folder `out`, which exists; returns the verdict on the claims, a line for each."""
     from analysis.figures import style
     from analysis.figures.paper_case_study import case_study_figure
     from analysis.figures.paper_grid import grid_figure
-    from analysis.paper_page import page
+    from analysis.paper_page import claims, page, verdict
 
     predicted = predictions(todo, rows)
     _csv(
@@ -121,8 +122,11 @@ def write(
     style.save(grid_figure("end-to-end", systems, predicted, published), out / "end_to_end.png")
     style.save(grid_figure("sharing", ("flexllm", *SHARING), predicted, published), out / "sharing.png")
     style.save(case_study_figure(bins), out / "case_study.png")
-    text = page(predicted, published, {(c.system, c.model, c.rate_rps): row for c, row in fair})
+    on_fair_terms = {(c.system, c.model, c.rate_rps): row for c, row in fair}
+    found = claims(predicted, on_fair_terms)
+    text = page(found, predicted, published, on_fair_terms)
     (out / "claims.md").write_text(text, encoding="utf-8")
+    return verdict(found)
 
 
 def _csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import hydra
 import numpy as np
 import pytest
 
+from analysis import reproduce
 from analysis.figures.paper_grid import POLICIES, grid_figure
 from analysis.paper import (
     DEVICES,
@@ -30,7 +32,7 @@ from analysis.paper import (
     read_published,
     run_case,
 )
-from analysis.paper_page import page
+from analysis.paper_page import claims, page, verdict
 from analysis.reproduce import main, write
 from sim.assemble import CONFIGS, assemble
 from sim.simulate import run_assembly
@@ -199,8 +201,28 @@ def test_a_claim_whose_slo_is_missed_is_words_not_a_number() -> None:
     for policy in ("coserving", "coserving_slack"):
         fair[policy, "14B", 20]["slo_attainment"] = 75.0
     fair["temporal_limited", "32B", 20]["slo_attainment"] = 75.0
-    text = page(predicted, {}, fair)
+    found = claims(predicted, fair)
+    text = page(found, predicted, {}, fair)
     assert "co-serving misses the SLO (separate_75 keeps it)" in text
     assert "time slicing misses the SLO |" in text
     assert "1.00x (separate_75)" in text and "| SLO missed | SLO missed |" in text
     assert "nan" not in text and " 0.00x" not in text and "| 0 %" not in text
+    assert "; on a good engine 1.00x, co-serving misses the SLO, 1.00x" in verdict(found)
+
+
+def test_the_verdict_is_printed_with_a_line_for_each_claim_of_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(reproduce, "run_all", lambda todo, workers: [fake_row(case) for case in todo])
+    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    head, *lines, predicted, written = capsys.readouterr().out.splitlines()
+    assert re.split(r"  +", head) == ["claim", "paper", "simulator (8B, 14B, 32B)"]
+    assert predicted.startswith("predictions: ") and written == f"page:        {tmp_path / 'claims.md'}"
+    sections = (tmp_path / "claims.md").read_text().split("## ")[1 : 1 + len(lines)]
+    assert len(lines) == 5 and sections[-1].startswith("Up to 80 % less memory")
+    for line, section in zip(lines, sections, strict=True):
+        _, paper, simulator = re.split(r"  +", line)
+        assert paper in ("by all", "over 76 %", "up to 80 %") or paper in section
+        numbers = re.findall(r"[\d.]+(?:x| %)", simulator)
+        said = section.replace("%)", " %)")
+        assert len(numbers) >= 3 and all(re.search(rf"[ (]{number}[ )]", said) for number in numbers)
