@@ -183,7 +183,7 @@ def _tell_plan(config: DictConfig, runs: int) -> None:
     )
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The table of all rows, what was learned, the figure that compares them, and where they are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
@@ -200,8 +200,6 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
                 print(f"loss:   {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} steps ({who})")
     for text in dict.fromkeys(text for row in rows for text in row["plans"].values()):
         print(f"memory: {text}")
-    folder = Path(rows[0]["folder"])
-    folder = folder if len(rows) == 1 else folder.parent
     print(f"runs:   {shown_path(folder)}")
     if scenes := varied(rows, SCENE):
         print(f"figure: none, the runs differ in {', '.join(scenes)}; coserve report draws some of them")

@@ -362,7 +362,7 @@ def _named(measure: Callable[[], list[Row]]) -> str:
     return " ".join((measure.func.__name__.removeprefix("_"), *given))
 
 
-def _show(results: Sequence[Mapping[str, Any]]) -> None:
+def _show(results: Sequence[Mapping[str, Any]], _: Path) -> None:
     """The table, with the target beside each ratio that has one."""
     from analysis.targets import reference_target
 

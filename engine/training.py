@@ -357,7 +357,7 @@ def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
     return progress
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
     for row in rows:
         loss = "nothing was left to do" if row["loss"] is None else f"loss {row['loss']:.4f}"
         print(f"{row['folder']}: {row['steps']} steps, {loss}")

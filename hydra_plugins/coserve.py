@@ -120,11 +120,11 @@ class GridSweeper(BasicSweeper):
         batches = self.split_arguments(overrides, self.max_batch_size)
         runs = [run for batch in batches for run in batch]
         self.validate_batch_is_legal(runs)
+        folder = Path(self.config.hydra.sweep.dir)
         if runs:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
-            self.task_function.start(config, len(runs))  # type: ignore[attr-defined]
+            self.task_function.start(config, len(runs), folder)  # type: ignore[attr-defined]
 
-        folder = Path(self.config.hydra.sweep.dir)
         kept = there(folder)
         folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, folder / "multirun.yaml")

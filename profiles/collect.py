@@ -324,7 +324,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
     """What the profile holds and how well a table fits it."""
     from profiles.program import describe
 

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     )
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The table of the best finetuning at each rate, as text and CSV, and the figure."""
     from analysis.figures.frontier import Point, frontier, peak_tok_s, write_frontier
     from analysis.figures.style import check_one_scene
@@ -51,7 +51,6 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     from analysis.runs import unlike_seeds
 
     check_one_scene(rows)
-    folder = Path(rows[0]["folder"]).parent
     lines = frontier(rows)
     with (folder / "frontier.csv").open("w", newline="") as file:
         writer = csv.writer(file)

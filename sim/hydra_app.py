@@ -38,7 +38,7 @@ CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Task = Callable[[DictConfig], Mapping[str, Any]]
 AtStart = Callable[[DictConfig, int], None]
-AtEnd = Callable[[Sequence[Mapping[str, Any]]], None]
+AtEnd = Callable[[Sequence[Mapping[str, Any]], Path], None]
 
 
 def hydra_main(
@@ -58,8 +58,8 @@ def hydra_main(
     `task` is a function of a module (worker processes import it). It gets the resolved config
     without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
     run's folder. `at_start` gets the first config of a sweep and how many runs it has, `at_end` the rows
-    of all runs that finished, in order, also after Ctrl-C. `about` and `example` are what `--help` says of a
-    command that shares its config with another.
+    of all runs that finished, in order, also after Ctrl-C, and the folder of the run or sweep. `about` and
+    `example` are what `--help` says of a command that shares its config with another.
     """
     if "--help" in argv or "-h" in argv:
         print(usage(prog, task, config_dir, config_name, about, example))
@@ -81,12 +81,11 @@ def hydra_main(
         code = collected.report(prog)
     rows = [outcome.row for outcome in collected.outcomes if outcome.row is not None]
     if rows and at_end is not None:
-        at_end(rows)
+        at_end(rows, collected.folder)
     if rows and code == INTERRUPTED and (Path(rows[0].get("folder", "")) / SUMMARY).is_file():
-        folder = Path(rows[0]["folder"]).parent
         print(
-            f"{prog}: coserve report {folder} shows the {len(rows)} finished runs again; "
-            f"the same command with run.resume=true hydra.sweep.dir={folder} runs the others",
+            f"{prog}: coserve report {collected.folder} shows the {len(rows)} finished runs again; "
+            f"the same command with run.resume=true hydra.sweep.dir={collected.folder} runs the others",
             file=sys.stderr,
         )
     return code
@@ -103,6 +102,8 @@ class _Task:
         self.kept = kept
         self.outcomes: list[Outcome] = []
         self.sweeping = False
+        self.folder = Path()
+        """Of the run, or of the sweep with the runs below it."""
 
     def __call__(self, config: DictConfig) -> Outcome:
         overrides = _overrides()
@@ -117,11 +118,13 @@ class _Task:
             if kept is not None:
                 remove_unused(Path(run.runtime.output_dir), kept)
         if single:
+            self.folder = Path(run.runtime.output_dir)
             self.outcomes.append(outcome)
         return outcome
 
-    def start(self, config: DictConfig, runs: int) -> None:
-        """Called by the sweeper before the first run, with its config."""
+    def start(self, config: DictConfig, runs: int, folder: Path) -> None:
+        """Called by the sweeper before the first run, with its config and the sweep's folder."""
+        self.folder = folder.absolute()
         if self.at_start is not None:
             self.at_start(config, runs)
 

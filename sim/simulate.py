@@ -253,7 +253,7 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _show(rows: Sequence[Mapping[str, Any]]) -> None:
+def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The table of all rows, the figure that compares them, and where both are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep
@@ -261,12 +261,9 @@ def _show(rows: Sequence[Mapping[str, Any]]) -> None:
     from analysis.table import print_table
     from sim.results import read_run
 
-    folder = Path(rows[0]["folder"])
     shown = list(rows)
-    if len(rows) == 1:
+    if folder == Path(rows[0]["folder"]):
         shown += [row_of(read_run(path)) for path in sorted(folder.glob("bounds/*"))]
-    else:
-        folder = folder.parent
     print_table(shown)
     print_notes(rows)
     print_unfinished(rows)

@@ -98,14 +98,10 @@ def test_the_table_of_a_sweep_that_was_cut_short_says_that_seeds_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     said = "not all numbers are of the same seeds"
-    whole = [
-        row(policy, 1.0, "near", 1.0, 50.0, seed) | {"folder": str(tmp_path / f"{policy}{seed}")}
-        for policy in ("a", "b")
-        for seed in (0, 1)
-    ]
-    _show(whole)
+    whole = [row(policy, 1.0, "near", 1.0, 50.0, seed) for policy in ("a", "b") for seed in (0, 1)]
+    _show(whole, tmp_path)
     assert said not in capsys.readouterr().out
-    _show(whole[:-1])
+    _show(whole[:-1], tmp_path)
     assert said in capsys.readouterr().out.split("\n")
 
 

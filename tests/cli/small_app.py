@@ -35,7 +35,7 @@ def task(config: DictConfig) -> dict[str, Any]:
     return {"policy": config.policy.name, "seed": config.seed, "folder": str(folder)}
 
 
-def show(rows: Sequence[Any]) -> None:
+def show(rows: Sequence[Any], _: Path) -> None:
     print("rows:", *(f"{row['policy']}/{row['seed']}" for row in rows))
 
 

@@ -140,6 +140,19 @@ def test_a_sweep_runs_every_combination(capfd: pytest.CaptureFixture[str]) -> No
     assert "coserving" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("subdir", ["${hydra.job.num}", "runs/${hydra.job.num}"])
+def test_a_sweep_shows_what_it_is_of_in_its_own_folder_even_of_one_run(
+    subdir: str, inside: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    sweep = ["simulate", "-m", *SHORT, "hydra.sweep.dir=sweep", f"hydra.sweep.subdir={subdir}"]
+    for policies, code in (("coserving", 0), ("coserving,separate,inference_only", 1)):
+        # Of a sweep with a run that is refused, the others are left.
+        assert main([*sweep, f"policy={policies}", "cluster.pipelines=3"]) == code
+        assert capfd.readouterr().out.endswith("runs:   sweep\nfigure: sweep/compare.png\n")
+        (inside / "sweep/compare.png").unlink()
+        assert not list(inside.glob("sweep/**/compare.png"))
+
+
 def test_compare_runs_every_policy(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *SHORT, "hydra.sweep.dir=sweep"]) == 0
     names = {read_run(folder).config["policy"]["name"] for folder in find_runs(["sweep"])}
