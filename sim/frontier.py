@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sim.hydra_app import hydra_main
-from sim.notes import print_notes
+from sim.notes import print_notes, print_unfinished
 from sim.results import shown_path
 from sim.simulate import all_policies, simulate, swept
 
@@ -73,6 +73,7 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     if unlike_seeds([one.with_seeds for one in over_seeds(rows)]):
         print("not all numbers are of the same seeds")
     print_notes(rows)
+    print_unfinished(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")
 

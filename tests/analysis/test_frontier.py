@@ -25,6 +25,8 @@ def row(
         "goodput_rps": rate * attainment,
         "finetune_tok_s": trained,
         "peak_finetune_tok_s": 100.0,
+        "requests": 9,
+        "unfinished": 0,
         "workload": "w",
         "model": "m",
         "device": "d",
@@ -103,6 +105,16 @@ def test_the_table_of_a_sweep_that_was_cut_short_says_that_seeds_differ(
     assert said not in capsys.readouterr().out
     _show(whole[:-1], tmp_path)
     assert said in capsys.readouterr().out.split("\n")
+
+
+def test_requests_that_did_not_finish_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole = [row("a", rate, "near", 1.0, 50.0) for rate in (1.0, 2.0)]
+    _show(whole, tmp_path)
+    assert capsys.readouterr().err == ""
+    _show([whole[0], whole[1] | {"unfinished": 3}], tmp_path)
+    assert capsys.readouterr().err.startswith(
+        "note: 3 of 9 requests of a [2 req/s] did not finish: they count"
+    )
 
 
 def test_runs_of_other_settings_have_a_line_of_their_own() -> None:
