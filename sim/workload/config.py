@@ -253,7 +253,7 @@ def _labelled(
 ) -> RequestTable:
     """`table` with SLO classes and adapters: its own where a trace states them, else drawn."""
     changes: dict[str, Any] = {}
-    if table.slo_names == ("default",) and not table.slo.any():
+    if table.slo_names == ("default",) and not table.slo_places:
         mix = SloMix.of(slo_mix, slo_names)
         changes |= {"slo": mix.draw(len(table), stream(seed, "slo")), "slo_names": mix.names}
     elif slo_mix is not None:
@@ -273,7 +273,9 @@ def _check_classes(table: RequestTable, slo_names: Sequence[str]) -> None:
     for code in used.tolist():
         name = table.slo_names[code]
         if name not in slo_names:
+            place = f"{table.slo_places[code]}, column slo" if table.slo_places else table.name
+            empty = " (an empty cell)" if name == "default" else ""
             raise ValueError(
-                f"{table.name}: no SLO class {name!r}; the slo config has {', '.join(slo_names)}"
+                f"{place}: no SLO class {name!r}{empty}; the slo config has {', '.join(slo_names)}"
                 f"{nearest(name, slo_names)}"
             )

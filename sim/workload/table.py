@@ -32,6 +32,8 @@ class RequestTable:
     slo: NDArray[np.int16] = field(default_factory=lambda: np.zeros(0, np.int16))
     """Codes into `slo_names`; empty when made: all 0."""
     slo_names: tuple[str, ...] = ("default",)
+    slo_places: tuple[str, ...] = ()
+    """Where a trace states each of them first, `my.csv: row 3`; empty for one that states none."""
     adapter: NDArray[np.int32] = field(default_factory=lambda: np.zeros(0, np.int32))
     """Codes into `adapter_names`; empty when made: all 0, the base model."""
     adapter_names: tuple[str, ...] = ("",)

@@ -291,9 +291,13 @@ def test_an_empty_mooncake_trace_is_refused(write: Callable[..., str]) -> None:
         MooncakeReader().read(write("e.jsonl", ""))
 
 
-def test_a_slo_class_must_be_named(write: Callable[..., str]) -> None:
-    with pytest.raises(ValueError, match=r"row 3, column slo: .*got nothing"):
-        CsvReader().read(write("t.csv", PLAIN + ",slo", "0,1,1,a", "1,1,1,", "2,1,1,b"))
+def test_an_empty_slo_is_the_default_class(write: Callable[..., str]) -> None:
+    file = write("t.csv", PLAIN + ",slo", "9,5,6,chat", "2,5,6,", "3,5,6,chat")
+    with pytest.warns(UserWarning, match="sorted by time"):
+        table = CsvReader().read(file)
+    assert [table.slo_names[c] for c in table.slo] == ["default", "chat", "chat"]
+    rows = dict(zip(table.slo_names, table.slo_places, strict=True))
+    assert rows == {"chat": f"{file}: row 2", "default": f"{file}: row 3"}
 
 
 def test_lengths_come_from_csv_json_and_json_lines(write: Callable[..., str]) -> None:

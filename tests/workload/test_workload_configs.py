@@ -141,10 +141,17 @@ def test_own_trace_by_its_path(tmp_path: Path) -> None:
     requests = workload.arrivals().due(9.0)
     assert [(r.slo, r.adapter) for r in requests] == [("chat", None), ("batch", "fr")]
     assert workload.name == "my"
-    with pytest.raises(
-        ValueError, match=r"no SLO class 'chat'; the slo config has batch, chatty; did you mean chatty"
-    ):
+    told = r"my\.csv: row 2, column slo: no SLO class 'chat'; the slo config has batch, chatty; did you mean chatty"
+    with pytest.raises(ValueError, match=told):
         build("workload=csv", f"workload.file={file}", slo_names=("batch", "chatty"))
+    empty = tmp_path / "empty.csv"
+    empty.write_text("arrival_s,prompt_tokens,output_tokens,slo\n0,5,6,chat\n1,7,8,\n")
+    requests_of = build("workload=csv", f"workload.file={empty}", slo_names=("default", "chat"))
+    assert [r.slo for r in requests_of.arrivals().due(9.0)] == ["chat", "default"]
+    with pytest.raises(
+        ValueError, match=r"row 3, column slo: no SLO class 'default' \(an empty cell\); the slo "
+    ):
+        build("workload=csv", f"workload.file={empty}", slo_names=("batch", "chat"))
     with pytest.raises(ValueError, match="states a class for each request"):
         build(
             "workload=csv", f"workload.file={file}", "workload.slo_mix={chat:1}", slo_names=("chat", "batch")

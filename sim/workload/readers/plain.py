@@ -1,6 +1,7 @@
 """A user's own trace: CSV with arrival_s, prompt_tokens, output_tokens and, if wanted, slo and adapter.
 
-Times are taken as they are: 0 is the start of the run. An empty adapter is the base model.
+Times are taken as they are: 0 is the start of the run. An empty adapter is the base model, an empty slo the class
+`default`.
 """
 
 from __future__ import annotations
@@ -40,11 +41,13 @@ class CsvReader:
 def _slos(path: Path, frame: pd.DataFrame) -> dict[str, Any]:
     if "slo" not in frame:
         return {}
-    names, codes = np.unique(frame["slo"].to_numpy(dtype=str), return_inverse=True)
-    if names[0] == "":
-        row = int(np.argmax(codes == 0)) + 2
-        raise ValueError(f"{path}: row {row}, column slo: must name an SLO class, got nothing")
-    return {"slo": codes.astype(np.int16), "slo_names": tuple(names.tolist())}
+    stated = frame["slo"].replace("", "default").to_numpy(dtype=str)
+    names, first, codes = np.unique(stated, return_index=True, return_inverse=True)
+    return {
+        "slo": codes.astype(np.int16),
+        "slo_names": tuple(names.tolist()),
+        "slo_places": tuple(f"{path}: row {row + 2}" for row in first.tolist()),
+    }
 
 
 def _adapters(frame: pd.DataFrame) -> dict[str, Any]:
