@@ -4,7 +4,7 @@
     echo "Why is the sky blue?" | coserve generate model_name_or_path=FOLDER temperature=0.7
 
 One line of JSON per prompt on standard output, in the order of the prompts: prompt, output, whether the model
-ended it (stop) or max_new_tokens (length), and its tokens.
+ended it (stop) or max_new_tokens (length), and its tokens. Blank lines are no prompts; a note counts them.
 """
 
 from __future__ import annotations
@@ -164,6 +164,10 @@ def _prompts(settings: Settings) -> list[str]:
     prompts = [line for line in text.splitlines() if line.strip()]
     if not prompts:
         raise ValueError("there is no prompt: expected one per line")
+    lines = len(text.rstrip().splitlines())  # blank ones at the end are missed by nobody
+    if blank := lines - len(prompts):
+        told = "blank and have no answer; those of the others are in order"
+        print(f"note: {where}: {blank} of {lines} lines are {told}", file=sys.stderr)
     return prompts
 
 

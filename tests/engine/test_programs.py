@@ -410,6 +410,20 @@ def test_a_prompt_must_leave_room_in_the_models_own_context(
     assert 200 < row["tokens"] < 256 and row["finish"] == "length"
 
 
+def test_blank_lines_among_prompts_are_counted_in_a_note(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = []
+    for text in ("The harbour\nTwo clocks\n\n \n", "\nThe harbour\n \nTwo clocks\n\n"):
+        Path("p.txt").write_text(text)
+        assert generate([arguments[0], "prompts=p.txt", "chat=false", "max_new_tokens=2"]) == 0
+        out, err = capsys.readouterr()
+        assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["The harbour", "Two clocks"]
+        told.append(err)
+    note = "note: p.txt: 2 of 4 lines are blank and have no answer; those of the others are in order\n"
+    assert told == ["", note]
+
+
 def test_memory_auto_lets_the_free_memory_choose_the_plan(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
