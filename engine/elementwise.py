@@ -19,6 +19,7 @@ from engine.kernels.jit import uses_triton
 from engine.kernels.norm_backward import rms_norm_backward_triton
 from engine.kernels.rotary import rotate_triton
 from engine.kernels.swiglu_backward import swiglu_backward_triton
+from sim.errors import install_command
 
 
 class Liger(NamedTuple):
@@ -50,7 +51,7 @@ def liger() -> Liger:
         from liger_kernel.ops.swiglu import swiglu_fused_gate_up_forward
     except ImportError as error:
         raise ValueError(
-            f"a model on CUDA needs liger-kernel 0.8.5 or later: pip install -e '.[engine]' ({error})"
+            f"a model on CUDA needs liger-kernel 0.8.5 or later; {install_command('engine')} brings it ({error})"
         ) from error
     return Liger(rms_norm_forward, swiglu_fused_gate_up_forward)
 

@@ -31,6 +31,11 @@ EXTRAS = {
 """Package -> the extra of coserve that brings it."""
 
 
+def install_command(extra: str) -> str:
+    """What installs an extra at the pinned versions."""
+    return f"pip install -c constraints.txt -e '.[{extra}]' in the folder of coserve"
+
+
 class FailedInPart(ValueError):
     """Something in a run failed, the rest of it went on, and all that came of it is written."""
 
@@ -91,10 +96,7 @@ def message(error: BaseException) -> str | None:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             return None
-        return (
-            f"needs {package}, which is not installed; "
-            f"pip install -e '.[{EXTRAS[package]}]' in the folder of coserve brings it"
-        )
+        return f"needs {package}, which is not installed; {install_command(EXTRAS[package])} brings it"
     if isinstance(error, OSError) and error.strerror is not None:
         where = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{where}"

@@ -231,7 +231,7 @@ def test_tensorboard_that_is_missing_is_told_in_one_line(
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     assert finetune([*arguments, "report_to=tensorboard"]) == 2
     error = capsys.readouterr().err
-    assert "pip install -e '.[tensorboard]'" in error and error.count("\n") == 1
+    assert "pip install -c constraints.txt -e '.[tensorboard]'" in error and error.count("\n") == 1
     assert not Path("out").exists()
 
 

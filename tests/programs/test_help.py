@@ -110,8 +110,8 @@ def test_programs_of_the_engine_say_alike_what_brings_torch() -> None:
         text=True,
         timeout=120,
     )
-    told = (
-        "needs torch, which is not installed; pip install -e '.[engine]' in the folder of coserve brings it"
-    )
+    install = "pip install -c constraints.txt -e '.[engine]'"
+    assert install in (ROOT / "README.md").read_text(), "the same as there"
+    told = f"needs torch, which is not installed; {install} in the folder of coserve brings it"
     names = [f"coserve {command.split()[0]}" for command in commands]
     assert done.stderr.splitlines() == [f"{name}: error: {told}" for name in names]
