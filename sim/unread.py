@@ -1,0 +1,55 @@
+"""Overrides that nothing reads are refused: a setting without effect would pass for one that had none.
+
+Hydra refuses keys that the config does not have. What is left are keys that are there for another command, and
+bounds of models that are not run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+
+def override_keys() -> list[str]:
+    """Keys and groups of this run's overrides in the order given, without `+` and `~`."""
+    given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(given, list)
+    return [re.split(r"[@=]", str(override).lstrip("+~"), maxsplit=1)[0] for override in given]
+
+
+def refuse_unread(unread: Sequence[str], reader: str) -> None:
+    """ValueError for an override of one of the keys `unread`, or below it, which only the command `reader` reads."""
+    for key in override_keys():
+        for other in unread:
+            if f"{key}.".startswith(f"{other}."):
+                raise ValueError(f"{key} changes nothing here: {other} is read by {reader} alone")
+
+
+def check_bounds(config: DictConfig) -> None:
+    """ValueError for an override of `slo.tpot_s.NAME` that no SLO class refers to. A sweep over models may give the
+    bounds of all of them."""
+    keys = override_keys()
+    names = [key.removeprefix("slo.tpot_s.") for key in keys if key.startswith("slo.tpot_s.")]
+    if not names:
+        return
+    classes = str(OmegaConf.to_container(config.slo.classes, resolve=False))
+    asked = set(re.findall(r"slo\.tpot_s\.(\$\{model\.name\}|\w+)", classes))
+    read = sorted(str(config.model.name) if name == "${model.name}" else name for name in asked)
+    run = HydraConfig.get()
+    several = run.mode == RunMode.MULTIRUN and "model" in keys and "${model.name}" in asked
+    for name in names:
+        if name not in read and not (several and name in _models()):
+            own = [f"slo.tpot_s.{other}" for other in read]
+            own = own or [f"slo.classes.{other}.tpot_s" for other in map(str, config.slo.classes)]
+            raise ValueError(f"slo.tpot_s.{name} is read by no SLO class; their bounds are {', '.join(own)}")
+
+
+def _models() -> set[str]:
+    """Names of the files in `model` on the config search path."""
+    folders = [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]
+    return {path.stem for folder in folders for path in Path(folder).glob("model/*.yaml")}
