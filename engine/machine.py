@@ -18,7 +18,7 @@ from engine.load import load_model, random_model
 from engine.model import Model
 from engine.parallel import ALONE
 from engine.replica import Replica
-from sim.checked import build
+from sim.checked import build, check
 from sim.core.specs import DeviceSpec, ModelShape
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -72,6 +72,7 @@ def place_of(device: DeviceSpec) -> str:
 
 def shape_of(node: object, weights: str | None) -> ModelShape:
     """The model's shape, checked against the folder of its weights, if they come from one."""
+    check(weights, str | None, "weights")
     shape: ModelShape = build(ModelShape, node, "model")
     shape.check_tp(shape.tp)
     if shape.dtype_bytes not in DTYPES:

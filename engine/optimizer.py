@@ -42,9 +42,11 @@ class OptimizerSettings:
             )
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"optimizer.learning_rate must be above 0 and finite, got {self.learning_rate}")
-        for key in ("weight_decay", "eps"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise ValueError(f"optimizer.{key} must be at least 0 and finite, got {getattr(self, key)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optimizer.weight_decay must be at least 0 and finite, got {self.weight_decay}")
+        # At 0 an entry without a gradient, as all of A at the first step, is 0 / 0.
+        if not 0 < self.eps < math.inf:
+            raise ValueError(f"optimizer.eps must be above 0 and finite, got {self.eps}")
         for key, shares in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= share < 1 for share in shares):
                 raise ValueError(f"optimizer.{key} must be in [0, 1), got {getattr(self, key)}")

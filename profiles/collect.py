@@ -56,14 +56,17 @@ from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.native import ROOT, sources
 from sim.results import make_manifest
+from sim.unread import refuse_unread
 
 MOST_REPEATS = 32
 AGAIN = 3
 """Times that a contradicting point is timed again."""
 TIMED = "engine/rig.py"
 """It and all that it imports is the code whose time a row is."""
-NOT_TIMED = ("data", "accumulation", "warm_up_s")
-"""Keys of `job` and `run` that the `scale` group brings for `coserve bench`."""
+NOT_TIMED = ("data", "accumulation")
+"""Keys of `job` that the `scale` group brings for `coserve bench`."""
+UNREAD = ("measure_s", "peak_s", "run", *(f"job.{key}" for key in NOT_TIMED))
+"""All that it brings for that command alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,6 +122,7 @@ def main(argv: Sequence[str]) -> int:
 
 def collect(config: DictConfig) -> dict[str, Any]:
     """Time the engine of this machine on a designed grid of work, and write a profile."""
+    refuse_unread(UNREAD, "coserve bench")
     plain = {key: config[key] for key in Settings.__dataclass_fields__}
     with keys_as({"profile.": ""}):
         settings = build(Settings, OmegaConf.create(plain), "profile")
@@ -128,9 +132,6 @@ def collect(config: DictConfig) -> dict[str, Any]:
     own = {str(key): value for key, value in config.job.items() if key not in NOT_TIMED}
     with keys_as({"finetune.lora.": "job.lora."}):
         job = build(JobSettings, own, "job")
-    for key in config.run:
-        if key not in NOT_TIMED:
-            raise ValueError(f"run has no key {key!r}; known: none")
     launch = build(LaunchSettings, config.launch, "launch")
     place_of(device)
     path = Path(settings.out) if settings.out is not None else TABLES / f"{device.name}-{shape.name}.parquet"

@@ -10,7 +10,6 @@ coserve compile --published     FlexLLM's published counts, term by term
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -38,6 +37,7 @@ from sim.core.specs import DeviceSpec, ModelShape
 from sim.errors import FailedInPart, message
 from sim.hydra_app import hydra_main
 from sim.results import shown_path
+from sim.unread import override_keys
 from sim.ways_out import ways_to_fit
 
 SHOWS = ("plan", "all", "placements", "published")
@@ -92,7 +92,7 @@ def compile_plan(config: DictConfig) -> dict[str, Any]:
     settings = build(FinetuneSettings, config.finetune, "finetune")
     model = build(ModelShape, config.model, "model")
     _spec(config)
-    _check_taken(config.show, HydraConfig.get().overrides.task)
+    _check_taken(config.show)
     if config.show == "published":
         _print_published()
         return {}
@@ -175,9 +175,9 @@ def _spec(config: DictConfig) -> PeftSpec:
     return spec
 
 
-def _check_taken(show: str, overrides: Sequence[str]) -> None:
+def _check_taken(show: str) -> None:
     """Refuse settings that change nothing of what is shown."""
-    keys = [re.split(r"[@=]", override.lstrip("+~"), maxsplit=1)[0] for override in overrides]
+    keys = override_keys()
     if keys.count("show") > 1:
         raise ValueError(f"one of {', '.join(f'--{name}' for name in TAKEN)} can be shown, got several")
     if show not in TAKEN:

@@ -12,7 +12,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -66,7 +66,7 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start, _kept_folders(argv))
+    collected = _Task(task, at_start, _kept_folders(argv, task, config_dir, config_name))
     try:
         _check_flags(argv)
         _check_added(argv, config_dir, config_name)
@@ -172,15 +172,23 @@ def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = before_env
 
 
-def _kept_folders(argv: Sequence[str]) -> Collection[Path] | None:
+def _kept_folders(
+    argv: Sequence[str], task: Task, config_dir: Path, config_name: str
+) -> Collection[Path] | None:
     """Folders that were there before a single run: those above its own, and its own if it was made by others. None
-    where its own is not written out, so that nobody knows."""
-    given = [arg.lstrip("+") for arg in argv if re.match(r"\+*hydra(\.run)?(\.dir)?=", arg)]
+    where its own is not known before Hydra makes it."""
+    given = [arg for arg in argv if re.match(r"\+*hydra(\.run)?(\.dir)?=", arg)]
     if not given:
         return there(Path("."))
     key, _, folder = given[-1].partition("=")
     if len(given) > 1 or key != "hydra.run.dir" or "${" in folder:
-        return None
+        name = task.__module__.rpartition(".")[2]
+        try:
+            with _composing(config_dir, name):
+                config = hydra.compose(config_name, _overrides_in(argv), return_hydra_config=True)
+            folder = str(config.hydra.run.dir)
+        except Exception:
+            return None  # what is wrong is told by the run
     return there(Path(folder.strip("'\"")))
 
 
@@ -272,11 +280,10 @@ def _config_keys(
     argv: Sequence[str], groups: Collection[str], config_dir: Path, config_name: str
 ) -> list[str]:
     """The dotted keys of the config with the choices of `argv`; none where these cannot be composed."""
-    choices = [arg for arg in argv if arg.partition("=")[0] in groups and "," not in arg]
-    choices += [arg for arg in argv if arg.startswith("hydra.searchpath=")]
-    own = get_args_parser().parse_known_args(list(argv))[0].config_dir
-    choices += [] if own is None else [f"hydra.searchpath=[{Path(own).absolute()}]"]
-    with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
+    given = {arg: arg.partition("=")[0] for arg in _overrides_in(argv)}
+    choices = [arg for arg, key in given.items() if key in groups and "," not in arg]
+    choices += [arg for arg, key in given.items() if key == "hydra.searchpath"]
+    with _composing(config_dir):
         try:
             config = hydra.compose(config_name, choices)
         except Exception:
@@ -290,7 +297,7 @@ def _choices_with(key: str, config_dir: Path, config_name: str) -> str:
     groups = all_groups(config_dir, config_name)
     group = next((group for group in groups if key.startswith(group.replace("/", ".") + ".")), None)
     found = []
-    with hydra.initialize_config_dir(version_base=VERSION_BASE, config_dir=str(config_dir)):
+    with _composing(config_dir):
         for name in groups.get(group or "", ()):
             # A choice that cannot be composed has no keys to tell of.
             with suppress(Exception):
@@ -298,6 +305,20 @@ def _choices_with(key: str, config_dir: Path, config_name: str) -> str:
                 if key in _dotted(OmegaConf.to_container(config, resolve=False), ""):
                     found.append(name)
     return f"{group}={', '.join(found)}" if found else ""
+
+
+def _composing(config_dir: Path, job_name: str = "app") -> AbstractContextManager[None]:
+    """Inside, `hydra.compose` takes configs from `config_dir`."""
+    return hydra.initialize_config_dir(
+        version_base=VERSION_BASE, config_dir=str(config_dir), job_name=job_name
+    )
+
+
+def _overrides_in(argv: Sequence[str]) -> list[str]:
+    """Without flags; a folder of `--config-dir` as Hydra takes it outside of its own command line."""
+    folder = get_args_parser().parse_known_args(list(argv))[0].config_dir
+    path = [] if folder is None else [f"hydra.searchpath=[{Path(folder).absolute()}]"]
+    return [*(arg for arg in argv if "=" in arg and not arg.startswith("-")), *path]
 
 
 def _dotted(node: Any, prefix: str) -> Iterator[str]:

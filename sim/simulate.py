@@ -34,6 +34,7 @@ from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
 from sim.notes import print_notes, print_unfinished, request_notes, slo_notes, step_notes
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
+from sim.unread import check_bounds
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,6 +78,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
 
     Returns the summary row, with `folder` and the resolved `config` in it.
     """
+    check_bounds(config)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN

@@ -97,15 +97,26 @@ def test_a_refused_run_leaves_folders_that_were_there(app_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "told",
-    ["hydra.run.dir=${oc.env:FOLDER}", "++hydra.run.dir=mine/below", "hydra.run={dir:mine/below}"],
+    [
+        "hydra.run.dir=${oc.env:FOLDER}",
+        "hydra.run.dir=mine/${policy.name}_${seed}",
+        "hydra.run.dir='mine/${hydra.job.name}'",
+        "++hydra.run.dir=mine/below",
+        "hydra.run={dir:mine/below}",
+    ],
 )
-def test_a_refused_run_leaves_a_folder_that_is_not_written_out(
+def test_a_folder_that_is_not_written_out_is_known_before_the_run(
     app_folder: Path, monkeypatch: pytest.MonkeyPatch, told: str
 ) -> None:
+    """One that was there stays, and one that was not goes."""
     monkeypatch.setenv("FOLDER", "mine/below")
-    (app_folder / "mine" / "below").mkdir(parents=True)
     assert main(["policy=broken", told]) == 2
-    assert (app_folder / "mine" / "below").is_dir()
+    assert not (app_folder / "mine").exists()
+    for name in ("below", "broken_0", "small_app"):
+        (app_folder / "mine" / name).mkdir(parents=True)
+    assert main(["policy=broken", told]) == 2
+    assert sorted(path.name for path in (app_folder / "mine").iterdir()) == ["below", "broken_0", "small_app"]
+    assert main(["policy=broken", told, "hydra.run.dir=${nowhere}"]) == 2
 
 
 def test_a_refused_sweep_leaves_the_runs_of_another(app_folder: Path) -> None:

@@ -249,6 +249,11 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
             "job.optimizer.learning_rate=inf",
             " job.optimizer.learning_rate must be above 0 and finite, got inf",
         ),
+        ("+job.optimizer.eps=0", " job.optimizer.eps must be above 0 and finite, got 0"),
+        (
+            "slo=flexllm +slo.tpot_s.tiny=0.1 +slo.tpot_s.tniy=0.1",
+            " slo.tpot_s.tniy is read by no SLO class; their",
+        ),
         ("+job.optimizer.weight_decay=inf", " job.optimizer.weight_decay must be at least 0 and finite"),
         ("+job.optimizer.betas=[2,3]", " job.optimizer.betas must be in [0, 1), got (2.0, 3.0)"),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),

@@ -191,7 +191,16 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
         ("job.order=sideways", "job.order must be one of layer_major, window_major, got 'sideways'"),
         ("job.lora.rank=0", " job.lora.rank must be at least 1, got 0"),
         ("+job.more=1", " job has no key 'more'; did you mean 'order'?"),
-        ("+run.more=1", " run has no key 'more'; known: none"),
+        ("+run.more=1", " run.more changes nothing here: run is read by coserve bench alone"),
+        (
+            "+measure_s.more=1",
+            " measure_s.more changes nothing here: measure_s is read by coserve bench alone",
+        ),
+        (
+            "job.accumulation=2",
+            " job.accumulation changes nothing here: job.accumulation is read by coserve bench",
+        ),
+        ("+weights.more=1", " weights must be text, got {'more': 1}"),
         ("seconds=1e-9 restart=true", "seconds must allow a point, 1e-09 gave none"),
     ):
         assert collect(path, "points=30", *override.split()) == 2

@@ -326,6 +326,9 @@ BAD = {
     "slo.classes.default.tpot_s=0.001": "slo.classes.default.tpot_s cannot be kept",
     "slo.classes.default.ttft_s=0.001": "slo.classes.default.ttft_s cannot be kept",
     "+slo.more=1": "slo has no key 'more'; known: name, classes, tpot_s",
+    "+slo.tpot_s.mine=1": "slo.tpot_s.mine is read by no SLO class; their bounds are slo.tpot_s.llama_3_1_8b",
+    "slo.tpot_s.qwen2_5_7b=1": "slo.tpot_s.qwen2_5_7b is read by no SLO class; their bounds are slo.tpot_s.llama",
+    "slo=two_classes +slo.tpot_s.llama_3_1_8b=1": "their bounds are slo.classes.interactive.tpot_s, slo.classes.b",
     "+slo.classes.more=1": "slo.classes.more must be a group of keys, got 1",
     "+experiment.more=1": "no key or group named 'experiment.more'; did you mean 'experiment'?",
     "cluster.limits.kv_tokens=3": "cluster.limits.kv_tokens must hold a block of 16 tokens, got 3",
@@ -566,6 +569,20 @@ def test_what_devices_cannot_do_is_refused_with_all_that_would_help(
     assert told.split(" or ") == ways if ways else "no smaller model would do" in error
     for way in ways:
         assert main(["simulate", *argv, *way.split()]) == 0, way
+
+
+def test_bounds_of_models_are_read_where_these_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """Those of a sweep over models may be given for all of them."""
+    own = ["workload=poisson", "workload.duration_s=5", "run.bounds=false"]
+    given = ["model.name=mine", "+slo.tpot_s.mine=0.06"]
+    assert main(["simulate", *own, *given, "hydra.run.dir=one"]) == 0
+    assert read_run("one").summary["classes"][0]["tpot_bound_s"] == 0.06
+    sweep = ["simulate", "-m", *own, "model=llama_3_2_1b,llama_3_2_3b", "hydra.sweep.dir=two"]
+    assert main([*sweep, "slo.tpot_s.llama_3_2_1b=0.06"]) == 0
+    bounds = [read_run(f"two/{n}").summary["classes"][0]["tpot_bound_s"] for n in (0, 1)]
+    assert bounds == [0.06, 0.045]
+    assert main([*sweep, "+slo.tpot_s.llama_3_2_1=0.06"]) == 1
+    assert "slo.tpot_s.llama_3_2_1 is read by no SLO class" in capfd.readouterr().err
 
 
 def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture[str]) -> None:
