@@ -149,19 +149,22 @@ def _warn(text: str | None) -> None:
 
 
 def borrowed(path: Path, device: DeviceSpec, kinds: Collection[str], changed: bool) -> str | None:
-    """In one line, which cards the constants behind operators of `kinds` were measured on; None when it was this
-    one, with the numbers of its file (not `changed`)."""
+    """In one line, which cards the constants behind operators of `kinds` were measured on; None when all were on this
+    one alone, with the numbers of its file (not `changed`)."""
     found: dict[str, list[str]] = {}
+    own = False
     for kind in sorted(kinds):
         for prefix in CONSTANTS.get(kind.partition(" ")[0], (f"{kind}_",)):
             card = measured_on(device, prefix)
+            own = own or device.name in card.partition(",")[0].split(" and ")
             if changed or card != device.name:
                 found.setdefault(card, []).append(prefix.rstrip("_"))
     if not found:
         return None
     cards = "; ".join(f"{card} ({', '.join(dict.fromkeys(names))})" for card, names in found.items())
     what = f"{device.name} with other numbers" if changed else device.name
-    return f"{path}: not fitted to measurements of {what}, an extrapolation: constants measured on {cards}"
+    part, rest = ("only in part", "the rest ") if own and not changed else ("not", "")
+    return f"{path}: {part} fitted to measurements of {what}, {rest}an extrapolation: constants measured on {cards}"
 
 
 def _check_tp(path: Path, model: ModelShape, tp: int) -> None:

@@ -185,7 +185,13 @@ def test_constants_of_another_card_are_named(tmp_path: Path, capsys: pytest.Capt
     assert "a100_80gb and h200, latencies from NCCL's own tuning table (nccl)" in capsys.readouterr().err
     prompts = str(write(tmp_path / "prompts.csv", context(np.random.default_rng(0))))
     assert main(["check", prompts, "device=l40s"]) == 0
-    assert "rtx_4090 and a100_80gb (attention, decode)" in capsys.readouterr().err
+    cards = "constants measured on rtx_4090 and a100_80gb (attention, decode)"
+    assert f"not fitted to measurements of l40s, an extrapolation: {cards}" in capsys.readouterr().err
+    assert main(["check", prompts, "device=rtx_4090"]) == 0
+    told = f"only in part fitted to measurements of rtx_4090, the rest an extrapolation: {cards}"
+    assert told in capsys.readouterr().err
+    assert main(["check", prompts, "device=rtx_4090", "device.sms=100"]) == 0
+    assert "not fitted to measurements of rtx_4090 with other numbers, an ext" in capsys.readouterr().err
     assert main(["check", path, "device=h200"]) == 0
     assert "an extrapolation" not in capsys.readouterr().err
 
