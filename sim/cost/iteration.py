@@ -376,14 +376,14 @@ class IterationCost:
         if forward is None or backward is None:
             return
         seconds = {
-            "forward_pass": sum([extended(forward, n) for n in passes]),
-            "backward": sum([c.layers * extended(backward, c.tokens) for c in work.backward]),
-            "recompute": sum([extended(forward, c.tokens) for c in work.recompute]),
+            "forward_pass": sum([extended(forward, n) for n in passes], 0.0),
+            "backward": sum([c.layers * extended(backward, c.tokens) for c in work.backward], 0.0),
+            "recompute": sum([extended(forward, c.tokens) for c in work.recompute], 0.0),
         }
         bypasses = self.curves.window_collective_s
         if bypasses is not None:
             seconds["adapters"] = extended(bypasses, work.forward_tokens)
-            seconds["recompute"] += sum([extended(bypasses, c.tokens) for c in work.recompute])
+            seconds["recompute"] += sum([extended(bypasses, c.tokens) for c in work.recompute], 0.0)
         for name, collective_s in seconds.items():
             parts[name] -= collective_s
         parts["collective"] = sum(seconds.values())
