@@ -114,8 +114,8 @@ class LinearCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Contention(LinearCost):
-    """On two streams the shorter of inference and finetuning costs `contention` of its seconds, and a forward
-    window `read_s`, for the weights that it no longer shares."""
+    """On two streams, after the optimizer steps, the shorter of inference and finetuning costs `contention` of
+    its seconds, and a forward window `read_s`, for the weights that it no longer shares."""
 
     decode_s: float = 2.0**-9
     forward_s: float = 2.0**-11
@@ -127,7 +127,8 @@ class Contention(LinearCost):
         alone_s = LinearCost.iteration_s(self, work)
         if not work.overlap:
             return alone_s
-        shorter_s = min(LinearCost.iteration_s(self, w) for w in (work.inference, work.finetuning))
+        streams = (work.inference, work.finetuning._replace(optimizer_params=0))
+        shorter_s = min(LinearCost.iteration_s(self, stream) for stream in streams)
         return alone_s - (1 - self.contention) * (shorter_s - self.host_s) + self.read_s * bool(work.forward)
 
 

@@ -130,7 +130,7 @@ class Plan(NamedTuple):
     """Sequence ids, in order; each goes back to the queue's front. Excludes admissions."""
     finetune: tuple[Slice, ...] = ()
     overlap: bool = False
-    """Finetuning on a second stream beside inference."""
+    """Windows and backward on a second stream beside inference, instead of inside its kernels."""
     predicted_s: float | None = None
     memory: Any = None
 

@@ -58,7 +58,8 @@ class Work(NamedTuple):
     adapters: int = 0
     """Distinct adapters among the inference tokens; the base model alone is not one."""
     overlap: bool = False
-    """Finetuning runs beside inference on a second stream instead of inside its kernels."""
+    """Windows and backward run beside inference on a second stream instead of inside its kernels, after the
+    optimizer steps."""
 
     @property
     def prefill_tokens(self) -> int:

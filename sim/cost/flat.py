@@ -25,9 +25,8 @@ FINETUNING = (
     "backward_pairs",
     "recompute_tokens",
     "recompute_pairs",
-    "optimizer_params",
 )
-"""Columns of the finetuning part; the others, but for `overlap`, are of inference."""
+"""Columns of windows and backward slices, which may run on a second stream."""
 
 
 def row_parts(curves: Curves, columns: Mapping[str, Floats]) -> dict[str, Floats]:
@@ -36,7 +35,7 @@ def row_parts(curves: Curves, columns: Mapping[str, Floats]) -> dict[str, Floats
     Named as in `IterationCost.parts`, but that the adapters of windows, which every window has, are apart.
     """
     beside = np.asarray(columns["overlap"], dtype=bool)
-    inference, finetuning = halves(columns)
+    inference, finetuning = streams(columns)
     parts = _device_parts(curves, columns)
     if beside.any():
         own, other = _device_parts(curves, inference), _device_parts(curves, finetuning)
@@ -61,10 +60,12 @@ def device_seconds(curves: Curves, columns: Mapping[str, Floats]) -> Floats:
     return np.asarray(sum(_device_parts(curves, columns).values()), dtype=np.float64)
 
 
-def halves(columns: Mapping[str, Floats]) -> tuple[dict[str, Floats], dict[str, Floats]]:
-    """The rows' inference alone, and their finetuning alone."""
-    ours = {name: np.asarray(v if name in FINETUNING else 0.0 * v) for name, v in columns.items()}
-    return {name: columns[name] - ours[name] for name in columns}, ours
+def streams(columns: Mapping[str, Floats]) -> tuple[dict[str, Floats], dict[str, Floats]]:
+    """The rows' inference alone, and their windows and backward alone: optimizer steps come before both."""
+    others = (*FINETUNING, "optimizer_params")
+    inference = {name: np.asarray(0.0 * v if name in others else v) for name, v in columns.items()}
+    finetuning = {name: np.asarray(v if name in FINETUNING else 0.0 * v) for name, v in columns.items()}
+    return inference, finetuning
 
 
 def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:

@@ -1,11 +1,13 @@
 """Seconds of an iteration from `Curves`, and the scheduler's inverse questions.
 
-With a = prefill + decode + logits + adapters (inference) and b = forward + loss + backward + recompute +
-optimizer (finetuning), T and F the inference and window tokens:
+With a = prefill + decode + logits + adapters (inference) and b = forward + loss + backward + recompute
+(finetuning), T and F the inference and window tokens:
 
-    fused      gpu = token_s[T + F] + a + b
-    overlap    x = token_s[T] + a, y = token_s[F] + b, gpu = max(x, y) + kappa min(x, y)
+    fused      gpu = token_s[T + F] + a + b + optimizer
+    overlap    x = token_s[T] + a, y = token_s[F] + b, gpu = optimizer + max(x, y) + kappa min(x, y)
     iteration  gpu + host, or max(gpu, host) when the loop plans one iteration ahead
+
+An optimizer step may change the adapter that inference reads, so it comes before both streams.
 
 The order of additions is the same wherever an iteration is predicted, so that an inverse is exact and says the
 same seconds as `iteration_s`; how it is searched for is in `sim.cost.inverse`.
@@ -69,10 +71,10 @@ class IterationCost:
         if forward or backward or recompute or params:
             tokens, inference_s = self._inference(prefill, decodes, context, sampled, adapters)
             windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
-            return self._sum_s(tokens, inference_s, windows, f, (b + r) + optimizer, overlap)
+            return self._sum_s(tokens, inference_s, windows, f, b + r, optimizer, overlap)
         if decodes or prefill:
             tokens, inference_s = self._inference(prefill, decodes, context, sampled, adapters)
-            return self._sum_s(tokens, inference_s, 0, 0.0, 0.0, False)
+            return self._sum_s(tokens, inference_s, 0, 0.0, 0.0, 0.0, False)
         return self._host_s
 
     def parts(self, work: Work) -> dict[str, float]:
@@ -105,7 +107,7 @@ class IterationCost:
             )
         parts["overlap_saving"] = 0.0
         if work.overlap:
-            alone = work._replace(overlap=False)
+            alone = work._replace(optimizer_params=0, overlap=False)
             shorter_s = min(self._gpu_s(alone.inference), self._gpu_s(alone.finetuning))
             parts["overlap_saving"] = (self._kappa - 1.0) * shorter_s
         parts["host"] = self.iteration_s(work) - gpu_s
@@ -117,11 +119,12 @@ class IterationCost:
         prefill, decodes, cached, sampled, forward, backward, recompute, params, adapters, overlap = work
         tokens, inference_s = self._inference(prefill, decodes, cached, sampled, adapters)
         windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
-        finetuning_s = f + self._window_s[windows] + b + r + optimizer
+        finetuning_s = f + self._window_s[windows] + b + r
         if overlap:
-            left_s, tolerance_s = self._left(budget_s, inference_s, self._token_s[windows] + finetuning_s)
+            beside_s = self._token_s[windows] + finetuning_s
+            left_s, tolerance_s = self._left(budget_s, inference_s, beside_s, optimizer)
         else:
-            left_s, tolerance_s = self._left(budget_s, inference_s + finetuning_s)
+            left_s, tolerance_s = self._left(budget_s, inference_s + finetuning_s + optimizer)
             tokens += windows
         if tokens + max_tokens >= len(self._token_s):
             self._reach(tokens + max_tokens)
@@ -146,16 +149,17 @@ class IterationCost:
         """Most tokens (0..max_tokens) of one more forward window."""
         prefill, decodes, cached, sampled, forward, backward, recompute, params, adapters, overlap = work
         tokens, inference_s = self._inference(prefill, decodes, cached, sampled, adapters)
-        windows, f, rest_s = 0, 0.0, 0.0
+        windows, f, rest_s, optimizer = 0, 0.0, 0.0, 0.0
         if forward or backward or recompute or params:
             windows, f, b, r, optimizer = self._finetuning(forward, backward, recompute, params)
-            rest_s = (b + r) + optimizer
+            rest_s = b + r
         if overlap:
             passes = windows
-            left_s, tolerance_s = self._left(budget_s, f + rest_s, self._token_s[tokens] + inference_s)
+            beside_s = self._token_s[tokens] + inference_s
+            left_s, tolerance_s = self._left(budget_s, f + rest_s, beside_s, optimizer)
         else:
             passes = tokens + windows
-            left_s, tolerance_s = self._left(budget_s, f + rest_s + inference_s)
+            left_s, tolerance_s = self._left(budget_s, f + rest_s + optimizer + inference_s)
         if passes + max_tokens >= len(self._token_s):
             self._reach(passes + max_tokens)
         n, chunk_s, certain = largest_chunk(
@@ -176,7 +180,7 @@ class IterationCost:
             return 0, self.iteration_s(work)
         if n < max_tokens:
             self._last_window_tokens = n
-        return n, self._sum_s(tokens, inference_s, windows + n, f + chunk_s, rest_s, overlap)
+        return n, self._sum_s(tokens, inference_s, windows + n, f + chunk_s, rest_s, optimizer, overlap)
 
     def largest_backward(self, work: Work, job: JobView, budget_s: float) -> Fit:
         """Most layer-tokens of `job`'s backward that continue from where it stands.
@@ -194,12 +198,13 @@ class IterationCost:
         length = job.sample_tokens
         if tokens + windows >= len(self._token_s) or length >= len(self._token_s):
             self._reach(max(tokens + windows, length))
-        taken_s = f + self._window_s[windows] + b + r + optimizer
+        taken_s = f + self._window_s[windows] + b + r
         if overlap:
             taken_s += self._token_s[windows]
-            left_s, tolerance_s = self._left(budget_s, taken_s, self._token_s[tokens] + inference_s)
+            beside_s = self._token_s[tokens] + inference_s
+            left_s, tolerance_s = self._left(budget_s, taken_s, beside_s, optimizer)
         else:
-            taken_s += self._token_s[tokens + windows] + inference_s
+            taken_s += optimizer + self._token_s[tokens + windows] + inference_s
             left_s, tolerance_s = self._left(budget_s, taken_s)
         n, b, r, certain = largest_slice(self, job, b, r, left_s, tolerance_s)
         if not certain:
@@ -208,7 +213,7 @@ class IterationCost:
             return self._settled(work, with_slice, n, unit, job.backward_left, budget_s)
         if n == 0:
             return 0, self.iteration_s(work)
-        return n, self._sum_s(tokens, inference_s, windows, f, (b + r) + optimizer, overlap)
+        return n, self._sum_s(tokens, inference_s, windows, f, b + r, optimizer, overlap)
 
     def _settled(
         self, work: Work, with_tokens: Callable[[int], Work], n: int, unit: int, most: int, budget_s: float
@@ -217,33 +222,42 @@ class IterationCost:
         n = settled(n, unit, most, lambda n: self.iteration_s(with_tokens(n)) <= budget_s)
         return n, self.iteration_s(with_tokens(n) if n else work)
 
-    def _left(self, budget_s: float, taken_s: float, beside_s: float | None = None) -> tuple[float, float]:
+    def _left(
+        self, budget_s: float, taken_s: float, beside_s: float | None = None, before_s: float = 0.0
+    ) -> tuple[float, float]:
         """What the budget leaves to a stream that has `taken_s` already, while another beside it has
-        `beside_s`, if there are two; and how much of that may be rounding."""
+        `beside_s` and `before_s` come before both, if there are two; and how much of that may be rounding."""
         gpu_s, tolerance_s = budget_s, ROUNDING * budget_s
         if not self.lookahead:
             gpu_s -= self._host_s
         elif self._host_s > budget_s:
             return -inf, 0.0
         if beside_s is not None:
-            gpu_s, factor = left_beside(gpu_s, beside_s, self._kappa)
+            gpu_s, factor = left_beside(gpu_s - before_s, beside_s, self._kappa)
             tolerance_s *= factor
         return gpu_s - taken_s, tolerance_s
 
     def _sum_s(
-        self, tokens: int, inference_s: float, windows: int, forward_s: float, rest_s: float, overlap: bool
+        self,
+        tokens: int,
+        inference_s: float,
+        windows: int,
+        forward_s: float,
+        rest_s: float,
+        optimizer_s: float,
+        overlap: bool,
     ) -> float:
-        """Seconds of the iteration: the one sum that decides. `rest_s` is (backward + recompute) + optimizer."""
+        """Seconds of the iteration: the one sum that decides. `rest_s` is backward + recompute."""
         largest = tokens + windows
         if largest > self.known_tokens:
             self._reach(largest)
-        finetuning_s = (forward_s + self._window_s[windows]) + rest_s
+        forward_s += self._window_s[windows]
         if not overlap:
-            gpu_s = (self._token_s[largest] + inference_s) + finetuning_s
+            gpu_s = (self._token_s[largest] + inference_s) + (forward_s + (rest_s + optimizer_s))
         else:
             x = self._token_s[tokens] + inference_s
-            y = self._token_s[windows] + finetuning_s
-            gpu_s = x + self._kappa * y if x > y else y + self._kappa * x
+            y = self._token_s[windows] + (forward_s + rest_s)
+            gpu_s = optimizer_s + (x + self._kappa * y if x > y else y + self._kappa * x)
         if self.lookahead:
             return gpu_s if gpu_s > self._host_s else self._host_s
         return gpu_s + self._host_s

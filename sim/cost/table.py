@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from sim.core.rows import WORK_COLUMNS
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.fitted import FittedCost
-from sim.cost.flat import device_seconds, halves
+from sim.cost.flat import device_seconds, streams
 from sim.cost.nnls import nnls
 
 Floats = NDArray[np.float64]
@@ -206,10 +206,11 @@ def _interpolated(knots: tuple[int, ...], heights: Floats, known: int) -> list[f
 
 def _contention(curves: Curves, rows: dict[str, Floats], seconds: Floats) -> float:
     """The share of the shorter stream that does not hide, by least squares of the relative error, in 0..1."""
-    x, y = (device_seconds(curves, half) for half in halves(rows))
+    x, y = (device_seconds(curves, stream) for stream in streams(rows))
+    before_s = curves.host_s + curves.optimizer_param_s * rows["optimizer_params"]
     share = np.minimum(x, y) / seconds
     norm = float(share @ share)
     if not norm > 0:
         return curves.overlap_contention
-    moment = float(share @ ((seconds - curves.host_s - np.maximum(x, y)) / seconds))
+    moment = float(share @ ((seconds - before_s - np.maximum(x, y)) / seconds))
     return min(1.0, max(0.0, moment / norm))

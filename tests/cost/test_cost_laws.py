@@ -16,6 +16,7 @@ from sim.core.finetune import JobView, backward_chunks, recompute_chunks
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
+from sim.cost.flexllm import LaunchBound
 from sim.cost.iteration import IterationCost
 from sim.cost.roofline import Roofline
 from sim.cost.sampled import Sampled
@@ -53,10 +54,11 @@ def cost_models() -> dict[str, object]:
         "eager": Roofline(graph_tokens=0, host_s=0.0).build(here),
         "sampled": Sampled(of=Roofline()).build(here),
         "scaled": Scaled(of=Roofline(), factor=0.7).build(here),
+        "launch_bound": LaunchBound(overlap_contention=0.5).build(here),
     }
 
 
-KINDS = ("roofline", "roofline_lookahead", "eager", "sampled", "scaled")
+KINDS = ("roofline", "roofline_lookahead", "eager", "sampled", "scaled", "launch_bound")
 
 chunks = st.builds(Chunk, st.integers(1, 700), st.integers(0, 3000))
 rectangles = st.builds(LayerChunk, st.integers(1, 80), st.integers(1, 3000), st.integers(0, 3000))
@@ -142,7 +144,7 @@ def test_each_kind_of_work_has_its_part(work: Work) -> None:
 def test_overlap_lies_between_the_longer_stream_and_the_sum(work: Work) -> None:
     cost = cost_models()["roofline"]
     host_s = cost.curves.host_s
-    work = work._replace(overlap=True)
+    work = work._replace(optimizer_params=0, overlap=True)
     inference_s = cost.iteration_s(work.inference) - host_s
     finetuning_s = cost.iteration_s(work.finetuning) - host_s
     together_s = cost.iteration_s(work) - host_s
@@ -151,6 +153,21 @@ def test_overlap_lies_between_the_longer_stream_and_the_sum(work: Work) -> None:
     kappa = cost.curves.overlap_contention
     expected_s = max(inference_s, finetuning_s) + kappa * min(inference_s, finetuning_s)
     assert together_s == pytest.approx(expected_s, rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(work=works(), params=st.integers(1, 40_000_000))
+@settings(max_examples=60, deadline=None)
+def test_optimizer_steps_come_before_both_streams(kind: str, work: Work, params: int) -> None:
+    cost = cost_models()[kind]
+    # Of one decode and more, so that a lookahead hides the host behind it with and without the step.
+    without = work._replace(decode_count=1 + work.decode_count, optimizer_params=0, overlap=True)
+    step = without._replace(optimizer_params=params)
+    optimizer_s = cost.parts(Work(optimizer_params=params))["optimizer"]
+    assert optimizer_s > 0
+    assert cost.iteration_s(step) == pytest.approx(optimizer_s + cost.iteration_s(without), rel=1e-12)
+    added = {name: s - cost.parts(without)[name] for name, s in cost.parts(step).items()}
+    assert added == pytest.approx(dict.fromkeys(added, 0.0) | {"optimizer": optimizer_s}, abs=1e-12)
 
 
 def test_empty_work_costs_host_time() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
+from sim.cost.iteration import IterationCost
 from sim.cost.nnls import nnls
 from sim.cost.noisy import BLOCK, Noisy
 from sim.cost.roofline import Roofline
@@ -159,6 +161,21 @@ def test_a_table_recovers_a_model_of_its_own_form() -> None:
     assert np.quantile(errors, 0.9) < 0.01
     kappa = teacher.curves.overlap_contention
     assert fitted.curves.overlap_contention == pytest.approx(kappa, abs=0.02)
+
+
+def test_the_contention_of_two_streams_is_found_behind_optimizer_steps() -> None:
+    """Steps that take as long as the finetuning beside inference, in no other row with two streams."""
+    curves = replace(Sampled(of=Roofline(), spread=0.0).build(HERE).curves, overlap_contention=0.6)
+    teacher = IterationCost(curves)
+    works = []
+    for work in designed(1500, 1):
+        if work.overlap:
+            finetuning_s = teacher.iteration_s(work.finetuning._replace(overlap=False)) - curves.host_s
+            work = work._replace(optimizer_params=round(finetuning_s / curves.optimizer_param_s))
+        works.append(work)
+    seconds = np.array([teacher.iteration_s(work) for work in works])
+    fitted = Table.fit(flat(works), seconds)
+    assert fitted.curves.overlap_contention == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.parametrize(("device", "model"), PAIRS)

@@ -29,7 +29,11 @@ def context() -> CostContext:
 
 @pytest.fixture(scope="module")
 def works(context: CostContext) -> list[Work]:
-    return designed_works(context.model, context.lora.params(context.model), 400, 11)
+    """Designed, and all finetuning among them beside inference once more, behind an optimizer step."""
+    params = context.lora.params(context.model)
+    designed = designed_works(context.model, params, 400, 11)
+    tuned = [work for work in designed if work.forward or work.backward]
+    return [*designed, *(work._replace(optimizer_params=params, overlap=True) for work in tuned)]
 
 
 @pytest.fixture(scope="module")
