@@ -6,9 +6,10 @@ iterations: a decode reads its input from where the last iteration wrote it, so 
 before the host has seen a token.
 
 An iteration is: the optimizer steps of the plan, one fused forward of inference and finetuning windows, the
-loss of the windows, the sampled tokens, the backward slices. Where a plan asks for two streams (`overlap`) and
-there are two, windows and backward slices run beside inference (`engine.launching`); on one stream such a plan
-takes the sum of its parts. Optimizer steps always come first: they may move the bank that inference reads.
+loss of the windows, the sampled tokens, the backward slices. Where a plan asks for two streams (`overlap`),
+windows are a forward of their own: it and the backward slices run beside inference where there is a second
+stream (`engine.launching`), and after it on one, which takes the sum of both and gives the same numbers.
+Optimizer steps always come first: they may move the bank that inference reads.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -197,14 +199,11 @@ class Engine:
             for piece in plan.finetune
             if type(piece) is Forward
         ]
-        if plan.overlap and self._second is not None:
-            start = self._second.mark()
-            ids, tokens = self._forward(placement, (), self._staging)
-            with self._second.beside(start):
-                self._forward(_NO_INFERENCE, windows, self._second_staging)
-                self._backward(plan)
-        else:
-            ids, tokens = self._forward(placement, windows, self._staging)
+        fused, apart = ([], windows) if plan.overlap else (windows, [])
+        stream = self._second.from_here() if plan.overlap and self._second is not None else nullcontext()
+        ids, tokens = self._forward(placement, fused, self._staging)
+        with stream:
+            self._forward(_NO_INFERENCE, apart, self._second_staging)
             self._backward(plan)
         self._launched.append(self._in_flight(ids, tokens, steps))
 

@@ -1,7 +1,7 @@
 """How iterations are launched on a device: captured or kernel by kernel, on one stream or on two.
 
-The second stream is for plans that ask for it (`overlap`): their finetuning runs beside inference. It starts
-where the iteration starts, and the iteration ends when both have ended. So whatever one iteration leaves
+The second stream is for plans that ask for it (`overlap`): their windows and backward run beside inference. It
+starts after the optimizer steps, and the iteration ends when both have ended. So whatever one iteration leaves
 behind (kept activations, pages, gradients, weights in the bank) is there for the next on either stream, and
 temporary tensors never cross from one to the other within an iteration: the allocator, which reuses memory in
 the order of the stream that it was taken on, needs no word about it. Iterations do not overlap each other,
@@ -11,7 +11,7 @@ which is also how the simulator charges them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -32,15 +32,15 @@ class SecondStream:
         self._runtime = runtime
         self._stream = runtime.Stream()
 
-    def mark(self) -> Any:
-        """Here on the current stream, for `beside`."""
-        event = self._runtime.Event()
-        event.record()
-        return event
+    def from_here(self) -> AbstractContextManager[None]:
+        """What is launched inside runs on the second stream, from where the current one is now on; what comes
+        after waits for it."""
+        start = self._runtime.Event()
+        start.record()
+        return self._after(start)
 
     @contextmanager
-    def beside(self, start: Any) -> Iterator[None]:
-        """What is launched inside runs on the second stream, from `start` on; what comes after waits for it."""
+    def _after(self, start: Any) -> Iterator[None]:
         self._stream.wait_event(start)
         try:
             with self._runtime.stream(self._stream):
@@ -69,7 +69,8 @@ class LaunchSettings:
     graphs: str = "auto"
     """auto captures on a CUDA device where it can, on insists, off launches every kernel."""
     streams: int = 1
-    """2 runs finetuning beside inference where a plan asks for it and the model lies on one GPU, 1 after it."""
+    """2 runs windows and backward beside inference where a plan asks for it and the model lies on one GPU, 1
+    after it: the same passes in either case."""
 
     def __post_init__(self) -> None:
         if self.graphs not in GRAPHS:

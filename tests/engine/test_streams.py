@@ -1,4 +1,4 @@
-"""Finetuning beside inference gives what it gives after it, and no two accesses race.
+"""Finetuning beside inference gives what it gives after it, bit for bit, and no two accesses race.
 
 `Device` stands in for `torch.cuda`: its streams and events carry vector clocks (Lamport 1978, Fidge 1988), so
 it knows what is ordered and what may happen at once. `Races` watches every operation of a whole run and keeps
@@ -18,12 +18,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from engine.engine import Engine
 from engine.kernels.attention_backward import attention_backward
 from engine.kernels.paged_attention import paged_attention
 from engine.kernels.write_kv import write_kv
 from engine.launching import Launching, SecondStream
+from engine.model import Batch
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward
+from sim.core.plan import Plan
 from sim.core.request import Request
 from tests.engine.tiny import EngineRun, JobSetup, adapter_of, sample_of, tiny_model, tokens_of
 from tests.support import build_policy, limits_of
@@ -216,7 +219,13 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def overlapped(policy: str, mode: tuple[str, str], lookahead: int, launching: Launching) -> EngineRun:
+def overlapped(
+    policy: str,
+    mode: tuple[str, str],
+    lookahead: int,
+    launching: Launching,
+    watch: Callable[[Engine], None] | None = None,
+) -> EngineRun:
     """Requests that come and go while a job trains on a second stream, and some of them run on its adapter."""
     order, memory = mode
     prompts = {}
@@ -240,6 +249,7 @@ def overlapped(policy: str, mode: tuple[str, str], lookahead: int, launching: La
         adapters={"wide": adapter_of(FAMILY, 8, ["k_proj", "gate_proj"], seed=3)},
         jobs=[job],
         launching=launching,
+        watch=watch,
     )
 
 
@@ -277,11 +287,41 @@ def test_nothing_races_and_results_are_those_of_one_stream(
 
     assert ours.policy.plans == plain.policy.plans
     assert ours.tokens == plain.tokens
-    assert len(ours.engine.steps) == len(plain.engine.steps) == 3
+    assert len(plain.engine.steps) == 3
+    assert ours.engine.steps == plain.engine.steps
     for own, other in zip(
         ours.trainers[0].masters.tensors(), plain.trainers[0].masters.tensors(), strict=True
     ):
-        torch.testing.assert_close(own, other, rtol=1e-9, atol=1e-9)
+        assert torch.equal(own, other)
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_windows_that_share_no_kernels_are_a_pass_of_their_own_after_inference(streams: int) -> None:
+    passes: list[list[int]] = []
+    """Tokens of each, by iteration."""
+
+    def watch(engine: Engine) -> None:
+        forward, launch = engine.model.forward, engine.launch
+
+        def counted(batch: Batch, *given: Any) -> torch.Tensor:
+            passes[-1].append(len(batch.tokens))
+            return forward(batch, *given)
+
+        def launched(plan: Plan) -> None:
+            passes.append([])
+            launch(plan)
+
+        engine.model.forward, engine.launch = counted, launched  # type: ignore[method-assign]
+
+    launching = Launching(second=SecondStream(Device()) if streams == 2 else None)
+    rows = overlapped("spatial_stream", MODES[0], 0, launching, watch).recorder.iterations.arrays()
+    inference, windows = rows["prefill_tokens"] + rows["decode_count"], rows["forward_tokens"]
+    expected = [
+        [int(n) for n in ((ours, theirs) if apart else (ours + theirs,)) if n]
+        for ours, theirs, apart in zip(inference, windows, rows["overlap"], strict=True)
+    ]
+    assert passes == expected
+    assert max(map(len, passes)) == 2
 
 
 @pytest.mark.parametrize("deaf", ["main", "second"])
