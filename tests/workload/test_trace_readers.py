@@ -169,6 +169,13 @@ def test_own_traces_may_state_classes_and_adapters_and_a_late_start(write: Calla
     assert [table.adapter_names[c] for c in table.adapter] == ["", "fr", "de"]
 
 
+def test_seconds_since_1970_are_no_arrivals(tmp_path: Path) -> None:
+    path = tmp_path / "dates.csv"
+    path.write_text(f"{PLAIN}\n1763769600.5,10,5\n1763769600,11,6\n")
+    with pytest.raises(ValueError, match=r"dates.csv: column arrival_s must count .* at 1763769600 s$"):
+        CsvReader().read(str(path))
+
+
 def test_unsorted_stamps_are_sorted_with_one_warning_that_counts_them(write: Callable[..., str]) -> None:
     file = write("t.csv", PLAIN + ",adapter", "5,1,1,a", "3,2,2,b", "4,3,3,", "9,4,4,d")
     with pytest.warns(UserWarning, match=r"t\.csv: 2 of 4 rows .*sorted by time") as caught:

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+LATEST_START_S = 1e8
+"""Three years: a first arrival after that is a date, and a run would idle until it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CsvReader:
     """Reads a trace in the project's own columns; any other column is refused."""
@@ -32,6 +36,11 @@ class CsvReader:
         labels = ("slo", "adapter")
         frame = read_csv(path, columns, text=labels, optional=labels, closed=True)
         arrival_s = seconds_column(path, frame, "arrival_s")
+        if arrival_s.size and (first_s := arrival_s.min()) > LATEST_START_S:
+            raise ValueError(
+                f"{path}: column arrival_s must count from the start of the run, "
+                f"the first arrival is at {first_s:.0f} s"
+            )
         prompt_tokens = tokens_column(path, frame, "prompt_tokens")
         output_tokens = tokens_column(path, frame, "output_tokens")
         more = _slos(path, frame) | _adapters(frame)
