@@ -24,15 +24,18 @@ ROUNDING = 1e-9
 """Relative error of a sum of a dozen seconds, generously: it is about 1e-15."""
 
 
-def left_beside(gpu_s: float, beside_s: float, contention: float) -> tuple[float, float]:
-    """What `gpu_s` seconds leave to a stream beside another of `beside_s`, when both together take the longer
-    plus `contention` times the shorter; and how many times its error is that of the seconds given."""
-    as_longer_s = gpu_s - contention * beside_s
-    if as_longer_s >= beside_s:
-        return as_longer_s, 1.0
+def left_beside(gpu_s: float, beside_s: float, contention: float, tolerance_s: float) -> tuple[float, float]:
+    """What `gpu_s` seconds, which may be wrong by `tolerance_s`, leave to a stream beside another of `beside_s`,
+    when both together take the longer plus `contention` times the shorter; and how wrong that may be."""
     if contention:
-        return (gpu_s - beside_s) / contention, 1.0 / contention
-    return (inf if gpu_s >= beside_s else -inf), inf
+        as_longer_s = gpu_s - contention * beside_s
+        if as_longer_s >= beside_s:
+            return as_longer_s, tolerance_s
+        return (gpu_s - beside_s) / contention, tolerance_s / contention
+    # A shorter stream costs nothing: all of it fits with the longer one, or none.
+    if abs(gpu_s - beside_s) <= tolerance_s:
+        return gpu_s, inf
+    return (gpu_s if gpu_s > beside_s else -inf), tolerance_s
 
 
 def next_tokens(n: int, over_s: float, slope_s: float, low: int, high: int, step: int) -> int:

@@ -233,8 +233,7 @@ class IterationCost:
         elif self._host_s > budget_s:
             return -inf, 0.0
         if beside_s is not None:
-            gpu_s, factor = left_beside(gpu_s - before_s, beside_s, self._kappa)
-            tolerance_s *= factor
+            gpu_s, tolerance_s = left_beside(gpu_s - before_s, beside_s, self._kappa, tolerance_s)
         return gpu_s - taken_s, tolerance_s
 
     def _sum_s(

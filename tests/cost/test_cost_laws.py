@@ -268,6 +268,32 @@ def test_largest_backward_equals_a_scan(kind: str, work: Work, job: JobView, sha
         assert cost.largest_backward(work, job, budget_s) == (scanned, seconds)
 
 
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_a_stream_that_hides_all_of_the_shorter_one_still_has_to_fit_itself(lookahead: int) -> None:
+    """To the last bit: a little beside it fits its own seconds, and no fewer."""
+    curves = replace(roofline("a100_80gb", "llama_3_1_8b").curves, overlap_contention=0.0)
+    cost = IterationCost(curves, lookahead)
+    serves = Work(decode_count=200, decode_context_tokens=1_000_000, overlap=True)
+    tunes = Work(forward=(Chunk(500, 0),), backward=(LayerChunk(9, 2000, 0),), overlap=True)
+    job = JobView("job", 32, "layer_major", "stash", 1, 40, 40, 0, False)
+
+    def prefill(work: Work, budget_s: float) -> int:
+        return cost.largest_prefill(work, 0, 9, budget_s)
+
+    def forward(work: Work, budget_s: float) -> int:
+        return cost.largest_forward(work, 0, 9, budget_s)[0]
+
+    def backward(work: Work, budget_s: float) -> int:
+        return cost.largest_backward(work, job, budget_s)[0]
+
+    for params in range(1_000_003, 200_000_000, 1_000_003):
+        for largest, beside in ((prefill, tunes), (forward, serves), (backward, serves)):
+            work = beside._replace(optimizer_params=params)
+            seconds = cost.iteration_s(work)
+            assert largest(work, seconds) > 0
+            assert largest(work, math.nextafter(seconds, 0.0)) == 0
+
+
 @pytest.mark.parametrize(("device", "model"), PAIRS)
 @pytest.mark.parametrize("budget_s", [0.02, 0.05, 0.2])
 def test_inverses_at_real_sizes(device: str, model: str, budget_s: float) -> None:
