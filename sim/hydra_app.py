@@ -66,9 +66,10 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start, _kept_folders(argv, task, config_dir, config_name))
+    collected = _Task(task, at_start)
     try:
         _check_flags(argv)
+        collected.kept = _kept_folders(argv, task, config_dir, config_name)
         _check_added(argv, config_dir, config_name)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
         with _command_line(prog, argv):
@@ -94,12 +95,12 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task, at_start: AtStart | None, kept: Collection[Path] | None) -> None:
-        """`kept` are folders that stay, even if nothing comes of a single run; None: all."""
+    def __init__(self, task: Task, at_start: AtStart | None) -> None:
         functools.update_wrapper(self, task)
         self.task = task
         self.at_start = at_start
-        self.kept = kept
+        self.kept: Collection[Path] | None = None
+        """Folders that stay, even if nothing comes of a single run; None: all."""
         self.outcomes: list[Outcome] = []
         self.sweeping = False
         self.folder = Path()

@@ -43,6 +43,7 @@ NO_KEY = "no key or group named"
         (["seed=1,2"], "'seed=1,2' gives several values: add -m to run each, or write KEY=[A,B] for a list"),
         (["seed 1"], "cannot read 'seed 1': expected KEY=VALUE, quotes around unusual values"),
         (["--multrun", "seed=1"], "unrecognized arguments: --multrun; did you mean '--multirun'?"),
+        (["--cfg", "jobs", "hydra.run.dir=${seed}"], "argument --cfg/-c: invalid choice: 'jobs'"),
         (["policy=broken"], "policy broken cannot run"),
         (["hydra.run.dir=configs/config.yaml/out"], "Not a directory: "),
         (["-m", "seed=1,2", "hydra.sweep.dir=configs/config.yaml/out"], "Not a directory: "),
