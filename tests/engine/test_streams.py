@@ -100,6 +100,8 @@ class Races(TorchDispatchMode):
         self.crossed: set[Any] = set()
         """Memory that one stream wrote and another touched."""
         self.streams: set[Stream] = set()
+        self.beside = False
+        """Whether a stream ran something that does not wait for all that another was given before."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -117,6 +119,7 @@ class Races(TorchDispatchMode):
         """One operation on the current stream."""
         stream = self._device.current
         stream.seen[stream] += 1
+        self.beside |= any(stream.seen.get(other, 0) < other.seen[other] for other in self.streams)
         self.streams.add(stream)
         reads, writes = set(reads), set(writes)
         for key in reads | writes:
@@ -278,6 +281,7 @@ def test_nothing_races_and_results_are_those_of_one_stream(
     assert Backward in kinds
     assert (Forward in kinds) == (policy == "spatial_stream")
     assert len(races.streams) == 2
+    assert races.beside
     assert races.found == []
     # What is given back to the allocator has been used on the stream that it was taken on, and no other.
     held = {t.untyped_storage()._cdata for t in gc.get_objects() if type(t) is torch.Tensor}
