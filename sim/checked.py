@@ -202,14 +202,19 @@ def locate(name: object, where: str) -> Callable[..., Any]:
         known = [key for key, value in vars(found).items() if isinstance(value, type)]
         raise ValueError(f"{where}._target_ names nothing that exists: {name!r}{nearest(attribute, known)}")
     target = getattr(found, attribute)
-    if not callable(target):
+    if not (inspect.isclass(target) or inspect.isroutine(target)):
         raise ValueError(f"{where}._target_ must name a class or function, got {name!r}")
-    return target  # type: ignore[no-any-return]
+    return target
 
 
 def _place(error: Exception) -> str:
-    """`FILE, line N: what` of an error in a module that is imported."""
+    """`FILE, line N: what` of an error in a module that is imported; without a place where Python has none to tell."""
     if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno}: not Python: {error.msg}"
-    frames = [frame for frame in extract_tb(error.__traceback__) if "importlib" not in frame.filename]
-    return f"{frames[-1].filename}, line {frames[-1].lineno}: {type(error).__name__}: {error}"
+        place, what = (error.filename, error.lineno), f"not Python: {error.msg}"
+    else:
+        # The first frame is that of `locate`, the next ones are the import's own.
+        machinery = ("<frozen importlib", str(importlib.__file__))
+        frames = [f for f in extract_tb(error.__traceback__)[1:] if not f.filename.startswith(machinery)]
+        place = (frames[-1].filename, frames[-1].lineno) if frames else (None, None)
+        what = f"{type(error).__name__}: {error}"
+    return what if None in place else f"{place[0]}, line {place[1]}: {what}"

@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
+from functools import partial
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -13,6 +17,9 @@ from sim.checked import build
 @dataclass(frozen=True, kw_only=True)
 class Inner:
     tokens: int
+
+
+partly = partial(Inner, tokens=3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,12 +90,39 @@ def test_values_of_the_right_type_arrive_as_the_annotation_says() -> None:
         ({"rate_rsp": 1}, "workload has no key 'rate_rsp'; did you mean 'rate_rps'?; known: rate_rps, count"),
         ({"made": {"_target_": "sim.nowhere.X"}}, "workload.made._target_ names a module that does"),
         ({"made": {"_target_": "math.nothing"}}, "workload.made._target_ names nothing that exists"),
+        (
+            {"made": {"_target_": f"{HERE}.partly"}},
+            "workload.made._target_ must name a class or function, got",
+        ),
     ],
 )
 def test_any_other_value_is_refused_by_name(keys: dict[str, Any], told: str) -> None:
     with pytest.raises(ValueError, match=r"^workload") as refused:
         make(**keys)
     assert str(refused.value).startswith(told)
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "told"),
+    [
+        (
+            "torn_importlib.py",
+            b"x = 1\nx.y\n",
+            "{file}, line 2: AttributeError: 'int' object has no attribute 'y'",
+        ),
+        ("torn_null.py", b"x = 1\0", "[A-Za-z ]+: source code .*null bytes"),
+        ("torn_built" + EXTENSION_SUFFIXES[0], b"x", "ImportError: {file}: .*"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told_with_its_own_place_or_none(
+    name: str, source: bytes, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).write_bytes(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    target = f"{name.partition('.')[0]}.X"
+    place = told.format(file=re.escape(str(tmp_path / name)))
+    with pytest.raises(ValueError, match=f"^workload._target_ '{target}' cannot be imported: {place}$"):
+        build(None, {"_target_": target}, "workload")
 
 
 def test_a_target_is_built_with_what_no_config_can_hold() -> None:
