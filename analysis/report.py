@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.runs import SLO_KEPT_SHARE, Row, collect, row_of, varied
+from sim.arguments import Parser
+from sim.errors import message, report
 from sim.metrics import DEFINITIONS
 from sim.results import Run, find_runs, read_run
 
@@ -24,11 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         _report(options)
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
-        print(f"coserve report: {error}", file=sys.stderr)
-        return 2
+        return report("coserve report", error, message(error))
     return 0
 
 
@@ -68,10 +67,8 @@ def _report(options: argparse.Namespace) -> None:
         print(f"figure: {write_figure(runs, options.figure, kept_share=kept_share)}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="coserve report", description="Compare runs that are already there."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="coserve report", description="Compare runs that are already there.")
     parser.add_argument("runs", nargs="*", metavar="RUN_FOLDER", help="a run, or a folder that holds runs")
     parser.add_argument("--figure", metavar="PATH", help="write a figure (png, pdf, svg)")
     parser.add_argument("--csv", metavar="PATH", help="write every metric of every run")

@@ -38,6 +38,7 @@ from analysis.paper import (
     read_published,
     spreads,
 )
+from sim.arguments import Parser
 from sim.workload.files import data_dir
 
 SEEDS = (0, 1)
@@ -136,8 +137,8 @@ def _csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object]]) -
         writer.writerows(rows)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="coserve reproduce", description="FlexLLM's evaluation, simulated, beside what was published."
     )
     parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")

@@ -9,8 +9,6 @@ is "not measured yet". Targets are of one device and model; other runs are shown
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -19,6 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from analysis.targets import TARGETS, Evidence, Row, means, metric_error
+from sim.arguments import Parser
+from sim.errors import message, report
+from sim.json_file import read_object, taken_apart
 
 DEVICE, MODEL, WORKLOAD = "h200", "llama_3_1_8b", "builtin"
 NOT_MEASURED = "not measured yet"
@@ -29,9 +30,7 @@ COMMAND = "coserve results profiles/results --page profiles/RESULTS.md"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the page, or write it. 0, or 2 with one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog="coserve results", description="What was measured, and the targets."
-    )
+    parser = Parser(prog="coserve results", description="What was measured, and the targets.")
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="what a session on a GPU has left")
     parser.add_argument("--page", metavar="PATH", help="write the page there")
     options = parser.parse_args(argv)
@@ -42,11 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             Path(options.page).write_text(text, encoding="utf-8")
             print(f"page:   {options.page}")
-    except BrokenPipeError:
-        raise
     except (ValueError, OSError) as error:
-        print(f"coserve results: {error}", file=sys.stderr)
-        return 2
+        return report("coserve results", error, message(error))
     return 0
 
 
@@ -59,6 +55,11 @@ def page(folder: Path | None) -> str:
         raise ValueError(
             f"folder {folder} has none of {', '.join(known)}; a session leaves them in OUT/gathered"
         )
+    with taken_apart(folder or Path("."), "python -m profiles.session"):
+        return _page(folder)
+
+
+def _page(folder: Path | None) -> str:
     session = _json(folder, SESSION) or {}
     reference = _frame(folder, REFERENCE)
     bench = _rows(folder, BENCH)
@@ -257,17 +258,11 @@ def _rows(folder: Path | None, name: str) -> list[dict[str, Any]]:
 def _json(folder: Path | None, name: str) -> dict[str, Any] | None:
     if folder is None or not (folder / name).exists():
         return None
-    try:
-        value = json.loads((folder / name).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / name} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{folder / name} must hold an object, got {type(value).__name__}")
-    return value
+    return read_object(folder / name)
 
 
 def _cell(value: float | None, scale: float, form: str) -> str:
-    return "-" if value is None or math.isnan(value) else format(value * scale, form)
+    return "-" if value is None or math.isnan(value) else format(float(value) * scale, form)
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

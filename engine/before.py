@@ -15,6 +15,7 @@ from typing import NamedTuple
 from engine.machine import Last
 from sim.cost.iteration import IterationCost
 from sim.cost.saved import from_plain, to_plain
+from sim.json_file import read_object
 
 FILE = "before.json"
 
@@ -48,7 +49,7 @@ def _read(path: Path, key: str) -> Before | None:
     if not path.exists():
         return None
     try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
+        plain = read_object(path)
         if plain["key"] != key:
             return None
         return Before(from_plain(plain["predictor"]), plain["peak_tok_s"])

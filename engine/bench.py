@@ -36,13 +36,13 @@ from omegaconf import DictConfig, OmegaConf
 from engine.before import before_runs
 from engine.bench_jobs import FIRST, adapter_folder
 from engine.bench_loaded import load_bench
-from engine.bench_spec import BenchSpec, spec_of
+from engine.bench_spec import BenchSpec, RunSettings, spec_of
 from engine.lora import write_adapter
 from engine.machine import release
 from engine.pipelines import Single
 from engine.replica import Replica, replica
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.checked import check
+from sim.checked import build
 from sim.core.loop import Horizon
 from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
@@ -75,8 +75,8 @@ def bench(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    resume = check(config.run.resume, bool, "run.resume")
-    done = finished_run(folder, resolved, resume=resume, sweep=hydra.mode == RunMode.MULTIRUN)
+    run = build(RunSettings, config.run, "run")
+    done = finished_run(folder, resolved, resume=run.resume, sweep=hydra.mode == RunMode.MULTIRUN)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}
     spec = spec_of(config)

@@ -18,7 +18,7 @@ from engine.machine import place_of, shape_of
 from engine.model import Model
 from engine.pipelines import Share, share_of
 from engine.text import passes
-from sim.assemble import LimitSettings, seed_of, slos_of
+from sim.assemble import LimitSettings, checked_labels, seed_of, slos_of
 from sim.checked import build, check, locate
 from sim.compile.plan import CompilePlan
 from sim.core.loop import Horizon
@@ -26,6 +26,8 @@ from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.errors import warnings_as_notes
 from sim.workload.workload import Workload
+
+A_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,18 +144,20 @@ def spec_of(config: DictConfig) -> BenchSpec:
         workload=workload,
         adapters=config.workload.get("adapters", {}).get("count", 0),
         horizon=Horizon(duration_s=workload.duration_s, drain_s=run.drain_s),
-        labels={
-            "name": run.name,
-            "policy": config.policy.name,
-            "model": shape.name,
-            "slo_set": config.slo.get("name"),
-            "admission": config.limits.admission,
-            "device": device.name,
-            "workload": workload.name,
-            "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
-            "seed": seed,
-            "source": "engine",
-        },
+        labels=checked_labels(
+            {
+                "name": run.name,
+                "policy": config.policy.name,
+                "model": shape.name,
+                "slo_set": config.slo.get("name"),
+                "admission": config.limits.admission,
+                "device": device.name,
+                "workload": workload.name,
+                "rate_rps": workload.rate_rps if asked_rps is None else float(asked_rps),
+                "seed": seed,
+                "source": "engine",
+            }
+        ),
     )
 
 
@@ -165,8 +169,8 @@ def policy_node(node: Any) -> dict[str, Any]:
 def _seconds(config: DictConfig, key: str) -> float:
     """A time that is spent before the first run."""
     seconds: float = check(config[key], float, key)
-    if not 0 <= seconds < math.inf:
-        raise ValueError(f"{key} must be at least 0 seconds and end, got {seconds}")
+    if not 0 <= seconds <= A_DAY_S:
+        raise ValueError(f"{key} must be at least 0 and at most {A_DAY_S:,} seconds, got {seconds}")
     return seconds
 
 

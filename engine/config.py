@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from engine.files import read_json
 from sim.core.specs import ModelShape
+from sim.json_file import read_object
 
 FAMILIES = {"llama": False, "qwen2": True}
 """`model_type` -> whether the query, key and value projections have a bias."""
@@ -70,7 +70,7 @@ class ModelConfig:
 def read_config(folder: str | Path) -> ModelConfig:
     """The config of a Hugging Face folder. ValueError for what is missing or not supported."""
     path = Path(folder) / "config.json"
-    values = read_json(path, "not a Hugging Face model folder")
+    values = read_object(path, "not a Hugging Face model folder")
     try:
         return config_of(values, name=Path(folder).name, where=str(path))
     except KeyError as error:

@@ -23,6 +23,7 @@ import numpy as np
 
 from engine.finetune import Sample
 from engine.kernels.loss import IGNORE_LABEL
+from sim.json_file import parse
 
 FORMATS = {
     "messages": ("messages",),
@@ -126,7 +127,7 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error}") from None
 

@@ -22,7 +22,6 @@ from omegaconf import DictConfig, OmegaConf
 from engine.config import read_config
 from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
-from engine.files import read_json
 from engine.launching import LaunchSettings
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
@@ -38,6 +37,7 @@ from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from sim.errors import keys_as
 from sim.hydra_app import hydra_main
+from sim.json_file import read_object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +62,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_model_folder(self.model_name_or_path)
+        if self.prompts is not None and not self.prompts.strip():
+            raise ValueError("prompts must be a file or null, got nothing")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
         if self.device not in ("cpu", "cuda"):
@@ -183,7 +185,7 @@ def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
 def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
     """The end tokens of generation_config.json, or the tokenizer's own."""
     path = Path(folder) / "generation_config.json"
-    values = read_json(path) if path.is_file() else {}
+    values = read_object(path) if path.is_file() else {}
     found = values.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_token_id

@@ -16,10 +16,11 @@ import torch
 from safetensors import safe_open
 
 from engine.config import ModelConfig, read_config
-from engine.files import read_json, whole_file
+from engine.files import whole_file
 from engine.model import LayerWeights, Model, Weights
 from engine.parallel import ALONE, Group, parts_of, share_of, splits_input
 from sim.core.specs import ModelShape
+from sim.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
 
@@ -178,7 +179,7 @@ def _places(shape: ModelShape, weights: Weights, group: Group) -> Iterator[_Plac
 def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[str], Any]]:
     """Tensor name -> what gives its slices; files are mapped, not read."""
     index = folder / INDEX
-    files = {"model.safetensors"} if not index.is_file() else {*read_json(index)["weight_map"].values()}
+    files = {"model.safetensors"} if not index.is_file() else {*read_object(index)["weight_map"].values()}
     tensors: dict[str, Callable[[str], Any]] = {}
     for name in sorted(files):
         path = folder / name

@@ -21,12 +21,15 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 
-from engine.files import read_json, whole_file
+from engine.files import whole_file
 from engine.parallel import Group
 from engine.placement import Placement
 from engine.shelf import Segments, Shelf
 from sim.core.specs import LoraSpec, ModelShape
+from sim.json_file import read_object
 
+LARGEST_SCALE = 1e30
+"""Of a bypass: single precision holds no more than 3e38."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 UNSUPPORTED = (
     "use_dora",
@@ -60,6 +63,8 @@ class Adapter:
     def __post_init__(self) -> None:
         if not self.a or self.a.keys() != self.b.keys():
             raise ValueError(f"an adapter needs A and B of the same layers, got {[*self.a]} and {[*self.b]}")
+        if not abs(self.scale) <= LARGEST_SCALE:
+            raise ValueError(f"lora_alpha must give a scale of at most {LARGEST_SCALE:g}, got {self.alpha:g}")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -96,7 +101,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     """A PEFT folder as float32 on the CPU (float64 stays). ValueError names what is not supported."""
     folder = Path(folder)
     path = folder / "adapter_config.json"
-    config = read_json(path, "not a PEFT adapter")
+    config = read_object(path, "not a PEFT adapter")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{path}: peft_type must be LORA, got {config.get('peft_type')!r}")
     for key in UNSUPPORTED:

@@ -83,12 +83,4 @@ def whole_steps(tokens: int) -> int:
 def _limits(given: LimitSettings, kv_tokens: int, shape: ModelShape) -> Limits:
     longest = given.max_sequence_tokens
     with keys_as({"cluster.": ""}):
-        return Limits(
-            kv_tokens=kv_tokens,
-            block_tokens=given.block_tokens,
-            max_sequences=given.max_sequences,
-            max_tokens=given.max_tokens,
-            max_sequence_tokens=shape.max_context_tokens if longest is None else longest,
-            admission=given.admission,
-            lookahead=given.lookahead,
-        )
+        return given.of(kv_tokens, shape.max_context_tokens if longest is None else longest)

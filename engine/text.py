@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.files import read_json
 from engine.finetune import Sample
 from sim.errors import one_line
+from sim.json_file import parse, read_object
 
 BUNDLED = Path(__file__).parent / "data" / "harbour.json"
 BYTES = 256
@@ -31,7 +31,7 @@ def read_text(path: str | Path) -> str:
     if path.suffix != ".json":
         return content
     try:
-        records = json.loads(content)
+        records = parse(content)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(records, list):
@@ -52,7 +52,7 @@ def read_tokenizer(folder: str | Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers raises bare ones
         for path in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*token*.json")]):
-            read_json(path)
+            read_object(path)
         raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(str(error))[:200]}") from error
 
 

@@ -37,8 +37,8 @@ from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import StepRecord
 from engine.finetune import Sample
 from engine.load import check_model_folder, load_model
-from engine.lora import new_adapter, read_adapter, write_adapter
-from engine.optimizer import KINDS, SCHEDULES, OptimizerSettings
+from engine.lora import LARGEST_SCALE, new_adapter, read_adapter, write_adapter
+from engine.optimizer import KINDS, LARGEST_RATE, SCHEDULES, OptimizerSettings
 from engine.replica import replica
 from engine.text import passes, read_tokenizer
 from engine.training_log import TrainingLog, check_tensorboard
@@ -95,6 +95,7 @@ LEAST = {
     "weight_decay": 0,
 }
 ABOVE_0 = ("learning_rate", "lora_alpha", "max_grad_norm")
+MOST = {"learning_rate": LARGEST_RATE, "weight_decay": LARGEST_RATE, "lora_alpha": LARGEST_SCALE}
 OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm")
 """May be null."""
 
@@ -137,15 +138,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_model_folder(self.model_name_or_path)
-        if not self.output_dir.strip():
-            raise ValueError("output_dir must be a folder, got nothing")
+        for key, what in (("dataset", "a file"), ("output_dir", "a folder")):
+            if not getattr(self, key).strip():
+                raise ValueError(f"{key} must be {what}, got nothing")
         for key, allowed in CHOICES.items():
             if getattr(self, key) not in allowed:
                 raise ValueError(f"{key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}")
         for key, least in LEAST.items():
-            self._require(key, f"at least {least}", least, math.inf)
+            self._require(key, f"at least {least}", least, MOST.get(key, math.inf))
         for key in ABOVE_0:
-            self._require(key, "above 0", math.ulp(0.0), math.inf)
+            self._require(key, "above 0", math.ulp(0.0), MOST.get(key, math.inf))
         self._require("warmup_ratio", "between 0 and 1", 0, 1)
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
@@ -167,8 +169,9 @@ class Settings:
         if value is None and key in OPTIONAL:
             return
         if not (math.isfinite(value) and least <= value <= most):
+            bound = f" and at most {MOST[key]:g}" if key in MOST else ""
             or_null = " or null" if key in OPTIONAL else ""
-            raise ValueError(f"{key} must be {rule}{or_null}, got {value}")
+            raise ValueError(f"{key} must be {rule}{bound}{or_null}, got {value}")
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.engine import StepRecord
+from sim.json_file import parse, taken_apart
 
 SCALARS = ("loss", "grad_norm", "learning_rate", "epoch", "tok_s")
 """What TensorBoard gets of a row, under train/."""
@@ -51,7 +52,8 @@ class TrainingLog:
 
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # What was logged after the checkpoint is trained again.
-        kept = [line for line in self._lines() if json.loads(line)["step"] <= self._done]
+        with taken_apart(self._path, "coserve finetune"):
+            kept = [line for line in self._lines() if parse(line)["step"] <= self._done]
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._events = None if self._tensorboard is None else _events(self._tensorboard, self._done)

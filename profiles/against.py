@@ -189,10 +189,11 @@ def _metric(
     run: str, key: str, measured: Mapping[str, Any], summaries: Sequence[Mapping[str, Any]]
 ) -> Metric:
     values = np.array([summary[key] for summary in summaries], dtype=np.float64)
+    own = float(measured.get(key, np.nan))
     if np.isnan(values).all():
-        return Metric(run, key, float(measured[key]), *(np.nan,) * 3)
+        return Metric(run, key, own, *(np.nan,) * 3)
     numbers = np.nanmedian(values), np.nanmin(values), np.nanmax(values)
-    return Metric(run, key, float(measured[key]), *map(float, numbers))
+    return Metric(run, key, own, *map(float, numbers))
 
 
 def _outside(table: FittedCost, work: Mapping[str, Floats]) -> float:

@@ -48,7 +48,7 @@ def named_beside(path: Path) -> tuple[str | None, int | None]:
     meta_path = (path.parent.parent if degree else path.parent) / "meta.yaml"
     try:
         meta = yaml.safe_load(text_of(meta_path)) if meta_path.is_file() else None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{meta_path} is not YAML: {str(error).splitlines()[0]}") from None
     meta = meta if isinstance(meta, dict) else {}
     degrees = meta.get("tp_degrees")

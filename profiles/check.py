@@ -109,7 +109,7 @@ def check_file(
 
 def _another_card(path: Path, frame: pd.DataFrame, device: DeviceSpec) -> str | None:
     """In one line, that rows say to be of cards that are known by another name."""
-    said = frame["device"].astype(str).unique().tolist() if "device" in frame else []
+    said = frame["device"].dropna().astype(str).unique().tolist() if "device" in frame else []
     others = [text for text in said if card_named(text) not in (None, device.name)]
     return f"{path}: rows of {', '.join(others)} are judged as {device.name}" if others else None
 

@@ -164,7 +164,7 @@ def _engine_runs(named: Sequence[str]) -> list[Run]:
     runs = [run for run in map(read_run, find_runs(named)) if run.summary.get("source") == "engine"]
     if not runs:
         raise ValueError(f"no run of the engine in or below {', '.join(named)}: they are simulated ones")
-    single = [run for run in runs if run.summary["pipelines"] == 1]
+    single = [run for run in runs if run.summary.get("pipelines") == 1]
     for run in runs:
         if run not in single:
             print(f"note: {run.folder} is a split in two, which is not simulated", file=sys.stderr)

@@ -97,9 +97,10 @@ def _half(file: str, frame: pd.DataFrame) -> pd.DataFrame:
     for name in PRECISION_COLUMNS:
         if name not in frame:
             continue
-        half = frame[name].astype(str).str.lower().str.removeprefix("torch.").isin(HALF)
+        told = frame[name].astype(object).fillna("nothing").astype(str)
+        half = told.str.lower().str.removeprefix("torch.").isin(HALF)
         if not half.any():
-            found = ", ".join(map(str, sorted(frame[name].astype(str).unique())[:4]))
+            found = ", ".join(sorted(told.unique())[:4])
             raise ValueError(f"{file}: {name} is {found} in every row; allowed: {', '.join(HALF)}")
         if not half.all():
             left_out(file, int((~half).sum()), f"of another {name}")

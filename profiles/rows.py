@@ -15,7 +15,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from sim.workload.readers.columns import numbers
+
 Floats = NDArray[np.float64]
+MOST = 10**15
+"""Of a size: more has no meaning, and its square is no whole number of floats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,7 @@ def read_frame(path: Path) -> pd.DataFrame:
     if not path.is_file():
         raise ValueError(f"{path}: no such file")
     try:
-        frame = pd.read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
+        frame = _read_parquet(path) if path.suffix == ".parquet" else _read_csv(path)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise ValueError(
             f"{path}: not a readable CSV or Parquet file: {str(error).splitlines()[0]}"
@@ -84,6 +88,10 @@ def read_frame(path: Path) -> pd.DataFrame:
     return frame.rename(columns=lambda name: str(name).strip())
 
 
+def _read_parquet(path: Path) -> pd.DataFrame:
+    return pd.read_parquet(path).reset_index(drop=True)  # rows are counted, whatever their writer called them
+
+
 def _read_csv(path: Path) -> pd.DataFrame:
     with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
         header = file.readline()
@@ -91,7 +99,10 @@ def _read_csv(path: Path) -> pd.DataFrame:
         raise ValueError("it is a pointer of Git LFS in place of the data, which `git lfs pull` fetches")
     separator = next((sep for sep in (",", ";", "\t") if sep.encode() in header), ",")
     decimal = "," if separator == ";" else "."
-    return pd.read_csv(path, encoding="utf-8-sig", sep=separator, decimal=decimal)
+    frame = pd.read_csv(path, encoding="utf-8-sig", sep=separator, decimal=decimal)
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError("row 1 has more fields than the header")
+    return frame
 
 
 def left_out(file: str, rows: int, what: str) -> None:
@@ -108,13 +119,13 @@ def check_numbers(
 ) -> None:
     """ValueError for the first value that is no number, a time not above 0, or a size below 0 (or 1)."""
     for name in names:
-        values = pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64)
+        values = numbers(frame[name])
         # A time is above 0, a size at least 0 (a window of 0 is none), and both are numbers.
         least = math.ulp(0.0) if name in times else 1.0 if name in positive else 0.0
-        bad = ~np.isfinite(values) | (values < least)
+        bad = ~np.isfinite(values) | (values < least) | (values > (np.inf if name in times else MOST))
         if bad.any():
             row = int(np.argmax(bad))
-            allowed = "above 0" if name in times else f"at least {least:.0f}"
+            allowed = "above 0" if name in times else f"at least {least:.0f} and at most {MOST:,}"
             raise ValueError(
                 f"{file}: row {frame.index[row] + 1}: {name} is {frame[name].iloc[row]}; "
                 f"allowed: a number {allowed}"

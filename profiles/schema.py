@@ -22,9 +22,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from profiles.named import device_named, model_named
-from profiles.rows import read_frame
+from profiles.rows import check_numbers, read_frame
+from sim.checked import build
 from sim.core.rows import WORK_COLUMNS
 from sim.errors import nearest
+from sim.json_file import parse
+from sim.workload.readers.columns import numbers
 
 Floats = NDArray[np.float64]
 
@@ -124,22 +127,18 @@ def read_profile(path: Path) -> Profile:
         raise ValueError(
             f"{path}: row 0 (header): column {missing[0]} is missing; a profile needs {', '.join(COLUMNS)}"
         )
-    names = [name for name in (*COLUMNS, *MORE_COLUMNS) if name in frame]
-    numbers = {name: pd.to_numeric(frame[name], errors="coerce").to_numpy(np.float64) for name in names}
-    for name in COLUMNS:
-        values = numbers[name]
-        positive = name in SECONDS_COLUMNS
-        bad = ~np.isfinite(values) | ((values <= 0) if positive else (values < 0))
-        if bad.any():
-            row = int(np.argmax(bad))
-            allowed = "above 0" if positive else "at least 0"
-            raise ValueError(
-                f"{path}: row {row + 1}: {name} is {frame[name].iloc[row]}; allowed: a number {allowed}"
-            )
-    _check_order(str(path), numbers)
+    more = [name for name in MORE_COLUMNS if name in frame]
+    if more and len(more) < len(MORE_COLUMNS):
+        raise ValueError(
+            f"{path}: row 0 (header): of {', '.join(MORE_COLUMNS)}, which a collected profile has, there are only "
+            f"{', '.join(more)}"
+        )
+    check_numbers(str(path), frame, (*COLUMNS, *more[:-1]), SECONDS_COLUMNS, ())
+    columns = {name: numbers(frame[name]) for name in (*COLUMNS, *more)}
+    _check_order(str(path), columns)
     _check_repeats(str(path), frame)
-    _check_monotone(str(path), numbers)
-    return Profile(file=str(path), columns=numbers, provenance=_provenance(path), collected=_collected(path))
+    _check_monotone(str(path), columns)
+    return Profile(file=str(path), columns=columns, provenance=_provenance(path), collected=_collected(path))
 
 
 def find_profile(name: str) -> Path:
@@ -170,9 +169,10 @@ def _provenance(path: Path) -> Provenance | None:
     if text is None:
         return None
     try:
-        return Provenance(**json.loads(text))
-    except (TypeError, ValueError) as error:
+        found: Provenance = build(Provenance, parse(text.decode()), "provenance")
+    except ValueError as error:
         raise ValueError(f"{path}: provenance: {error}") from None
+    return found
 
 
 def _collected(path: Path) -> dict[str, Any] | None:
@@ -181,7 +181,12 @@ def _collected(path: Path) -> dict[str, Any] | None:
     import pyarrow.parquet as pq
 
     text = (pq.read_schema(path).metadata or {}).get(COLLECTED)
-    return None if text is None else dict(json.loads(text))
+    if text is None:
+        return None
+    try:
+        return dict(parse(text.decode()))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: what was collected: no JSON object: {error}") from None
 
 
 def _check_order(file: str, c: dict[str, Floats]) -> None:

@@ -24,7 +24,9 @@ class TableFile:
 
     def __post_init__(self) -> None:
         if not 0.2 <= self.share <= 1:
-            raise ValueError(f"cost table: share must be in [0.2, 1], got {self.share}")
+            raise ValueError(f"share must be in [0.2, 1], got {self.share}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def build(self, context: CostContext) -> FittedCost:
         name = self.path if self.path is not None else f"{context.device.name}-{context.model.name}"

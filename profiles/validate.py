@@ -39,6 +39,7 @@ from pathlib import Path
 from profiles.compare import Figure, Timeline, figures, timeline, windows
 from profiles.named import bare, model_named
 from profiles.workloads import Alike, known_workload, with_prompts
+from sim.arguments import Parser
 from sim.core.specs import ModelShape
 from sim.cost.operators import OperatorCost
 from sim.vllm.profile import ProfileFolder, read_profile
@@ -210,8 +211,8 @@ def _judge(found: Sequence[Figure], max_error: float | None, max_tpot_error: flo
     return ABOVE_BOUND if above else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="coserve validate", description=__doc__.split("\n\n")[0])
+def _parser() -> Parser:
+    parser = Parser(prog="coserve validate", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "run",
         type=Path,

@@ -28,7 +28,7 @@ from sim.core.specs import DeviceSpec, ModelShape
 from sim.core.work import Chunk, Work
 from sim.cost.context import CostBuilder, CostContext
 from sim.cost.memory import free_bytes, kv_bytes_per_token, kv_room_tokens
-from sim.errors import OutOfReach, nearest
+from sim.errors import OutOfReach, keys_as, nearest
 from sim.finetune_plans import FinetunePlans, plans_of, served_work
 from sim.metrics import PipelineFacts
 from sim.policies.finetune_only import FinetuneOnly
@@ -38,6 +38,8 @@ from sim.workload.finetune import Finetune
 from sim.workload.workload import Workload
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+MOST_PIPELINES = 4096
+"""Of a cluster: the noise of each has a seed of its own among so many."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,23 @@ class LimitSettings:
     max_sequence_tokens: int | None
     admission: str
     lookahead: int
+
+    def __post_init__(self) -> None:
+        room = max(1, self.block_tokens) if self.kv_tokens is None else self.kv_tokens
+        with keys_as({"cluster.limits.": ""}):
+            self.of(room, 1 if self.max_sequence_tokens is None else self.max_sequence_tokens)
+
+    def of(self, kv_tokens: int, max_sequence_tokens: int) -> Limits:
+        """With what is left open."""
+        return Limits(
+            kv_tokens=kv_tokens,
+            block_tokens=self.block_tokens,
+            max_sequences=self.max_sequences,
+            max_tokens=self.max_tokens,
+            max_sequence_tokens=max_sequence_tokens,
+            admission=self.admission,
+            lookahead=self.lookahead,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +103,13 @@ class ClusterSettings:
         counts = {"cluster.pipelines": self.pipelines} if self.groups is None else {}
         counts |= {f"cluster.groups[{i}].pipelines": g.pipelines for i, g in enumerate(self.groups or ())}
         for where, count in counts.items():
-            if count is not None and count < 1:
-                raise ValueError(f"{where} must be at least 1, got {count}")
+            if count is not None and not 1 <= count <= MOST_PIPELINES:
+                raise ValueError(f"{where} must be in 1..{MOST_PIPELINES}, got {count}")
+        together = sum(group.pipelines for group in self.groups or ())
+        if together > MOST_PIPELINES:
+            raise ValueError(
+                f"cluster.groups must have at most {MOST_PIPELINES} pipelines together, got {together}"
+            )
         if self.groups is not None and not self.groups:
             raise ValueError("cluster.groups must be null or name at least one group, got []")
         if not 0 < self.memory_utilization <= 1:
@@ -106,6 +130,9 @@ class SloSettings:
     def __post_init__(self) -> None:
         if not self.classes:
             raise ValueError("slo.classes must name at least one class, got {}")
+        for model, bound_s in self.tpot_s.items():
+            if not bound_s > 0:
+                raise ValueError(f"slo.tpot_s.{model} must be above 0 seconds, got {bound_s}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,8 +241,17 @@ def _assembly(config: DictConfig) -> Assembly:
         router=router,
         slos=slos,
         horizon=horizon,
-        labels=labels,
+        labels=checked_labels(labels),
     )
+
+
+def checked_labels(labels: dict[str, object]) -> dict[str, object]:
+    """`labels`; ValueError where a name by which tables tell runs apart is none."""
+    for key in ("policy", "model", "workload", "device"):
+        name = labels[key]
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{key}.name must be text that is not empty, got {name!r}")
+    return labels
 
 
 def _check_reach(config: DictConfig) -> None:
@@ -264,18 +300,12 @@ class _Group:
                 finetune_bytes=self.plans.held_bytes if policy.finetunes else 0.0,
             )
         longest = limits.max_sequence_tokens
-        return Limits(
-            kv_tokens=kv_tokens,
-            block_tokens=limits.block_tokens,
-            max_sequences=limits.max_sequences,
-            max_tokens=limits.max_tokens,
-            max_sequence_tokens=self.model.max_context_tokens if longest is None else longest,
-            admission=limits.admission,
-            lookahead=limits.lookahead,
-        )
+        return limits.of(kv_tokens, self.model.max_context_tokens if longest is None else longest)
 
     def world(self, index: int) -> CostModel:
-        return self.world_builder.build(replace(self.context, seed=self.context.seed * 4096 + index))
+        return self.world_builder.build(
+            replace(self.context, seed=self.context.seed * MOST_PIPELINES + index)
+        )
 
 
 def _region(world: object) -> dict[str, tuple[float, float]] | None:

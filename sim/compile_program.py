@@ -66,8 +66,9 @@ class FinetuneSettings:
     accumulation: int
 
     def __post_init__(self) -> None:
-        if self.accumulation < 1:
-            raise ValueError(f"finetune.accumulation must be at least 1, got {self.accumulation}")
+        for key in ("seq_len", "window_tokens", "accumulation"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"finetune.{key} must be at least 1, got {getattr(self, key)}")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -169,7 +170,7 @@ def _check_fits(config: DictConfig) -> None:
 
 
 def _spec(config: DictConfig) -> PeftSpec:
-    file = config.adapter_config
+    file: str | None = check(config.adapter_config, str | None, "adapter_config")
     spec = build(None, config.peft, "peft") if file is None else read_peft(file)
     assert isinstance(spec, PeftSpec)
     return spec

@@ -31,6 +31,10 @@ EXTRAS = {
 """Package -> the extra of coserve that brings it."""
 
 
+NO_MEMORY = ("can't allocate memory", "Storage size calculation overflowed", "out of memory")
+"""What torch says, with a plain RuntimeError or one of its own, of memory that is not there."""
+
+
 def install_command(extra: str) -> str:
     """What installs an extra at the pinned versions."""
     return f"pip install -c constraints.txt -e '.[{extra}]' in the folder of coserve"
@@ -100,7 +104,9 @@ def message(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.strerror is not None:
         where = f": {error.filename}" if error.filename is not None else ""
         return f"{error.strerror}{where}"
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(said in str(error) for said in NO_MEMORY)
+    ):
         return one_line(f"the memory of this machine is not enough: {error}").rstrip(": ")
     if (file := getattr(error, "policy_file", None)) is not None:
         return "\n".join([one_line(str(error)), *_frames(error, file)])
@@ -111,7 +117,10 @@ def message(error: BaseException) -> str | None:
         if type(error).__name__ == "MissingMandatoryValue":
             return f"{key} is missing; it must be given: {key}=..."
         if type(error).__name__ == "ConfigAttributeError":
-            return f"{key} is not there; the file that describes {key.rpartition('.')[0]} must say it"
+            node = key.rpartition(".")[0]
+            return f"{key} is not there; " + (
+                f"the file that describes {node} must say it" if node else "the command needs it"
+            )
         if type(error).__name__ == "InterpolationKeyError":
             absent = str(error).split("'")[1]
             return (

@@ -24,6 +24,8 @@ from typing import BinaryIO
 
 from tqdm import tqdm
 
+from sim.arguments import Parser
+from sim.errors import report
 from sim.workload.files import data_dir
 from sim.workload.public import PUBLIC_FILES, PublicFile, find_public
 
@@ -48,8 +50,7 @@ def main(argv: Sequence[str], files: tuple[PublicFile, ...] = PUBLIC_FILES) -> i
         print(f"{path}\nsha256 {sha256}{unchecked}\nlicence: {file.licence}")
         return 0
     except (ValueError, OSError, HTTPException) as error:
-        print(f"coserve fetch: {_reason(error)}", file=sys.stderr)
-        return 2
+        return report("coserve fetch", error, _reason(error))
 
 
 def download(file: PublicFile, path: Path) -> str:
@@ -96,8 +97,8 @@ def _is_right(path: Path, file: PublicFile) -> bool:
     return file.sha256 is None or hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256.lower()
 
 
-def _parser(files: tuple[PublicFile, ...]) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="coserve fetch", description="Download a public trace.")
+def _parser(files: tuple[PublicFile, ...]) -> Parser:
+    parser = Parser(prog="coserve fetch", description="Download a public trace.")
     known = ", ".join(file.name for file in files)
     parser.add_argument("name", nargs="?", help=f"one of {known}; with --url a path below the data folder")
     parser.add_argument("--force", action="store_true", help="download again even if the file is there")

@@ -19,6 +19,8 @@ from typing import Any, NoReturn
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep
 from hydra.errors import (
     ConfigCompositionException,
     InstantiationException,
@@ -31,7 +33,7 @@ from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
 from sim.run_folder import remove_unused, there
-from sim.usage import all_groups, usage
+from sim.usage import all_groups, is_group, usage
 
 VERSION_BASE = "1.3"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -69,6 +71,7 @@ def hydra_main(
     collected = _Task(task, at_start)
     try:
         _check_flags(argv)
+        _check_choices(argv, config_dir, config_name)
         collected.kept = _kept_folders(argv, task, config_dir, config_name)
         _check_added(argv, config_dir, config_name)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
@@ -210,6 +213,27 @@ def _check_flags(argv: Sequence[str]) -> None:
             raise ValueError(f"{key} must be a folder, got nothing")
 
 
+def _check_choices(argv: Sequence[str], config_dir: Path, config_name: str) -> None:
+    """Refuse what is no name where one of a group is chosen: Hydra fails on it without saying of which."""
+    groups = all_groups(config_dir, config_name)
+    for arg in argv:
+        key, equals, text = arg.partition("=")
+        if not equals or arg.startswith("-"):
+            continue
+        if not key.strip("+~"):
+            raise ValueError(f"cannot read {arg!r}: expected KEY=VALUE")
+        if not is_group(key, config_dir, config_name):
+            continue
+        override = OverridesParser.create().parse_override(arg)
+        value: Any = override.value()
+        choices = value.list if isinstance(value, ChoiceSweep) else [value]
+        for choice in choices:
+            names = choice if isinstance(choice, list) and choice else [choice]
+            if any(name is None or isinstance(name, (int, float, list)) for name in names):
+                known = f"one of {', '.join(groups[key])}" if key in groups else "a group of keys"
+                raise ValueError(f"{key} must be {known}, got {text}")
+
+
 def _check_added(argv: Sequence[str], config_dir: Path, config_name: str) -> None:
     """Refuse `+NAME...=` where the config has no NAME and no other argument refers to it: nobody would read it."""
     added = [re.split(r"[@=]", arg.lstrip("+"), maxsplit=1)[0] for arg in argv if arg.startswith("+")]
@@ -246,9 +270,13 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
         if key is not None:
             if "already at" in text:
                 return f"{key!r} is there already; without the + it is set"
+            inner = getattr(error.__cause__, "full_key", None) or ""
+            key = inner if inner.startswith(f"{key}.") else key
             keys = _known_keys(argv, config_dir, config_name)
+            if key in keys and "defaults list" in text:
+                return f"nothing is chosen for {key!r} in this command; its keys are set one by one"
             if key in keys:
-                return f"{key!r} is not an option of this command"
+                return f"{key!r} cannot be set: another argument takes it away"
             elsewhere = _choices_with(key, config_dir, config_name)
             if elsewhere:
                 return f"{key!r} is a key of {elsewhere} alone"
@@ -257,6 +285,17 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
         if "Ambiguous value" in text or "requires --multirun" in text:
             given = text.split("'")[1]
             return f"{given!r} gives several values: add -m to run each, or write KEY=[A,B] for a list"
+        if (
+            added := re.match(r"Multiple values for ([\w/@]+)|force-add .*'\+\+([\w/@]+)=", text)
+        ) is not None:
+            return f"{added[1] or added[2]!r} is a group; without the + its choice is set"
+        if (merged := re.match(r"Error merging override (.+)", text)) is not None:
+            key, _, value = merged[1].partition("=")
+            cause = str(error.__cause__)
+            wanted = f"cannot be set: {cause.splitlines()[0]}"
+            if "Cannot merge" in cause:
+                wanted = "must be a list" if "object_type=list" in cause else "must be a group of keys"
+            return f"{key} {wanted}, got {value}"
         return one_line(text)
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         return message(error.__cause__)
@@ -267,7 +306,7 @@ def _refused_key(text: str, argv: Sequence[str]) -> str | None:
     """The key of the override that Hydra found no place for."""
     if not text.startswith(("Could not override", "Could not append", "Could not delete", "Key ")):
         return None
-    keys = [arg.partition("=")[0].lstrip("+~") for arg in argv if "=" in arg]
+    keys = [arg.partition("=")[0].lstrip("+~") for arg in argv if "=" in arg or arg.startswith("~")]
     return next((key for key in keys if f"'{key}'" in text or f"full_key: {key}" in text), None)
 
 

@@ -33,6 +33,7 @@ from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.cost.saved import from_plain, to_plain
+from sim.json_file import read_object, taken_apart
 from sim.results import Run
 from sim.routing import LeastTokens
 from sim.workload.workload import Workload
@@ -106,24 +107,22 @@ def read_rerun(run: Run) -> Rerun:
         raise ValueError(
             f"{run.folder} is not a run of the engine: its source is {run.summary.get('source')}"
         )
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing: an older run; coserve bench writes it") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    missing = [
-        key for key in ("limits", "jobs", "predictor") if not isinstance(plain, dict) or key not in plain
-    ]
+    plain = read_object(path, "an older run; coserve bench writes it")
+    missing = [key for key in ("limits", "jobs", "predictor") if key not in plain]
     if missing:
         raise ValueError(f"{path} has no {missing[0]}; coserve bench writes it")
     config = OmegaConf.create(run.config)
     slos = slos_of(config)
     workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos))
+    with taken_apart(path, "coserve bench"):
+        limits: Limits = build(Limits, plain["limits"], f"{path}: limits")
+        predictor = from_plain(plain["predictor"])
+        for job in plain["jobs"]:
+            _job(job)
     return Rerun(
         run=run,
-        limits=Limits(**plain["limits"]),
-        predictor=from_plain(plain["predictor"]),
+        limits=limits,
+        predictor=predictor,
         slos=slos,
         workload=workload,
         horizon=Horizon(duration_s=workload.duration_s, drain_s=float(config.run.drain_s)),
@@ -189,8 +188,9 @@ def _answer(loop: Generator[Command, Done, None], start_s: Sequence[float], end_
             executed += 1
             reply = Done(0.0)
         elif isinstance(command, Sleep):
-            # A sleep on the wall clock ends a little after its time.
-            reply = Done(start_s[executed] if executed < len(start_s) else command.until_s)
+            # A sleep on the wall clock ends a little after its time; where the plans part, at its time.
+            recorded_s = start_s[executed] if executed < len(start_s) else command.until_s
+            reply = Done(max(recorded_s, command.until_s))
         elif waited < len(end_s):
             reply = Done(end_s[waited])
             waited += 1

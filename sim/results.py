@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.core.rows import Outcome, Recorder, Table
+from sim.core.rows import WORK_COLUMNS, Outcome, Recorder, Table
+from sim.json_file import read_object
 from sim.metrics import DEFINITIONS, Floats, column_views
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ if TYPE_CHECKING:
 
 SOURCES = ("sim", "engine")
 TABLES = ("requests", "iterations", "steps", "ticks", "segments")
+LABELS = ("slo", "adapter", "job", "outcome", "source")
+"""Columns of names."""
+ALWAYS = (*WORK_COLUMNS, "start_s", "end_s")
+"""Columns of `iterations` that every row has."""
+MOST = 10**15
+"""Of anything that is counted."""
 SUMMARY = "summary.json"
 
 _ROWS_PER_GROUP = 1 << 16
@@ -52,18 +59,20 @@ class Run:
     manifest: dict[str, Any]
 
     def table(self, name: str) -> pd.DataFrame:
-        """One of TABLES as a DataFrame; ValueError if its file is missing or damaged."""
+        """One of TABLES as a DataFrame; ValueError if its file is missing or damaged, or of other columns."""
         import pandas as pd
 
         if name not in TABLES:
             raise ValueError(f"a run has the tables {', '.join(TABLES)}, not {name!r}")
         path = self.folder / f"{name}.parquet"
         try:
-            return pd.read_parquet(path)
+            frame = pd.read_parquet(path)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is not readable as Parquet: {_one_line(error)}") from None
+        _check_columns(path, name, frame)
+        return frame
 
 
 def write_run(
@@ -117,14 +126,14 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"run folder {folder} does not exist")
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"{folder} has no {SUMMARY}: not a run folder, or a run that was cut short")
-    summary = _with_nans(_read_json(folder / SUMMARY))
-    manifest = _read_json(folder / "manifest.json")
+    summary = _with_nans(read_object(folder / SUMMARY), folder / SUMMARY)
+    manifest = read_object(folder / "manifest.json")
     path = folder / "config.yaml"
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {_one_line(error)}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a mapping, got {type(config).__name__}")
@@ -140,14 +149,18 @@ def finished_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool,
     if not (resume or sweep) or not (Path(folder) / SUMMARY).is_file():
         return None
     found = read_run(folder)
+    absent = [key for key in DEFINITIONS if key not in found.summary and not key.endswith("_bound_s")]
+    if absent:
+        raise ValueError(f"{found.folder / SUMMARY} has no {absent[0]}: damaged, or of another version")
     if _settings(config) != _settings(found.config):
         raise ValueError(f"{folder} holds a run of other settings; choose another folder")
     return found if resume else None
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    run = {key: value for key, value in config["run"].items() if key != "resume"}
-    return json.dumps({**config, "run": run}, sort_keys=True)
+    run = config.get("run")
+    own = {key: value for key, value in run.items() if key != "resume"} if isinstance(run, Mapping) else run
+    return json.dumps({**config, "run": own}, sort_keys=True, default=str)
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:
@@ -295,24 +308,38 @@ def _strings(names: list[str]) -> pa.Array:
     return pa.Array.from_buffers(pa.string(), len(texts), buffers)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {_one_line(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold an object, got {type(value).__name__}")
-    return value
+def _check_columns(path: Path, name: str, frame: pd.DataFrame) -> None:
+    """ValueError for a table that `write_run` does not write."""
+    import pandas as pd
+
+    for column in getattr(Recorder(), name).columns:
+        if column not in frame:
+            raise ValueError(f"{path} has no column {column}: damaged, or of another version")
+        if column in LABELS:
+            continue
+        if not pd.api.types.is_numeric_dtype(frame[column]):
+            raise ValueError(f"{path}: column {column} must hold numbers")
+        values = frame[column].to_numpy(np.float64, na_value=np.nan)
+        if column.endswith("_s") and np.isinf(values).any():
+            raise ValueError(f"{path}: column {column} must hold finite times")
+        if name == "iterations" and column in ALWAYS and not ((values >= 0) & (values <= MOST)).all():
+            raise ValueError(f"{path}: column {column} must hold a number from 0 to {MOST:,} in every row")
 
 
-def _with_nans(row: dict[str, Any]) -> dict[str, Any]:
+def _with_nans(row: object, path: Path) -> dict[str, Any]:
+    """A row of numbers and labels, and those of its classes; ValueError names the file where it is none."""
+    if not isinstance(row, dict):
+        raise ValueError(f"{path}: each of classes must be an object, got {row!r}")
     out: dict[str, Any] = {}
     for key, value in row.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key in DEFINITIONS and not (value is None or number):
+            raise ValueError(f"{path}: {key} must be a number or null, got {value!r}")
         out[key] = math.nan if value is None and key in DEFINITIONS else value
     if "classes" in out:
-        out["classes"] = [_with_nans(child) for child in out["classes"]]
+        if not isinstance(out["classes"], list):
+            raise ValueError(f"{path}: classes must be a list, got {out['classes']!r}")
+        out["classes"] = [_with_nans(child, path) for child in out["classes"]]
     return out
 
 

@@ -95,6 +95,8 @@ class PowerOfTwo:
     """The less loaded of two pipelines drawn at random (Mitzenmacher 2001)."""
 
     def __init__(self, *, seed: int = 0) -> None:
+        if seed < 0:
+            raise ValueError(f"cluster.router.seed must be at least 0, got {seed}")
         self._random = np.random.default_rng([seed, crc32(b"router")])
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
@@ -115,8 +117,10 @@ class AdapterAffinity:
     """
 
     def __init__(self, *, max_imbalance: float = 1.25) -> None:
-        if not max_imbalance >= 1:
-            raise ValueError(f"cluster.router.max_imbalance must be at least 1, got {max_imbalance}")
+        if not 1 <= max_imbalance < math.inf:
+            raise ValueError(
+                f"cluster.router.max_imbalance must be at least 1 and finite, got {max_imbalance}"
+            )
         self._max_imbalance = max_imbalance
         self._fallback = LeastTokens()
 

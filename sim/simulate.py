@@ -24,8 +24,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sim.assemble import CONFIGS, Assembly, assemble
-from sim.checked import check
+from sim.assemble import CONFIGS, Assembly, RunSettings, assemble
+from sim.checked import build
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
 from sim.core.work import Chunk, Work
@@ -83,8 +83,8 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    resume = check(config.run.resume, bool, "run.resume")
-    done = finished_run(folder, resolved, resume=resume, sweep=not single)
+    run = build(RunSettings, config.run, "run")
+    done = finished_run(folder, resolved, resume=run.resume, sweep=not single)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config}
     with warnings_as_notes(shown=single):
@@ -98,7 +98,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     with _progress(assembly, show=single) as on_progress:
         row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
     alone = None
-    if single and config.run.bounds:
+    if single and run.bounds:
         for policy in ("inference_only", "finetune_only"):
             if config.policy.name != policy:
                 bound = _with_policy(config, policy)
@@ -193,6 +193,7 @@ def _least_prefill(assembly: Assembly) -> tuple[float, int] | None:
         tokens = getattr(spec.policy, "min_chunk_tokens", None)
         if tokens is None:
             return None
+        tokens = min(tokens, spec.limits.max_tokens)
         work = Work(prefill=(Chunk(tokens, 0),), decode_count=1, decode_context_tokens=1, sampled_tokens=1)
         found.append((spec.predictor.iteration_s(work), tokens))
     return min(found, default=None)

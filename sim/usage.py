@@ -85,18 +85,34 @@ def usage(
 
 def all_groups(config_dir: Path, config_name: str) -> dict[str, list[str]]:
     """Group -> names of its files, in `config_dir` and on the search path: groups that the config uses."""
-    config = OmegaConf.load(config_dir / f"{config_name}.yaml")
-    assert isinstance(config, DictConfig)
+    config = _config(config_dir, config_name)
     used = _chosen(config)
     groups: dict[str, list[str]] = {}
-    entries = OmegaConf.select(config, "hydra.searchpath", default=())
-    for folder in (config_dir, *(Path(str(entry).removeprefix("file://")) for entry in entries)):
+    for folder in _folders(config, config_dir):
         for group, names in _groups(folder).items():
             # An experiment overrides the defaults of one config, and means nothing to another.
             foreign = group == "experiment" and folder != config_dir
             if not foreign and (group in used or group.partition("/")[0] in used):
                 groups[group] = list(dict.fromkeys([*groups.get(group, ()), *names]))
     return dict(sorted(groups.items()))
+
+
+def is_group(key: str, config_dir: Path, config_name: str) -> bool:
+    """Whether Hydra takes `key=` for the choice of a file, also where the config has no such choice."""
+    folders = _folders(_config(config_dir, config_name), config_dir)
+    return key.startswith("hydra/") or key == "hydra" or any((folder / key).is_dir() for folder in folders)
+
+
+def _config(config_dir: Path, config_name: str) -> DictConfig:
+    config = OmegaConf.load(config_dir / f"{config_name}.yaml")
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _folders(config: DictConfig, config_dir: Path) -> list[Path]:
+    """In which configs are looked for."""
+    entries = OmegaConf.select(config, "hydra.searchpath", default=())
+    return [config_dir, *(Path(str(entry).removeprefix("file://")) for entry in entries)]
 
 
 def _groups(folder: Path) -> dict[str, list[str]]:

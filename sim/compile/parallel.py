@@ -167,7 +167,7 @@ def compositions(
             raise ValueError(f"bypass {bypass.name}: tp must divide its features {wide}, got {tp}")
     if tp > 1 and not device.link_bandwidth_bytes_s > 0:
         raise ValueError(
-            f"device.{device.name}.link_bandwidth_bytes_s must be above 0 for tp {tp}, "
+            f"device.link_bandwidth_bytes_s of {device.name} must be above 0 for tp {tp}, "
             f"got {device.link_bandwidth_bytes_s}"
         )
     if tp == 1:

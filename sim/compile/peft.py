@@ -41,6 +41,10 @@ class PeftSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "targets", tuple(sorted(set(self.targets), key=_order)))
+        if not self.targets:
+            raise ValueError("peft.targets must name at least one layer, got none")
+        for target in self.targets:
+            _one_of("targets", target, LINEARS)
         _one_of("method", self.method, METHODS)
         _one_of("adapter_dtype", self.adapter_dtype, ADAPTER_DTYPES)
         _one_of("activation", self.activation, ACTIVATIONS)

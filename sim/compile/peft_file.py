@@ -5,12 +5,12 @@ Options that would change the graph in a way that the compiler does not know are
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sim.compile.peft import LINEARS, PeftSpec
+from sim.json_file import read_object
 
 REFUSED: dict[str, dict[str, Any]] = {
     "LORA": {
@@ -50,14 +50,7 @@ def read_peft(path: str | Path, adapter_dtype: str = "model") -> PeftSpec:
     path = Path(path)
     if path.is_dir():
         path /= "adapter_config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{path} is not JSON") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold keys and values")
+    config = read_object(path, "not a PEFT adapter")
     try:
         return _spec({**DEFAULTS, **config}, adapter_dtype)
     except (ValueError, TypeError) as error:

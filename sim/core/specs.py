@@ -114,6 +114,11 @@ class LoraSpec:
         object.__setattr__(self, "targets", tuple(self.targets))
         if self.rank < 1:
             raise ValueError(f"finetune.lora.rank must be at least 1, got {self.rank}")
+        for target in self.targets:
+            if self.targets.count(target) > 1:
+                raise ValueError(f"finetune.lora.targets must name each layer once, got {target} again")
+        if not self.targets:
+            raise ValueError("finetune.lora.targets must name at least one linear layer, got none")
         if not math.isfinite(self.alpha):
             raise ValueError(f"finetune.lora.alpha must be a finite number, got {self.alpha}")
 
@@ -154,6 +159,10 @@ class BypassWork:
     """Parameters whose gradient is added up over the devices, once a step."""
 
 
+MOST_SMS = 1_000_000
+"""Beyond it no work fills a device, and none has a rate."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
     """One accelerator, as its datasheet gives it (dense half precision)."""
@@ -170,7 +179,8 @@ class DeviceSpec:
     architecture: str = "ampere"
     """Whose kernels' constants it has, of `sim.cost.architectures`."""
     vector_flops: float | None = None
-    """Single precision outside the tensor cores; None is a sixteenth of `peak_flops`, about a datacentre's."""
+    """Single precision outside the tensor cores; None is a sixteenth of `peak_flops`, about a datacentre's. Read
+    where `clock_hz` is not given."""
     clock_hz: float | None = None
     """Boost clock; None is what `vector_flops` says of 128 lanes per multiprocessor."""
     l2_bytes: float | None = None
@@ -183,14 +193,19 @@ class DeviceSpec:
     """Efficiencies and latencies that a cost model reads by name."""
 
     def __post_init__(self) -> None:
-        for key in ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms"):
-            if not 0 < getattr(self, key) < math.inf:
-                raise ValueError(f"device.{key} must be above 0 and finite, got {getattr(self, key)}")
-        for key in ("vector_flops", "clock_hz", "l2_bytes"):
+        # A device that does less than one operation or byte per second has times beyond all numbers.
+        required = ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms")
+        for key in (*required, "vector_flops", "clock_hz", "l2_bytes"):
             value = getattr(self, key)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"device.{key} must be above 0 and finite, got {value}")
+            if not (value is None or 1 <= value < math.inf):
+                raise ValueError(f"device.{key} must be at least 1 and finite, got {value}")
+        if self.sms > MOST_SMS:
+            raise ValueError(f"device.sms must be at most {MOST_SMS:,}, got {self.sms}")
         # A link bandwidth of 0 is no link.
+        if 0 < self.link_bandwidth_bytes_s < 1:
+            raise ValueError(
+                f"device.link_bandwidth_bytes_s must be 0 or at least 1, got {self.link_bandwidth_bytes_s}"
+            )
         for key in ("link_bandwidth_bytes_s", "power_w", "idle_power_w", "price_per_hour"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:

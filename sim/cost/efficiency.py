@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
+from math import inf
 
 from sim.core.specs import DeviceSpec
 from sim.cost.architectures import constants_of
@@ -140,8 +141,8 @@ class Efficiency:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if not value > 0:
-                raise ValueError(f"device.extras.{item.name} must be above 0, got {value}")
+            if not 0 < value < inf:
+                raise ValueError(f"device.extras.{item.name} must be above 0 and finite, got {value}")
             if item.name in SHARES and value > 1:
                 raise ValueError(f"device.extras.{item.name} must be at most 1, got {value}")
         if self.attention_generation not in (2, 3):

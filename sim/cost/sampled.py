@@ -18,6 +18,9 @@ from sim.cost.fitted import FittedCost
 from sim.cost.noisy import Noisy
 from sim.cost.table import Table
 
+LEAST_ROWS, MOST_ROWS = 100, 100_000
+"""The most are timed and fitted in a few seconds; the fit gains nothing from more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampled:
@@ -32,8 +35,12 @@ class Sampled:
     def __post_init__(self) -> None:
         if not 0 <= self.spread < 1:
             raise ValueError(f"spread must be in [0, 1), got {self.spread}")
-        if self.rows < 100:
-            raise ValueError(f"rows must be at least 100 to fit all terms, got {self.rows}")
+        if not LEAST_ROWS <= self.rows <= MOST_ROWS:
+            raise ValueError(
+                f"rows must be at least {LEAST_ROWS} to fit all terms and at most {MOST_ROWS:,}, got {self.rows}"
+            )
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def build(self, context: CostContext) -> FittedCost:
         noisy = Noisy(of=self.of, spread=self.spread, seed=self.seed + 1)

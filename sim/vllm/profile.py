@@ -53,7 +53,7 @@ def read_profile(folder: Path, tp: int = 1) -> ProfileFolder:
     path = folder / "meta.yaml"
     try:
         meta = yaml.safe_load(text_of(path))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {str(error).splitlines()[0]}") from None
     if not isinstance(meta, dict):
         raise ValueError(f"{path} must hold keys and values")

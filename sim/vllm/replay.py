@@ -24,6 +24,7 @@ from sim.core.plan import Limits
 from sim.core.request import Request, Slo
 from sim.core.rows import Outcome, Recorder
 from sim.cost.operators import OperatorCost
+from sim.errors import keys_as
 from sim.vllm.blocks import alike
 from sim.vllm.policy import Vllm
 from sim.vllm.run import EngineSettings, MeasuredRequests
@@ -86,14 +87,15 @@ class _Engine:
         arrivals: _Stamped,
         prompts: Mapping[int, Sequence[int]],
     ) -> None:
-        limits = Limits(
-            kv_tokens=(engine.kv_blocks - 1) * engine.block_tokens,
-            block_tokens=engine.block_tokens,
-            max_sequences=engine.max_sequences,
-            max_tokens=engine.max_tokens,
-            max_sequence_tokens=engine.max_sequence_tokens,
-            lookahead=1 if engine.async_scheduling else 0,
-        )
+        with keys_as({"cluster.limits.": "the run's engine: "}):
+            limits = Limits(
+                kv_tokens=(engine.kv_blocks - 1) * engine.block_tokens,
+                block_tokens=engine.block_tokens,
+                max_sequences=engine.max_sequences,
+                max_tokens=engine.max_tokens,
+                max_sequence_tokens=engine.max_sequence_tokens,
+                lookahead=1 if engine.async_scheduling else 0,
+            )
         self.recorder, self.arrivals = Recorder(), arrivals
         slos = {"default": Slo()}
         self.state = CachedState(

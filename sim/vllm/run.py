@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.json_file import parse
 from sim.vllm.text import table_of, text_of
 
 Floats = NDArray[np.float64]
@@ -132,7 +133,7 @@ class _Node:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._root = json.loads(text_of(path))
+            self._root = parse(text_of(path))
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is not JSON: {error.msg} in line {error.lineno}") from None
 
@@ -324,7 +325,7 @@ def _prompts(path: Path, meta: _Node) -> list[list[int]]:
 
 def _object(where: str, line: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = parse(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON: {error.msg}") from None
     if not isinstance(row, dict):
@@ -404,9 +405,13 @@ def _ticks(path: Path) -> dict[str, Floats] | None:
     return {name: np.array(values) for name, values in columns.items()}
 
 
+MOST = 100_000_000
+"""Of tokens, blocks and sequences; a list of so many is still held."""
+
+
 def _whole(where: str, value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{where} must be a whole number from {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST:
+        raise ValueError(f"{where} must be a whole number from {least} to {MOST}, got {value!r}")
     return value
 
 

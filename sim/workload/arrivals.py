@@ -55,7 +55,7 @@ class Gamma:
 
     def __post_init__(self) -> None:
         check_number("workload.rate_rps", self.rate_rps, above=0)
-        check_number("workload.arrivals.cv", self.cv, above=0)
+        check_number("workload.arrivals.cv", self.cv, at_least=1e-3, at_most=1e3)
 
     def times_s(self, duration_s: float, rng: np.random.Generator) -> Floats:
         return _renewal(duration_s, 1 / self.rate_rps, self.cv, rng)
@@ -73,6 +73,10 @@ class Constant:
     def times_s(self, duration_s: float, rng: np.random.Generator) -> Floats:
         times_s = np.arange(np.ceil(duration_s * self.rate_rps)) / self.rate_rps
         return times_s[times_s < duration_s]
+
+
+MOST_BINS = 10_000_000
+"""Of a run, in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +117,11 @@ class Binned:
 
     def _integral(self, duration_s: float) -> tuple[Floats, Floats]:
         """Bin edges up to duration_s, and the expected arrivals before each; shape (bins + 1,)."""
+        if not duration_s / self.bin_s <= MOST_BINS:
+            raise ValueError(
+                f"workload.arrivals.bin_s must leave at most {MOST_BINS:,} bins in workload.duration_s "
+                f"{duration_s:g}, got {self.bin_s:g}"
+            )
         bins = int(np.ceil(duration_s / self.bin_s))
         rates = np.resize(np.array(self.rates) * (self.rate_rps / np.mean(self.rates)), bins)
         edges_s = np.append(np.arange(bins) * self.bin_s, duration_s)

@@ -32,10 +32,12 @@ def check_number(
         raise ValueError(f"{key} must be a number {' and '.join(bounds)}, got {value!r}")
 
 
-def check_whole(key: str, value: Any, *, at_least: int) -> None:
-    """Raise ValueError unless `value` is a whole number of at least `at_least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ValueError(f"{key} must be a whole number, at least {at_least}, got {value!r}")
+def check_whole(key: str, value: Any, *, at_least: int, at_most: int | None = None) -> None:
+    """Raise ValueError unless `value` is a whole number within the bounds."""
+    above = at_most is not None and isinstance(value, int) and value > at_most
+    if not isinstance(value, int) or isinstance(value, bool) or value < at_least or above:
+        bounds = f"at least {at_least}" + ("" if at_most is None else f" and at most {at_most:,}")
+        raise ValueError(f"{key} must be a whole number, {bounds}, got {value!r}")
 
 
 def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:

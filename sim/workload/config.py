@@ -16,6 +16,7 @@ import numpy as np
 
 from sim.workload.arrivals import ArrivalProcess
 from sim.workload.checks import check_choice, check_number, check_whole, nearest
+from sim.workload.files import check_file
 from sim.workload.lengths import Lengths
 from sim.workload.mix import AdapterMix, SloMix
 from sim.workload.source import ClosedLoop
@@ -27,6 +28,10 @@ MOST_REQUESTS = 10_000_000
 """More would not fit the memory of a large machine: 500,000 simulated requests take 0.86 GiB."""
 LONGEST_S = 10_000_000
 """Sixteen weeks: 200 million iterations of 50 ms."""
+MOST_CLIENTS = 100_000
+"""Each has random streams of its own, some 10 kB."""
+SHORTEST_RETRY_S = 1e-3
+"""Every pause is a moment that the simulation comes to."""
 DRAWS = 64
 """Requests that a closed-loop client draws at a time."""
 
@@ -121,6 +126,8 @@ class Trace:
     slo_mix: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
+        if self.file is not None:
+            check_file("workload.file", self.file)
         check_number("workload.start_s", self.start_s, at_least=0)
         for key in ("rate_rps", "duration_s"):
             if getattr(self, key) is not None:
@@ -144,6 +151,11 @@ class Trace:
         if self.start_s > 0:
             table = table.slice(self.start_s)
         table = self._stretched(table)
+        if table.duration_s > LONGEST_S:
+            raise ValueError(
+                f"workload {self.name}: the trace lasts {table.duration_s:g} s, of which at most {LONGEST_S:,} can "
+                "be run; take a part of it with workload.duration_s, or a higher workload.rate_rps"
+            )
         table = table.head(self.max_requests) if self.max_requests is not None else table
         return Workload.of(_labelled(table, seed, slo_names, self.slo_mix, self.adapters))
 
@@ -191,12 +203,13 @@ class Closed:
     slo_mix: Mapping[str, float] | None = None
 
     def __post_init__(self) -> None:
-        check_whole("workload.clients", self.clients, at_least=1)
+        check_whole("workload.clients", self.clients, at_least=1, at_most=MOST_CLIENTS)
         check_number("workload.duration_s", self.duration_s, above=0)
+        _check_length(self.duration_s)
         check_number("workload.think_s", self.think_s, at_least=0)
         check_choice("workload.think", self.think, ("exponential", "constant"))
         check_number("workload.ramp_s", self.ramp_s, at_least=0, at_most=self.duration_s)
-        check_number("workload.retry_s", self.retry_s, above=0)
+        check_number("workload.retry_s", self.retry_s, at_least=SHORTEST_RETRY_S)
         if self.max_requests is not None:
             check_whole("workload.max_requests", self.max_requests, at_least=1)
 
@@ -240,6 +253,10 @@ def _check_count(rate_rps: float, duration_s: float) -> None:
             f"workload.rate_rps x workload.duration_s must be at most {MOST_REQUESTS:,} requests, "
             f"got {rate_rps:g} x {duration_s:g} = {rate_rps * duration_s:.3g}"
         )
+    _check_length(duration_s)
+
+
+def _check_length(duration_s: float) -> None:
     if duration_s > LONGEST_S:
         raise ValueError(f"workload.duration_s must be at most {LONGEST_S:,} seconds, got {duration_s:g}")
 

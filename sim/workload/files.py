@@ -10,12 +10,20 @@ from sim.workload.public import fetch_hint
 
 
 def data_dir() -> Path:
-    """`COSERVE_DATA`, else `coserve` in the user's cache folder."""
+    """`COSERVE_DATA`, else `coserve` in the user's cache folder. A `~` of nobody stays as it is."""
     stated = os.environ.get("COSERVE_DATA")
     if stated:
-        return Path(stated).expanduser()
+        return Path(os.path.expanduser(stated))
     cache = os.environ.get("XDG_CACHE_HOME")
     return (Path(cache) if cache else Path.home() / ".cache") / "coserve"
+
+
+def check_file(key: str, file: object) -> None:
+    """Raise ValueError unless `file` is a path, or several of which the first that exists is meant."""
+    names = list(file) if isinstance(file, (list, tuple)) else [file]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        shown = names if isinstance(file, (list, tuple)) else file
+        raise ValueError(f"{key} must be the path of a file, got {shown!r}")
 
 
 def find_file(file: str | Sequence[str]) -> Path:
@@ -23,12 +31,11 @@ def find_file(file: str | Sequence[str]) -> Path:
 
     ValueError names every path tried, and for a public trace the command that fetches it.
     """
+    check_file("file", file)
     names = [file] if isinstance(file, str) else list(file)
     tried: list[Path] = []
     for name in names:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"a data file must be given by its path, got {name!r}")
-        tried += dict.fromkeys([Path(name).expanduser(), data_dir() / name])
+        tried += dict.fromkeys([Path(os.path.expanduser(name)), data_dir() / name])
     for path in tried:
         if path.is_file():
             return path

@@ -17,7 +17,7 @@ import numpy as np
 from sim.core.finetune import AUTO, MEMORIES, ORDERS, JobSpec
 from sim.core.specs import LoraSpec, ModelShape
 from sim.workload.checks import check_choice, check_number, check_whole
-from sim.workload.files import find_file
+from sim.workload.files import check_file, find_file
 from sim.workload.lengths import Length
 from sim.workload.readers.columns import json_number
 from sim.workload.readers.sharegpt import json_records
@@ -25,6 +25,8 @@ from sim.workload.streams import stream
 from sim.workload.table import Ints
 
 LENGTH_COLUMNS = ("tokens", "length", "input_ids")
+MOST_SAMPLES = 10_000_000
+"""Of a data set whose lengths are drawn: 80 MB of them."""
 TEXT_COLUMNS = ("text", "conversations", "messages", "prompt", "instruction", "content")
 
 
@@ -44,7 +46,7 @@ class DrawnSamples:
     samples: int
 
     def __post_init__(self) -> None:
-        check_whole("samples", self.samples, at_least=1)
+        check_whole("samples", self.samples, at_least=1, at_most=MOST_SAMPLES)
 
     def lengths(self, rng: np.random.Generator) -> Ints:
         return self.length.draw(self.samples, rng)
@@ -61,6 +63,9 @@ class FileSamples:
     def __post_init__(self) -> None:
         if self.file is None:
             raise ValueError("file must be the path of a data set, got none")
+        check_file("file", self.file)
+        if self.column is not None and not self.column:
+            raise ValueError("column must be null or the key of a record, got ''")
 
     def lengths(self, rng: np.random.Generator) -> Ints:
         assert self.file is not None
@@ -68,7 +73,7 @@ class FileSamples:
         column = self.column
         lengths = []
         for row, record in json_records(path):
-            column = column or _length_column(path, record)
+            column = _length_column(path, record) if column is None else column
             value = record.get(column)
             record = {column: len(value)} if isinstance(value, list) else record
             lengths.append(int(json_number(path, row, record, column, 1, whole=True)))

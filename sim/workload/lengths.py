@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from sim.workload.checks import check_choice, check_number, check_whole
+from sim.workload.files import check_file
 from sim.workload.table import Ints
 
 Rng = np.random.Generator
@@ -87,7 +88,8 @@ class Lognormal:
         object.__setattr__(self, "sigma", sigma)
 
     def draw(self, count: int, rng: Rng) -> Ints:
-        tokens = np.exp(self.mu + self.sigma * rng.standard_normal(count))
+        with np.errstate(over="ignore"):  # what is longer than all floats is clipped like the rest
+            tokens = np.exp(self.mu + self.sigma * rng.standard_normal(count))
         clipped: Ints = np.rint(np.clip(tokens, self.min_tokens, self.max_tokens)).astype(np.int64)
         return clipped
 
@@ -158,6 +160,7 @@ class FromTrace:
         from sim.workload.readers.lengths import FORMATS, read_lengths
 
         check_choice("format", self.format, FORMATS)
+        check_file("file", self.file)
         pairs = read_lengths(self.file, self.format)
         if self.max_total_tokens is not None:
             check_whole("max_total_tokens", self.max_total_tokens, at_least=2)

@@ -11,6 +11,9 @@ from numpy.typing import NDArray
 
 from sim.workload.checks import check_number, check_whole, nearest
 
+MOST_ADAPTERS = 100_000
+"""Each has a name in memory, and its share of the requests a place in the draw of every one."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterMix:
@@ -22,7 +25,7 @@ class AdapterMix:
     """Share of requests for the base model alone; without adapters it is all of them."""
 
     def __post_init__(self) -> None:
-        check_whole("workload.adapters.count", self.count, at_least=0)
+        check_whole("workload.adapters.count", self.count, at_least=0, at_most=MOST_ADAPTERS)
         check_number("workload.adapters.zipf", self.zipf, at_least=0)
         check_number("workload.adapters.base_share", self.base_share, at_least=0, at_most=1)
 

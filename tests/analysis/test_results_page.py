@@ -189,6 +189,25 @@ def test_every_ratio_of_the_reference_knows_its_target() -> None:
     assert reference_target(row("memory", "x", ratio=None)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (SESSION, json.dumps({**SESSION_OF, "steps": [1]})),
+        (BENCH, "{}"),
+        (BENCH, json.dumps({"rows": [{}]})),
+        (BENCH, "[" * 10_000),
+    ],
+)
+def test_files_that_no_session_writes_are_told_in_one_line(
+    tmp_path: Path, name: str, content: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / SESSION).write_text(json.dumps(SESSION_OF))
+    (tmp_path / name).write_text(content)
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error and error.count("\n") == 1
+
+
 def test_a_folder_that_is_not_there_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["nowhere"]) == 2
     error = capsys.readouterr().err

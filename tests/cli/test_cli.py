@@ -35,6 +35,23 @@ def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]
     assert "usage: coserve" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["report", "fetch", "results", "validate", "reproduce"])
+def test_an_unknown_option_is_refused_in_one_line(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, "--nope", "a", "b"])
+    error = capsys.readouterr().err
+    assert error.startswith(f"coserve {command}: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [["report", "nowhere"], ["results", "nowhere"], ["fetch", "nowhere"]])
+def test_every_command_says_error_in_the_same_form(
+    argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"coserve {argv[0]}: error: ") and error.count("\n") == 1
+
+
 def raising(error: BaseException) -> object:
     def command(argv: list[str]) -> int:
         raise error
@@ -48,7 +65,13 @@ def raising(error: BaseException) -> object:
         (ValueError("rate_rps must be above 0,\n got -1"), 2, "error: rate_rps must be above 0,; got -1\n"),
         (FileNotFoundError(2, "No such file", "x.csv"), 2, "error: No such file: x.csv\n"),
         (ModuleNotFoundError("torch", name="torch"), 2, "error: needs torch, which is not installed;"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+            2,
+            "the memory of this machine is not",
+        ),
         (KeyboardInterrupt(), 130, "interrupted\n"),
+        (RuntimeError("a mistake of ours"), 1, "Traceback"),
         (KeyError("a mistake of ours"), 1, "Traceback"),
         (ModuleNotFoundError("sim.missing", name="sim.missing"), 1, "Traceback"),
     ],

@@ -62,6 +62,13 @@ def test_unknown_keys_are_refused_whatever_is_shown(
         ("tp=x", "tp must be a whole number or null, got 'x'"),
         ("tp=0", "tp must divide heads 32"),
         ("memory_utilization=x", "memory_utilization must be a number, got 'x'"),
+        ("show=placements finetune.seq_len=0", "finetune.seq_len must be at least 1, got 0"),
+        ("show=placements finetune.window_tokens=-1", "finetune.window_tokens must be at least 1, got -1"),
+        ("adapter_config=5", "adapter_config must be text or null, got 5"),
+        ("peft.targets=[]", "peft.targets must name at least one layer, got none"),
+        ("peft.targets=[q]", "peft.targets must be one of q_proj, "),
+        ("finetune=5", "finetune must be a group of keys, got 5"),
+        ("finetune=none", "nothing is chosen for 'finetune' in this command; its keys are set one by one"),
     ],
 )
 def test_numbers_that_are_none_are_refused(
@@ -72,7 +79,7 @@ def test_numbers_that_are_none_are_refused(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["compile", argument]) == 2
+    assert main(["compile", *argument.split()]) == 2
     error = capfd.readouterr().err
     assert error.startswith(f"coserve compile: error: {told}") and error.count("\n") == 1
 

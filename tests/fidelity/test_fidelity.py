@@ -186,6 +186,14 @@ def test_mistakes_are_told_in_one_line(
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("  name: tiny\n", "  name: large\n"))
     assert "measured for tiny on 1 x cpu; asked for large" in refused(str(copy), profile)
+    plain = json.loads((copy / "rerun.json").read_text())
+    for key, value in (
+        ("jobs", None),
+        ("predictor", {}),
+        ("limits", {**plain["limits"], "max_tokens": "many"}),
+    ):
+        (copy / "rerun.json").write_text(json.dumps({**plain, key: value}))
+        assert "rerun.json" in refused(str(copy), profile)
     (copy / "rerun.json").write_text("{}")
     assert "rerun.json has no limits" in refused(str(copy), profile)
     (copy / "rerun.json").unlink()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,50 @@ def test_a_missing_or_damaged_table_is_named(tmp_path: Path, name: str) -> None:
     file.unlink()
     with pytest.raises(ValueError, match=rf"{name}\.parquet is missing"):
         read_run(folder).table(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("attainment", "all", "attainment must be a number or null, got 'all'"),
+        ("requests", True, "requests must be a number or null, got True"),
+        ("classes", {}, "classes must be a list, got {}"),
+        ("classes", [1], "each of classes must be an object, got 1"),
+    ],
+)
+def test_a_summary_of_other_kinds_is_named(tmp_path: Path, key: str, value: object, told: str) -> None:
+    path = write(tmp_path / "run") / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: {told}")):
+        read_run(path.parent)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "manifest.json", "config.yaml"])
+def test_a_file_that_is_nested_too_deep_is_named(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path / "run")
+    (folder / name).write_text("[" * 10_000 + "]" * 10_000)
+    with pytest.raises(ValueError, match=rf"{name} is not"):
+        read_run(folder)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "told"),
+    [
+        ("waiting", None, "has no column waiting"),
+        ("running", "many", "column running must hold numbers"),
+        ("end_s", math.inf, "column end_s must hold finite times"),
+        ("start_s", math.nan, "column start_s must hold a number from 0"),
+        ("prefill_tokens", 1e300, "column prefill_tokens must hold a number from 0"),
+        ("decode_count", -1, "column decode_count must hold a number from 0"),
+    ],
+)
+def test_a_table_of_other_columns_is_named(tmp_path: Path, column: str, values: object, told: str) -> None:
+    run = read_run(write(tmp_path / "run"))
+    frame = run.table("iterations")
+    changed = frame.drop(columns=column) if values is None else frame.assign(**{column: values})
+    changed.to_parquet(run.folder / "iterations.parquet")
+    with pytest.raises(ValueError, match=told):
+        run.table("iterations")
 
 
 def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +85,48 @@ def test_sizes_below_one_are_refused(
     kernel.loc[2, size] = 0
     line = refused(capsys, write(tmp_path / "none.csv", kernel))
     assert f"none.csv: row 3: {size} is 0; allowed: a number at least 1" in line
+
+
+def test_sizes_beyond_all_meaning_are_refused(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    size = next(name for name in kernel if name in ("m", "batch_size", "num_gpus"))
+    for value in ("1e300", "9" * 400):
+        kernel[size] = kernel[size].astype(object)
+        kernel.loc[2, size] = value
+        line = refused(capsys, write(tmp_path / "vast.csv", kernel))
+        assert f"vast.csv: row 3: {size} is " in line and "at most 1,000,000,000,000,000" in line
+
+
+def test_a_row_of_more_fields_than_the_header_is_refused(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "wide.csv", kernel)
+    header, first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([header, f"{first},1", *rest]))
+    assert "wide.csv: not a readable CSV or Parquet file: row 1 has more fields" in refused(capsys, path)
+
+
+def test_rows_count_from_1_whatever_a_parquet_file_calls_them(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernel["latency"] = kernel["latency"].astype(float)
+    kernel.loc[2, "latency"] = -1.0
+    path = tmp_path / "named.parquet"
+    kernel.set_index(pd.Index(["a", "b", "c"])).to_parquet(path)
+    assert "named.parquet: row 3: latency is -1.0" in refused(capsys, path)
+
+
+def test_a_row_without_a_device_or_a_precision_is_a_row(kernel: pd.DataFrame, tmp_path: Path) -> None:
+    told = kernel.assign(device=["NVIDIA A100-SXM4-80GB", None, None])
+    assert main(["check", str(write(tmp_path / "untold.csv", told)), "device=a100_80gb"]) == 0
+
+
+def test_a_precision_that_no_row_tells_is_refused(
+    kernel: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "eight.csv", kernel.assign(dtype=["fp8", None, "int8"]))
+    assert "dtype is fp8, int8, nothing in every row" in refused(capsys, path)
 
 
 def test_a_row_given_twice_is_refused(
@@ -214,6 +258,28 @@ def test_broken_rows_of_a_profile_are_named(
     line = refused(capsys, path)
     assert "broken.parquet: row " in line and words in line
     assert main(["fit", str(path)]) == 2
+
+
+@pytest.mark.parametrize("key", ["device", "model", "tp"])
+@pytest.mark.parametrize("value", [None, 0.5, ["a"]])
+def test_provenance_of_another_kind_is_refused(
+    key: str, value: object, columns: dict[str, np.ndarray], provenance: Provenance, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = write(tmp_path / "odd.csv", pd.DataFrame(columns))
+    for text in (json.dumps({**asdict(provenance), key: value}), "[" * 10_000, "[]"):
+        path.with_suffix(".json").write_text(text)
+        assert "odd.csv: provenance" in refused(capsys, path)
+
+
+def test_a_collected_profile_has_all_of_its_columns(
+    columns: dict[str, np.ndarray], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "half.csv", pd.DataFrame(columns).assign(host_s=0.001))
+    assert (
+        "of point, repeats, host_s, ahead_s, which a collected profile has, there are only host_s"
+        in refused(capsys, path)
+    )
 
 
 @pytest.mark.parametrize("column", ["prefill_pairs", "seconds_p50"])

@@ -269,6 +269,16 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFix
     assert "run.resume must be true or false, got 'maybe'" in capfd.readouterr().err
 
 
+def test_a_least_chunk_beyond_what_an_iteration_takes_is_the_whole_iteration() -> None:
+    own = ("slo.classes.default.ttft_s=0.02", "workload.duration_s=10", "run.bounds=false")
+    rows = [
+        read_run(simulate(*own, f"policy.min_chunk_tokens={tokens}", folder=str(tokens))).summary
+        for tokens in (512, 10**15)
+    ]
+    assert rows[0]["attainment"] < 0.95
+    assert rows[0]["ttft_mean_s"] == rows[1]["ttft_mean_s"]
+
+
 def test_a_twice_too_optimistic_predictor_breaks_coserving_and_slack_recovers() -> None:
     rows = {}
     for policy in ("coserving", "coserving_slack"):
@@ -334,7 +344,7 @@ BAD = {
     "cluster.limits.kv_tokens=3": "cluster.limits.kv_tokens must hold a block of 16 tokens, got 3",
     "cluster.limits.admission=random": "cluster.limits.admission must be one of fcfs, deadline, shortest",
     "cluster.limits.lookahead=2": "cluster.limits.lookahead must be 0 or 1, got 2",
-    "cluster.pipelines=0": "cluster.pipelines must be at least 1, got 0",
+    "cluster.pipelines=0": "cluster.pipelines must be in 1..4096, got 0",
     "cluster.tp=3": "tp must divide heads 32",
     "cluster.groups=[{pipelines:1,device:h100}]": "cluster.pipelines (equal pipelines) or cluster.groups",
     "cluster.pipelines=null cluster.groups=[{pipelines:1,device:h10}]": "no device named 'h10'; did you mean 'h100'?",
@@ -347,7 +357,7 @@ BAD = {
     "finetune=file": "error: finetune.jobs.file.data.file must be the path of a data set, got none",
     "workload/lengths=lognormal workload.lengths.prompt.quantiles.p50=0": "lengths.prompt.quantiles.p50 must",
     "hydra.run.dir=": "hydra.run.dir must be a folder, got nothing",
-    "device.peak_flops=inf": "device.peak_flops must be above 0 and finite, got inf",
+    "device.peak_flops=inf": "device.peak_flops must be at least 1 and finite, got inf",
     "device.link_bandwidth_bytes_s=inf": "device.link_bandwidth_bytes_s must be at least 0 and finite, got inf",
     "device.link_bandwidth_bytes_s=-1": "device.link_bandwidth_bytes_s must be at least 0 and finite, got -1.0",
     "model.hidden=7": "model.hidden must be a multiple of model.heads, got 7 and 32",
@@ -380,6 +390,43 @@ BAD = {
     "+cost.path=mine.parquet": "error: cost has no key 'path'; known: world, predictor",
     "model.name=mine": "give it with +slo.tpot_s.mine=..., or slo.classes.default.tpot_s=... itself",
     "hydra.run.dir=file/below": "file",
+    "run=5": "run must be a group of keys, got 5",
+    "policy.name=[a]": "policy.name must be text that is not empty, got ['a']",
+    "device.name=''": "device.name must be text that is not empty, got ''",
+    "~seed": "seed is not there; the command needs it",
+    "policy=5": "policy must be one of coserving, ",
+    "policy=[]": "policy must be one of coserving, ",
+    "cost={a:1}": "no key or group named 'cost.a'",
+    "cost.world=[1]": "cost.world must be a group of keys, got [1]",
+    "cost.predictor.of.rows=1000000000": "cost.predictor.of.rows must be at least 100 to fit all terms and at most",
+    "cost.predictor.of.seed=-1": "cost.predictor.of.seed must be at least 0, got -1",
+    "cluster/router=power_of_two cluster.router.seed=-1": "cluster.router.seed must be at least 0, got -1",
+    "cluster/router=adapter_affinity cluster.router.max_imbalance=inf": "cluster.router.max_imbalance must be at",
+    "cluster.limits.max_sequences=0": "cluster.limits.max_sequences must be at least 1, got 0",
+    "cluster.limits.block_tokens=0": "cluster.limits.block_tokens must be at least 1, got 0",
+    "cluster.pipelines=1000000000": "cluster.pipelines must be in 1..4096, got 1000000000",
+    "cluster.pipelines=null cluster.groups=[{pipelines:4000},{pipelines:97}]": "at most 4096 pipelines together",
+    "slo.tpot_s.llama_3_1_8b=-1": "slo.tpot_s.llama_3_1_8b must be above 0 seconds, got -1.0",
+    "device.memory_bandwidth_bytes_s=1e-300": "device.memory_bandwidth_bytes_s must be at least 1 and finite",
+    "device.link_bandwidth_bytes_s=0.5": "device.link_bandwidth_bytes_s must be 0 or at least 1, got 0.5",
+    "+device.extras.layer_fixed_s=inf": "device.extras.layer_fixed_s must be above 0 and finite, got inf",
+    "finetune.lora.targets=[]": "finetune.lora.targets must name at least one linear layer, got none",
+    "finetune.lora.targets=[q_proj,q_proj]": "finetune.lora.targets must name each layer once, got q_proj again",
+    "finetune.jobs.sky_t1.data.samples=1000000000": "sky_t1.data.samples must be a whole number, at least 1 and",
+    "finetune=file finetune.jobs.file.data.file=''": "finetune.jobs.file.data.file must be the path of a file, got ''",
+    "finetune=file finetune.jobs.file.data.file=bad.csv finetune.jobs.file.data.column=''": "data.column must be null",
+    "workload.adapters.count=1000000000": "workload.adapters.count must be a whole number, at least 0 and",
+    "workload.arrivals.bin_s=1e-9": "workload.arrivals.bin_s must leave at most 10,000,000 bins",
+    "workload=gamma workload.arrivals.cv=1e-200": "workload.arrivals.cv must be a number at least 0.001",
+    "workload=csv workload.file=[]": "workload.file must be the path of a file, got []",
+    "workload=csv workload.file=far.csv": "the trace lasts 2e+300 s, of which at most 10,000,000 can be run",
+    "workload=csv workload.file=late.csv workload.rate_rps=1e-300": "the trace lasts 3e+300 s, of which at most",
+    "workload=csv workload.file=named.csv": "named.csv: row 2, column slo: no SLO class 'chat'; the slo",
+    "workload=closed_loop workload.clients=1000000000": "workload.clients must be a whole number, at least 1 and",
+    "workload=closed_loop workload.duration_s=1e9": "workload.duration_s must be at most 10,000,000 seconds",
+    "workload=closed_loop workload.retry_s=1e-9": "workload.retry_s must be a number at least 0.001, got 1e-09",
+    "workload=burstgpt workload.reader.models=[]": "workload.reader.models must be null or a list of names, got []",
+    "workload/lengths=from_trace workload.lengths.file=''": "workload.lengths.file must be the path of a file, got ''",
 }
 
 
@@ -390,6 +437,8 @@ def test_bad_input_is_one_clear_line(override: str, capfd: pytest.CaptureFixture
     Path("nan.csv").write_text("arrival_s,prompt_tokens,output_tokens\nnan,10,5\n")
     Path("zero.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,0,5\n")
     Path("late.csv").write_text(LATE)
+    Path("far.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,10,5\n1e300,10,5\n")
+    Path("named.csv").write_text("arrival_s,prompt_tokens,output_tokens,slo\n0,10,5,chat\n")
     Path("blank.csv").write_text("")
     Path("folder").mkdir()
     Path("file").write_text("not a folder")

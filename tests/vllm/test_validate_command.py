@@ -309,14 +309,28 @@ SCHEDULER, PARALLEL = "resolved_config.scheduler_config.", "resolved_config.para
     ("change", "says"),
     [
         (_set("kv_cache.num_gpu_blocks", None), "meta.json has no key 'kv_cache.num_gpu_blocks'"),
-        (_set("kv_cache.block_size", 0), "kv_cache.block_size must be a whole number from 1, got 0"),
+        (
+            _set("kv_cache.block_size", 0),
+            "kv_cache.block_size must be a whole number from 1 to 100000000, got 0",
+        ),
         (_set(SCHEDULER + "policy", "priority"), "policy must be 'fcfs' to be simulated, got 'priority'"),
         (_set(SCHEDULER + "async_scheduling", "yes"), "async_scheduling must be true or false, got 'yes'"),
         (_set("resolved_config.speculative_config", {"k": 2}), "speculative_config must be None"),
         (_set(PARALLEL + "tensor_parallel_size", 2), "no times for tensor parallel degree 2; it has 1"),
-        (_set(PARALLEL + "data_parallel_size", 0), "data_parallel_size must be a whole number from 1, got 0"),
+        (
+            _set(PARALLEL + "data_parallel_size", 0),
+            "data_parallel_size must be a whole number from 1 to",
+        ),
         (_set(PARALLEL + "pipeline_parallel_size", 2), "pipeline_parallel_size must be 1 to be simulated"),
         (_set("resolved_config.lora_config", {"max_loras": 2}), "lora_config must be None to be simulated"),
+        (
+            _set(SCHEDULER + "max_num_batched_tokens", 10**29),
+            "max_num_batched_tokens must be a whole number from 1",
+        ),
+        (
+            _set(SCHEDULER + "max_num_batched_tokens", 1),
+            "the run's engine: max_tokens must be at least max_sequences",
+        ),
         (_set(SCHEDULER + "max_num_seqs", None), "no key 'resolved_config.scheduler_config.max_num_seqs'"),
         (_set("resolved_config.compilation_config.cudagraph_mode", 7), "must be 0, 1 or 2, or a pair"),
         (_set("model", "meta-llama/Llama-3.1-70B"), "the profile is of meta-llama/Llama-3.1-8B"),

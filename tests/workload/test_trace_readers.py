@@ -147,7 +147,7 @@ def test_burstgpt_failures_are_dropped_and_counted_or_kept(write: Callable[..., 
     ]
     with pytest.raises(ValueError, match=r"no row has Model 'ChatGTP'.*did you mean ChatGPT"):
         BurstGptReader(models=["ChatGTP"]).read(file)
-    with pytest.raises(ValueError, match="Model to keep must be a list of names, got 'GPT-4'"):
+    with pytest.raises(ValueError, match=r"reader.models must be null or a list of names, got 'GPT-4'"):
         BurstGptReader(models="GPT-4").read(file)
     with pytest.raises(ValueError, match="all 1 rows are failed"):
         BurstGptReader(models=["GPT-4"]).read(file)
@@ -228,6 +228,8 @@ GOOD = {
         ("burst", 3, "6,ChatGPT,0,1,5,API log", "row 3, column Request tokens: .*got 0"),
         ("plain", 3, "inf,1,1", "row 3, column arrival_s: .*got inf"),
         ("plain", 3, "1,1e12,1", "row 3, column prompt_tokens: .*got 1"),
+        ("plain", 3, f"1,{'9' * 400},1", "row 3, column prompt_tokens: .*got 999"),
+        ("plain", 1, "x" * 10_000, r"row 1: no column 'arrival_s', got x{200}\.\.\.$"),
         ("plain", 3, "1,2,3,4", "row 3: must have 3 fields, got 4"),
         ("plain", 1, PLAIN + ",adaptor", "unknown column 'adaptor'.*did you mean adapter"),
     ],
@@ -276,6 +278,8 @@ def test_a_quoted_header_is_read_and_a_column_given_twice_refused(tmp_path: Path
         ('{"timestamp": 1, "output_length": 1}', "row 2, column input_length: .*got nothing"),
         ("[1, 2]", "row 2: must be a JSON object"),
         ("{", "row 2: must be JSON"),
+        ("[" * 10_000, "row 2: must be JSON"),
+        ('{"timestamp": ' + "9" * 5000 + "}", "row 2: must be JSON"),
     ],
 )
 def test_a_malformed_mooncake_row_is_named(write: Callable[..., str], line: str, says: str) -> None:
@@ -394,5 +398,7 @@ def test_a_missing_public_trace_says_how_to_get_it(tmp_path: Path, monkeypatch: 
         find_file(["mooncake/conversation_trace.jsonl", "mooncake/conversation_trace_head.jsonl"])
     with pytest.raises(ValueError, match=r"no such file: mine.csv or \S+mine.csv$"):
         find_file("mine.csv")
-    with pytest.raises(ValueError, match="must be given by its path, got 3"):
+    with pytest.raises(ValueError, match=r"file must be the path of a file, got \[3\]"):
         find_file([3])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"no such file: ~nobody-here/mine\.csv"):
+        find_file("~nobody-here/mine.csv")

@@ -30,6 +30,11 @@ class BurstGptReader:
 
     def __post_init__(self) -> None:
         check_choice("workload.reader.failures", self.failures, ("drop", "keep"))
+        for key in ("models", "log_types"):
+            wanted = getattr(self, key)
+            if wanted is not None and (isinstance(wanted, str) or len(wanted) == 0):
+                shown = wanted if isinstance(wanted, str) else [*wanted]
+                raise ValueError(f"workload.reader.{key} must be null or a list of names, got {shown!r}")
 
     def read(self, file: str | Sequence[str]) -> RequestTable:
         path = find_file(file)
@@ -38,10 +43,6 @@ class BurstGptReader:
         for column, wanted in (("Model", self.models), ("Log Type", self.log_types)):
             if wanted is None:
                 continue
-            if isinstance(wanted, str) or len(wanted) == 0:
-                raise ValueError(
-                    f"{path}: the values of {column} to keep must be a list of names, got {wanted!r}"
-                )
             known = [str(name) for name in frame[column].unique()]
             for name in wanted:
                 if name not in known:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.json_file import parse
 from sim.workload.checks import nearest
 from sim.workload.table import Floats, Ints, RequestTable, window_s
 
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MAX_TOKENS = 2**31 - 1
-LONGEST_SHOWN = 60
-"""Letters of a value in a message."""
+LONGEST_SHOWN, LONGEST_HEADER = 60, 200
+"""Letters of a value, and of the names of columns, in a message."""
 
 
 def read_csv(
@@ -53,7 +54,7 @@ def read_csv(
         raise ValueError(f"{path}: row 1: column {twice!r} must be there once, got {header.count(twice)}")
     for name in columns:
         if name not in header:
-            got = ", ".join(header) or "an empty file"
+            got = _cut(", ".join(header), LONGEST_HEADER) or "an empty file"
             raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
     _check_widths(path, content, len(header))
     known = [*columns, *optional]
@@ -87,7 +88,7 @@ def read_csv(
 
 def tokens_column(path: Path, frame: pd.DataFrame, column: str, *, at_least: int = 1) -> Ints:
     """Whole numbers of tokens, shape (rows,)."""
-    values = _numbers(frame[column])
+    values = numbers(frame[column])
     with np.errstate(invalid="ignore"):
         bad = ~((values >= at_least) & (values <= MAX_TOKENS) & (values == np.floor(values)))
     _refuse(path, frame, column, bad, f"a whole number from {at_least} to {MAX_TOKENS}")
@@ -96,7 +97,7 @@ def tokens_column(path: Path, frame: pd.DataFrame, column: str, *, at_least: int
 
 def seconds_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
     """Finite times of at least 0, shape (rows,)."""
-    values = _numbers(frame[column])
+    values = numbers(frame[column])
     _refuse(path, frame, column, ~(np.isfinite(values) & (values >= 0)), "a number of seconds, at least 0")
     return values
 
@@ -109,6 +110,17 @@ def stamps_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
     _refuse(path, frame, column, stamps.isna().to_numpy(), "a stamp such as 2023-11-16 18:15:46.680590")
     seconds = (stamps - stamps.min()).dt.total_seconds()
     return np.asarray(seconds, np.float64)
+
+
+def numbers(column: pd.Series[Any]) -> Floats:
+    """A column as numbers, shape (rows,): NaN where it holds none, infinite where one is beyond all floats."""
+    import pandas as pd
+
+    try:
+        found = pd.to_numeric(column, errors="coerce")
+    except (OverflowError, TypeError):  # whole numbers of hundreds of digits, and lists
+        found = pd.to_numeric(column.astype(str), errors="coerce")
+    return found.to_numpy(dtype=np.float64, na_value=np.nan)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -126,7 +138,7 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{path}: the file is empty")
     for row, line in enumerate(lines, start=1):
         try:
-            yield row, json.loads(line)
+            yield row, parse(line)
         except json.JSONDecodeError:
             raise ValueError(f"{path}: row {row}: must be JSON, got {line[:60]!r}") from None
 
@@ -185,6 +197,10 @@ def make_table(
     )
 
 
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 def _check_widths(path: Path, content: str, width: int) -> None:
     """Refuse a row with more fields than the header: pandas would drop the rest in silence."""
     if content.count(",") == (width - 1) * (content.count("\n") + 1):
@@ -204,17 +220,11 @@ def _csv_rows(path: Path, content: str) -> Iterator[tuple[int, list[str]]]:
         raise ValueError(f"{path}: row {reader.line_num}: not CSV: {error}") from None
 
 
-def _numbers(column: pd.Series[Any]) -> Floats:
-    import pandas as pd
-
-    return pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64, na_value=np.nan)
-
-
 def _refuse(path: Path, frame: pd.DataFrame, column: str, bad: NDArray[np.bool_], allowed: str) -> None:
     if bad.any():
         at = int(np.argmax(bad))
         value = frame[column].tolist()[at]
         shown = "nothing" if value != value or value == "" else repr(value)
-        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}..."
+        shown = _cut(shown, LONGEST_SHOWN)
         row = int(frame.index[at]) + 2
         raise ValueError(f"{path}: row {row}, column {column}: must be {allowed}, got {shown}")

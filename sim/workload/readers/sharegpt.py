@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from sim.json_file import parse
 from sim.workload.files import find_file
 from sim.workload.readers.columns import csv_header, json_lines, json_number, read_csv, tokens_column
 from sim.workload.table import Ints
@@ -56,7 +57,7 @@ def json_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _json_list(path: Path) -> list[Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8-sig", errors="replace"))
+        values = parse(path.read_text(encoding="utf-8-sig", errors="replace"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: row {error.lineno}: not JSON: {error.msg}") from None
     if not isinstance(values, list) or not values:
