@@ -19,7 +19,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine.changes import rows_of
-from engine.kernels.grouped_lora import grouped_lora, lora_expand, lora_shrink, lora_weight_grad
+from engine.kernels.grouped_lora import grouped_lora
+from engine.kernels.lora_expand import lora_expand
+from engine.kernels.lora_shrink import lora_shrink
+from engine.kernels.lora_weight_grad import lora_weight_grad
 from engine.parallel import Group
 from engine.placement import Placement
 from sim.compile.bypass import R

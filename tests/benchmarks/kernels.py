@@ -27,7 +27,8 @@ import engine.kernels.paged_attention as attention_file
 from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from engine.graphs import capture_stream
 from engine.kernels.attention_backward import Tiles, attention_backward, attention_backward_reference
-from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference, lora_weight_grad
+from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference
+from engine.kernels.lora_weight_grad import lora_weight_grad
 from engine.kernels.loss import linear_cross_entropy
 from engine.kernels.paged_attention import Tile, paged_attention, paged_attention_reference
 from engine.kernels.write_kv import write_kv

@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.kernels import attention_backward, grouped_lora, paged_attention, write_kv
+from engine.kernels import (
+    attention_backward,
+    grouped_lora,
+    lora_expand,
+    lora_shrink,
+    lora_weight_grad,
+    paged_attention,
+    write_kv,
+)
 from engine.sampling import Sampling
 from sim.core.request import Request
 from tests.engine.tiny import EngineRun, JobSetup, adapter_of, sample_of, tiny_model, tokens_of
@@ -47,7 +55,8 @@ def small_run(dtype: torch.dtype = torch.float32) -> EngineRun:
 def compare_kernels_with_references() -> None:
     """For a process that interprets Triton: the same run by references, then by the kernels."""
     reference = small_run()
-    for module in (attention_backward, grouped_lora, paged_attention, write_kv):
+    lora = (grouped_lora, lora_shrink, lora_expand, lora_weight_grad)
+    for module in (attention_backward, *lora, paged_attention, write_kv):
         module.uses_triton = lambda tensor: True  # type: ignore[attr-defined]
     own = small_run()
     assert own.tokens == reference.tokens

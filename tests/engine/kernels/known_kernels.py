@@ -13,8 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from engine.kernels.hopper import cases
 from engine.kernels.jit import Launch
+from engine.kernels.production import cases
 from engine.kernels.swiglu_backward import swiglu_backward_launch
 
 Call = tuple["Kernel", tuple[int, ...], tuple[Any, ...]]

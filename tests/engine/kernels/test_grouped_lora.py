@@ -6,18 +6,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from engine.kernels.grouped_lora import (
-    grouped_lora,
-    grouped_lora_triton,
-    lora_expand_reference,
-    lora_expand_triton,
-    lora_launches,
-    lora_shrink_reference,
-    lora_shrink_triton,
-    lora_weight_grad,
-    lora_weight_grad_triton,
-    weight_grad_launch,
-)
+from engine.kernels.grouped_lora import grouped_lora, grouped_lora_triton, lora_launches
+from engine.kernels.lora_expand import lora_expand_reference, lora_expand_triton
+from engine.kernels.lora_shrink import lora_shrink_reference, lora_shrink_triton
+from engine.kernels.lora_weight_grad import lora_weight_grad, lora_weight_grad_triton, weight_grad_launch
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float64: 1e-12}
 
@@ -177,7 +169,7 @@ def test_kernels_in_half_precision(native: str) -> None:
 
 
 def gradients(batch: Batch, dy: torch.Tensor, triton: bool) -> list[torch.Tensor]:
-    """dx, dA and dB of the only segment, made from this module's pieces."""
+    """dx, dA and dB of the only segment."""
     n, tokens = int(batch.segment_adapter[0]), int(batch.segment_start[1])
     rank, scale = int(batch.ranks[n]), float(batch.scales[n])
     lora, weight_grad = (

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import engine.kernels
-from engine.kernels.hopper import cases
+from engine.kernels.production import cases
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="compiling needs triton")
 
