@@ -72,7 +72,11 @@ def compare_kernels_with_references() -> None:
 def test_the_engine_through_its_kernels_equals_the_references() -> None:
     if importlib.util.find_spec("triton") is None:
         pytest.skip("kernels need triton")
-    program = f"from tests.engine.{Path(__file__).stem} import compare_kernels_with_references as run; run()"
+    program = (
+        f"from tests.engine.{Path(__file__).stem} import compare_kernels_with_references\n"
+        "from tests.engine.kernels.watched import watch\n"
+        "watch(); compare_kernels_with_references()"
+    )
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Kernels run natively where there is a GPU, else in Triton's interpreter.
+"""Kernels run natively where there is a GPU, else in Triton's interpreter, watched (`watched`).
 
 The interpreter must be chosen before Triton is imported, and would then hold for the whole process.
 Tests that ask for `native` and find no GPU therefore run in one child process per session (per worker
@@ -19,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from tests.engine.kernels.watched import watch
 
 CUDA = torch.cuda.is_available()
 WORKER = pytest.StashKey[ProcessPoolExecutor]()
@@ -52,6 +54,8 @@ def size(request: pytest.FixtureRequest) -> str:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        watch()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -87,6 +91,7 @@ def _worker(config: pytest.Config) -> ProcessPoolExecutor:
 def _interpret(path: list[str]) -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     sys.path[:] = path
+    watch()
 
 
 def _run(path: str, function: str, arguments: dict[str, Any]) -> str | None:
