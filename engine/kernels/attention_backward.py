@@ -32,11 +32,12 @@ from engine.kernels.checks import (
     check_dtype,
     check_heads,
     check_index,
+    check_narrow_rows,
     check_pages,
     check_rows,
     check_shape,
 )
-from engine.kernels.jit import Launch, by_layout, cdiv, jit, multiprocessors, tl, uses_triton
+from engine.kernels.jit import Launch, by_layout, cdiv, jit, multiprocessors, shared_bytes, tl, uses_triton
 from engine.kernels.paged_attention import LOG2_E, MAX_SPLITS, Tile, choose_splits, gather_pages
 
 
@@ -48,12 +49,15 @@ class Tiles(NamedTuple):
     """Here `rows` are tokens of one query head, walked over, `keys` the block that a program owns."""
 
 
-def backward_tiles(dtype: torch.dtype) -> Tiles:
-    """float32 is for tests. 128 keys per program of `_dkv` would spill 144 bytes per thread at D = 128
-    (255 registers); 64 take 201."""
+def backward_tiles(dtype: torch.dtype, shared: int) -> Tiles:
+    """For programs with so many bytes of shared memory. float32 is for tests.
+
+    128 keys per program of `_dkv` would spill 144 bytes per thread at D = 128 (255 registers); 64 take 201. There its
+    three stages take up to 129 KiB; cards without HBM have 99, and two stages take 73.
+    """
     if dtype == torch.float32:
         return Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1))
-    return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3))
+    return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3 if shared >= 129 * 1024 else 2))
 
 
 def attention_backward(
@@ -158,11 +162,13 @@ def _pair(
     check_dtype("q", q, FLOATS)
     check_dtype("lse", lse, (torch.float32,))
     check_dtype("dk", dk, (torch.float32,))
+    for name, tensor in (("dout", dout), ("q", q), ("out", out)):
+        check_narrow_rows(name, tensor)
     tokens, heads, head_dim = q.shape
     kv_heads = k_pages.shape[2]
     check_heads(heads, kv_heads, head_dim)
     group, keys = heads // kv_heads, start + tokens
-    tiles = backward_tiles(q.dtype)
+    tiles = backward_tiles(q.dtype, shared_bytes(q.device))
     if group > tiles.dq.rows:
         raise ValueError(f"query heads per key head must be at most {tiles.dq.rows}, got {group}")
     dq_tokens = tiles.dq.rows // group
@@ -323,7 +329,8 @@ def _dq(
     block_n: tl.constexpr,
 ) -> None:
     """Grid (tiles of tokens, K, splits). Writes dq [splits, N, H, D] and delta [N, H]."""
-    token = tl.program_id(0) * block_q
+    # The last queries see most keys: the longest programs start first.
+    token = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_q
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     row = tl.arange(0, block_m)

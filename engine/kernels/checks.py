@@ -51,6 +51,14 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
         want *= size
 
 
+def check_narrow_rows(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless offsets of all rows fit 32 bits, for kernels that have no registers for more."""
+    if tensor.shape[0] * tensor.stride(0) > 2**31:
+        raise ValueError(
+            f"{name} must span at most {2**31} numbers, got {tensor.shape[0]} rows of {tensor.stride(0)}"
+        )
+
+
 def check_out(
     name: str,
     tensor: torch.Tensor,

@@ -42,7 +42,7 @@ def grouped_lora(
     that transposed views do; ranks [N] int32 and scales [N] float32; segment_start [G + 1] and
     segment_adapter [G] int32, all on the device. Adapter -1 is the base model: its tokens are left
     alone, as are those outside of all segments; segments may be empty. Padding beyond an adapter's
-    rank is never read.
+    rank may be anything.
 
     Returns s = x A^T [T, R] (float32; float64 for float64 on the CPU), unscaled, defined for the
     first r columns of tokens with an adapter. Raises ValueError for tensors that do not fit together.

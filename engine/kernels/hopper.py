@@ -57,10 +57,34 @@ class Compiled(NamedTuple):
     """Warp matrix instructions in the PTX."""
     async_copies: int
     """cp.async (Ampere's asynchronous copies, which gathered pages need) in the PTX."""
+    narrow_loads: int
+    """Loads of two bytes from global memory in the PTX: eight of them for one of 16 bytes, where neighbours are not
+    known to lie beside each other or a mask may part them."""
 
 
 def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
-    """Compile `launch` for compute capability `arch` (80, 90) without a device.
+    """What the compiler makes of `launch` for compute capability `arch`."""
+    compiled = compile_kernel(launch, arch)
+    ptx = compiled.asm["ptx"]
+    registers, stack_bytes = resources(compiled.asm["cubin"])
+    return Compiled(
+        case=case,
+        kernel=launch.kernel.__name__,
+        constants=" ".join(f"{k}={v}" for k, v in launch.constants.items()),
+        warps=launch.warps,
+        stages=launch.stages,
+        registers=registers,
+        stack_bytes=stack_bytes,
+        shared_bytes=compiled.metadata.shared,
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        mma=len(re.findall(r"\bmma\.sync", ptx)),
+        async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
+        narrow_loads=len(re.findall(r"ld\.global[.a-z]*\.b16", ptx)),
+    )
+
+
+def compile_kernel(launch: Launch, arch: int) -> Any:
+    """Triton's compiled kernel for compute capability `arch` (80, 90), without a device.
 
     Raises ValueError when Triton interprets its kernels: there is nothing to compile then.
     """
@@ -71,25 +95,10 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
     if not isinstance(kernel, triton.runtime.JITFunction):
         raise ValueError("compiling needs Triton's compiler: unset TRITON_INTERPRET")
     signature, constants, attributes = specialise(launch)
-    compiled = triton.compile(
+    return triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes),
         target=GPUTarget("cuda", arch, 32),
         options={"num_warps": launch.warps, "num_stages": launch.stages},
-    )
-    ptx = compiled.asm["ptx"]
-    registers, stack_bytes = resources(compiled.asm["cubin"])
-    return Compiled(
-        case=case,
-        kernel=kernel.__name__,
-        constants=" ".join(f"{k}={v}" for k, v in launch.constants.items()),
-        warps=launch.warps,
-        stages=launch.stages,
-        registers=registers,
-        stack_bytes=stack_bytes,
-        shared_bytes=compiled.metadata.shared,
-        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
-        mma=len(re.findall(r"\bmma\.sync", ptx)),
-        async_copies=len(re.findall(r"cp\.async\.c[ag]", ptx)),
     )
 
 
@@ -147,13 +156,25 @@ def compile_all(arch: int, only: str = "") -> list[Compiled]:
     ]
 
 
-COLUMNS = ("case", "kernel", "warps", "stages", "regs", "stack", "shared", "wgmma", "mma", "cp.async")
+COLUMNS = (
+    "case",
+    "kernel",
+    "warps",
+    "stages",
+    "regs",
+    "stack",
+    "shared",
+    "wgmma",
+    "mma",
+    "cp.async",
+    "ld.b16",
+)
 
 
 def _cells(c: Compiled) -> tuple[object, ...]:
     return (
         *(c.case, c.kernel, c.warps, c.stages, c.registers, c.stack_bytes, c.shared_bytes),
-        *(c.wgmma, c.mma, c.async_copies),
+        *(c.wgmma, c.mma, c.async_copies, c.narrow_loads),
     )
 
 
@@ -168,8 +189,9 @@ def markdown(rows: Iterable[Compiled], arch: int) -> str:
         "bf16. Registers and",
         "stack are per thread (255 registers is the limit, a stack is spilled registers), shared memory is in "
         "bytes per block",
-        f"(limit {SHARED_LIMIT_BYTES[arch]}); the last three count instructions in the PTX: warp-group and warp "
-        "matrix products, asynchronous copies.",
+        f"(limit {SHARED_LIMIT_BYTES[arch]}); the last four count instructions in the PTX: warp-group and warp "
+        "matrix products,",
+        "asynchronous copies, and loads of two bytes, which should be none.",
         "",
         f"| {' | '.join(COLUMNS)} | constants |",
         f"|---|---|{'---:|' * (len(COLUMNS) - 2)}---|",
@@ -188,7 +210,7 @@ def main() -> None:
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(rows, arguments.arch), encoding="ascii")
         return
-    form = "{:28} {:38} {:>5} {:>6} {:>4} {:>5} {:>7} {:>5} {:>4} {:>8}"
+    form = "{:28} {:38} {:>5} {:>6} {:>4} {:>5} {:>7} {:>5} {:>4} {:>8} {:>6}"
     print(form.format(*COLUMNS), " constants")
     for c in rows:
         print(form.format(*_cells(c)), "", c.constants)

@@ -35,6 +35,7 @@ __all__ = [
     "jit",
     "multiprocessors",
     "power_of_2_from",
+    "shared_bytes",
     "tl",
     "triton",
     "uses_triton",
@@ -152,6 +153,14 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 132
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Shared memory that a program may have; off a GPU that of a Hopper."""
+    if device.type != "cuda":
+        return 227 * 1024
+    return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -12,6 +12,7 @@ from engine.kernels.jit import Launch, by_layout, cdiv, jit, tl, uses_triton
 from engine.kernels.lora_segments import (
     MAX_RANK,
     adapted,
+    by_eights,
     check_factor,
     check_scales,
     check_segments,
@@ -146,7 +147,7 @@ def _expand(
     feature = tl.program_id(1) * block_o + tl.arange(0, block_o)
     has_token = (token < end)[:, None]
     has_feature = (feature < wide_out)[None, :]
-    has_rank = r < tl.load(ranks + adapter)
+    rank = tl.load(ranks + adapter)
     s_at = (token.to(tl.int64) * padded_rank)[:, None] + r[None, :]
     s_mask = has_token & (r < padded_rank)[None, :]
     s_tile = tl.load(parts + s_at, mask=s_mask, other=0.0)
@@ -157,7 +158,9 @@ def _expand(
         if tl.program_id(1) == 0:
             tl.store(s + s_at, s_tile, mask=s_mask)
     b_at = adapter.to(tl.int64) * stride_b + (feature * stride_bo)[None, :] + (r * stride_br)[:, None]
-    b_tile = tl.load(b + b_at, mask=has_rank[:, None] & has_feature, other=0.0)
+    near_rank = by_eights(r, rank, padded_rank)
+    b_tile = tl.load(b + b_at, mask=near_rank[:, None] & has_feature, other=0.0)
+    b_tile = tl.where((r < rank)[:, None], b_tile, 0.0)  # padding may be NaN
     update = tl.dot(s_tile.to(b_tile.dtype), b_tile, input_precision="ieee") * tl.load(scales + adapter)
     y_at = y + (token.to(tl.int64) * stride_y)[:, None] + feature[None, :]
     old = tl.load(y_at, mask=has_token & has_feature, other=0.0).to(tl.float32)

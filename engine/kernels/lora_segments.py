@@ -68,6 +68,16 @@ def locate(
     return segment, first, tl.load(segment_start + segment + 1)
 
 
+@jit()
+def by_eights(r: tl.tensor, rank: tl.tensor, padded_rank: tl.tensor) -> tl.tensor:
+    """Which of `r` are read: those below `rank`, and padding up to the next multiple of 8.
+
+    Where ranks lie beside each other in memory, 8 of them are one access of 16 bytes; with a mask that may end
+    between them each would be an access of its own.
+    """
+    return (r // 8 * 8 < rank) & (r < padded_rank)
+
+
 def check_factor(name: str, wide: torch.Tensor, factor_name: str, factor: torch.Tensor) -> None:
     """Raise ValueError unless rows of `wide` are whole and `factor`, A or B, goes with it."""
     check_rows(name, wide)

@@ -15,6 +15,7 @@ from engine.kernels.jit import Launch, by_layout, cdiv, jit, multiprocessors, tl
 from engine.kernels.lora_segments import (
     MAX_RANK,
     adapted,
+    by_eights,
     check_factor,
     check_segments,
     locate,
@@ -158,19 +159,26 @@ def _shrink(
     token = first + tl.arange(0, block_t)
     r = tl.arange(0, block_r)
     has_token = token < end
-    has_rank = r < tl.load(ranks + adapter)
+    rank = tl.load(ranks + adapter)
+    near_rank = by_eights(r, rank, padded_rank)
     x_row = (token.to(tl.int64) * stride_x)[:, None]
-    a_row = adapter.to(tl.int64) * stride_a + (r * stride_ar)[:, None]
+    a_column = adapter.to(tl.int64) * stride_a + (r * stride_ar)[None, :]
     acc = tl.zeros((block_t, block_r), dtype=tl.float32)
     # A count of blocks, not of features: so it is known that rows are read from aligned addresses.
     for i in range(part * blocks * block_i, tl.minimum((part + 1) * blocks * block_i, wide_in), block_i):
         feature = i + tl.arange(0, block_i)
-        has_feature = (feature < wide_in)[None, :]
-        x_tile = tl.load(x + x_row + feature[None, :], mask=has_token[:, None] & has_feature, other=0.0)
-        a_tile = tl.load(
-            a + a_row + (feature * stride_ai)[None, :], mask=has_rank[:, None] & has_feature, other=0.0
+        has_feature = feature < wide_in
+        x_tile = tl.load(
+            x + x_row + feature[None, :], mask=has_token[:, None] & has_feature[None, :], other=0.0
         )
-        acc = tl.dot(x_tile, tl.trans(a_tile), acc, input_precision="ieee")
+        # As the product takes it: of a tile that is transposed after it was read, a long one is not pipelined.
+        a_tile = tl.load(
+            a + (feature * stride_ai)[:, None] + a_column,
+            mask=has_feature[:, None] & near_rank[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(x_tile, a_tile, acc, input_precision="ieee")
+    acc = tl.where((r < rank)[None, :], acc, 0.0)  # of padding, which may be NaN
     row = (part * tokens + token).to(tl.int64) * padded_rank
     mask = has_token[:, None] & (r < padded_rank)[None, :]
     tl.store(parts + row[:, None] + r[None, :], acc, mask=mask)

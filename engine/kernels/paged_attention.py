@@ -258,7 +258,8 @@ def _parts(
                 "block_m": tile.rows,
                 "block_q": tile_tokens,
                 "block_n": tile.keys,
-                "block_s": max(256, power_of_2_from(sequences)),
+                # Decodes look for no sequence, and how many there are compiles no kernel anew.
+                "block_s": 1 if decode else max(256, power_of_2_from(sequences - first)),
                 "decode": decode,
             },
             tile.warps,
@@ -400,15 +401,16 @@ def _attend(
     decode: tl.constexpr,
 ) -> None:
     """Grid (tiles, K, splits). Writes out [splits, width, H, D] and lse [splits, width, H]."""
-    pid = tl.program_id(0)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
     if decode:
-        sequence = pid
-        first = pid
+        sequence = tl.program_id(0)
+        first = sequence
         token = 0
         count = 1
     else:
+        # The last tiles of a sequence see most keys: the longest programs start first.
+        pid = tl.num_programs(0) - 1 - tl.program_id(0)
         # Sequence s, counted from the first that is not a decode, owns the tiles from
         # (start_s - start_0) // block_q + s: at least as many as it needs, and strictly increasing
         # in s, whatever the lengths.

@@ -28,6 +28,7 @@ from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swig
 from engine.graphs import capture_stream
 from engine.kernels.attention_backward import Tiles, attention_backward, attention_backward_reference
 from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference
+from engine.kernels.jit import shared_bytes
 from engine.kernels.lora_weight_grad import lora_weight_grad
 from engine.kernels.loss import linear_cross_entropy
 from engine.kernels.paged_attention import Tile, paged_attention, paged_attention_reference
@@ -492,7 +493,7 @@ def _choose(file: Any, name: str, function: Callable[..., Any]) -> None:
 def tile_variants(kind: str) -> list[tuple[str, Install | None]]:
     """The chosen tiles and others that compile without many spills (see engine.kernels.hopper)."""
     found: list[tuple[str, Install | None]] = [("chosen", None)]
-    now = backward_file.backward_tiles(torch.bfloat16)
+    now = backward_file.backward_tiles(torch.bfloat16, shared_bytes(torch.device("cuda", 0)))
 
     def add(file: Any, function: str, tile: Tile, name: str = "", choice: Tile | Tiles | None = None) -> None:
         replacement = tile if choice is None else choice

@@ -139,6 +139,37 @@ def test_kernels_in_half_precision(native: str) -> None:
     check(sample, run_windows(sample, [0, 32, 64, 70], 0.125, triton=True))
 
 
+@pytest.mark.gpu
+def test_pages_behind_2_to_the_31_numbers_are_found(native: str) -> None:
+    if native != "cuda":
+        pytest.skip("takes 9 GB")
+    sample = make_sample(70, (4, 2), 64, torch.float16, native)
+    k, v = (
+        torch.cat((pages.new_empty(2**31 // pages[0].numel(), *pages.shape[1:]), pages))
+        for pages in sample[4:6]
+    )
+    table = sample.block_table + len(k) - len(sample.k_pages)
+    moved = sample._replace(k_pages=k, v_pages=v, block_table=table)
+    runs = [run_windows(given, [0, 30, 70], 0.125, triton=True) for given in (sample, moved)]
+    for near, found in zip(*runs, strict=True):
+        assert torch.equal(near, found)
+
+
+def test_rows_that_32_bits_do_not_reach_are_refused() -> None:
+    tokens, kind = 2**20 + 16, {"dtype": torch.bfloat16, "device": "meta"}
+    rows, pages = torch.empty(tokens, 16, 128, **kind), torch.empty(tokens // 16, 16, 2, 128, **kind)
+    lse, total = torch.empty(tokens, 16, device="meta"), torch.empty(tokens, 2, 128, device="meta")
+    table = torch.empty(tokens // 16, dtype=torch.int32, device="meta")
+
+    def launches(tokens: int) -> object:
+        window = (*[rows[:tokens]] * 3, lse[:tokens], pages, pages, table, total, total)
+        return backward_launches(*window, start=0, scale=1.0, splits=None)
+
+    launches(2**20)
+    with pytest.raises(ValueError, match="dout must span at most 2147483648 numbers"):
+        launches(2**20 + 1)
+
+
 def test_results_repeat_to_the_bit(native: str) -> None:
     sample = make_sample(70, (4, 2), 64, torch.float16, native)
     runs = [run_windows(sample, [0, 30, 70], 0.125, triton=True) for _ in range(2)]

@@ -118,6 +118,21 @@ def test_kernels_are_each_tokens_own_adapter(
     assert torch.equal(batch.y[start[-1] :], untouched[start[-1] :])
 
 
+@pytest.mark.parametrize("rank", [5, 12])
+def test_ranks_that_fill_no_access_are_read_within_the_buffers(rank: int, native: str) -> None:
+    """Of the last adapter: what lies beyond it belongs to somebody else."""
+    batch = make_batch([(3, 3), (2, 0)], 40, 24, torch.float32, native)
+    batch = batch._replace(
+        a=batch.a[:, :rank].nan_to_num().clone(),
+        b=batch.b[:, :, :rank].nan_to_num().clone(),
+        ranks=torch.full_like(batch.ranks, rank),
+    )
+    wanted_y, wanted_s = exact(batch)
+    s = grouped_lora_triton(*batch)
+    assert error(batch.y, wanted_y) < TOLERANCE[torch.float32]
+    assert error(s[:5], wanted_s[:5]) < TOLERANCE[torch.float32]
+
+
 @pytest.mark.parametrize("padded_rank", [16, 160])
 @pytest.mark.parametrize("mix", ["decodes", "window beside decodes"])
 def test_products_alone_and_ranks_of_several_launches_are_each_tokens_own_adapter(

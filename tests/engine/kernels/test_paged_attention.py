@@ -175,6 +175,31 @@ def test_no_sequences_is_no_work(native: str) -> None:
         assert lse.shape == (0, 4)
 
 
+def far(pages: torch.Tensor) -> torch.Tensor:
+    """The same pages with 2**31 numbers before them, which lie where an offset of 32 bits does not reach."""
+    before = 2**31 // pages[0].numel()
+    whole = torch.empty((before + pages.shape[0], *pages.shape[1:]), dtype=pages.dtype, device=pages.device)
+    whole[before:] = pages
+    return whole
+
+
+@pytest.mark.gpu
+def test_pages_behind_2_to_the_31_numbers_are_found(native: str) -> None:
+    if native != "cuda":
+        pytest.skip("takes 9 GB")
+    batch = make_batch(*MIXES["mixed"], (4, 2), 64, torch.float16, native)
+    k, v = far(batch.k_pages), far(batch.v_pages)
+    moved = batch._replace(
+        k_pages=k, v_pages=v, block_tables=batch.block_tables + k.shape[0] - len(batch.k_pages)
+    )
+    near, found = (
+        paged_attention_triton(*given, scale=0.1, max_keys=128, decodes=2, splits=2)
+        for given in (batch, moved)
+    )
+    assert torch.equal(near[0], found[0])
+    assert torch.equal(near[1], found[1])
+
+
 def test_results_repeat_to_the_bit(native: str) -> None:
     batch = make_batch(*MIXES["mixed"], (4, 2), 64, torch.float16, native)
     first, second = (

@@ -42,6 +42,20 @@ def test_the_kernel_writes_what_the_reference_writes(
         assert torch.equal(found.cpu(), wanted)
 
 
+@pytest.mark.gpu
+def test_slots_behind_2_to_the_31_numbers_are_found(native: str) -> None:
+    if native != "cuda":
+        pytest.skip("takes 4 GB")
+    k, *_ = make(native, torch.float16, 1, 128)
+    pages = torch.ones(2**31 // 2048 + 2, 16, 1, 128, dtype=k.dtype, device=native)
+    last = 16 * len(pages)
+    slots = torch.tensor([last - 1, 0, last - 17, -1, 31], dtype=torch.int32, device=native)
+    write_kv_triton(k, k, pages, pages, slots)
+    for token, slot in ((0, last - 1), (2, last - 17), (4, 31)):
+        assert torch.equal(pages[slot // 16, slot % 16], k[token])
+    assert int((pages[-2:] != 1).any(-1).sum()) == 2
+
+
 @pytest.mark.parametrize("which", ["k", "v", "pages", "slots", "type"])
 def test_tensors_that_do_not_fit_are_refused(which: str) -> None:
     k, v, k_pages, v_pages = make("cpu", torch.float32, 2, 16)
