@@ -54,10 +54,11 @@ class Setting:
         return random.integers(0, self.model.config.shape.vocab, request.prompt_tokens).tolist(), Sampling()
 
     def engine(self, limits: Limits, trains: bool, serves: bool = True) -> tuple[Engine, list[Job]]:
-        """An engine with the jobs, if it trains, and the requests' adapters, if it serves."""
+        """An engine with the jobs, if it trains; with the requests' adapters and what it captures, if it serves."""
         jobs, adapters = self.jobs if trains else (), self.adapters if serves else None
         engine, counted = self.assemble(self.model, limits, jobs, adapters)
-        engine.warm_up(adapters=bool(adapters))
+        if serves:
+            engine.warm_up(adapters=bool(adapters))
         return engine, counted
 
     def facts(self, limits: Limits) -> PipelineFacts:
@@ -71,7 +72,7 @@ class Single:
     def __init__(self, setting: Setting, policy: Policy) -> None:
         self._setting = setting
         self._policy = policy
-        self.trainer, self.jobs = setting.engine(setting.limits, trains=True)
+        self.trainer, self.jobs = setting.engine(setting.limits, trains=True, serves=policy.serves)
         """The engine that finetunes, and its jobs as they stand."""
         self.serves, self.finetunes = policy.serves, policy.finetunes
         self.facts = (setting.facts(setting.limits),)

@@ -7,7 +7,8 @@ Each step is a command of its own with a time limit; one that fails or runs over
 one starts. The same call again goes on where the last one ended, so a session can be split over several calls:
 what is done is not repeated, a profile goes on with its next point, a sweep with its next run. What cannot go on
 in the middle is not begun in a call that has too little time left for it. OUT/gathered holds everything worth
-keeping in at most eight files, anew after every step; `coserve results OUT/gathered` is its page.
+keeping in at most eight files, anew after every step; `coserve results OUT/gathered` is its page. It is also all
+that the next call needs of OUT, which may run on another machine.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import ctypes
 import datetime
 import importlib.util
 import json
+import lzma
 import math
 import os
 import shutil
@@ -38,6 +40,13 @@ from sim.results import SUMMARY, find_runs, make_manifest, read_run
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = "RESULTS.md"
 RUNS = "runs.tar.xz"
+KEPT = (
+    ("reference/reference.parquet", REFERENCE),
+    ("kernels/kernels.json", KERNELS),
+    (PROFILE, PROFILE),
+    ("fidelity/metrics.parquet", FIDELITY),
+)
+"""Below OUT, and in OUT/gathered."""
 LARGEST_BYTES = 15 * 2**20
 """A larger archive of runs is left out, and the session says so."""
 DIE_WITH_PARENT = 1
@@ -125,6 +134,9 @@ class Session:
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / SESSION
+        self._gathered = folder / "gathered"
+        if not self._path.exists() and (self._gathered / SESSION).exists():
+            self._restore()
         self._record = self._begun(device, model)
         if (self._record["device"], self._record["model"]) != (device, model):
             before = f"{self._record['model']} on {self._record['device']}"
@@ -161,15 +173,10 @@ class Session:
 
     def gather(self) -> Path:
         """Collect what is worth keeping into OUT/gathered, with its page; the page's path."""
-        kept, to = self._folder / "gathered", self._folder / ".gathered.partial"
+        kept, to = self._gathered, self._folder / ".gathered.partial"
         shutil.rmtree(to, ignore_errors=True)
         to.mkdir()
-        for source, name in (
-            ("reference/reference.parquet", REFERENCE),
-            ("kernels/kernels.json", KERNELS),
-            (PROFILE, PROFILE),
-            ("fidelity/metrics.parquet", FIDELITY),
-        ):
+        for source, name in KEPT:
             if (self._folder / source).exists():
                 shutil.copyfile(self._folder / source, to / name)
         self._gather_runs(to)
@@ -180,8 +187,25 @@ class Session:
         (kept / PAGE).write_text(page(kept), encoding="utf-8")
         return kept / PAGE
 
+    def _restore(self) -> None:
+        """Lay out again what was gathered elsewhere. The record comes last: without it all of this is repeated."""
+        for target, name in KEPT:
+            if (self._gathered / name).exists():
+                path = self._folder / target
+                path.parent.mkdir(exist_ok=True)
+                shutil.copyfile(self._gathered / name, path)
+        try:
+            if (self._gathered / RUNS).exists():
+                with tarfile.open(self._gathered / RUNS) as tar:
+                    tar.extractall(self._folder, filter="data")
+            record = json.loads((self._gathered / SESSION).read_text(encoding="utf-8"))
+            self._record = {**record, "steps": {one["name"]: one for one in record["steps"]}}
+        except (tarfile.TarError, lzma.LZMAError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._gathered} is damaged ({error}); take another folder") from None
+        self._write()
+
     def _gather_runs(self, to: Path) -> None:
-        """The summaries as one file, the rows as an archive without adapters."""
+        """The summaries as one file; the rows, and what a sweep goes on with, as an archive without adapters."""
         runs = self._folder / "runs"
         if not any(runs.rglob(SUMMARY)):
             return
@@ -198,6 +222,9 @@ class Session:
                 for path in sorted(folder.iterdir()):
                     if path.suffix in (".parquet", ".json", ".yaml"):
                         tar.add(path, path.relative_to(self._folder))
+            for path in sorted(runs.glob("*/*.json")):
+                if path.parent not in folders:
+                    tar.add(path, path.relative_to(self._folder))
         if archive.stat().st_size > LARGEST_BYTES:
             size = archive.stat().st_size
             archive.unlink()
@@ -233,6 +260,9 @@ class Session:
 
     def _note(self, step: Step, outcome: dict[str, Any]) -> None:
         self._record["steps"][step.name] = outcome
+        self._write()
+
+    def _write(self) -> None:
         partial = self._path.with_name(f".{self._path.name}.partial")
         partial.write_text(json.dumps(self._record, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self._path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engine.assemble import TrainingJob
+from engine.assemble import TrainingJob, assemble_engine
+from engine.launching import Launching
 from engine.optimizer import OptimizerSettings
 from engine.pipelines import Setting, Split, share_of
 from engine.split import Gate
@@ -20,6 +22,7 @@ from sim.core.specs import DeviceSpec
 from sim.core.state import PipelineState
 from sim.policies.separate import Separate
 from sim.workload.workload import Workload
+from tests.engine.test_graphs import Counting
 from tests.engine.tiny import VOCAB, adapter_of, tiny_model
 from tests.engine.virtual import VirtualClock
 from tests.support import SLOS, LinearCost, ListArrivals, build_policy, limits_of
@@ -47,7 +50,7 @@ def busy(count: int, gap_s: float) -> list[Request]:
     return [Request(n, gap_s * n, 8 + n % 20, 4 + n % 12, "chat") for n in range(count)]
 
 
-def split_of(share: float, lookahead: int = 0) -> Split:
+def split_of(share: float, lookahead: int = 0, launching: Launching = Launching()) -> Split:  # noqa: B008
     model = tiny_model("llama")
     job = TrainingJob(
         id="job",
@@ -65,6 +68,7 @@ def split_of(share: float, lookahead: int = 0) -> Split:
         slos=SLOS,
         device=DEVICE,
         seed=0,
+        assemble=partial(assemble_engine, launching=launching),
     )
     serving, training = (
         build_policy(name, predictor=WORLD) for name in ("inference_only", "temporal_limited")
@@ -87,6 +91,17 @@ def test_busy_pipelines_get_their_share_of_the_device(share: float, lookahead: i
     assert serving + training == pytest.approx(DURATION_S, rel=0.05), "and leave nothing of it unused"
     seconds = np.bincount(rows["pipeline"].astype(int), rows["end_s"] - rows["start_s"])
     assert seconds == pytest.approx([serving, training]), "rows say the same"
+
+
+def test_only_the_pipeline_that_serves_captures_iterations() -> None:
+    counting = Counting()
+    split = split_of(0.5, launching=Launching(captures=counting))
+    server, trainer = (pipeline._graphs for pipeline in (split._server, split.trainer))
+    assert server is not None and trainer is not None
+    assert counting.captured == len(server._captured) > 0
+    _, rows = run(split, busy(40, 0.02))
+    assert counting.replayed > 0 and not trainer._captured
+    assert set(rows["pipeline"]) == {0, 1}
 
 
 @pytest.mark.parametrize("share", [0.25, 0.75])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -250,6 +251,36 @@ def test_a_folder_belongs_to_one_device_and_model(tmp_path: Path) -> None:
         Session(tmp_path, "h200", "llama_3_1_8b")
 
 
+def test_what_was_gathered_is_all_that_another_machine_needs(tmp_path: Path) -> None:
+    first, first_runs = counting(tmp_path, "first")
+    table = tmp_path / "out" / "reference" / "reference.parquet"
+    writes = f"import pathlib; p = pathlib.Path({str(table)!r}); p.parent.mkdir(); p.write_bytes(b'rows')"
+    second, second_runs = counting(tmp_path, "second", "; raise SystemExit(1)")
+    Session(tmp_path / "out", "cpu", "tiny").run([first, step("writes", writes), second], 100)
+    other = tmp_path / "other"
+    shutil.copytree(tmp_path / "out" / "gathered", other / "gathered")
+    of = Session(other, "cpu", "tiny")
+    assert (other / "reference" / "reference.parquet").read_bytes() == b"rows"
+    of.run([first, second], 100, retry=True)
+    assert (first_runs.read_text(), second_runs.read_text()) == ("x", "xx")
+    assert statuses(other) == {"first": "done", "writes": "done", "second": "failed"}
+
+
+@pytest.mark.parametrize("name", ["session.json", "runs.tar.xz"])
+def test_what_was_gathered_and_is_damaged_is_named_in_one_line(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Session(tmp_path / "out", "cpu", "tiny").run([step("one", "")], 100)
+    gathered = tmp_path / "out" / "gathered"
+    (gathered / name).write_text("{")
+    (tmp_path / "out" / "session.json").unlink()
+    capsys.readouterr()
+    assert main([str(tmp_path / "out"), "--device", "cpu", "--model", "tiny"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"python -m profiles.session: error: {gathered} is damaged (")
+    assert not (tmp_path / "out" / "session.json").exists()
+
+
 def test_the_record_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Session(tmp_path, "cpu", "tiny").run([step("one", "")], 100)
 
@@ -313,3 +344,15 @@ def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
     )
     (row,) = json.loads((out / "gathered" / "bench.json").read_text())["rows"]
     assert row["requests"] > 0 and row["pipelines"] == 2
+
+    # The sweep was cut short, and goes on where there is nothing but what was gathered.
+    other = tmp_path / "other"
+    shutil.copytree(out / "gathered", other / "gathered")
+    record = json.loads((other / "gathered" / "session.json").read_text())
+    record["steps"][1]["status"] = "cut short"
+    (other / "gathered" / "session.json").write_text(json.dumps(record))
+    assert main([str(other), "--device", "cpu", "--model", "tiny"]) == 0, (other / "bench.log").read_text()
+    assert not (other / "reference.log").exists(), "it was done"
+    for name in ("before.json", "0/summary.json", "0/iterations.parquet"):
+        path = Path("runs") / "gpu_paper" / name
+        assert (other / path).read_bytes() == (out / path).read_bytes()
