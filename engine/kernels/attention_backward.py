@@ -52,12 +52,13 @@ class Tiles(NamedTuple):
 def backward_tiles(dtype: torch.dtype, shared: int) -> Tiles:
     """For programs with so many bytes of shared memory. float32 is for tests.
 
-    128 keys per program of `_dkv` would spill 144 bytes per thread at D = 128 (255 registers); 64 take 201. There its
-    three stages take up to 129 KiB; cards without HBM have 99, and two stages take 73.
+    128 keys of `_dkv` are 16 for each warp: of 64 both warp groups would compute the same products, half again as many
+    in all. Then 14 registers spill at D = 128, outside of the loop. Three stages take 161 KiB; two take 97, which
+    cards without HBM have, and an A100 spills in the loop with three.
     """
     if dtype == torch.float32:
         return Tiles(Tile(32, 32, 4, 2), Tile(32, 32, 4, 1))
-    return Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 3 if shared >= 129 * 1024 else 2))
+    return Tiles(Tile(128, 64, 8, 3), Tile(64, 128, 8, 3 if shared > 200 * 1024 else 2))
 
 
 def attention_backward(
@@ -130,16 +131,29 @@ def backward_launches(
     scale: float,
     splits: int | None,
 ) -> tuple[list[Launch], torch.Tensor]:
-    """Launches for dq (which also writes delta) and for dk, dv; and dq in [splits, N, H, D] parts."""
+    """Launches for dq (which also writes lse and delta as the other reads them) and for dk, dv; and dq in
+    [splits, N, H, D] parts."""
     given = (dout, q, out, lse, k_pages, v_pages, block_table, dk, dv)
-    for_dq, for_dkv, shape, part_type = _pair(*given, start, scale, splits)
-    parts = q.new_empty(shape, dtype=part_type)
-    delta = torch.empty_like(lse)
+    pair = _pair(*given, start, scale, splits)
+    parts = q.new_empty(pair.parts_shape, dtype=pair.parts_type)
+    row_stats = q.new_zeros(pair.stats_shape, dtype=torch.float32)
     launches = [
-        for_dq.on(dout, q, out, lse, delta, k_pages, v_pages, block_table, parts),
-        for_dkv.on(dout, q, lse, delta, k_pages, v_pages, block_table, dk, dv),
+        pair.dq.on(dout, q, out, lse, row_stats, k_pages, v_pages, block_table, parts),
+        pair.dkv.on(dout, q, row_stats, k_pages, v_pages, block_table, dk, dv),
     ]
     return launches, parts
+
+
+class _Pair(NamedTuple):
+    """Both launches as `Launch.on` takes them, and what they hand on."""
+
+    dq: Launch
+    dkv: Launch
+    parts_shape: tuple[int, int, int, int]
+    """[splits, N, H, D] of dq."""
+    parts_type: torch.dtype
+    stats_shape: tuple[int, int, int]
+    """[2, H, >= N] of what is said of each row: whole tiles, so that reading it takes no mask."""
 
 
 @by_layout
@@ -156,8 +170,7 @@ def _pair(
     start: int,
     scale: float,
     splits: int | None,
-) -> tuple[Launch, Launch, tuple[int, int, int, int], torch.dtype]:
-    """Both launches as `Launch.on` takes them, and shape and type of the parts of dq."""
+) -> _Pair:
     check_window(dout, q, out, lse, k_pages, v_pages, block_table, dk, dv, start)
     check_dtype("q", q, FLOATS)
     check_dtype("lse", lse, (torch.float32,))
@@ -178,7 +191,8 @@ def _pair(
     if not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits must be 1..{MAX_SPLITS}, got {splits}")
     sizes = {"group": group, "block_size": k_pages.shape[1], "head_dim": head_dim}
-    numbers = (scale, scale * LOG2_E, start, tokens, heads, dout.stride(0), q.stride(0))
+    padded = cdiv(tokens, tiles.dkv.rows) * tiles.dkv.rows
+    numbers = (scale, scale * LOG2_E, start, tokens, padded, heads, dout.stride(0), q.stride(0))
     strides = (k_pages.stride(0), k_pages.stride(1), k_pages.stride(2))
     for_dq = Launch(
         _dq,
@@ -196,8 +210,13 @@ def _pair(
         tiles.dkv.warps,
         tiles.dkv.stages,
     )
-    part_type = q.dtype if splits == 1 else torch.float32
-    return for_dq, for_dkv, (splits, tokens, heads, head_dim), part_type
+    return _Pair(
+        for_dq,
+        for_dkv,
+        parts_shape=(splits, tokens, heads, head_dim),
+        parts_type=q.dtype if splits == 1 else torch.float32,
+        stats_shape=(2, heads, padded),
+    )
 
 
 def check_window(
@@ -304,7 +323,7 @@ def _dq(
     q: tl.tensor,
     out: tl.tensor,
     lse: tl.tensor,
-    delta: tl.tensor,
+    row_stats: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
     table: tl.tensor,
@@ -313,6 +332,7 @@ def _dq(
     scale_log2: tl.tensor,
     start: tl.tensor,
     tokens: tl.tensor,
+    padded: tl.tensor,
     heads: tl.tensor,
     stride_do: tl.tensor,
     stride_q: tl.tensor,
@@ -328,7 +348,7 @@ def _dq(
     block_q: tl.constexpr,
     block_n: tl.constexpr,
 ) -> None:
-    """Grid (tiles of tokens, K, splits). Writes dq [splits, N, H, D] and delta [N, H]."""
+    """Grid (tiles of tokens, K, splits). Writes dq [splits, N, H, D] and row_stats [2, H, >= N]: lse, base 2, delta."""
     # The last queries see most keys: the longest programs start first.
     token = (tl.num_programs(0) - 1 - tl.program_id(0)) * block_q
     kv_head = tl.program_id(1)
@@ -345,9 +365,11 @@ def _dq(
     out_tile = tl.load(out + (query_row * stride_out)[:, None] + inner, mask=valid[:, None], other=0.0)
     row_delta = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
     row_at = query_row * heads + head
-    if split == 0:
-        tl.store(delta + row_at, row_delta, mask=valid)
     row_lse = tl.load(lse + row_at, mask=valid, other=0.0) * 1.4426950408889634
+    if split == 0:
+        stats_at = row_stats + head * padded + query
+        tl.store(stats_at, row_lse, mask=valid)
+        tl.store(stats_at + heads * padded, row_delta, mask=valid)
 
     position = start + query
     keys = start + tl.minimum(token + block_q, tokens)
@@ -409,8 +431,7 @@ def _dq(
 def _dkv(
     dout: tl.tensor,
     q: tl.tensor,
-    lse: tl.tensor,
-    delta: tl.tensor,
+    row_stats: tl.tensor,
     k_pages: tl.tensor,
     v_pages: tl.tensor,
     table: tl.tensor,
@@ -420,6 +441,7 @@ def _dkv(
     scale_log2: tl.tensor,
     start: tl.tensor,
     tokens: tl.tensor,
+    padded: tl.tensor,
     heads: tl.tensor,
     stride_do: tl.tensor,
     stride_q: tl.tensor,
@@ -460,10 +482,11 @@ def _dkv(
         inner = (head * head_dim + dim)[None, :]
         q_tile = tl.load(q + (query * stride_q)[:, None] + inner, mask=valid[:, None], other=0.0)
         do_tile = tl.load(dout + (query * stride_do)[:, None] + inner, mask=valid[:, None], other=0.0)
-        row_lse = tl.load(lse + query * heads + head, mask=valid, other=0.0) * 1.4426950408889634
-        row_delta = tl.load(delta + query * heads + head, mask=valid, other=0.0)
+        stats_at = row_stats + head * padded + query
+        row_lse = tl.load(stats_at)
+        row_delta = tl.load(stats_at + heads * padded)
         s = tl.dot(k, tl.trans(q_tile), input_precision="ieee") * scale_log2
-        # Rows without a query have q = do = 0 and need no mask: they add 0 to both sums.
+        # Rows without a query have q = do = lse = delta = 0 and need no mask: they add 0 to both sums.
         p = tl.where(key[:, None] <= (start + query)[None, :], tl.exp2(s - row_lse[None, :]), 0.0)
         acc_v = tl.dot(p.to(do_tile.dtype), do_tile, acc_v, input_precision="ieee")
         dp = tl.dot(v, tl.trans(do_tile), input_precision="ieee")

@@ -3,8 +3,8 @@ the compiler made of it.
 
 The launchers are run on `meta` tensors: they decide block sizes exactly as they would on the device,
 and their `Launch` values are compiled instead of run. Spilled registers, shared memory over the
-limit or a matrix product that missed the warp-group instructions show up here in a second each, on
-any machine.
+limit, narrow loads or a matrix product that missed the warp-group instructions show up here in a second
+each, on any machine.
 
     python -m engine.kernels.hopper              # H100, H200
     python -m engine.kernels.hopper --arch 80    # A100
@@ -50,6 +50,8 @@ class Compiled(NamedTuple):
     """Per thread; 255 is the limit."""
     stack_bytes: int
     """Per thread: spilled registers and arrays that had to go to local memory."""
+    loop_spills: int
+    """Instructions in loops that read or write it; before and behind the loops it costs nothing."""
     shared_bytes: int
     wgmma: int
     """Warp-group matrix instructions in the PTX."""
@@ -67,6 +69,7 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
     compiled = compile_kernel(launch, arch)
     ptx = compiled.asm["ptx"]
     registers, stack_bytes = resources(compiled.asm["cubin"])
+    in_loops = loops(compiled.asm["cubin"])
     return Compiled(
         case=case,
         kernel=launch.kernel.__name__,
@@ -75,6 +78,7 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
         stages=launch.stages,
         registers=registers,
         stack_bytes=stack_bytes,
+        loop_spills=sum(name.startswith(("LDL", "STL")) for name in in_loops),
         shared_bytes=compiled.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         mma=len(re.findall(r"\bmma\.sync", ptx)),
@@ -132,18 +136,38 @@ def specialise(
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, stack bytes) per thread, from the cuobjdump that comes with Triton."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+    """(registers, stack bytes) per thread."""
+    text = _dumped("cuobjdump", "--dump-resource-usage", cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     if found is None:
         raise ValueError(f"cuobjdump reports no resource usage: {text!r}")
     return int(found[1]), int(found[2])
+
+
+def loops(cubin: bytes) -> list[str]:
+    """Machine instructions by name that lie in loops: from a label to a branch back to it."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    inside: set[int] = set()
+    for line in _dumped("nvdisasm", "-c", cubin).splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(names)
+        elif found := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z]\S*)(.*)", line):
+            names.append(found[1])
+            target = re.search(r"\.L_x_\d+", found[2]) if found[1].startswith("BRA") else None
+            # What ends a kernel is a branch to itself.
+            if target and labels.get(target[0], len(names)) < len(names) - 1:
+                inside.update(range(labels[target[0]], len(names)))
+    return [names[n] for n in sorted(inside)]
+
+
+def _dumped(tool: str, option: str, cubin: bytes) -> str:
+    """What a tool that comes with Triton says of a kernel."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, option, file.name], check=True, capture_output=True, text=True).stdout
 
 
 def compile_all(arch: int, only: str = "") -> list[Compiled]:
@@ -157,23 +181,14 @@ def compile_all(arch: int, only: str = "") -> list[Compiled]:
 
 
 COLUMNS = (
-    "case",
-    "kernel",
-    "warps",
-    "stages",
-    "regs",
-    "stack",
-    "shared",
-    "wgmma",
-    "mma",
-    "cp.async",
-    "ld.b16",
+    *("case", "kernel", "warps", "stages", "regs", "stack", "spills", "shared"),
+    *("wgmma", "mma", "cp.async", "ld.b16"),
 )
 
 
 def _cells(c: Compiled) -> tuple[object, ...]:
     return (
-        *(c.case, c.kernel, c.warps, c.stages, c.registers, c.stack_bytes, c.shared_bytes),
+        *(c.case, c.kernel, c.warps, c.stages, c.registers, c.stack_bytes, c.loop_spills, c.shared_bytes),
         *(c.wgmma, c.mma, c.async_copies, c.narrow_loads),
     )
 
@@ -187,11 +202,11 @@ def markdown(rows: Iterable[Compiled], arch: int) -> str:
         f"{triton.__version__} and its ptxas; no GPU is needed. Every Triton kernel of",
         "`engine/kernels`, and those of Liger-Kernel that the engine calls, as production launches them in "
         "bf16. Registers and",
-        "stack are per thread (255 registers is the limit, a stack is spilled registers), shared memory is in "
-        "bytes per block",
-        f"(limit {SHARED_LIMIT_BYTES[arch]}); the last four count instructions in the PTX: warp-group and warp "
-        "matrix products,",
-        "asynchronous copies, and loads of two bytes, which should be none.",
+        "stack are per thread (255 registers is the limit, a stack is spilled registers), spills are the "
+        "instructions in loops",
+        f"that use it, shared memory is in bytes per block (limit {SHARED_LIMIT_BYTES[arch]}). The last four "
+        "count instructions in",
+        "the PTX: warp-group and warp matrix products, asynchronous copies, and loads of two bytes.",
         "",
         f"| {' | '.join(COLUMNS)} | constants |",
         f"|---|---|{'---:|' * (len(COLUMNS) - 2)}---|",
@@ -210,7 +225,7 @@ def main() -> None:
     if arguments.markdown is not None:
         arguments.markdown.write_text(markdown(rows, arguments.arch), encoding="ascii")
         return
-    form = "{:28} {:38} {:>5} {:>6} {:>4} {:>5} {:>7} {:>5} {:>4} {:>8} {:>6}"
+    form = "{:28} {:38} {:>5} {:>6} {:>4} {:>5} {:>6} {:>7} {:>5} {:>4} {:>8} {:>6}"
     print(form.format(*COLUMNS), " constants")
     for c in rows:
         print(form.format(*_cells(c)), "", c.constants)

@@ -506,7 +506,7 @@ def tile_variants(kind: str) -> list[tuple[str, Install | None]]:
         for tile in (Tile(128, 64, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 64, 4, 5)):
             add(attention_file, "chunk_tile", tile)
     if kind == "backward":
-        for tile in (Tile(64, 128, 8, 2), Tile(32, 128, 8, 3), Tile(64, 64, 4, 2), Tile(32, 64, 4, 3)):
+        for tile in (Tile(64, 128, 8, 2), Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 4, 3)):
             add(backward_file, "backward_tiles", tile, "dkv", Tiles(now.dq, tile))
         for tile in (Tile(64, 64, 4, 3), Tile(128, 64, 8, 5), Tile(128, 32, 8, 5)):
             add(backward_file, "backward_tiles", tile, "dq", Tiles(tile, now.dkv))

@@ -21,9 +21,9 @@ all that and with it, in turns (Triton 3.7.1, torch 2.13):
 
                             launches      torch        views       engine us         and Triton
     forward, kept           18    17    13    13     85    31     554     241       936     343
-    backward, kept          35    35    27    18    162    48   1,050     447     1,750     646
+    backward, kept          35    35    27    19    162    47   1,050     447     1,750     646
     forward, run again      18    17     6     6     78    24     490     203       810     310
-    backward, run again     52    51    38    29    252    86   1,560     685     2,550     997
+    backward, run again     52    51    38    30    252    85   1,560     685     2,550     997
 
 What Triton binds and looks up for a launch takes 14 to 17 us, the launch itself without the driver's call 6. The
 rest is spread: 0.5 us for each tensor of a launch to know its layout, 6 us for each tensor that a window keeps (two

@@ -25,9 +25,10 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reas
 
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """89 is an L4, L40S or RTX 4090; other cards without HBM have as much."""
-SPILL_LIMIT_BYTES = {80: 64, 89: 128, 90: 16}
-"""Per thread. Block sizes are chosen for Hopper: there Triton spills two registers of one kernel or two; elsewhere
-some kernels may spill a little more."""
+STACK_LIMIT_BYTES = 128
+"""Per thread."""
+LOOP_SPILLS_LIMIT = {80: 16, 89: 16, 90: 0}
+"""Block sizes are chosen for Hopper; elsewhere a loop reads some registers again."""
 
 COMPILE = """
 import json, sys
@@ -65,14 +66,15 @@ def compiled(request: pytest.FixtureRequest) -> tuple[int, list[dict[str, Any]]]
     return arch, json.loads(compiler(COMPILE, arch, only, SHARED_LIMIT_BYTES[arch]))
 
 
-def test_no_kernel_spills_or_asks_for_too_much_shared_memory(
+def test_no_kernel_spills_in_loops_or_asks_for_too_much_shared_memory(
     compiled: tuple[int, list[dict[str, Any]]],
 ) -> None:
     arch, rows = compiled
     assert rows
     for row in rows:
         assert row["shared_bytes"] <= SHARED_LIMIT_BYTES[arch], row
-        assert row["stack_bytes"] <= SPILL_LIMIT_BYTES[arch], row
+        assert row["stack_bytes"] <= STACK_LIMIT_BYTES, row
+        assert row["loop_spills"] <= LOOP_SPILLS_LIMIT[arch], row
 
 
 def test_products_of_64_rows_use_warp_groups_on_hopper(compiled: tuple[int, list[dict[str, Any]]]) -> None:
@@ -92,6 +94,7 @@ def test_products_of_64_rows_use_warp_groups_on_hopper(compiled: tuple[int, list
         elif arch == 90 and int(sizes[m]) >= 64:
             assert row["wgmma"] > 0, row
             assert row["mma"] == 0, row
+            assert int(sizes[m]) % (16 * row["warps"]) == 0, f"warp groups compute the same products: {row}"
         else:
             assert row["mma"] > 0, row
             assert row["wgmma"] == 0, row
