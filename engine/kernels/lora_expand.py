@@ -150,13 +150,16 @@ def _expand(
     rank = tl.load(ranks + adapter)
     s_at = (token.to(tl.int64) * padded_rank)[:, None] + r[None, :]
     s_mask = has_token & (r < padded_rank)[None, :]
-    s_tile = tl.load(parts + s_at, mask=s_mask, other=0.0)
-    for part in tl.static_range(1, splits):
-        offset = tl.cast(part * padded_rank, tl.int64) * tokens
-        s_tile += tl.load(parts + offset + s_at, mask=s_mask, other=0.0)
-    if splits > 1:  # noqa: SIM102 - decided by the compiler, the next by the program
+    if splits > 1:
+        # Read at once, parts of one number by one thread. Added one after the other they would be read so as well:
+        # the compiler takes each of them through shared memory by itself.
+        part = tl.arange(0, splits).to(tl.int64) * padded_rank * tokens
+        every = tl.load(parts + s_at[:, :, None] + part[None, None, :], mask=s_mask[:, :, None], other=0.0)
+        s_tile = tl.sum(every, 2)
         if tl.program_id(1) == 0:
             tl.store(s + s_at, s_tile, mask=s_mask)
+    else:
+        s_tile = tl.load(parts + s_at, mask=s_mask, other=0.0)
     b_at = adapter.to(tl.int64) * stride_b + (feature * stride_bo)[None, :] + (r * stride_br)[:, None]
     near_rank = by_eights(r, rank, padded_rank)
     b_tile = tl.load(b + b_at, mask=near_rank[:, None] & has_feature, other=0.0)

@@ -17,6 +17,7 @@ import engine.kernels
 from engine.kernels.attention_backward import backward_launches
 from engine.kernels.grouped_lora import lora_launches
 from engine.kernels.jit import Launch
+from engine.kernels.lora_expand import expand_launch
 from engine.kernels.lora_weight_grad import weight_grad_launch
 from engine.kernels.paged_attention import attention_launches
 from engine.kernels.production import cases
@@ -36,6 +37,12 @@ from engine.kernels import attention_backward
 from engine.kernels.hopper import compile_all
 attention_backward.shared_bytes = lambda device: int(sys.argv[3])
 print(json.dumps([c._asdict() for c in compile_all(int(sys.argv[1]), sys.argv[2])]))
+"""
+BARRIERS = """
+from engine.kernels.hopper import compile_kernel
+from tests.engine.kernels.test_hopper import expands
+for launch in expands():
+    print(launch.constants["splits"], compile_kernel(launch, 90).asm["ptx"].count("bar.sync"))
 """
 PTX = """
 from engine.kernels.hopper import compile_kernel
@@ -121,6 +128,23 @@ def test_a_factor_is_walked_over_like_its_transpose(compiled: tuple[int, list[di
 def test_no_number_is_read_alone(compiled: tuple[int, list[dict[str, Any]]]) -> None:
     for row in compiled[1]:
         assert row["narrow_loads"] == 0, row
+
+
+def test_parts_of_a_sum_are_read_at_once() -> None:
+    """Read one after the other, each waits for two barriers of the one before."""
+    few, many = (tuple(map(int, line.split())) for line in compiler(BARRIERS).splitlines())
+    assert many[1] - few[1] < many[0] - few[0]
+
+
+def expands() -> Iterator[Launch]:
+    """Of one decode, from few and many parts of its first product."""
+    y = torch.empty(1, 4096, dtype=torch.bfloat16, device="meta")
+    b = torch.empty(3, 4096, 16, dtype=torch.bfloat16, device="meta")
+    numbers = torch.empty(3, dtype=torch.float32, device="meta")
+    index = torch.empty(3, dtype=torch.int32, device="meta")
+    s = torch.empty(16, 1, 16, dtype=torch.float32, device="meta")
+    for splits in (2, 8):
+        yield expand_launch(y, b, 2, splits).on(y, b, s, s, index, numbers, index, index)
 
 
 def test_float32_is_not_rounded_to_the_matrix_units_own() -> None:
