@@ -13,8 +13,8 @@ from engine.shares import Shares
 
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS = ("adamw", "sgd")
-LARGEST_RATE = 1e37
-"""Of learning and decay; single precision holds no more than 3e38."""
+LARGEST_RATE = {"adamw": 1e37, "sgd": 3.4e38}
+"""Of learning and decay: what single precision holds, for AdamW after its first bias correction has divided it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +42,18 @@ class OptimizerSettings:
             raise ValueError(
                 f"optimizer.schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}"
             )
-        if not 0 < self.learning_rate <= LARGEST_RATE:
+        most = LARGEST_RATE[self.kind]
+        if not 0 < self.learning_rate <= most:
             raise ValueError(
-                f"optimizer.learning_rate must be above 0 and at most {LARGEST_RATE:g}, got {self.learning_rate}"
+                f"optimizer.learning_rate must be above 0 and at most {most:g}, got {self.learning_rate}"
             )
-        if not 0 <= self.weight_decay <= LARGEST_RATE:
+        if not 0 <= self.weight_decay <= most:
             raise ValueError(
-                f"optimizer.weight_decay must be at least 0 and at most {LARGEST_RATE:g}, got {self.weight_decay}"
+                f"optimizer.weight_decay must be at least 0 and at most {most:g}, got {self.weight_decay}"
             )
         # At 0 an entry without a gradient, as all of A at the first step, is 0 / 0.
-        if not 0 < self.eps <= LARGEST_RATE:
-            raise ValueError(f"optimizer.eps must be above 0 and at most {LARGEST_RATE:g}, got {self.eps}")
+        if not 0 < self.eps <= most:
+            raise ValueError(f"optimizer.eps must be above 0 and at most {most:g}, got {self.eps}")
         for key, shares in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= share < 1 for share in shares):
                 raise ValueError(f"optimizer.{key} must be in [0, 1), got {getattr(self, key)}")

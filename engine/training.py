@@ -95,7 +95,11 @@ LEAST = {
     "weight_decay": 0,
 }
 ABOVE_0 = ("learning_rate", "lora_alpha", "max_grad_norm")
-MOST = {"learning_rate": LARGEST_RATE, "weight_decay": LARGEST_RATE, "lora_alpha": LARGEST_SCALE}
+MOST = {
+    "learning_rate": LARGEST_RATE["adamw"],
+    "weight_decay": LARGEST_RATE["adamw"],
+    "lora_alpha": LARGEST_SCALE,
+}
 OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm")
 """May be null."""
 
