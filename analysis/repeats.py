@@ -75,14 +75,14 @@ def _frozen(row: Row) -> tuple[tuple[str, str], ...]:
 
 
 def display_names(rows: Sequence[Row]) -> list[str]:
-    """The policy of each row, with what tells it from other rows of the same policy and source.
+    """The policy of each row, with what tells it from other rows of the same source.
 
-    That is what the runs' names do not share, name by name; where names say nothing, the settings in which the
-    configs differ; and for runs of the same settings, labels and seed, the end of their folders. Keys are cut to
-    their last words: `policy.margin=0.3` is `margin=0.3`.
+    That is what the runs' names do not share, name by name; for runs of one policy whose names say nothing, the
+    settings in which the configs differ; and for runs of the same settings, labels and seed, the end of their
+    folders. Keys are cut to their last words: `policy.margin=0.3` is `margin=0.3`.
     """
     parts: list[list[str]] = [[] for _ in rows]
-    for group in _groups(rows, lambda i: (_policy(rows[i]), text(rows[i], "source"))):
+    for group in _groups(rows, lambda i: (text(rows[i], "source"),)):
         names = [_pieces(rows[i]) for i in group]
         for i, own in zip(group, names, strict=True):
             parts[i] = [piece for piece in own if not all(piece in other for other in names)]
@@ -98,6 +98,17 @@ def display_names(rows: Sequence[Row]) -> list[str]:
                 parts[i].append("/".join(folder[-depth:]))
     short = _short_keys({piece.partition("=")[0] for own in parts for piece in own if "=" in piece})
     return [_named(_policy(row), own, short) for row, own in zip(rows, parts, strict=True)]
+
+
+def shared_settings(rows: Sequence[Row]) -> list[str]:
+    """For titles: of what the runs' names are made of, what all of them have and no label tells."""
+    first, *others = [_pieces(row) for row in rows]
+    told = ("slo", "cluster.limits.admission")
+    return [
+        piece
+        for piece in first
+        if piece.partition("=")[0] not in told and all(piece in other for other in others)
+    ]
 
 
 def line_names(rows: Sequence[Row]) -> list[str]:

@@ -9,11 +9,12 @@ that keep the SLO is marked, unless they are of unlike seeds, as in a sweep that
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
-from analysis.repeats import Repeated, display_names, over_seeds
+from analysis.repeats import Repeated, display_names, over_seeds, shared_settings
 from analysis.runs import (
     SCENE,
     SLO_KEPT_SHARE,
@@ -66,7 +67,8 @@ _LABEL_HEADS = {
 class Section(NamedTuple):
     """Lines that are compared with each other, all cells as text."""
 
-    title: str
+    title: list[str]
+    """Lines; the second and those after it are settings."""
     heads: list[tuple[str, str]]
     lines: list[list[str]]
     winners: set[int]
@@ -89,7 +91,7 @@ def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
     blocks = []
     for section in shown:
         widths = _widths(section)
-        lines = [section.title] if section.title else []
+        lines = [*section.title]
         lines += [_line([head[level] for head in section.heads], widths, "  ") for level in (0, 1)]
         lines.append("  " + "  ".join("-" * width for width in widths))
         for i, cells in enumerate(section.lines):
@@ -136,7 +138,7 @@ def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
     lines = plain_table(rows, kept_share).split("\n")
     styles = []
     for section in sections(rows, kept_share):
-        styles += ["bold"] * bool(section.title) + ["bold", "dim", "dim"]
+        styles += [*(["bold"] * len(section.title)), "bold", "dim", "dim"]
         for i, kept in enumerate(section.kept):
             styles.append("bold green" if i in section.winners else "" if kept else "dim")
         styles.append("")
@@ -178,15 +180,19 @@ def _section(rows: list[Row], kept_share: float) -> Section:
     return section
 
 
-def _title(rows: Sequence[Row], labels: Sequence[str]) -> str:
-    """What all lines share and is worth saying; the rate as it was asked for, and as it came where that is another."""
+def _title(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
+    """What all lines share and is worth saying; the rate as it was asked for, and as it came where that is another.
+    Settings are lines of their own."""
     shared = [*(text(rows[0], key) for key in SCENE), *unusual(rows)]
     rates = came_at(rows)
     if "rate_rps" not in labels:
         shared += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     elif any(rates.values()):
         shared.append("req/s " + "; ".join(f"{asked:g}: {came}" for asked, came in rates.items() if came))
-    return ", ".join(part for part in shared if part)
+    scene = ", ".join(part for part in shared if part)
+    settings = ", ".join(shared_settings(rows))
+    lines = textwrap.wrap(settings, WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [*filter(None, [scene]), *lines]
 
 
 def came_at(rows: Sequence[Row]) -> dict[float, str]:

@@ -30,8 +30,9 @@ from sim.cost.fitted import FittedCost
 from sim.cost.table import timed_table
 
 LEAST_ROWS = 60
-LONGER = 3
-"""Times as long as asked for, if it takes that to get the least rows: kernels are still compiled now and then."""
+LONGER = 10
+"""Times as long as asked for, if it takes that to get the least rows: kernels are still compiled now and then, and
+machines are busy."""
 FIRST_USES = 40
 """Points before time counts."""
 

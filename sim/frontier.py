@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
 def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The table of the best finetuning at each rate, as text and CSV, and the figure."""
     from analysis.figures.frontier import Point, frontier, peak_tok_s, write_frontier
-    from analysis.figures.style import check_one_scene
+    from analysis.figures.style import check_one_scene, scene_title, settings_title
     from analysis.repeats import over_seeds
     from analysis.runs import unlike_seeds
 
@@ -59,6 +59,7 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     rates = sorted({point.rate_rps for points in lines.values() for point in points})
     peak = peak_tok_s(rows)
     alone = "" if peak is None else f"; finetuning alone {peak:,.0f}"
+    print(f"{scene_title(rows)}{settings_title(rows)}")
     print(f"trained tok/s where the SLO is kept{alone}")
     letters = router_letters(rows)
     beside = "  " if letters else ""

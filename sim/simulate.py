@@ -104,6 +104,9 @@ def simulate(config: DictConfig) -> dict[str, Any]:
                 bound = _with_policy(config, policy)
                 with warnings_as_notes(shown=False):
                     other = assemble(bound)
+                if other.labels["name"] is None:
+                    given = [o for o in hydra.overrides.task if not o.startswith("policy.")]
+                    other.labels["name"] = distinction(given)
                 with _progress(other, show=True) as on_progress:
                     other_row = _run(other, bound, folder / "bounds" / policy, peak_tok_s, on_progress)
                 alone = other_row["attainment"] if policy == "inference_only" else alone

@@ -11,15 +11,29 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 
 def override_keys() -> list[str]:
-    """Keys and groups of this run's overrides in the order given, without `+` and `~`."""
+    """Keys and groups of this run's overrides in the order given, without `+` and `~`; of a mapping those in it."""
     given = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(given, list)
-    return [re.split(r"[@=]", str(override).lstrip("+~"), maxsplit=1)[0] for override in given]
+    return [key for override in given for key in _keys_of(str(override))]
+
+
+def _keys_of(override: str) -> list[str]:
+    key = re.split(r"[@=]", override.lstrip("+~"), maxsplit=1)[0]
+    if "={" not in override:
+        return [key]
+    return _inner(key, OverridesParser.create().parse_override(override).value())
+
+
+def _inner(key: str, value: object) -> list[str]:
+    if not isinstance(value, dict) or not value:
+        return [key]
+    return [own for name, inner in value.items() for own in _inner(f"{key}.{name}", inner)]
 
 
 def refuse_unread(unread: Sequence[str], reader: str) -> None:

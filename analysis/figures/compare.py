@@ -52,7 +52,8 @@ def compare_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -
     left.set_yticks(range(len(lines)), [shorten(line.name, _NAME_LETTERS) for line in lines])
     left.set_ylim(len(lines) - 0.4, -0.6)
     title = "Finetuning beside inference, and who keeps the SLO"
-    figure.suptitle(f"{title}\n{style.scene_title(rows)}{style.seeds_title(rows, 'whisker')}", fontsize=13)
+    scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'whisker')}{style.settings_title(rows)}"
+    figure.suptitle(f"{title}\n{scene}", fontsize=13)
     figure.supxlabel(
         f"both sides: blue, SLO kept (at least {kept_share * 100:g} % of the requests meet it); "
         "hatched orange, SLO missed",

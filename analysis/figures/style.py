@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.repeats import alike
+from analysis.repeats import alike, shared_settings
 from analysis.runs import SCENE, Row, text, unusual
-from analysis.table import came_at
+from analysis.table import came_at, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,6 +26,8 @@ KEPT, MISSED = BLUE, VERMILION
 DPI = 100
 WIDTH_INCHES = 12.0
 """1200 pixels."""
+SETTINGS_LETTERS = 120
+"""As many as a title has room for."""
 
 
 Dash = str | tuple[float, tuple[float, ...]]
@@ -110,6 +112,13 @@ def scene_title(rows: Sequence[Row]) -> str:
     if len(rates) == 1:
         parts[1:1] = [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     return ", ".join([*parts, *unusual(rows)])
+
+
+def settings_title(rows: Sequence[Row]) -> str:
+    """A line below a title: the settings that all rows were run with, many of them cut in their middle; empty where
+    none were given."""
+    settings = ", ".join(shared_settings(rows))
+    return f"\n{shorten(settings, SETTINGS_LETTERS)}" if settings else ""
 
 
 def seeds_title(rows: Sequence[Row], drawn: str) -> str:

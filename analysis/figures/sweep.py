@@ -87,7 +87,8 @@ def sweep_figure(
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
     line = ", the dashed line" if "attainment" in metrics else ""
     hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it{line})"
-    figure.suptitle(f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}\n{hollow}", fontsize=12)
+    scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
+    figure.suptitle(f"{scene}\n{hollow}", fontsize=12)
     return figure
 
 

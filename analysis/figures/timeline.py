@@ -55,7 +55,8 @@ def timeline_figure(run: Run, *, bins: int = 150) -> Figure:
         style.tidy(axes, "both")
     policy = run.summary.get("policy")
     title = f"{policy} over time" if policy is not None else "Run over time"
-    figure.suptitle(f"{title}\n{style.scene_title([run.summary])}", fontsize=13)
+    row = [run.summary]
+    figure.suptitle(f"{title}\n{style.scene_title(row)}{style.settings_title(row)}", fontsize=13)
     return figure
 
 

@@ -291,7 +291,7 @@ def _check_classes(table: RequestTable, slo_names: Sequence[str]) -> None:
         name = table.slo_names[code]
         if name not in slo_names:
             place = f"{table.slo_places[code]}, column slo" if table.slo_places else table.name
-            empty = " (an empty cell)" if name == "default" else ""
+            empty = " (as an empty cell is read)" if name == "default" else ""
             raise ValueError(
                 f"{place}: no SLO class {name!r}{empty}; the slo config has {', '.join(slo_names)}"
                 f"{nearest(name, slo_names)}"

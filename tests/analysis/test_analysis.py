@@ -168,6 +168,14 @@ def test_a_label_is_what_names_do_not_share() -> None:
     made = [variant(name=f"slo={slo}, {shared}, policy.list=[1, 2]") for slo in ("flexllm", "mlperf_server")]
     assert names_of(made) == ["coserving (slo=flexllm)", "coserving (slo=mlperf_server)"]
     assert names_of(made[:1]) == ["coserving"]
+    assert plain_table(made).split("\n")[1] == f"{shared}, policy.list=[1, 2]"
+    assert style.settings_title(made) == f"\n{shared}, policy.list=[1, 2]"
+    other = {**variant(name="slo=flexllm, cost.factor=2"), "policy": "spatial"}
+    assert names_of([made[0], other]) == [
+        "coserving (duration_s=60, list=[1, 2])",
+        "spatial (factor=2)",
+    ]
+    assert style.settings_title([made[0], other]) == style.settings_title([other, rows()[0]]) == ""
     both = [variant(name=f"world.path={n}, predictor.path={3 - n}") for n in (1, 2)]
     assert names_of(both)[0] == "coserving (world.path=1, predictor.path=2)"
     assert "coserving (slo=mlperf_server)" in plain_table(made)

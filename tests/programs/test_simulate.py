@@ -168,9 +168,23 @@ def test_titles_name_the_trace_the_slo_and_what_else_is_not_the_default(
     told = ["slo=llmstation", "cluster/router=least_tokens", "cluster.limits.admission=deadline"]
     for more, said in (([], ""), (told, "SLO llmstation, router least_tokens, admission deadline, ")):
         assert main(["compare", *own, *more, f"hydra.sweep.dir={len(more)}"]) == 0
-        assert capfd.readouterr().out.startswith(f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\n")
+        title = f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\nworkload.file=my.csv\n"
+        assert capfd.readouterr().out.startswith(title)
         assert main(["report", f"{len(more)}"]) == 0
-        assert capfd.readouterr().out.startswith(f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\n")
+        assert capfd.readouterr().out.startswith(title)
+
+
+def test_a_setting_that_is_not_the_policys_own_is_told_of_its_bounds_as_well(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    simulate("policy.margin=0.2", "cost.predictor.factor=0.9")
+    _, settings, *lines = capfd.readouterr().out.split("\n")
+    assert settings.endswith("cost.predictor.factor=0.9") and "margin" not in settings
+    assert [line[2:].partition("  ")[0] for line in lines[3:6]] == [
+        "coserving (margin=0.2)",
+        "finetune_only",
+        "inference_only",
+    ]
 
 
 def test_unequal_pipelines_get_unequal_shares() -> None:
@@ -336,6 +350,7 @@ BAD = {
     "slo.classes.default.tpot_s=0.001": "slo.classes.default.tpot_s cannot be kept",
     "slo.classes.default.ttft_s=0.001": "slo.classes.default.ttft_s cannot be kept",
     "+slo.more=1": "slo has no key 'more'; known: name, classes, tpot_s",
+    "+slo.tpot_s={typo:0.1}": "slo.tpot_s.typo is read by no SLO class",
     "+slo.tpot_s.mine=1": "slo.tpot_s.mine is read by no SLO class; their bounds are slo.tpot_s.llama_3_1_8b",
     "slo.tpot_s.qwen2_5_7b=1": "slo.tpot_s.qwen2_5_7b is read by no SLO class; their bounds are slo.tpot_s.llama",
     "slo=two_classes +slo.tpot_s.llama_3_1_8b=1": "their bounds are slo.classes.interactive.tpot_s, slo.classes.b",
