@@ -11,7 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.finetune import Sample
 from engine.optimizer import OptimizerSettings
-from engine.text import BUNDLED, BYTES, byte_tokens, packed_samples, random_samples, read_text, read_tokenizer
+from engine.text import (
+    BUNDLED,
+    BYTES,
+    byte_tokens,
+    check_tokens,
+    packed_samples,
+    random_samples,
+    read_text,
+    read_tokenizer,
+)
 from sim.checked import build
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.specs import LoraSpec, ModelShape
@@ -49,9 +58,9 @@ class JobSettings:
             raise ValueError(f"job.memory=recompute needs job.order=window_major, got {self.order}")
 
 
-def jobs_of(config: DictConfig, shape: ModelShape) -> dict[str, JobSettings]:
+def jobs_of(config: DictConfig) -> dict[str, JobSettings]:
     """Job -> its settings; the first is `job` itself."""
-    found = {FIRST: _job(config.job, "job", shape)}
+    found = {FIRST: _job(config.job, "job")}
     more = config.more_jobs
     if more is not None and not isinstance(more, DictConfig):
         raise ValueError(f"more_jobs must be a group of names, each with keys of job, got {more!r}")
@@ -62,16 +71,15 @@ def jobs_of(config: DictConfig, shape: ModelShape) -> dict[str, JobSettings]:
         if not isinstance(changes, DictConfig):
             raise ValueError(f"more_jobs.{name} must be a group of keys of job, got {changes!r}")
         node = OmegaConf.merge(OmegaConf.to_container(config.job, resolve=True), changes)
-        found[name] = _job(node, f"more_jobs.{name}", shape)
+        found[name] = _job(node, f"more_jobs.{name}")
     return found
 
 
-def _job(node: object, where: str, shape: ModelShape) -> JobSettings:
+def _job(node: object, where: str) -> JobSettings:
     own = {"job.": f"{where}.", "finetune.lora.": f"{where}.lora.", "optimizer.": f"{where}.optimizer."}
     with keys_as(own):
         settings: JobSettings = build(JobSettings, node, where)
-        settings.lora.params(shape)  # refuses targets that the model does not have
-    return settings
+        return settings
 
 
 def adapter_folder(job: str) -> str:
@@ -96,4 +104,6 @@ def _tokens(config: DictConfig, settings: JobSettings) -> NDArray[np.int32]:
             )
         return byte_tokens(text)
     tokenizer = read_tokenizer(config.weights)
-    return np.array(tokenizer(text, add_special_tokens=False)["input_ids"], np.int32)
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    check_tokens(tokens, config.model.vocab, config.weights)
+    return np.array(tokens, np.int32)

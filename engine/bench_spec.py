@@ -114,7 +114,7 @@ def spec_of(config: DictConfig) -> BenchSpec:
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
     measure_s, peak_s = _seconds(config, "measure_s"), _seconds(config, "peak_s")
-    jobs = jobs_of(config, shape)
+    jobs = jobs_of(config)
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
     policy = policy_node(config.policy)

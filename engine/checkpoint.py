@@ -26,8 +26,11 @@ import torch
 
 from engine.engine import Engine
 from engine.lora import write_adapter
+from sim.checked import build, check
+from sim.json_file import read_object
 
 STATE = "state.json"
+HASHED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,11 @@ class Progress:
     """What must be the same for training to go on."""
     unlogged: Sequence[float] = ()
     """Losses of the steps since the last row of the log."""
+
+    def __post_init__(self) -> None:
+        for key in ("step", "samples"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
 
 
 def save_checkpoint(
@@ -56,7 +64,7 @@ def save_checkpoint(
     On an OSError nothing of it is left, and older ones are untouched.
     """
     folder = Path(folder)
-    final = folder / f"checkpoint-{progress.step}"
+    final = folder / _name(progress.step)
     partial = _partial(final)
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -116,8 +124,7 @@ def last_checkpoint(folder: str | Path, warn: Callable[[str], None]) -> Path | N
 
 def read_progress(checkpoint: str | Path) -> Progress:
     """Where a checkpoint stands. ValueError for a folder that is none."""
-    state = _read_state(Path(checkpoint))
-    return Progress(**{key: state[key] for key in ("step", "samples", "settings", "unlogged")})
+    return _read_state(Path(checkpoint))[0]
 
 
 def restore(checkpoint: str | Path, engine: Engine, job: str) -> None:
@@ -127,7 +134,8 @@ def restore(checkpoint: str | Path, engine: Engine, job: str) -> None:
 
 
 def _check_whole(checkpoint: Path) -> None:
-    for name, expected in _read_state(checkpoint)["sha256"].items():
+    _, hashes = _read_state(checkpoint)
+    for name, expected in hashes.items():
         path = checkpoint / name
         if not path.is_file():
             raise ValueError(f"{checkpoint} is not a whole checkpoint: {name} is missing")
@@ -135,18 +143,20 @@ def _check_whole(checkpoint: Path) -> None:
             raise ValueError(f"{checkpoint} is not a whole checkpoint: {name} is damaged")
 
 
-def _read_state(checkpoint: Path) -> dict[str, Any]:
+def _read_state(checkpoint: Path) -> tuple[Progress, dict[str, str]]:
+    """Where it stands, and the hash of each other file."""
     try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE}: {error.strerror}") from None
-    except ValueError:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE} is damaged") from None
-    keys = ("step", "samples", "settings", "unlogged", "sha256")
-    missing = [key for key in keys if not isinstance(state, dict) or key not in state]
-    if missing:
-        raise ValueError(f"{checkpoint} is not a whole checkpoint: {STATE} has no {missing[0]}")
-    return dict(state)
+        state = read_object(checkpoint / STATE)
+        hashes: dict[str, str] = check(state.pop("sha256", None), dict[str, str], f"{STATE}.sha256")
+        if missing := [name for name in HASHED if name not in hashes]:
+            raise ValueError(f"{STATE}.sha256.{missing[0]} is missing")
+        progress: Progress = build(Progress, state, STATE)
+        if checkpoint.name != _name(progress.step):
+            raise ValueError(f"{STATE} is of step {progress.step}")
+    except ValueError as error:
+        told = str(error).removeprefix(f"{checkpoint}{os.sep}")
+        raise ValueError(f"{checkpoint} is not a whole checkpoint: {told}") from None
+    return progress, hashes
 
 
 def _remove(checkpoint: Path) -> None:
@@ -156,6 +166,10 @@ def _remove(checkpoint: Path) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         os.rename(checkpoint, gone)
         shutil.rmtree(gone)
+
+
+def _name(step: int) -> str:
+    return f"checkpoint-{step}"
 
 
 def _partial(checkpoint: Path) -> Path:

@@ -13,11 +13,26 @@ from typing import Any
 
 import torch
 
+from sim.checked import build, check
 from sim.core.specs import ModelShape
+from sim.errors import keys_as
 from sim.json_file import read_object
 
 FAMILIES = {"llama": False, "qwen2": True}
 """`model_type` -> whether the query, key and value projections have a bias."""
+SIZES = {
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "ffn": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "max_context_tokens": "max_position_embeddings",
+}
+"""Size of a shape -> its key in `config.json`."""
+OPTIONAL = ("kv_heads", "head_dim", "max_context_tokens")
+"""Sizes that may be absent or null."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +43,15 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for key in self.__slots__:
+            if not 0 < getattr(self, key) < math.inf:
+                raise ValueError(f"{key} must be above 0 and finite, got {getattr(self, key)}")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor must be below high_freq_factor {self.high_freq_factor}, got {self.low_freq_factor}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +69,10 @@ class ModelConfig:
             raise ValueError(f"model_type must be one of {', '.join(FAMILIES)}, got {self.family!r}")
         if self.shape.qkv_bias != FAMILIES[self.family]:
             raise ValueError(f"model.qkv_bias of {self.family} must be {FAMILIES[self.family]}")
+        if not 0 <= self.norm_eps < math.inf:
+            raise ValueError(f"rms_norm_eps must be at least 0 and finite, got {self.norm_eps}")
+        if not 0 < self.rope_theta < math.inf:
+            raise ValueError(f"rope_theta must be above 0 and finite, got {self.rope_theta}")
 
     def inverse_frequencies(self, device: torch.device) -> torch.Tensor:
         """Angles per position of the rotary embedding: [head_dim / 2] float32.
@@ -80,35 +108,33 @@ def read_config(folder: str | Path) -> ModelConfig:
 def config_of(values: Mapping[str, Any], *, name: str, where: str = "config") -> ModelConfig:
     """The config of the keys of a `config.json`."""
     family = values.get("model_type")
-    if family not in FAMILIES:
+    if family not in tuple(FAMILIES):
         raise ValueError(f"{where}: model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
     for key in ("attention_bias", "mlp_bias", "use_sliding_window"):
         if values.get(key):
             raise ValueError(f"{where}: {key} must be false, got {values[key]!r}")
     if values.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act must be silu, got {values['hidden_act']!r}")
-    heads = values["num_attention_heads"]
+    sizes = {
+        size: check(values[key], int, f"{where}: {key}")
+        for size, key in SIZES.items()
+        if size not in OPTIONAL or values.get(key) is not None
+    }
+    heads = sizes["heads"]
+    absent = {"kv_heads": heads, "head_dim": sizes["hidden"] // max(1, heads), "max_context_tokens": 2048}
+    tied = check(values.get("tie_word_embeddings", False), bool, f"{where}: tie_word_embeddings")
+    norm_eps = check(values.get("rms_norm_eps", 1e-6), float, f"{where}: rms_norm_eps")
     theta, scaling = _rope(values, where)
-    shape = ModelShape(
-        name=name,
-        layers=values["num_hidden_layers"],
-        hidden=values["hidden_size"],
-        heads=heads,
-        kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
-        ffn=values["intermediate_size"],
-        vocab=values["vocab_size"],
-        qkv_bias=FAMILIES[family],
-        tied_embeddings=bool(values.get("tie_word_embeddings", False)),
-        max_context_tokens=values.get("max_position_embeddings", 2048),
-    )
-    return ModelConfig(
-        family=family,
-        shape=shape,
-        norm_eps=values.get("rms_norm_eps", 1e-6),
-        rope_theta=theta,
-        rope_scaling=scaling,
-    )
+    own = {f"model.{size} ": f"{where}: {key} " for size, key in SIZES.items()}
+    own |= {f"{key} ": f"{where}: {key} " for key in ("rms_norm_eps", "rope_theta")}
+    with keys_as(own):
+        return ModelConfig(
+            family=family,
+            shape=ModelShape(name=name, qkv_bias=FAMILIES[family], tied_embeddings=tied, **(absent | sizes)),
+            norm_eps=norm_eps,
+            rope_theta=theta,
+            rope_scaling=scaling,
+        )
 
 
 def hf_config(config: ModelConfig) -> dict[str, Any]:
@@ -121,15 +147,8 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": ["LlamaForCausalLM" if config.family == "llama" else "Qwen2ForCausalLM"],
         "model_type": config.family,
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
+        **{key: getattr(shape, size) for size, key in SIZES.items()},
         "hidden_act": "silu",
-        "max_position_embeddings": shape.max_context_tokens,
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": shape.tied_embeddings,
         "rope_theta": config.rope_theta,
@@ -139,16 +158,14 @@ def hf_config(config: ModelConfig) -> dict[str, Any]:
 
 def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Base and stretching, under the names of transformers 5 or those before."""
-    given = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = float(given.get("rope_theta") or values.get("rope_theta") or 10000.0)
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    given = check(values.get(name) or {}, dict[str, Any], f"{where}: {name}")
+    theta = given.get("rope_theta") or values.get("rope_theta") or 10000.0
+    theta = check(theta, float, f"{where}: rope_theta")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":
         return theta, None
     if kind != "llama3":
         raise ValueError(f"{where}: rope_type must be default or llama3, got {kind!r}")
-    return theta, RopeScaling(
-        factor=given["factor"],
-        low_freq_factor=given["low_freq_factor"],
-        high_freq_factor=given["high_freq_factor"],
-        original_max_position_embeddings=given["original_max_position_embeddings"],
-    )
+    scaling = {key: given[key] for key in RopeScaling.__slots__}
+    return theta, build(RopeScaling, scaling, f"{where}: {name}")

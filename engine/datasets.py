@@ -192,7 +192,7 @@ def _history(record: Mapping[str, Any], where: str) -> list[Message]:
 
 
 def _role(value: Any, where: str) -> str:
-    if value not in ROLES:
+    if not isinstance(value, str) or value not in ROLES:
         raise ValueError(f"{where}: a turn must be of {', '.join(ROLES)}, got {value!r}")
     return ROLES[value]
 
@@ -208,12 +208,12 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
     """The whole conversation, and which tokens an answer added."""
     if tokenizer.chat_template is None:
         raise ValueError(f"{where}: holds a conversation, and the tokenizer has no chat template")
-    tokens = template(tokenizer, messages)
+    tokens = template(tokenizer, messages, where)
     trained = [False] * len(tokens)
     for n, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = template(tokenizer, messages[:n], add_generation_prompt=True)
-            after = template(tokenizer, messages[: n + 1])
+            before = template(tokenizer, messages[:n], where, add_generation_prompt=True)
+            after = template(tokenizer, messages[: n + 1], where)
             if tokens[: len(after)] != after or after[: len(before)] != before:
                 raise ValueError(
                     f"{where}: the chat template changes earlier turns, so answers cannot be found"
@@ -222,9 +222,15 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
     return tokens, trained
 
 
-def template(tokenizer: Tokenizer, messages: Sequence[Message], **options: Any) -> list[int]:
-    """Tokens of a conversation under the tokenizer's chat template."""
-    encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+def template(tokenizer: Tokenizer, messages: Sequence[Message], where: str, **options: Any) -> list[int]:
+    """Tokens of a conversation under the tokenizer's chat template. ValueError begins with `where` when the template
+    is broken, or refuses such a conversation."""
+    from jinja2 import TemplateError
+
+    try:
+        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise ValueError(f"{where}: the tokenizer's chat template fails on it: {error}") from None
     return list(encoded["input_ids"])
 
 

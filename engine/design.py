@@ -179,8 +179,9 @@ class _Make:
         """Decodes, often a chunk of a prompt, and finetuning of any kind."""
         limits = self.space.limits
         sequences = _size(u, max(1, limits.max_sequences - 2))
-        # A third of the mixtures has no prefill.
+        # A third of the mixtures has no prefill, and none has where one sequence runs at a time.
         room = min(limits.max_tokens - sequences, self.space.longest // 2)
+        room = room if sequences < limits.max_sequences else 0
         tokens = _size(3 * w / 2 - 0.5, room) if w > 1 / 3 and room > 0 else 0
         longest = self.space.context(sequences, tokens + limits.block_tokens)
         if longest < 1:

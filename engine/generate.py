@@ -27,7 +27,7 @@ from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
-from engine.text import read_tokenizer
+from engine.text import check_tokens, read_tokenizer
 from engine.training import CONFIGS, DTYPES
 from sim.checked import build
 from sim.core.loop import Horizon, run_loop
@@ -107,6 +107,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     blocks = limits.kv_tokens // limits.block_tokens
     longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
     for n, tokens in enumerate(encoded, 1):
+        check_tokens(tokens, shape.vocab, settings.model_name_or_path)
         if not tokens or len(tokens) >= longest:
             raise ValueError(
                 f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens, "
@@ -179,7 +180,8 @@ def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
         return list(tokenizer.encode(prompt))
     if tokenizer.chat_template is None:
         raise ValueError("chat=true needs a tokenizer with a chat template")
-    return template(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True)
+    turn = {"role": "user", "content": prompt}
+    return template(tokenizer, [turn], f"prompt {prompt[:60]!r}", add_generation_prompt=True)
 
 
 def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
@@ -191,4 +193,7 @@ def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
         found = tokenizer.eos_token_id
     if found is None:
         return frozenset()
-    return frozenset(found if isinstance(found, list) else [found])
+    tokens = found if isinstance(found, list) else [found]
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"{path}: eos_token_id must be a token or a list of tokens, got {found!r}")
+    return frozenset(tokens)

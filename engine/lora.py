@@ -85,7 +85,6 @@ def new_adapter(
     spec: LoraSpec, shape: ModelShape, dtype: torch.dtype, device: torch.device | str, seed: int
 ) -> Adapter:
     """An adapter that changes nothing yet: A as PEFT draws it (uniform, Kaiming with a = sqrt 5), B zero."""
-    spec.layer_params(shape)
     generator = torch.Generator().manual_seed(seed)
     a, b = {}, {}
     for target in spec.targets:

@@ -44,7 +44,7 @@ from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes
 from engine.text import random_samples
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
-from sim.core.specs import DeviceSpec, LoraSpec
+from sim.core.specs import LINEARS, DeviceSpec, LoraSpec
 from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest, shown_path
@@ -52,10 +52,9 @@ from sim.results import make_manifest, shown_path
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("ceilings", "decode", "prefill", "window", "fused", "streams", "finetune", "peft", "memory")
 OUT_OF_MEMORY = "out of memory"
-LORAS: dict[str, tuple[str, ...]] = {
-    "all-linear": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
-    "down_proj": ("down_proj",),
-}
+LORAS: dict[str, tuple[str, ...]] = {"all-linear": LINEARS, "down_proj": ("down_proj",)}
+LEAST = {"sample_tokens": 2, "long_sample_tokens": 2, "copy_bytes": 4}
+"""Of sizes of which one will not do: a token follows from another, and what is copied is float32."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +76,7 @@ class Sizes:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 2 if field.name in ("sample_tokens", "long_sample_tokens") else 1
+            least = LEAST.get(field.name, 1)
             each = value if isinstance(value, tuple) else (value,)
             if not each or min(each) < least:
                 raise ValueError(f"sizes.{field.name} must be at least {least}, got {value}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,22 @@ def read_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.encode("a")
+        return tokenizer
     except Exception as error:  # tokenizers raises bare ones
         for path in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*token*.json")]):
             read_object(path)
         raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(str(error))[:200]}") from error
+
+
+def check_tokens(tokens: Iterable[int], vocab: int, folder: str | Path) -> None:
+    """Raise ValueError for a token for which the model of the tokenizer's folder has no embedding."""
+    largest = max(tokens, default=0)
+    if largest >= vocab:
+        raise ValueError(
+            f"{folder}: its tokenizer has a token {largest}, and its config.json a vocab_size of {vocab}"
+        )
 
 
 def byte_tokens(text: str) -> NDArray[np.int32]:

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
 from engine.checkpoint import (
+    STATE,
     Progress,
     checkpoints,
     last_checkpoint,
@@ -40,14 +41,14 @@ from engine.load import check_model_folder, load_model
 from engine.lora import LARGEST_SCALE, new_adapter, read_adapter, write_adapter
 from engine.optimizer import KINDS, LARGEST_RATE, SCHEDULES, OptimizerSettings
 from engine.replica import replica
-from engine.text import passes, read_tokenizer
+from engine.text import check_tokens, passes, read_tokenizer
 from engine.training_log import TrainingLog, check_tensorboard
 from sim.checked import build
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
-from sim.core.specs import LoraSpec
+from sim.core.specs import LINEARS, LoraSpec
 from sim.core.state import PipelineState
 from sim.errors import keys_as
 from sim.hydra_app import hydra_main
@@ -69,7 +70,6 @@ MAY_CHANGE = (
     "model_name_or_path",
 )
 """Settings that a resumed run may state differently; paths may have moved."""
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CHOICES = {
     "device": ("cpu", "cuda"),
     "dtype": tuple(DTYPES),
@@ -158,10 +158,10 @@ class Settings:
                 "only one of warmup_steps and warmup_ratio may be given, "
                 f"got {self.warmup_steps} and {self.warmup_ratio}"
             )
-        unknown = [target for target in self.targets if target not in TARGETS]
+        unknown = [target for target in self.targets if target not in LINEARS]
         if unknown or not self.targets:
             raise ValueError(
-                f"lora_target must be all, or a list of {', '.join(TARGETS)}, got {self.lora_target!r}"
+                f"lora_target must be all, or a list of {', '.join(LINEARS)}, got {self.lora_target!r}"
             )
         if self.memory == "recompute" and self.order != "window_major":
             raise ValueError(f"memory=recompute needs order=window_major, got {self.order}")
@@ -181,7 +181,7 @@ class Settings:
     def targets(self) -> tuple[str, ...]:
         given = self.lora_target
         if given == "all":
-            return TARGETS
+            return LINEARS
         return (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
 
     @property
@@ -245,6 +245,8 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
 
     shape = read_config(settings.model_name_or_path).shape
     shape.check_tp(settings.tp)
+    for sample in data.samples:
+        check_tokens(sample.tokens.tolist(), shape.vocab, settings.model_name_or_path)
     longest = max(len(sample.tokens) for sample in data.samples)
     if longest > shape.max_context_tokens:
         context = f"the model's context of {shape.max_context_tokens}"
@@ -361,6 +363,11 @@ def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
             raise ValueError(
                 f"{checkpoint} was made with {key}={had!r}, got {value!r}; training cannot go on"
             )
+    most = progress.step * settings.gradient_accumulation_steps
+    if progress.samples > most:
+        raise ValueError(
+            f"{checkpoint / STATE}: samples must be at most {most} after {progress.step} steps, got {progress.samples}"
+        )
     return progress
 
 

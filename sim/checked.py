@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import is_dataclass
@@ -72,7 +73,10 @@ def check(value: object, annotation: Any, where: str) -> Any:
         return value
     if annotation is float:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
-        return float(_require(ok, value, annotation, where))
+        try:
+            return float(_require(ok, value, annotation, where))
+        except OverflowError:
+            raise ValueError(f"{where} must be at most {sys.float_info.max:.2g}, got more") from None
     if annotation is int:
         return _require(isinstance(value, int) and not isinstance(value, bool), value, annotation, where)
     if annotation is None or annotation is type(None):

@@ -77,7 +77,6 @@ def plans_of(
     """Compile every job. `free_bytes` per device are left beside weights and activations, `kv_bytes` of them
     are the KV cache's (None: not said). Raises OutOfReach where nothing fits a job that asks, ValueError for a
     device whose constants are not known."""
-    finetune.lora.layer_params(model)  # refuses targets that the model does not have
     if finetune.jobs:
         Efficiency.of(device)  # refuses architectures and extras that are not known, in the device's name
     of = (model, finetune.lora, device, tp)

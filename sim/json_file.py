@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+"""Escapes of which two make a character, and one makes a string that nothing can write."""
+
 
 def parse(text: str) -> Any:
     """What a text holds. JSONDecodeError, which is a ValueError, for all that is no JSON, also for what is nested
-    deeper than Python follows, and for whole numbers of thousands of digits."""
+    deeper than Python follows, for whole numbers of thousands of digits and for halves of characters."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise json.JSONDecodeError("half a surrogate pair, which is no text", text, 0) from None
     except json.JSONDecodeError:
         raise
     except RecursionError:

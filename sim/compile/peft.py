@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sim.compile.ir import PARAMETER, Dim, Graph, Op, Tensor
-from sim.core.specs import LoraSpec, ModelShape
+from sim.core.specs import LINEARS, LoraSpec, ModelShape
 
 METHODS = ("lora", "ia3", "adapter")
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ADAPTER_DTYPES = ("model", "float32")
 ACTIVATIONS = ("relu", "gelu", "silu")
 

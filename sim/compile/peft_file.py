@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sim.compile.peft import LINEARS, PeftSpec
+from sim.compile.peft import PeftSpec
+from sim.core.specs import LINEARS
 from sim.json_file import read_object
 
 REFUSED: dict[str, dict[str, Any]] = {

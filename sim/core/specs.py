@@ -6,6 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+MOST = 2**31 - 1
+"""Of a size of a model."""
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a block, Hugging Face names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -39,8 +44,10 @@ class ModelShape:
             "dtype_bytes",
             "max_context_tokens",
         ):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be at least 1, got {getattr(self, key)}")
+            if not 1 <= getattr(self, key) <= MOST:
+                raise ValueError(
+                    f"model.{key} must be at least 1 and at most {MOST}, got {getattr(self, key)}"
+                )
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model.heads must be a multiple of model.kv_heads, got {self.heads} and {self.kv_heads}"
@@ -119,15 +126,13 @@ class LoraSpec:
                 raise ValueError(f"finetune.lora.targets must name each layer once, got {target} again")
         if not self.targets:
             raise ValueError("finetune.lora.targets must name at least one linear layer, got none")
+        unknown = [target for target in self.targets if target not in LINEARS]
+        if unknown:
+            raise ValueError(f"finetune.lora.targets must be among {', '.join(LINEARS)}, got {unknown[0]}")
         if not math.isfinite(self.alpha):
             raise ValueError(f"finetune.lora.alpha must be a finite number, got {self.alpha}")
 
     def layer_params(self, model: ModelShape) -> int:
-        unknown = [t for t in self.targets if t not in model.linears]
-        if unknown:
-            raise ValueError(
-                f"finetune.lora.targets must be among {', '.join(model.linears)}, got {unknown[0]}"
-            )
         return sum(self.rank * sum(model.linears[t]) for t in self.targets)
 
     def params(self, model: ModelShape) -> int:

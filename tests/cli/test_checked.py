@@ -75,6 +75,7 @@ def test_values_of_the_right_type_arrive_as_the_annotation_says() -> None:
         ({"rate_rps": "1e-3"}, "workload.rate_rps must be a number, got '1e-3'"),
         ({"rate_rps": None}, "workload.rate_rps must be a number, got None"),
         ({"rate_rps": True}, "workload.rate_rps must be a number, got True"),
+        ({"rate_rps": 10**400}, "workload.rate_rps must be at most 1.8e+308, got more"),
         ({"count": True}, "workload.count must be a whole number, got True"),
         ({"count": 1.0}, "workload.count must be a whole number, got 1.0"),
         ({"on": 1}, "workload.on must be true or false, got 1"),

@@ -8,10 +8,14 @@ import pytest
 from sim.json_file import parse, read_object, taken_apart
 
 
-@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, '{"a": }', "\x00"])
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, "9" * 5000, '{"a": }', "\x00", r'{"a": "\ud83d"}'])
 def test_whatever_is_no_json_is_one_kind_of_error(text: str) -> None:
     with pytest.raises(json.JSONDecodeError):
         parse(text)
+
+
+def test_both_halves_of_a_character_are_text() -> None:
+    assert parse(r'["\ud83d\ude00"]') == [chr(0x1F600)]
 
 
 def test_an_object_is_read_and_all_else_is_told_with_the_file(tmp_path: Path) -> None:

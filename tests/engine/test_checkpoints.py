@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import resource
 import shutil
@@ -194,15 +195,26 @@ def test_a_full_disk_stops_training_with_older_checkpoints_whole_and_no_half_one
 # Damage
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
-    "state.json: No such file or directory": lambda path: (path / "state.json").unlink(),
-    "state.json is damaged": lambda path: (path / "state.json").write_text('{"step": 6'),
-    "state.json has no sha256": lambda path: (path / "state.json").write_text(
-        '{"step": 6, "samples": 12, "settings": {}, "unlogged": []}'
-    ),
+    "state.json is missing": lambda path: (path / "state.json").unlink(),
+    "state.json is not JSON": lambda path: (path / "state.json").write_text('{"step": 6'),
+    "state.json must hold an object": lambda path: (path / "state.json").write_text("[6]"),
+    "state.json.sha256 must be a group of keys, got None": lambda path: restate(path, sha256=None),
+    "state.json.sha256.optimizer.pt must be text": lambda path: restate(path, sha256={"optimizer.pt": 3}),
+    "state.json.sha256.adapter_config.json is missing": lambda path: restate(path, sha256={}),
+    "state.json.samples must be a whole number, got '12'": lambda path: restate(path, samples="12"),
+    "state.json.samples must be at least 1, got -1": lambda path: restate(path, samples=-1),
+    "state.json.unlogged[0] must be a number": lambda path: restate(path, unlogged=["x"]),
+    "state.json.settings must be a group of keys": lambda path: restate(path, settings=3),
+    "state.json is of step 9": lambda path: restate(path, step=9),
     "optimizer.pt is missing": lambda path: (path / "optimizer.pt").unlink(),
     "optimizer.pt is damaged": lambda path: os.truncate(path / "optimizer.pt", 1000),
     "adapter_model.safetensors is damaged": lambda path: flip(path / "adapter_model.safetensors"),
 }
+
+
+def restate(path: Path, **changes: Any) -> None:
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | changes))
 
 
 def flip(path: Path) -> None:
@@ -225,7 +237,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(
         capsys.readouterr()
         assert finetune([*arguments, "resume=true"]) == 0
         error = capsys.readouterr().err
-        assert f"checkpoint-6 is not a whole checkpoint: {words}; it is passed over" in error
+        assert f"checkpoint-6 is not a whole checkpoint: {words}" in error
+        assert "; it is passed over" in error
         assert not without_notes(error)
         assert adapter_bytes(Path("out")) == good
         assert last_checkpoint("out", pytest.fail) == Path("out/checkpoint-6"), "made anew"

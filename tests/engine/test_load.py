@@ -65,6 +65,15 @@ def test_configs_of_transformers_4_and_5_read_alike() -> None:
     assert isinstance(old, ModelConfig) and old.rope_scaling == CONFIGS["llama"].rope_scaling
 
 
+STRETCHED = {
+    "rope_type": "llama3",
+    "factor": 8,
+    "low_freq_factor": 1,
+    "high_freq_factor": 4,
+    "original_max_position_embeddings": 64,
+}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -72,6 +81,23 @@ def test_configs_of_transformers_4_and_5_read_alike() -> None:
         ({"attention_bias": True}, "attention_bias must be false"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default or llama3, got 'yarn'"),
         ({"hidden_act": "gelu"}, "hidden_act must be silu"),
+        ({"hidden_size": "64"}, "hidden_size must be a whole number, got '64'"),
+        ({"num_attention_heads": 0}, "config.json: num_attention_heads must be at least 1"),
+        ({"vocab_size": 10**30}, "config.json: vocab_size must be at least 1 and at most 2147483647, got 1"),
+        ({"model_type": ["llama"]}, "model_type must be one of llama, qwen2"),
+        ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of model.kv_heads, got 4 and 3"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
+        ({"rms_norm_eps": -1}, "config.json: rms_norm_eps must be at least 0 and finite, got -1"),
+        ({"rms_norm_eps": None}, "rms_norm_eps must be a number, got None"),
+        ({"rope_parameters": ["default"]}, "config.json: rope_parameters must be a group of keys"),
+        ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta must be a number, got \[1\]"),
+        ({"rope_parameters": {"rope_theta": -1}}, "config.json: rope_theta must be above 0 and finite"),
+        ({"rope_parameters": STRETCHED | {"factor": "8"}}, "rope_parameters.factor must be a number"),
+        ({"rope_parameters": STRETCHED | {"factor": 0}}, "rope_parameters.factor must be above 0"),
+        (
+            {"rope_parameters": STRETCHED | {"low_freq_factor": 4}},
+            "rope_parameters.low_freq_factor must be below high_freq_factor 4.0, got 4.0",
+        ),
     ],
 )
 def test_a_config_that_would_change_the_result_is_refused(

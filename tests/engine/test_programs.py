@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import shutil
@@ -106,6 +107,9 @@ def test_rows_without_an_answer_within_the_cutoff_are_left_out_and_counted(
         (['{"words": "x"}'], "row 1: columns must include messages"),
         (['{"messages": [{"role": "cook", "content": "x"}]}'], "row 1: a turn must be of human"),
         (['{"messages": [{"role": "user", "content": "x"}]}'], "row 1: has no answer to train on"),
+        (['{"messages": [{"role": ["user"], "content": "x"}]}'], "row 1: a turn must be of human"),
+        (['{"text": "fine"}', '{"text": "half \\ud83d"}'], "row 2 is not JSON: half a surrogate pair"),
+        (["[" * 10_000], "row 1 is not JSON: nested too deep"),
         (['{"instruction": "x", "output": "y", "history": [["x"]]}'], "row 1: history must be a list"),
         (['{"messages": "x"}'], "row 1: messages must be a list of records"),
         (['["x"]'], "row 1 must be a record"),
@@ -119,6 +123,16 @@ def test_a_malformed_row_is_named(rows: list[str], words: str, tokenizer: Any, t
     with pytest.raises(ValueError, match=words) as error:
         read_dataset(path, tokenizer, cutoff_len=100)
     assert str(path) in str(error.value)
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    path = write(tmp_path / "d.jsonl", [ROWS["messages"]])
+    with pytest.raises(
+        ValueError, match=r"row 1: the tokenizer's chat template fails on it: roles must alternate"
+    ):
+        read_dataset(path, strict, cutoff_len=100)
 
 
 def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
@@ -361,10 +375,15 @@ def test_a_mistake_in_generate_is_told_in_one_line(
         ("model.safetensors", None, "model.safetensors is cut short or damaged"),
         ("model.safetensors", b"", "model.safetensors is cut short or damaged"),
         ("config.json", b"{", "config.json is not JSON"),
-        ("config.json", b'{"model_type": "llama"}', "config.json: num_attention_heads is missing"),
+        ("config.json", b'{"model_type": "llama"}', "config.json: vocab_size is missing"),
         ("tokenizer.json", b"{", "tokenizer.json is not JSON"),
         ("tokenizer.json", b"{}", "its tokenizer cannot be read"),
         ("tokenizer_config.json", b"\xff", "tokenizer_config.json is not JSON"),
+        (
+            "generation_config.json",
+            b'{"eos_token_id": [[1]]}',
+            "eos_token_id must be a token or a list of tokens",
+        ),
         ("adapter/adapter_model.safetensors", None, "adapter_model.safetensors is cut short or damaged"),
         ("adapter/adapter_config.json", b"{", "adapter_config.json is not JSON"),
         ("adapter/adapter_config.json", b'{"peft_type": "LORA"}', "adapter_config.json: r is missing"),
@@ -385,7 +404,7 @@ def test_a_damaged_file_is_named_in_one_line(
     shape = read_config(folder).shape
     write_adapter(new_adapter(LoraSpec(rank=2), shape, torch.float32, "cpu", 0), folder / "adapter")
     (folder / "p.txt").write_text("The harbour\n")
-    whole = (folder / file).read_bytes()
+    whole = (folder / file).read_bytes() if (folder / file).exists() else b""
     (folder / file).write_bytes(whole[: len(whole) // 2] if content is None else content)
     common = ["model_name_or_path=m", "device=cpu"]
     given = ["prompts=m/p.txt", "adapter_name_or_path=m/adapter", "chat=false", "max_new_tokens=2"]
@@ -395,6 +414,20 @@ def test_a_damaged_file_is_named_in_one_line(
     if file in ("model.safetensors", "tokenizer.json"):
         assert finetune([*arguments, *common]) == 2
         assert words in capsys.readouterr().err
+
+
+def test_a_token_without_an_embedding_is_told_before_the_model_is_asked(
+    arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model_folder, "m")
+    path = Path("m/tokenizer_config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|beyond|>"}))
+    Path("p.txt").write_text("The harbour <|beyond|>\n")
+    told = "m: its tokenizer has a token 400, and its config.json a vocab_size of 400"
+    assert finetune([*arguments, "model_name_or_path=m"]) == 2
+    assert told in capsys.readouterr().err
+    assert generate(["model_name_or_path=m", "prompts=p.txt", "chat=false"]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_prompt_must_leave_room_in_the_models_own_context(

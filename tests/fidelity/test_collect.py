@@ -71,6 +71,12 @@ def test_any_beginning_of_the_design_covers_all_that_comes_later() -> None:
     assert not any(p.forward or p.backward or p.step for p in islice(design(space(orders=())), 200))
 
 
+def test_where_one_sequence_runs_at_a_time_no_prompt_is_beside_a_decode() -> None:
+    points = list(islice(design(space(replace(LIMITS, max_sequences=1))), 500))
+    assert any(p.decodes for p in points) and any(p.prefill for p in points)
+    assert not any(p.decodes and p.prefill for p in points)
+
+
 def rig_of(limits: Limits, orders: tuple[str, ...] = ORDERS) -> Rig:
     shape = CONFIGS["llama"].shape
     jobs = [
@@ -200,6 +206,7 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
             "job.accumulation=2",
             " job.accumulation changes nothing here: job.accumulation is read by coserve bench",
         ),
+        ("job.lora.targets=[q]", " job.lora.targets must be among q_proj, "),
         ("+weights.more=1", " weights must be text, got {'more': 1}"),
         ("seconds=1e-9 restart=true", "seconds must allow a point, 1e-09 gave none"),
     ):
