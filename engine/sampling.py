@@ -73,7 +73,8 @@ def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[
     before = p.cumsum(1) - p
     p = p.masked_fill(before >= top_p, 0.0)
     total = p.cumsum(1)
-    last = (p > 0).sum(1, keepdim=True) - 1
+    # Logits that are not numbers give no token a share: then the first, since an index outside ends CUDA.
+    last = ((p > 0).sum(1, keepdim=True) - 1).clamp_(min=0)
     place = torch.minimum((total <= u * total[:, -1:]).sum(1, keepdim=True), last)
     return token.gather(1, place)[:, 0]
 

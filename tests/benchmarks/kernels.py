@@ -160,6 +160,7 @@ def time_calls(calls: list[Call], captured: bool = True) -> list[float]:
                 call()
 
     stream = capture_stream()
+    stream.wait_stream(torch.cuda.current_stream())  # the inputs may still be under way there
     with torch.cuda.stream(stream):
         for call in calls:
             call()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 import torch
 
-from engine.sampling import Sampling
+from engine.sampling import Sampling, sample
 from sim.core.plan import Limits
 from sim.core.request import Request
 from tests.engine.tiny import CONFIGS, EngineRun, adapter_of, tiny_model, tokens_of, twin
@@ -122,6 +123,14 @@ def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch() -> None:
     assert together.tokens == cramped.tokens
     other = serve("llama", limits_of(), prompts_of(8, sampling=Sampling(temperature=1.0, seed=4)))
     assert other.tokens != together.tokens
+
+
+def test_logits_that_are_not_numbers_give_some_token() -> None:
+    """An index outside of the vocabulary would end CUDA for the whole process."""
+    logits = torch.full((2, 9), math.nan)
+    for settings in (Sampling(), Sampling(temperature=1.0), Sampling(temperature=1.0, top_k=3, top_p=0.5)):
+        tokens = sample(logits, [settings] * 2, [0, 1])
+        assert ((tokens >= 0) & (tokens < 9)).all()
 
 
 def test_an_unknown_adapter_is_refused_by_name() -> None:

@@ -157,7 +157,7 @@ def sleep_while_rank_one_is_killed() -> None:
 def test_a_killed_rank_ends_a_leader_that_sleeps() -> None:
     program = f"from tests.engine.{Path(__file__).stem} import sleep_while_rank_one_is_killed as run"
     guarded = f"{program}\nif __name__ == '__main__': run()"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
         [sys.executable, "-c", guarded], cwd=ROOT, env=environment, capture_output=True, text=True
     )

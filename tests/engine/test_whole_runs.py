@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from engine.kernels import (
 )
 from engine.sampling import Sampling
 from sim.core.request import Request
+from tests.engine.kernels.watched import not_interpreted
 from tests.engine.tiny import EngineRun, JobSetup, adapter_of, sample_of, tiny_model, tokens_of
 from tests.support import LinearCost, build_policy, limits_of
 
@@ -70,14 +70,15 @@ def compare_kernels_with_references() -> None:
 
 
 def test_the_engine_through_its_kernels_equals_the_references() -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("kernels need triton")
+    if reason := not_interpreted():
+        pytest.skip(reason)
     program = (
         f"from tests.engine.{Path(__file__).stem} import compare_kernels_with_references\n"
         "from tests.engine.kernels.watched import watch\n"
         "watch(); compare_kernels_with_references()"
     )
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, sys.path))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
     )

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.engine.kernels.watched import watch
+from tests.engine.kernels.watched import not_interpreted, watch
 
 CUDA = torch.cuda.is_available()
 WORKER = pytest.StashKey[ProcessPoolExecutor]()
@@ -29,9 +29,11 @@ WORKER = pytest.StashKey[ProcessPoolExecutor]()
 @pytest.fixture
 def native() -> str:
     """The device of Triton kernels. Asking for it marks a test as one of kernels."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("kernels need triton")
-    return "cuda" if CUDA else "cpu"
+    if CUDA:
+        return "cuda"
+    if reason := not_interpreted():
+        pytest.skip(reason)
+    return "cpu"
 
 
 @pytest.fixture(
@@ -56,6 +58,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA device")
     if os.environ.get("TRITON_INTERPRET") == "1":
         watch()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU, every test of kernels is one that needs it."""
+    for item in items:
+        if CUDA and "native" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -7,7 +7,9 @@ gives the same numbers each time.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
+from importlib import metadata
 from typing import Any
 
 import numpy as np
@@ -66,6 +68,16 @@ class Accesses:
 def _extent_bytes(tensor: torch.Tensor) -> int:
     last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return (last + 1) * tensor.element_size()
+
+
+def not_interpreted() -> str | None:
+    """Why no kernel can be interpreted here; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "kernels need triton"
+    triton, numpy = (tuple(map(int, metadata.version(name).split(".")[:2])) for name in ("triton", "numpy"))
+    if triton < (3, 7) and numpy >= (2, 4):
+        return "the interpreter of triton 3.6 reads no bounds of loops with numpy 2.4 or later"
+    return None
 
 
 def watch() -> None:
