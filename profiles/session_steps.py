@@ -15,6 +15,8 @@ WORKERS = 8
 """Tests side by side: most of their time goes into compiling kernels, on one core each."""
 COSERVE = (sys.executable, "-m", "sim.cli")
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+OPTIONS = ("-W", "default", "-o", "faulthandler_timeout=60")
+"""Warnings that come on a GPU alone are shown and fail no test; a test that hangs shows where before it is ended."""
 WAYS = ("coserving_slack", "coserving", "temporal_limited", "inference_only")
 SPLITS = ("separate_25", "separate_50", "separate_75")
 SWEPT = ("workload.rate_rps=5,20", f"policy={','.join((*WAYS, *SPLITS))}")
@@ -61,6 +63,7 @@ def steps_of(folder: Path, device: str, model: str) -> list[Step]:
             name="tests",
             command=(
                 *PYTEST,
+                *OPTIONS,
                 *_side_by_side(),
                 "-q",
                 "-m",

@@ -1,8 +1,11 @@
-"""A model folder with a tokenizer of its own, and the arguments of a short `coserve finetune`."""
+"""A model folder with a tokenizer of its own, and the arguments of a short `coserve finetune`; workers that lose
+their GPU."""
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,17 @@ TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+
+def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
+    """A kernel that reads or writes outside of its tensors ends CUDA for its process, where all later tests would
+    fail: a worker ends with it, which fails this test, and pytest-xdist starts another for the tests that are left."""
+    if "PYTEST_XDIST_WORKER" in os.environ and torch.cuda.is_initialized():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            print(f"{nodeid}: {error}", file=sys.stderr)
+            os._exit(1)
 
 
 @pytest.fixture(scope="session")
