@@ -31,12 +31,24 @@ class Before(NamedTuple):
 _LAST: Last[Before] = Last()
 
 
-def before_runs(key: str, measured: Callable[[], Before], folder: Path | None, resume: bool) -> Before:
-    """What `measured` gives, once per `key`; kept in `folder`, and with `resume` taken from there."""
+def before_runs(
+    key: str,
+    measured: Callable[[], Before],
+    first_uses: Callable[[], None],
+    folder: Path | None,
+    resume: bool,
+) -> Before:
+    """What `measured` gives, once per `key`; kept in `folder`, and with `resume` taken from there.
+
+    Then `first_uses` does what measuring has done besides, in the process that did it.
+    """
 
     def found() -> Before:
         kept = _read(folder / FILE, key) if folder is not None and resume else None
-        return measured() if kept is None else kept
+        if kept is None:
+            return measured()
+        first_uses()
+        return kept
 
     before = _LAST.get(key, found)
     if folder is not None:

@@ -99,7 +99,7 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
     """The summary row, and what failed."""
     started_s = time.perf_counter()
     loaded = load_bench(spec, ranks)
-    before = before_runs(loaded.key, loaded.measured, _sweep_folder(), spec.run.resume)
+    before = before_runs(loaded.key, loaded.measured, loaded.first_uses, _sweep_folder(), spec.run.resume)
     release()
     pipelines = loaded.pipelines(before.predictor)
     if spec.run.warm_up_s:

@@ -16,10 +16,11 @@ from engine.bench_jobs import FIRST
 from engine.bench_spec import BenchSpec, policy_node
 from engine.engine import Engine
 from engine.machine import model_of, release
-from engine.measure import finetune_peak_tok_s, measure
+from engine.measure import finetune_peak_tok_s, first_uses, measure
 from engine.model import Model
 from engine.pipelines import Setting, Single, Split
 from engine.replica import Replica
+from engine.rig import Rig
 from engine.room import limits_and_plans
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import policy_of
@@ -76,6 +77,12 @@ class Loaded:
             predictor, finetune_peak_tok_s(self.model, self.limits, jobs, alone, seconds, self.assemble)
         )
 
+    def first_uses(self) -> None:
+        """On a GPU, have the kernels of a run compiled before it, where nothing is measured that would."""
+        if self.model.device.type == "cuda":
+            release()
+            first_uses(self.model, Rig(self.model, self.limits, self._jobs(0)[:1], assemble=self.assemble))
+
     def setting(self) -> Setting:
         """For pipelines whose jobs begin."""
         spec = self.spec
@@ -117,6 +124,7 @@ class Loaded:
             return measure(self.model, self.limits, self._jobs(0)[0], spec.measure_s, self.assemble)
         from profiles.table_file import TableFile
 
+        self.first_uses()
         context = CostContext(
             device=spec.device,
             model=self.model.whole.shape,

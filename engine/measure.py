@@ -51,12 +51,9 @@ def measure(
     enough points.
     """
     rig = Rig(model, limits, [job], assemble=assemble)
-    # On a GPU a new variant of a kernel is compiled at its first use: most are met before time counts, and of
-    # two repeats one is without.
-    cuda = model.device.type == "cuda"
-    repeats = 2 if cuda else 1
-    for point in islice(design(rig.space), FIRST_USES if cuda else 0):
-        rig.time(point, repeats=1, warm_ups=0)
+    first_uses(model, rig)
+    # Of two repeats one is without a kernel's first use.
+    repeats = 2 if model.device.type == "cuda" else 1
     works: list[tuple[float, ...]] = []
     times: list[tuple[float, float, float]] = []
     started_s = time.perf_counter()
@@ -76,6 +73,12 @@ def measure(
     columns = {name: np.ascontiguousarray(flat[:, i]) for i, name in enumerate(WORK_COLUMNS)}
     taken_s, host_s, ahead_s = np.array(times).T
     return timed_table(columns, taken_s, host_s, ahead_s, limits.lookahead).model()
+
+
+def first_uses(model: Model, rig: Rig) -> None:
+    """On a GPU a new variant of a kernel is compiled at its first use: meet most of them, before time counts."""
+    for point in islice(design(rig.space), FIRST_USES if model.device.type == "cuda" else 0):
+        rig.time(point, repeats=1, warm_ups=0)
 
 
 def finetune_peak_tok_s(

@@ -111,9 +111,12 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(
     decided = [read_run(folder / name) for name in "01"]
     second.unlink()
     engine.before._LAST.forget()
+    used = []
     with monkeypatch.context() as patch:
         patch.setattr(Loaded, "measured", lambda _: pytest.fail("measured again"))
+        patch.setattr(Loaded, "first_uses", lambda loaded: used.append(loaded))
         assert main([*sweep, "run.resume=true"]) == 0
+    assert len(used) == 1, "its kernels are compiled before the run, which measuring does otherwise"
     assert first.stat().st_mtime_ns == kept and second.exists()
     again = read_run(folder / "1")
     assert predictor_of(again) == predictor_of(decided[0]) == predictor_of(decided[1])

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+import engine.bench_loaded
 import engine.measure
-from engine.measure import LEAST_ROWS, LONGER, measure
+from engine.measure import FIRST_USES, LEAST_ROWS, LONGER, measure
 from sim.core.work import Work
 from tests.support import limits_of
 
@@ -46,3 +47,18 @@ def test_the_least_points_are_timed_even_if_that_takes_longer(monkeypatch: pytes
 def test_but_not_forever(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=f"measure_s must allow {LEAST_ROWS} points"):
         points(monkeypatch, 0.5 * LEAST_ROWS / LONGER)
+
+
+@pytest.mark.parametrize(("device", "launched"), [("cuda", FIRST_USES), ("cpu", 0)])
+def test_kernels_are_met_before_a_run_that_measures_nothing(
+    device: str, launched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[tuple[Any, dict[str, int]]] = []
+    rig = SimpleNamespace(space=None, time=lambda point, **how: met.append((point, how)))
+    monkeypatch.setattr(engine.measure, "design", lambda space: itertools.count())
+    monkeypatch.setattr(engine.bench_loaded, "Rig", lambda *_, **__: rig)
+    monkeypatch.setattr(engine.bench_loaded.Loaded, "_jobs", lambda *_: [None])
+    given: dict[str, Any] = dict.fromkeys(("spec", "limits", "plans", "assemble"))
+    model: Any = SimpleNamespace(device=torch.device(device))
+    engine.bench_loaded.Loaded(model=model, **given).first_uses()
+    assert met == [(n, {"repeats": 1, "warm_ups": 0}) for n in range(launched)]
