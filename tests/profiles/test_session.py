@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -214,6 +215,25 @@ def test_a_machine_that_lacks_something_is_told_so_before_any_step(
     monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": None})
     assert session.unready("h100") == "--device h100, but torch finds no GPU"
     assert session.unready("cpu") is None
+
+
+def test_the_time_of_a_call_begins_before_the_machine_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s, given = [1000.0], []
+
+    def slowly(device: str) -> None:
+        now_s[0] += 40
+
+    def run(of: Session, steps: list[Step], seconds: float, **_: bool) -> bool:
+        given.append(seconds)
+        return True
+
+    monkeypatch.setattr(session, "time", SimpleNamespace(perf_counter=lambda: now_s[0]))
+    monkeypatch.setattr(session, "unready", slowly)
+    monkeypatch.setattr(Session, "run", run)
+    assert main([str(tmp_path), "--device", "cpu", "--model", "tiny", "--minutes", "9"]) == 0
+    assert given == [500.0]
 
 
 @pytest.mark.parametrize(
