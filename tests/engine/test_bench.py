@@ -308,7 +308,7 @@ def test_weights_of_another_shape_are_told_by_what_differs(
 
 def test_jobs_beside_the_first_differ_in_what_is_said_of_them() -> None:
     config = bench_config("+more_jobs.second.weight=3", "+more_jobs.second.lora.rank=4", "job.accumulation=1")
-    first, second = jobs_of(config, _model_shape()).values()
+    first, second = jobs_of(config).values()
     assert (first.weight, first.lora.rank, first.accumulation) == (1.0, 16, 1)
     assert second == replace(first, weight=3.0, lora=replace(first.lora, rank=4))
 
