@@ -20,13 +20,13 @@ from engine.measure import finetune_peak_tok_s, first_uses, measure
 from engine.model import Model
 from engine.pipelines import Setting, Single, Split
 from engine.replica import Replica
-from engine.rig import Rig
 from engine.room import limits_and_plans
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import policy_of
 from sim.compile.plan import CompilePlan
 from sim.core.finetune import Job
 from sim.core.plan import Limits, Policy
+from sim.core.specs import DeviceSpec, LoraSpec
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
@@ -78,10 +78,8 @@ class Loaded:
         )
 
     def first_uses(self) -> None:
-        """On a GPU, have the kernels of a run compiled before it, where nothing is measured that would."""
-        if self.model.device.type == "cuda":
-            release()
-            first_uses(self.model, Rig(self.model, self.limits, self._jobs(0)[:1], assemble=self.assemble))
+        """Have the kernels of a run compiled before it, where nothing is measured that would."""
+        first_uses(self.model, self.limits, self._jobs(0)[:1], self.assemble)
 
     def setting(self) -> Setting:
         """For pipelines whose jobs begin."""
@@ -121,19 +119,24 @@ class Loaded:
         """A table of the profile that is given, or of what this machine does in `measure_s`."""
         spec = self.spec
         if spec.predictor is None:
-            return measure(self.model, self.limits, self._jobs(0)[0], spec.measure_s, self.assemble)
-        from profiles.table_file import TableFile
-
+            return measure(self.model, self.limits, self._jobs(0)[:1], spec.measure_s, self.assemble)
         self.first_uses()
-        context = CostContext(
-            device=spec.device,
-            model=self.model.whole.shape,
-            tp=self.model.group.size,
-            lora=spec.jobs[FIRST].lora,
-            seed=0,
-            lookahead=self.limits.lookahead,
-        )
-        return TableFile(path=spec.predictor).build(context)
+        return table_of(spec.predictor, spec.device, self.model, spec.jobs[FIRST].lora, self.limits)
+
+
+def table_of(path: str, device: DeviceSpec, model: Model, lora: LoraSpec, limits: Limits) -> FittedCost:
+    """What a profile says of `model` on `device`. ValueError for one of another model or device."""
+    from profiles.table_file import TableFile
+
+    context = CostContext(
+        device=device,
+        model=model.whole.shape,
+        tp=model.group.size,
+        lora=lora,
+        seed=0,
+        lookahead=limits.lookahead,
+    )
+    return TableFile(path=path).build(context)
 
 
 def load_bench(spec: BenchSpec, ranks: Replica) -> Loaded:

@@ -113,7 +113,7 @@ def spec_of(config: DictConfig) -> BenchSpec:
     place = place_of(device)
     seed = seed_of(config)
     run = build(RunSettings, config.run, "run")
-    measure_s, peak_s = _seconds(config, "measure_s"), _seconds(config, "peak_s")
+    measure_s, peak_s = seconds_of(config, "measure_s"), seconds_of(config, "peak_s")
     jobs = jobs_of(config)
     launch = build(LaunchSettings, config.launch, "launch")
     slos = slos_of(config)
@@ -166,7 +166,7 @@ def policy_node(node: Any) -> dict[str, Any]:
     return {str(key): value for key, value in node.items() if key != "name"}
 
 
-def _seconds(config: DictConfig, key: str) -> float:
+def seconds_of(config: DictConfig, key: str) -> float:
     """A time that is spent before the first run."""
     seconds: float = check(config[key], float, key)
     if not 0 <= seconds <= A_DAY_S:

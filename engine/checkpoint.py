@@ -20,17 +20,25 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from engine.engine import Engine
-from engine.lora import write_adapter
+from engine.lora import Adapter, write_adapter
 from sim.checked import build, check
 from sim.json_file import read_object
 
 STATE = "state.json"
 HASHED = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt")
+
+
+class Trained(Protocol):
+    """An engine, or what stands for one of its jobs."""
+
+    def adapter(self, job: str) -> Adapter: ...
+
+    def optimizer_state(self, job: str) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +61,7 @@ class Progress:
 
 def save_checkpoint(
     folder: str | Path,
-    engine: Engine,
+    engine: Trained,
     job: str,
     progress: Progress,
     base_model: str | None,

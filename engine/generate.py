@@ -113,7 +113,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
                 f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens, "
                 f"limits.max_sequence_tokens, the model's own {shape.max_context_tokens}), got {len(tokens)}"
             )
-    stops = frozenset[int]() if settings.ignore_eos else _stops(settings.model_name_or_path, tokenizer)
+    stops = frozenset[int]() if settings.ignore_eos else stop_tokens(settings.model_name_or_path, tokenizer)
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
     )
@@ -184,7 +184,7 @@ def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
     return template(tokenizer, [turn], f"prompt {prompt[:60]!r}", add_generation_prompt=True)
 
 
-def _stops(folder: str, tokenizer: Any) -> frozenset[int]:
+def stop_tokens(folder: str, tokenizer: Any) -> frozenset[int]:
     """The end tokens of generation_config.json, or the tokenizer's own."""
     path = Path(folder) / "generation_config.json"
     values = read_object(path) if path.is_file() else {}

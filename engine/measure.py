@@ -19,6 +19,7 @@ from engine.assemble import TrainingJob, assemble_engine
 from engine.design import design
 from engine.driver import Driver, GivenArrivals, WallClock
 from engine.engine import Engine
+from engine.machine import release
 from engine.model import Model
 from engine.rig import Rig
 from sim.core.finetune import Job
@@ -40,18 +41,18 @@ FIRST_USES = 40
 def measure(
     model: Model,
     limits: Limits,
-    job: TrainingJob,
+    jobs: Sequence[TrainingJob],
     seconds: float,
     assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
 ) -> FittedCost:
-    """Time points for `seconds`, or for as long as the least of them take, and fit a table. `job` is used up;
-    its adapter is thrown away.
+    """Time points for `seconds`, or for as long as the least of them take, and fit a table. `jobs` are used up;
+    their adapters are thrown away.
 
     `assemble` makes the engine, as `assemble_engine` does. Raises ValueError when the time was too short for
     enough points.
     """
-    rig = Rig(model, limits, [job], assemble=assemble)
-    first_uses(model, rig)
+    rig = Rig(model, limits, jobs, assemble=assemble)
+    _meet_kernels(model, rig)
     # Of two repeats one is without a kernel's first use.
     repeats = 2 if model.device.type == "cuda" else 1
     works: list[tuple[float, ...]] = []
@@ -75,7 +76,19 @@ def measure(
     return timed_table(columns, taken_s, host_s, ahead_s, limits.lookahead).model()
 
 
-def first_uses(model: Model, rig: Rig) -> None:
+def first_uses(
+    model: Model,
+    limits: Limits,
+    jobs: Sequence[TrainingJob],
+    assemble: Callable[..., tuple[Engine, list[Job]]] = assemble_engine,
+) -> None:
+    """What `measure` does besides, where a profile is given instead: on a GPU, kernels are compiled."""
+    if model.device.type == "cuda":
+        release()
+        _meet_kernels(model, Rig(model, limits, jobs, assemble=assemble))
+
+
+def _meet_kernels(model: Model, rig: Rig) -> None:
     """On a GPU a new variant of a kernel is compiled at its first use: meet most of them, before time counts."""
     for point in islice(design(rig.space), FIRST_USES if model.device.type == "cuda" else 0):
         rig.time(point, repeats=1, warm_ups=0)

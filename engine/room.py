@@ -39,7 +39,7 @@ def limits_and_plans(
         return limits, _by_id(jobs, plan_jobs(model, limits, jobs, device=device))
     if model.device.type == "cpu":
         raise ValueError("limits.kv_tokens must be given on a CPU: null is what a GPU's memory leaves")
-    batch_tokens = given.max_tokens + max(job.max_sample_tokens for job in jobs)
+    batch_tokens = given.max_tokens + max((job.max_sample_tokens for job in jobs), default=0)
     seen = device_of(device, shape, tp, free_bytes(model.device))
     free = room_bytes(
         device=seen,

@@ -14,7 +14,8 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from engine.assemble import TrainingJob
 from engine.checkpoint import (
     STATE,
     Progress,
+    Trained,
     checkpoints,
     last_checkpoint,
     read_progress,
@@ -35,7 +37,7 @@ from engine.checkpoint import (
 from engine.config import read_config
 from engine.datasets import Dataset, read_dataset
 from engine.driver import Driver, GivenArrivals, WallClock
-from engine.engine import StepRecord
+from engine.engine import Engine, StepRecord
 from engine.finetune import Sample
 from engine.load import check_model_folder, load_model
 from engine.lora import LARGEST_SCALE, new_adapter, read_adapter, write_adapter
@@ -100,6 +102,8 @@ MOST = {
     "weight_decay": LARGEST_RATE["adamw"],
     "lora_alpha": LARGEST_SCALE,
 }
+Save = Callable[[Path, Engine, str, Progress, str, "int | None"], object]
+"""What writes a checkpoint, as `save_checkpoint` does."""
 OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm")
 """May be null."""
 
@@ -230,86 +234,110 @@ def finetune(config: DictConfig) -> dict[str, Any]:
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     """Train to the end; `steps`, `loss` of the last step, `folder` and the compile plan in a line."""
-    folder = Path(settings.output_dir)
-    if settings.report_to == "tensorboard":
-        check_tensorboard()
-    found = _start(folder, settings)
-    before = None if found is None else _checked_progress(found, settings)
-    done = 0 if before is None else before.samples
-    data = _data(settings)
-    accumulation = settings.gradient_accumulation_steps
-    all_samples = len(data.samples) * settings.num_train_epochs
-    if settings.max_steps is not None:
-        all_samples = min(all_samples, settings.max_steps * accumulation)
-    total = -(-all_samples // accumulation)
-
-    shape = read_config(settings.model_name_or_path).shape
-    shape.check_tp(settings.tp)
-    for sample in data.samples:
-        check_tokens(sample.tokens.tolist(), shape.vocab, settings.model_name_or_path)
-    longest = max(len(sample.tokens) for sample in data.samples)
-    if longest > shape.max_context_tokens:
-        context = f"the model's context of {shape.max_context_tokens}"
-        _note(
-            f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it"
-        )
-    fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
-    feed = _Counted(itertools.islice(passes(data.samples, settings.seed), done, all_samples))
-    job = TrainingJob(
-        id=folder.resolve().name,
-        samples=feed,
-        max_sample_tokens=longest,
-        adapter=fresh if found is None else read_adapter(found, shape),
-        optimizer=settings.optimizer(total),
-        accumulation=accumulation,
-        order=settings.order,
-        memory=settings.memory,
-    )
+    training = Training(settings)
     limits = Limits(kv_tokens=16, block_tokens=16, max_sequences=1, max_tokens=1, max_sequence_tokens=1)
     with replica(settings.tp, settings.device) as ranks:
         model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
-        engine, jobs = ranks.assemble(model, limits, [job])
-        trainer = engine.trainers[job.id]
-        if found is not None:
-            restore(found, engine, job.id)
+        engine, jobs = ranks.assemble(model, limits, [training.job])
+        state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
+        try:
+            with training.on(engine) as log:
+                Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
+        except KeyboardInterrupt:
+            _note(f"{training.folder}: {training.ways_on()}")
+            raise
+        for failure in engine.failures.values():
+            kept = ", ".join(path.name for path in checkpoints(training.folder)[:1]) or "no checkpoint"
+            raise ValueError(f"{failure.failure}; {training.folder} has {kept}")
+        training.write(engine)
+        trainer = engine.trainers[training.job.id]
+        steps, plan = trainer.optimizer.steps, trainer.plan.describe()
+        return {"steps": steps, "loss": log.last_loss, "folder": str(training.folder), "plan": plan}
+
+
+class Training:
+    """A job on a dataset: from where its output_dir stands to the adapter there, on whatever engine runs it."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Raises ValueError for a dataset or a checkpoint that cannot be used."""
+        if settings.report_to == "tensorboard":
+            check_tensorboard()
+        self.settings = settings
+        self.folder = Path(settings.output_dir)
+        self._found = _start(self.folder, settings)
+        self._before = None if self._found is None else _checked_progress(self._found, settings)
+        self._done = 0 if self._before is None else self._before.samples
+        data = _data(settings)
+        accumulation = settings.gradient_accumulation_steps
+        self._epoch_samples = len(data.samples)
+        self._all_samples = len(data.samples) * settings.num_train_epochs
+        if settings.max_steps is not None:
+            self._all_samples = min(self._all_samples, settings.max_steps * accumulation)
+        self.total = -(-self._all_samples // accumulation)
+        """Optimizer steps to the end."""
+
+        shape = read_config(settings.model_name_or_path).shape
+        shape.check_tp(settings.tp)
+        for sample in data.samples:
+            check_tokens(sample.tokens.tolist(), shape.vocab, settings.model_name_or_path)
+        longest = max(len(sample.tokens) for sample in data.samples)
+        if longest > shape.max_context_tokens:
+            context = f"the model's context of {shape.max_context_tokens}"
+            _note(
+                f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it"
+            )
+        fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
+        samples = itertools.islice(passes(data.samples, settings.seed), self._done, self._all_samples)
+        self._feed = _Counted(samples)
+        self.job = TrainingJob(
+            id=self.folder.resolve().name,
+            samples=self._feed,
+            max_sample_tokens=longest,
+            adapter=fresh if self._found is None else read_adapter(self._found, shape),
+            optimizer=settings.optimizer(self.total),
+            accumulation=accumulation,
+            order=settings.order,
+            memory=settings.memory,
+        )
+
+    @contextmanager
+    def on(self, engine: Engine, save: Save = save_checkpoint) -> Iterator[TrainingLog]:
+        """While `engine`, which was made with the job, runs it: its log, and checkpoints as `save` writes them."""
+        settings, job = self.settings, self.job
+        if self._found is not None:
+            restore(self._found, engine, job.id)
         log = TrainingLog(
-            folder / "trainer_log.jsonl",
-            total=total,
-            done=trainer.optimizer.steps,
+            self.folder / "trainer_log.jsonl",
+            total=self.total,
+            done=engine.trainers[job.id].optimizer.steps,
             every=settings.logging_steps,
-            epoch_samples=len(data.samples),
-            unlogged=() if before is None else before.unlogged,
-            tensorboard=folder / "runs" if settings.report_to == "tensorboard" else None,
+            epoch_samples=self._epoch_samples,
+            unlogged=() if self._before is None else self._before.unlogged,
+            tensorboard=self.folder / "runs" if settings.report_to == "tensorboard" else None,
         )
 
         def on_step(record: StepRecord) -> None:
-            samples = min(all_samples, record.step * accumulation)
-            log.add(record, samples, sum(feed.lengths[: samples - done]))
-            if record.step % settings.save_steps == 0 or record.step == total:
+            samples = min(self._all_samples, record.step * job.accumulation)
+            log.add(record, samples, sum(self._feed.lengths[: samples - self._done]))
+            if record.step % settings.save_steps == 0 or record.step == self.total:
                 progress = Progress(
                     step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
                 )
                 base = settings.model_name_or_path
-                save_checkpoint(folder, engine, job.id, progress, base, settings.save_total_limit)
+                save(self.folder, engine, job.id, progress, base, settings.save_total_limit)
 
         engine.on_step = on_step
-        state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
-        try:
-            with log:
-                Driver(engine, WallClock()).run(run_loop(state, policy, GivenArrivals(), Horizon()))
-        except KeyboardInterrupt:
-            last = next(iter(checkpoints(folder)), None)
-            ways = (
-                "no checkpoint yet (save_steps)" if last is None else f"resume=true goes on from {last.name}"
-            )
-            _note(f"{folder}: {ways}")
-            raise
-        for failure in engine.failures.values():
-            kept = ", ".join(path.name for path in checkpoints(folder)[:1]) or "no checkpoint"
-            raise ValueError(f"{failure.failure}; {folder} has {kept}")
-        write_adapter(engine.adapter(job.id), folder, settings.model_name_or_path)
-        steps, plan = trainer.optimizer.steps, trainer.plan.describe()
-        return {"steps": steps, "loss": log.last_loss, "folder": str(folder), "plan": plan}
+        with log:
+            yield log
+
+    def write(self, engine: Trained) -> None:
+        """The adapter as it stands, to `output_dir`."""
+        write_adapter(engine.adapter(self.job.id), self.folder, self.settings.model_name_or_path)
+
+    def ways_on(self) -> str:
+        """For a run that was stopped: from where the next one goes on."""
+        last = next(iter(checkpoints(self.folder)), None)
+        return "no checkpoint yet (save_steps)" if last is None else f"resume=true goes on from {last.name}"
 
 
 class _Counted:

@@ -444,9 +444,9 @@ def _policies(config: DictConfig, groups: list[_Group], slos: Mapping[str, Slo])
     return [_checked_policy(policy) for policy in assigned]
 
 
-def policy_of(node: dict[str, Any], predictor: Predictor, slos: Mapping[str, Slo]) -> Policy:
-    """Build a policy, giving it what it asks for by name: `predictor`, and where they are null the tightest
-    bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT.
+def policy_of(node: dict[str, Any], predictor: Predictor | None, slos: Mapping[str, Slo]) -> Policy:
+    """Build a policy, giving it what it asks for by name: `predictor` (None is for one that does not), and where they
+    are null the tightest bounds of the SLO classes, `budget_s` of TPOT and `ttft_s` of TTFT.
 
     Raises ValueError for a node that makes no policy, PolicyError for what else its constructor raises.
     """

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reference": ("the engine against this machine's own limits and against PEFT", "engine.reference:main"),
     "finetune": ("finetune a LoRA adapter on a dataset: the job alone", "engine.training:main"),
     "generate": ("answer prompts from a file or from standard input", "engine.generate:main"),
+    "serve": ("answer requests of the OpenAI API, and finetune beside them", "engine.serve:main"),
     "fetch": ("download a public request trace into the data folder", "sim.fetch:main"),
     "profile": ("measured profiles: collect, show, fit, check", "profiles.program:main"),
     "validate": ("a recorded engine run against the simulation of that engine", "profiles.validate:main"),

@@ -27,6 +27,8 @@ EXTRAS = {
     "safetensors": "engine",
     "liger_kernel": "engine",
     "tensorboard": "tensorboard",
+    "starlette": "serve",
+    "uvicorn": "serve",
 }
 """Package -> the extra of coserve that brings it."""
 

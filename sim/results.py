@@ -202,6 +202,7 @@ def distinction(overrides: Sequence[str]) -> str | None:
         "device",
         "cluster/router",
         "run.resume",
+        "run.bounds",
     )
     return ", ".join(o for o in overrides if o.partition("=")[0] not in shown) or None
 

@@ -62,12 +62,12 @@ class Done(NamedTuple):
 Command = Execute | Wait | Sleep
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Horizon:
     """When a run ends: requests arrive until `duration_s`, those that did may take `drain_s` more.
 
     Finetuning goes on while requests drain, so that the last ones are served under the same conditions;
-    rates count what was done by `duration_s`.
+    rates count what was done by `duration_s`. One without an end can be ended while its loop runs.
     """
 
     duration_s: float = math.inf
@@ -78,6 +78,10 @@ class Horizon:
             raise ValueError(f"workload.duration_s must be above 0 seconds, got {self.duration_s}")
         if not self.drain_s >= 0:
             raise ValueError(f"run.drain_s must be at least 0 seconds, got {self.drain_s}")
+
+    def end(self, now_s: float) -> None:
+        """Nothing arrives any more, and what still runs is left as it is."""
+        self.duration_s, self.drain_s = now_s, 0.0
 
 
 class PolicyError(RuntimeError):
@@ -110,10 +114,11 @@ def run_loop(
     """
     now_s = start_s
     in_flight = 0
-    wait, lookahead, duration_s = Wait(), state.limits.lookahead, horizon.duration_s
+    wait, lookahead = Wait(), state.limits.lookahead
     due, view, apply, commit, decide = arrivals.due, state.view, state.apply, state.commit, policy.plan
     running = state.running
     while True:
+        duration_s = horizon.duration_s
         for request in due(now_s if now_s < duration_s else duration_s):
             if not state.arrive(request):
                 arrivals.ended(request.id, now_s)

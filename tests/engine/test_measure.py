@@ -56,7 +56,7 @@ def test_kernels_are_met_before_a_run_that_measures_nothing(
     met: list[tuple[Any, dict[str, int]]] = []
     rig = SimpleNamespace(space=None, time=lambda point, **how: met.append((point, how)))
     monkeypatch.setattr(engine.measure, "design", lambda space: itertools.count())
-    monkeypatch.setattr(engine.bench_loaded, "Rig", lambda *_, **__: rig)
+    monkeypatch.setattr(engine.measure, "Rig", lambda *_, **__: rig)
     monkeypatch.setattr(engine.bench_loaded.Loaded, "_jobs", lambda *_: [None])
     given: dict[str, Any] = dict.fromkeys(("spec", "limits", "plans", "assemble"))
     model: Any = SimpleNamespace(device=torch.device(device))

@@ -1,0 +1,367 @@
+"""The HTTP side of `coserve serve`, in a process of its own: requests in, tokens out, text here.
+
+The engine's process never waits for a client, a tokenizer or JSON; between the two is a pipe (`engine.messages`).
+
+Endpoints: POST /v1/completions, /v1/chat/completions; GET /v1/models, /health, /metrics (Prometheus).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import TYPE_CHECKING, Any
+
+from engine.messages import Ask, Gauges, Gone, Ready, Stop, Tokens
+from engine.openai import Answer, Refused, Wanted, usage, wanted
+from engine.streamed_text import StreamedText
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+MOST_BYTES = 16 * 2**20
+"""Of a request's body."""
+POLL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """What the HTTP side knows of the engine."""
+
+    folder: str
+    """Of the model's tokenizer."""
+    name: str
+    """Of the base model."""
+    adapters: tuple[str, ...]
+    vocab: int
+    longest_tokens: int
+    """Of prompt and answer together."""
+    stop_tokens: frozenset[int]
+    max_requests: int
+    """At once; more are turned away."""
+    drain_s: int
+    """For running answers when the server stops."""
+
+
+def run_front(serving: Serving, listening: socket.socket, link: Connection) -> None:
+    """Serve on a socket that is bound until the engine says Stop or is gone. The target of a process."""
+    import uvicorn
+
+    # Who stops the server tells the engine's process, and that one this.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    front = Front(serving, link)
+    config = uvicorn.Config(
+        front.app(),
+        log_level="warning",
+        timeout_graceful_shutdown=serving.drain_s,
+        lifespan="off",
+    )
+    server = uvicorn.Server(config)
+    # Apart from the main thread it leaves signals alone.
+    thread = threading.Thread(target=front.run, args=(server, listening))
+    thread.start()
+    front.ready.wait()
+    try:
+        while thread.is_alive():
+            if link.poll(POLL_S):
+                message = link.recv()
+                if type(message) is Stop:
+                    server.should_exit = True
+                else:
+                    front.take(message)
+    except (EOFError, OSError):
+        server.should_exit = server.force_exit = True
+    thread.join()
+
+
+class Front:
+    """Requests under way, and the tokens that they wait for."""
+
+    def __init__(self, serving: Serving, link: Connection) -> None:
+        from engine.text import read_tokenizer
+
+        self.ready = threading.Event()
+        self._serving = serving
+        self._link = link
+        self._tokenizer = read_tokenizer(serving.folder)
+        self._ids = itertools.count()
+        self._waiting: dict[int, asyncio.Queue[int | None]] = {}
+        self._gauges: Mapping[str, float] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def run(self, server: Any, listening: socket.socket) -> None:
+        """Serve until the server is told to exit."""
+
+        async def serve() -> None:
+            self._loop = asyncio.get_running_loop()
+            self._link.send(Ready())
+            self.ready.set()
+            await server.serve(sockets=[listening])
+
+        asyncio.run(serve())
+
+    def take(self, message: Tokens | Gauges) -> None:
+        """What the engine says; from another thread than the server's."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            self._loop.call_soon_threadsafe(self._give, message)
+
+    def app(self) -> Starlette:
+        from starlette.applications import Starlette
+        from starlette.responses import JSONResponse, PlainTextResponse
+        from starlette.routing import Route
+
+        async def completions(request: Request) -> Response:
+            return await self._answer(request, chat=False)
+
+        async def chat(request: Request) -> Response:
+            return await self._answer(request, chat=True)
+
+        async def models(request: Request) -> Response:
+            names = [self._serving.name, *self._serving.adapters]
+            data = [{"id": name, "object": "model", "owned_by": "coserve"} for name in names]
+            return JSONResponse({"object": "list", "data": data})
+
+        async def health(request: Request) -> Response:
+            return JSONResponse({"status": "ok"})
+
+        async def metrics(request: Request) -> Response:
+            lines = [f"{name} {value:.17g}" for name, value in self._gauges.items()]
+            return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+        return Starlette(
+            routes=[
+                Route("/v1/completions", completions, methods=["POST"]),
+                Route("/v1/chat/completions", chat, methods=["POST"]),
+                Route("/v1/models", models),
+                Route("/health", health),
+                Route("/metrics", metrics),
+            ]
+        )
+
+    def _give(self, message: Tokens | Gauges) -> None:
+        if isinstance(message, Gauges):
+            self._gauges = message.values
+            return
+        for id, token in message.tokens:
+            queue = self._waiting.get(id)
+            if queue is not None:
+                queue.put_nowait(token)
+
+    async def _answer(self, request: Request, chat: bool) -> Response:
+        from starlette.responses import JSONResponse, StreamingResponse
+
+        try:
+            asked = wanted(await _body(request), chat)
+            adapter = self._adapter(asked.model)
+            prompts = self._encoded(asked)
+            most = [self._room(tokens, asked.max_tokens) for tokens in prompts]
+            if len(self._waiting) + len(prompts) > self._serving.max_requests:
+                raise Refused(429, f"{self._serving.max_requests} requests are under way; try again later")
+        except Refused as refused:
+            return JSONResponse(refused.body(), refused.status)
+        choices = [self._begin(asked, tokens, n, adapter) for tokens, n in zip(prompts, most, strict=True)]
+        answer = Answer(choices[0].id, asked.model or self._serving.name, chat)
+        counted = sum(map(len, prompts))
+        if asked.stream:
+            events = self._events(answer, choices, counted if asked.include_usage else None)
+            return StreamingResponse(events, media_type="text/event-stream")
+        whole: asyncio.Future[list[str]] = asyncio.gather(*(choice.whole() for choice in choices))
+        gone = asyncio.ensure_future(_disconnected(request))
+        both: tuple[asyncio.Future[Any], ...] = (whole, gone)
+        try:
+            await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+            if not whole.done():
+                return JSONResponse({}, 499)
+            texts = await whole
+        except Refused as refused:
+            return JSONResponse(refused.body(), refused.status)
+        finally:
+            whole.cancel()
+            gone.cancel()
+            self._end(choices)
+        reasons = [choice.reason for choice in choices]
+        made = sum(choice.count for choice in choices)
+        return JSONResponse(answer.whole(texts, reasons, usage(counted, made)))
+
+    async def _events(
+        self, answer: Answer, choices: Sequence[_Choice], counted: int | None
+    ) -> AsyncIterator[str]:
+        """Server-sent events of all choices as their tokens come."""
+        ready: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+
+        async def follow(index: int, choice: _Choice) -> None:
+            first = answer.first(index)
+            if first is not None:
+                ready.put_nowait(first)
+            try:
+                async for text in choice.texts():
+                    ready.put_nowait(answer.more(index, text, None))
+                ready.put_nowait(answer.more(index, "", choice.reason))
+            except Refused as refused:
+                ready.put_nowait(refused.body())
+            ready.put_nowait(None)
+
+        tasks = [asyncio.ensure_future(follow(n, choice)) for n, choice in enumerate(choices)]
+        left = len(tasks)
+        try:
+            while left:
+                event = await ready.get()
+                if event is None:
+                    left -= 1
+                else:
+                    yield _event(event)
+            if counted is not None:
+                made = sum(choice.count for choice in choices)
+                yield _event(answer.last(usage(counted, made)))
+            yield "data: [DONE]\n\n"
+        finally:
+            for task in tasks:
+                task.cancel()
+            self._end(choices)
+
+    def _begin(self, asked: Wanted, tokens: list[int], most: int, adapter: str | None) -> _Choice:
+        id = next(self._ids)
+        stops = frozenset[int]() if asked.ignore_eos else self._serving.stop_tokens
+        queue: asyncio.Queue[int | None] = asyncio.Queue()
+        self._waiting[id] = queue
+        self._link.send(
+            Ask(
+                id=id,
+                tokens=tokens,
+                max_tokens=most,
+                temperature=asked.temperature,
+                top_p=asked.top_p,
+                top_k=asked.top_k,
+                seed=secrets.randbits(63) if asked.seed is None else asked.seed,
+                stop_tokens=stops,
+                adapter=adapter,
+            )
+        )
+        return _Choice(id, queue, StreamedText(self._tokenizer, asked.stop), most, stops)
+
+    def _end(self, choices: Sequence[_Choice]) -> None:
+        """Forget them; those that still run are ended."""
+        for choice in choices:
+            self._waiting.pop(choice.id, None)
+            if not choice.done:
+                choice.done = True
+                with suppress(OSError):  # the engine is gone
+                    self._link.send(Gone(choice.id))
+
+    def _adapter(self, model: str | None) -> str | None:
+        if model is None or model == self._serving.name:
+            return None
+        if model in self._serving.adapters:
+            return model
+        names = ", ".join([self._serving.name, *self._serving.adapters])
+        raise Refused(404, f"no model {model!r}; there are {names}", "model")
+
+    def _encoded(self, asked: Wanted) -> list[list[int]]:
+        """The tokens of each prompt."""
+        if not asked.messages:
+            given = [
+                list(self._tokenizer.encode(p)) if isinstance(p, str) else list(p) for p in asked.prompts
+            ]
+        else:
+            from engine.datasets import template
+
+            if self._tokenizer.chat_template is None:
+                raise Refused(400, f"{self._serving.name} has no chat template", "messages")
+            try:
+                given = [template(self._tokenizer, asked.messages, "messages", add_generation_prompt=True)]
+            except ValueError as error:
+                raise Refused(400, str(error), "messages") from None
+        for tokens in given:
+            if not tokens:
+                raise Refused(400, "the prompt must have at least one token", "prompt")
+            if not all(0 <= token < self._serving.vocab for token in tokens):
+                raise Refused(400, f"tokens must be in 0..{self._serving.vocab - 1}", "prompt")
+        return given
+
+    def _room(self, tokens: Sequence[int], max_tokens: int | None) -> int:
+        """How many tokens the answer may have."""
+        room = self._serving.longest_tokens - len(tokens)
+        if room < 1 or (max_tokens or 1) > room:
+            asked = f"{len(tokens)} of the prompt and {max_tokens or 1} of the answer"
+            raise Refused(
+                400, f"at most {self._serving.longest_tokens} tokens fit together, got {asked}", "max_tokens"
+            )
+        return room if max_tokens is None else max_tokens
+
+
+class _Choice:
+    """One answer as it comes."""
+
+    def __init__(
+        self,
+        id: int,
+        queue: asyncio.Queue[int | None],
+        text: StreamedText,
+        most: int,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self.id = id
+        self.count = 0
+        self.reason = "length"
+        self.done = False
+        """Whether the engine has no more to do for it."""
+        self._queue = queue
+        self._text = text
+        self._most = most
+        self._stop_tokens = stop_tokens
+
+    async def texts(self) -> AsyncIterator[str]:
+        """Its text, piece by piece. Raises Refused where the engine gives up on it."""
+        while self.count < self._most and self.reason == "length":
+            token = await self._queue.get()
+            if token is None:
+                self.done = True
+                raise Refused(503, "the server stops")
+            self.count += 1
+            self.done = self.count == self._most or token in self._stop_tokens
+            text = self._text.add(token)
+            if text:
+                yield text
+            if self._text.stopped or token in self._stop_tokens:
+                self.reason = "stop"
+        rest = self._text.end()
+        if rest:
+            yield rest
+
+    async def whole(self) -> str:
+        return "".join([text async for text in self.texts()])
+
+
+async def _body(request: Request) -> object:
+    """What the body of a request holds."""
+    parts, size = [], 0
+    async for part in request.stream():
+        size += len(part)
+        if size > MOST_BYTES:
+            raise Refused(413, f"the body must have at most {MOST_BYTES} bytes")
+        parts.append(part)
+    try:
+        return json.loads(b"".join(parts))
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body must be JSON") from None
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _event(event: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"

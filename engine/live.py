@@ -1,0 +1,204 @@
+"""Requests that come while the loop runs, through a pipe from whoever talks to the clients (`engine.front`).
+
+A thread takes messages off the pipe and wakes the loop; another puts the tokens of each iteration on it. The loop's
+thread does neither. What the loop records is taken out of the recorder as it comes, counted, and requests that have
+ended are a line of a trace: a server runs without end, and holds nothing that grows.
+"""
+
+from __future__ import annotations
+
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import Connection
+from typing import TextIO
+
+import numpy as np
+
+from engine.driver import Clock
+from engine.messages import Ask, Gauges, Gone, Stop, Tokens
+from engine.sampling import Sampling
+from sim.core.loop import Horizon
+from sim.core.request import Request
+from sim.core.rows import Outcome, Recorder
+
+GAUGES_S = 1.0
+TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter")
+"""Those of a trace of one's own (`workload=csv`)."""
+SLO = "default"
+
+
+OUTCOMES = {outcome: f"coserve_requests_{outcome.name.lower()}_total" for outcome in Outcome}
+COUNTERS = (
+    *OUTCOMES.values(),
+    "coserve_prompt_tokens_total",
+    "coserve_generated_tokens_total",
+    "coserve_finetune_forward_tokens_total",
+    "coserve_finetune_trained_tokens_total",
+    "coserve_finetune_steps_total",
+    "coserve_iterations_total",
+)
+GAUGES = ("running", "waiting", "kv_blocks_used")
+"""Columns of the last iteration; `coserve_` and their name."""
+
+
+class LiveArrivals:
+    """Requests as they come; implements `Arrivals`. All is called by the loop's thread."""
+
+    def __init__(
+        self, link: Connection, horizon: Horizon, recorder: Recorder, trace: TextIO | None = None
+    ) -> None:
+        """`horizon` is ended when the pipe is; requests that end go to `trace`, a CSV file with its columns."""
+        self._link = link
+        self._horizon = horizon
+        self._recorder = recorder
+        self._trace = trace
+        self._asked: deque[Request] = deque()
+        self._asks: dict[int, Ask] = {}
+        self._made: list[tuple[int, int | None]] = []
+        self._out: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self._gone: set[int] = set()
+        """Of those that the loop has not seen yet."""
+        self.counts: dict[str, float] = dict.fromkeys((*COUNTERS, *(f"coserve_{name}" for name in GAUGES)), 0)
+        """Prometheus metric -> value, as of the last call of `tell`."""
+        self._told_s = -GAUGES_S
+
+    def start(self, clock: Clock, abort: Callable[[int], None]) -> None:
+        """Begin to take messages. `clock` has the loop's time; `abort` is told whose client has gone."""
+        threading.Thread(target=self._receive, args=(clock, abort), daemon=True).start()
+        threading.Thread(target=self._send, daemon=True).start()
+
+    def stop(self) -> None:
+        """Tell the other side that the server ends; it hangs up when its clients have their answers."""
+        self._out.put(Stop())
+
+    # As the loop sees it
+
+    def next_s(self) -> float:
+        # The loop asks before it idles: clients and gauges get the last that there is.
+        self.tell()
+        return self._asked[0].arrival_s if self._asked else math.inf
+
+    def due(self, now_s: float) -> Sequence[Request]:
+        self._answer()
+        if now_s - self._told_s >= GAUGES_S:
+            self._told_s = now_s
+            self.tell()
+        requests = []
+        while self._asked and self._asked[0].arrival_s <= now_s:
+            request = self._asked.popleft()
+            if request.id in self._gone:
+                self._gone.discard(request.id)
+                del self._asks[request.id]
+            else:
+                requests.append(request)
+        return requests
+
+    def ended(self, request_id: int, now_s: float) -> None:
+        self._gone.discard(request_id)
+        self._made.append((request_id, None))
+
+    # As the engine sees it
+
+    def prompt(self, request: Request) -> tuple[list[int], Sampling]:
+        """A request's tokens and how to sample; asked for once."""
+        ask = self._asks.pop(request.id)
+        sampling = Sampling(
+            temperature=ask.temperature,
+            top_k=ask.top_k,
+            top_p=ask.top_p,
+            seed=ask.seed,
+            stop_tokens=ask.stop_tokens,
+        )
+        return ask.tokens, sampling
+
+    def on_token(self, id: int, token: int) -> None:
+        self._made.append((id, token))
+
+    # Threads
+
+    def _receive(self, clock: Clock, abort: Callable[[int], None]) -> None:
+        try:
+            while True:
+                message = self._link.recv()
+                if type(message) is Ask:
+                    id, tokens, adapter = message.id, len(message.tokens), message.adapter
+                    self._asks[id] = message
+                    self._asked.append(Request(id, clock.now_s(), tokens, message.max_tokens, SLO, adapter))
+                    clock.wake()
+                elif type(message) is Gone:
+                    if message.id in self._asks:
+                        self._gone.add(message.id)
+                    abort(message.id)
+        except (EOFError, OSError):
+            self._horizon.end(clock.now_s())
+            clock.wake()
+
+    def _send(self) -> None:
+        try:
+            while True:
+                self._link.send(self._out.get())
+        except (BrokenPipeError, OSError):
+            return  # nobody listens; the other thread ends the run
+
+    # What comes out
+
+    def tell(self) -> None:
+        """Send what there is, and take what was recorded since."""
+        self._answer()
+        if self._count():
+            self._out.put(Gauges(dict(self.counts)))
+
+    def _answer(self) -> None:
+        """Send the tokens that the last iteration made."""
+        if self._made:
+            self._out.put(Tokens(self._made))
+            self._made = []
+
+    def _count(self) -> bool:
+        """Whether anything was recorded."""
+        recorder, counts = self._recorder, self.counts
+        if not (len(recorder.iterations) or len(recorder.requests)):
+            return False
+        requests, iterations, steps = (
+            table.arrays() for table in (recorder.requests, recorder.iterations, recorder.steps)
+        )
+        for outcome, name in OUTCOMES.items():
+            counts[name] += int((requests["outcome"] == outcome).sum())
+        counts["coserve_prompt_tokens_total"] += int(iterations["prefill_tokens"].sum())
+        counts["coserve_generated_tokens_total"] += int(iterations["sampled_tokens"].sum())
+        counts["coserve_finetune_forward_tokens_total"] += int(iterations["forward_tokens"].sum())
+        counts["coserve_finetune_trained_tokens_total"] += int(steps["tokens"].sum())
+        counts["coserve_finetune_steps_total"] += int((steps["failed"] == 0).sum())
+        counts["coserve_iterations_total"] += len(iterations["end_s"])
+        if len(iterations["end_s"]):
+            for gauge in GAUGES:
+                counts[f"coserve_{gauge}"] = iterations[gauge][-1]
+        if self._trace is not None:
+            self._write(self._trace, requests)
+        for table in (
+            recorder.requests,
+            recorder.iterations,
+            recorder.segments,
+            recorder.ticks,
+            recorder.steps,
+        ):
+            del table.data[:]
+        return True
+
+    def _write(self, trace: TextIO, requests: dict[str, np.ndarray]) -> None:
+        for n in range(len(requests["outcome"])):
+            made = int(requests["generated_tokens"][n])
+            if made:
+                adapter = self._recorder.adapters.names[int(requests["adapter"][n])]
+                row = (
+                    f"{requests['arrival_s'][n]:.6f}",
+                    int(requests["prompt_tokens"][n]),
+                    made,
+                    SLO,
+                    adapter,
+                )
+                trace.write(",".join(map(str, row)) + "\n")
+        trace.flush()

@@ -1,0 +1,46 @@
+"""What the HTTP process and the engine's process of `coserve serve` tell each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Ask(NamedTuple):
+    """To the engine: a request. Sampling as `engine.sampling.Sampling` has it."""
+
+    id: int
+    tokens: list[int]
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int | None
+    seed: int
+    stop_tokens: frozenset[int]
+    adapter: str | None
+
+
+class Gone(NamedTuple):
+    """To the engine: nobody wants the rest of a request."""
+
+    id: int
+
+
+class Ready(NamedTuple):
+    """To the engine: clients can come."""
+
+
+class Tokens(NamedTuple):
+    """From the engine after an iteration: a token of a request, or None when it is done with it."""
+
+    tokens: list[tuple[int, int | None]]
+
+
+class Gauges(NamedTuple):
+    """From the engine now and then: Prometheus metric -> value."""
+
+    values: Mapping[str, float]
+
+
+class Stop(NamedTuple):
+    """From the engine: take no more requests, and hang up when those under way are answered."""

@@ -1,0 +1,396 @@
+"""`coserve serve`: the OpenAI API over a model, and a finetuning job beside it, on the same weights.
+
+    coserve serve weights=FOLDER device=h100
+    coserve serve weights=FOLDER device=h100 train=job.yaml policy=coserving_slack trace=today.csv
+    curl localhost:8000/v1/completions -d '{"prompt": "Once", "max_tokens": 20}'
+
+The loop and the policies are those of `coserve bench`; requests come over HTTP, from a process of its own
+(`engine.front`). `train` is a file with the keys of `coserve finetune`, whose log, checkpoints and adapter come
+out in the same places; answers wait neither for them nor for the job's end. Ctrl-C or SIGTERM takes no more
+requests and waits `drain_s` for those under way; finetune with `resume: true` goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import inspect
+import multiprocessing
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TextIO
+
+from omegaconf import DictConfig, OmegaConf
+
+from engine.bench_loaded import table_of
+from engine.bench_spec import policy_node, seconds_of
+from engine.config import read_config
+from engine.driver import Driver, EngineArrivals, WallClock
+from engine.engine import Engine, StepRecord
+from engine.front import Serving, run_front
+from engine.generate import stop_tokens
+from engine.launching import LaunchSettings
+from engine.live import TRACE_COLUMNS, LiveArrivals
+from engine.load import check_model_folder, load_model
+from engine.lora import read_adapter
+from engine.machine import place_of, release
+from engine.measure import measure
+from engine.messages import Ready
+from engine.replica import Replica, replica
+from engine.room import limits_and_plans
+from engine.saver import Frozen, Saver
+from engine.text import read_tokenizer
+from engine.training import CONFIGS as PROGRAMS
+from engine.training import DTYPES, Training
+from engine.training import Settings as TrainingSettings
+from sim.assemble import CONFIGS as SIMULATOR
+from sim.assemble import LimitSettings, policy_of, slos_of
+from sim.checked import build, check, locate
+from sim.core.loop import Horizon, run_loop
+from sim.core.plan import Policy
+from sim.core.rows import Recorder
+from sim.core.specs import DeviceSpec, LoraSpec
+from sim.core.state import PipelineState
+from sim.cost.iteration import IterationCost
+from sim.errors import FailedInPart, keys_as
+from sim.hydra_app import hydra_main
+from sim.unread import refuse_unread
+
+CONFIGS = Path(__file__).parent / "configs"
+UNREAD = ("peak_s", "run", "job")
+"""Keys that the `scale` group brings for `coserve bench`."""
+OWN = ("model_name_or_path", "device", "tp", "dtype", "policy")
+"""Keys of `coserve finetune` that are the server's here."""
+GRACE_S = 10.0
+"""For the HTTP process to end by itself."""
+_CONTEXT = multiprocessing.get_context("spawn")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The keys of serve.yaml that are not a group."""
+
+    weights: str
+    name: str | None
+    adapters: dict[str, str]
+    dtype: str | None
+    tp: int
+    train: str | None
+    host: str
+    port: int
+    max_requests: int
+    drain_s: int
+    trace: str | None
+    predictor: str | None
+    memory_utilization: float
+
+    def __post_init__(self) -> None:
+        with keys_as({"model_name_or_path ": "weights "}):
+            check_model_folder(self.weights)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be null or one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        for key, least, most in (
+            ("tp", 1, 2**10),
+            ("port", 0, 2**16 - 1),
+            ("max_requests", 1, 2**20),
+            ("drain_s", 0, 86_400),
+        ):
+            if not least <= getattr(self, key) <= most:
+                raise ValueError(f"{key} must be from {least} to {most}, got {getattr(self, key)}")
+
+    @property
+    def shown(self) -> str:
+        """The model's name in the API."""
+        return Path(self.weights).resolve().name if self.name is None else self.name
+
+
+def main(argv: Sequence[str]) -> int:
+    """`coserve serve`."""
+    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+    return hydra_main(
+        serve, argv, prog="coserve serve", config_name="serve", config_dir=CONFIGS, at_end=_show
+    )
+
+
+def serve(config: DictConfig) -> dict[str, Any]:
+    """Answer requests of the OpenAI API, and finetune beside them, until it is stopped."""
+    import starlette  # noqa: F401 - what is missing is told before the model is loaded
+    import uvicorn  # noqa: F401
+
+    refuse_unread(UNREAD, "coserve bench")
+    plain = {key: config[key] for key in Settings.__dataclass_fields__}
+    with keys_as({"serve.": ""}):
+        settings: Settings = build(Settings, OmegaConf.create(plain), "serve")
+    device: DeviceSpec = build(DeviceSpec, config.device, "device")
+    place = place_of(device)
+    training = _training(settings, place)
+    names = [*settings.adapters, *([] if training is None else [training.job.id])]
+    if len({settings.shown, *names}) <= len(names):
+        given = ", ".join([settings.shown, *names])
+        raise ValueError(f"the model, each adapter and the job need names of their own, got {given}")
+    with ExitStack() as stack:
+        listening = stack.enter_context(_bound(settings.host, settings.port))
+        trace = None if settings.trace is None else stack.enter_context(_trace(settings.trace))
+        ranks = stack.enter_context(replica(settings.tp, place))
+        return _Server(settings, config, device, training, ranks).run(listening, trace)
+
+
+class _Server:
+    """The model with what is served and trained on it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        config: DictConfig,
+        device: DeviceSpec,
+        training: Training | None,
+        ranks: Replica,
+    ) -> None:
+        self._settings = settings
+        self._training = training
+        shape = read_config(settings.weights).shape
+        shape.check_tp(settings.tp)
+        self._slos = slos_of(config)
+        launch = build(LaunchSettings, config.launch, "launch")
+        utilization = check(config.memory_utilization, float, "memory_utilization")
+        given = build(LimitSettings, config.limits, "limits")
+        measure_s = seconds_of(config, "measure_s")
+        self._adapters = {name: read_adapter(folder, shape) for name, folder in settings.adapters.items()}
+        self._stops = stop_tokens(settings.weights, read_tokenizer(settings.weights))
+
+        self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
+        jobs = [] if training is None else [training.job]
+        limits, plans = limits_and_plans(self._model, device, given, jobs, utilization)
+        longest = min(limits.max_sequence_tokens, shape.max_context_tokens)
+        self._limits = replace(limits, max_sequence_tokens=longest)
+        self._jobs = [replace(job, plan=plans[job.id]) for job in jobs]
+        self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
+        self._policy = self._made(policy_node(config.policy), device, measure_s)
+
+    def run(self, listening: socket.socket, trace: TextIO | None) -> dict[str, Any]:
+        """Serve until somebody stops it; the row of what was done."""
+        settings, training = self._settings, self._training
+        recorder, horizon = Recorder(), Horizon()
+        own, other = _CONTEXT.Pipe()
+        live = LiveArrivals(own, horizon, recorder, trace)
+        engine, counted = self._assemble(
+            self._model, self._limits, self._jobs, self._adapters, on_token=live.on_token
+        )
+        engine.warm_up(adapters=bool(self._adapters or self._jobs))
+        state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=counted)
+        arrivals = EngineArrivals(live, engine, live.prompt)
+        saver = Saver(_note)
+        process = _CONTEXT.Process(target=run_front, args=(self._serving(), listening, other), daemon=True)
+        with ExitStack() as stack:
+            if training is not None:
+                stack.enter_context(_trained(training, engine, saver))
+            stack.enter_context(_ended(process))
+            process.start()
+            other.close()
+            stack.callback(own.close)
+            _await_ready(own, process)
+            listening.listen()
+            host, port = listening.getsockname()[:2]
+            print(f"{settings.shown}: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+            clock = WallClock()
+            driver = Driver(engine, clock)
+            live.start(clock, driver.abort)
+            with _stopping(live, settings.drain_s) as stop:
+                driver.run(run_loop(state, self._policy, arrivals, horizon))
+            live.tell()
+        saver.finish()
+        if not stop.asked:
+            raise ChildProcessError(f"the HTTP process ended by itself, with code {process.exitcode}")
+        row: dict[str, Any] = {"counts": dict(live.counts), "ways_on": None}
+        failures = [failure.failure for failure in engine.failures.values()] + saver.failures
+        if training is not None:
+            ended = engine.trainers[training.job.id].optimizer.steps == training.total
+            row["ways_on"] = None if ended else f"{training.folder}: {training.ways_on()}"
+        if failures:
+            raise FailedInPart("; ".join(failures), row)
+        return row
+
+    def _serving(self) -> Serving:
+        limits, settings = self._limits, self._settings
+        blocks = limits.kv_tokens // limits.block_tokens
+        return Serving(
+            folder=settings.weights,
+            name=settings.shown,
+            adapters=(*self._adapters, *(job.id for job in self._jobs)),
+            vocab=self._model.whole.shape.vocab,
+            longest_tokens=min(limits.max_sequence_tokens, blocks * limits.block_tokens),
+            stop_tokens=self._stops,
+            max_requests=settings.max_requests,
+            drain_s=settings.drain_s,
+        )
+
+    def _made(self, node: dict[str, Any], device: DeviceSpec, measure_s: float) -> Policy:
+        """The policy, with a predictor if it asks for one."""
+        target = locate(node.get("_target_"), "policy")
+        if hasattr(target, "assign"):
+            raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
+        predictor = None
+        if "predictor" in inspect.signature(target).parameters:
+            predictor = self._predictor(device, measure_s)
+        policy = policy_of(node, predictor, self._slos)
+        if not policy.serves:
+            raise ValueError(f"policy must be one that serves, got {target.__name__}")
+        if self._jobs and not policy.finetunes:
+            raise ValueError(f"policy must be one that finetunes, got {target.__name__}")
+        return policy
+
+    def _predictor(self, device: DeviceSpec, measure_s: float) -> IterationCost:
+        if self._settings.predictor is None:
+            found = measure(self._model, self._limits, self._jobs, measure_s, self._assemble)
+            release()
+            return found
+        lora = LoraSpec() if self._training is None else self._training.settings.lora
+        return table_of(self._settings.predictor, device, self._model, lora, self._limits)
+
+
+@contextmanager
+def _trained(training: Training, engine: Engine, saver: Saver) -> Iterator[None]:
+    """The job's log, checkpoints and adapter, for which the loop never waits and never ends."""
+    with training.on(engine, saver):
+        log = engine.on_step
+        assert log is not None
+
+        def on_step(record: StepRecord) -> None:
+            saver.guarded(log, record)
+            if record.step == training.total:
+                saver.submit(training.write, Frozen(engine, training.job.id))
+
+        engine.on_step = on_step
+        yield
+
+
+class _Stop:
+    """Whether somebody asked the server to stop."""
+
+    asked = False
+
+
+@contextmanager
+def _stopping(live: LiveArrivals, drain_s: int) -> Iterator[_Stop]:
+    """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once."""
+    stop = _Stop()
+
+    def asked(number: int, frame: object) -> None:
+        if stop.asked:
+            raise KeyboardInterrupt
+        stop.asked = True
+        _note(f"stopping: up to {drain_s} s for the answers under way, again to stop now")
+        live.stop()
+
+    before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _ended(process: Any) -> Iterator[None]:
+    """The process does not outlive the block; it ends by itself when its pipe does."""
+    try:
+        yield
+    finally:
+        if process.pid is not None:
+            process.join(GRACE_S)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+def _await_ready(link: Any, process: Any) -> None:
+    try:
+        message = link.recv()
+    except EOFError:
+        process.join(GRACE_S)
+        raise ChildProcessError(f"the HTTP process ended with code {process.exitcode}") from None
+    assert type(message) is Ready
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket of its own before anything takes time; clients reach it when the server listens."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as listening:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(address)
+            yield listening
+    except OSError as error:
+        if error.filename is not None or isinstance(error, ChildProcessError):
+            raise
+        raise ValueError(f"host {host}, port {port}: {error.strerror}") from None
+
+
+@contextmanager
+def _trace(path: str) -> Iterator[TextIO]:
+    """A new trace. Its times count from when the server listens, so one that is there cannot go on."""
+    try:
+        file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - closed below
+    except FileExistsError:
+        raise ValueError(f"trace: {path} exists; choose another file") from None
+    with file:
+        file.write(",".join(TRACE_COLUMNS) + "\n")
+        yield file
+
+
+def _training(settings: Settings, place: str) -> Training | None:
+    """The job that the file `train` describes."""
+    if settings.train is None:
+        return None
+    path = settings.train
+    if not Path(path).is_file():
+        raise ValueError(f"train: {path} does not exist")
+    given = OmegaConf.load(path)
+    if not isinstance(given, DictConfig):
+        raise ValueError(f"train: {path} must hold keys of coserve finetune")
+    for key in OWN:
+        if key in given:
+            raise ValueError(f"{path}: {key} is for coserve finetune; a server has its own")
+    node = OmegaConf.to_container(OmegaConf.load(PROGRAMS / "finetune.yaml"), resolve=False)
+    assert isinstance(node, dict)
+    for key in ("defaults", "hydra", "policy"):
+        del node[key]
+    node |= {str(key): value for key, value in given.items()}
+    node |= {"model_name_or_path": settings.weights, "tp": settings.tp, "device": place}
+    node["dtype"] = _dtype_on(settings, place)
+    for key in ("dataset", "output_dir"):
+        if node[key] == "???":
+            raise ValueError(f"{path}: {key} is missing")
+    with keys_as({"finetune ": f"{path} ", "finetune.": f"{path}: "}):
+        return Training(build(TrainingSettings, node, "finetune"))
+
+
+def _dtype(settings: Settings, device: DeviceSpec) -> str:
+    return _dtype_on(settings, "cpu" if device.name == "cpu" else "cuda")
+
+
+def _dtype_on(settings: Settings, place: str) -> str:
+    return settings.dtype or ("float32" if place == "cpu" else "bfloat16")
+
+
+def _note(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr, flush=True)
+
+
+def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
+    for row in rows:
+        counts = row["counts"]
+        print(
+            f"{counts['coserve_requests_finished_total']:,.0f} requests answered, "
+            f"{counts['coserve_generated_tokens_total']:,.0f} tokens generated, "
+            f"{counts['coserve_finetune_trained_tokens_total']:,.0f} trained"
+        )
+        if row["ways_on"] is not None:
+            print(row["ways_on"])
