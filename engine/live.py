@@ -28,6 +28,7 @@ GAUGES_S = 1.0
 TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter")
 """Those of a trace of one's own (`workload=csv`)."""
 SLO = "default"
+"""Class of all requests."""
 
 
 OUTCOMES = {outcome: f"coserve_requests_{outcome.name.lower()}_total" for outcome in Outcome}

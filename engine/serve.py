@@ -34,7 +34,7 @@ from engine.engine import Engine, StepRecord
 from engine.front import Serving, run_front
 from engine.generate import stop_tokens
 from engine.launching import LaunchSettings
-from engine.live import TRACE_COLUMNS, LiveArrivals
+from engine.live import SLO, TRACE_COLUMNS, LiveArrivals
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.machine import place_of, release
@@ -56,7 +56,7 @@ from sim.core.rows import Recorder
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
-from sim.errors import FailedInPart, keys_as
+from sim.errors import USER_ERROR, FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.unread import refuse_unread
 
@@ -110,6 +110,9 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve serve`."""
+    if {"-m", "--multirun"} & set(argv):
+        print("coserve serve: error: -m is for runs that end; a server is one at a time", file=sys.stderr)
+        return USER_ERROR
     OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         serve, argv, prog="coserve serve", config_name="serve", config_dir=CONFIGS, at_end=_show
@@ -155,6 +158,9 @@ class _Server:
         shape = read_config(settings.weights).shape
         shape.check_tp(settings.tp)
         self._slos = slos_of(config)
+        if SLO not in self._slos:
+            own = ", ".join(self._slos)
+            raise ValueError(f"slo must have a class named {SLO}, which requests are of, got {own}")
         launch = build(LaunchSettings, config.launch, "launch")
         utilization = check(config.memory_utilization, float, "memory_utilization")
         given = build(LimitSettings, config.limits, "limits")

@@ -374,6 +374,11 @@ def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_pat
         (["train=odd.yaml"], "odd.yaml has no key 'lora_rnak'; did you mean 'lora_rank'"),
         (["+adapters.base=x", "name=base"], "names of their own, got base, base"),
         (["+adapters.law=x"], "not a PEFT adapter"),
+        (
+            ["slo=two_classes"],
+            "slo must have a class named default, which requests are of, got interactive, batch",
+        ),
+        (["-m"], "-m is for runs that end; a server is one at a time"),
         (["policy=separate_25"], "splits several pipelines, and a server is one"),
         (["policy=finetune_only"], "policy must be one that serves, got FinetuneOnly"),
         (["train=job.yaml", "policy=inference_only"], "policy must be one that finetunes, got InferenceOnly"),

@@ -50,7 +50,7 @@ def test_there_are_commands_to_check() -> None:
 def test_installs_are_of_the_pinned_versions() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
     installs = re.findall(r"pip install (?!--no-index)(.*)", README)
-    assert len(installs) == 3 and "triton" in pinned
+    assert len(installs) == 4 and "triton" in pinned
     assert all(install.startswith("-c constraints.txt ") for install in installs)
     assert f"-c constraints.txt 'torch=={pinned['torch']}'" in installs
 
