@@ -109,12 +109,15 @@ class Front:
             self.ready.set()
             await server.serve(sockets=[listening])
 
-        asyncio.run(serve())
+        try:
+            asyncio.run(serve())
+        finally:
+            self.ready.set()
 
     def take(self, message: Tokens | Gauges) -> None:
         """What the engine says; from another thread than the server's."""
-        assert self._loop is not None
         with suppress(RuntimeError):  # the server has ended meanwhile
+            assert self._loop is not None
             self._loop.call_soon_threadsafe(self._give, message)
 
     def app(self) -> Starlette:

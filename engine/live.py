@@ -29,8 +29,6 @@ TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter"
 """Those of a trace of one's own (`workload=csv`)."""
 SLO = "default"
 """Class of all requests."""
-
-
 OUTCOMES = {outcome: f"coserve_requests_{outcome.name.lower()}_total" for outcome in Outcome}
 COUNTERS = (
     *OUTCOMES.values(),
@@ -49,12 +47,19 @@ class LiveArrivals:
     """Requests as they come; implements `Arrivals`. All is called by the loop's thread."""
 
     def __init__(
-        self, link: Connection, horizon: Horizon, recorder: Recorder, trace: TextIO | None = None
+        self,
+        link: Connection,
+        horizon: Horizon,
+        recorder: Recorder,
+        fail: Callable[[str], None],
+        trace: TextIO | None = None,
     ) -> None:
-        """`horizon` is ended when the pipe is; requests that end go to `trace`, a CSV file with its columns."""
+        """`horizon` is ended when the pipe is; requests that end go to `trace`, a CSV file with its columns, and
+        `fail` gets a line when that cannot be written."""
         self._link = link
         self._horizon = horizon
         self._recorder = recorder
+        self._fail = fail
         self._trace = trace
         self._asked: deque[Request] = deque()
         self._asks: dict[int, Ask] = {}
@@ -64,6 +69,7 @@ class LiveArrivals:
         """Of those that the loop has not seen yet."""
         self.counts: dict[str, float] = dict.fromkeys((*COUNTERS, *(f"coserve_{name}" for name in GAUGES)), 0)
         """Prometheus metric -> value, as of the last call of `tell`."""
+        self._traced = 0
         self._told_s = -GAUGES_S
 
     def start(self, clock: Clock, abort: Callable[[int], None]) -> None:
@@ -177,8 +183,7 @@ class LiveArrivals:
         if len(iterations["end_s"]):
             for gauge in GAUGES:
                 counts[f"coserve_{gauge}"] = iterations[gauge][-1]
-        if self._trace is not None:
-            self._write(self._trace, requests)
+        self._write(requests)
         for table in (
             recorder.requests,
             recorder.iterations,
@@ -189,17 +194,21 @@ class LiveArrivals:
             del table.data[:]
         return True
 
-    def _write(self, trace: TextIO, requests: dict[str, np.ndarray]) -> None:
-        for n in range(len(requests["outcome"])):
-            made = int(requests["generated_tokens"][n])
-            if made:
-                adapter = self._recorder.adapters.names[int(requests["adapter"][n])]
-                row = (
-                    f"{requests['arrival_s'][n]:.6f}",
-                    int(requests["prompt_tokens"][n]),
-                    made,
-                    SLO,
-                    adapter,
-                )
-                trace.write(",".join(map(str, row)) + "\n")
-        trace.flush()
+    def _write(self, requests: dict[str, np.ndarray]) -> None:
+        """Requests that got tokens, to the trace. A full disk ends the trace, not the server."""
+        if self._trace is None:
+            return
+        lines = []
+        for n in np.flatnonzero(requests["generated_tokens"]):
+            arrival_s = f"{requests['arrival_s'][n]:.6f}"
+            prompt, made = int(requests["prompt_tokens"][n]), int(requests["generated_tokens"][n])
+            adapter = self._recorder.adapters.names[int(requests["adapter"][n])]
+            lines.append(f"{arrival_s},{prompt},{made},{SLO},{adapter}\n")
+        try:
+            self._trace.writelines(lines)
+            self._trace.flush()
+        except OSError as error:
+            self._fail(f"trace: {error.strerror}; it ends after {self._traced} requests")
+            self._trace = None
+        else:
+            self._traced += len(lines)

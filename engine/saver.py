@@ -57,9 +57,12 @@ class Saver:
         try:
             write(*given)
         except OSError as error:
-            line = message(error) or str(error)
-            self.failures.append(line)
-            self._tell(line)
+            self.fail(message(error) or str(error))
+
+    def fail(self, line: str) -> None:
+        """Tell it, and remember it."""
+        self.failures.append(line)
+        self._tell(line)
 
     def finish(self) -> None:
         """Return when all is written."""

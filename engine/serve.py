@@ -182,14 +182,14 @@ class _Server:
         settings, training = self._settings, self._training
         recorder, horizon = Recorder(), Horizon()
         own, other = _CONTEXT.Pipe()
-        live = LiveArrivals(own, horizon, recorder, trace)
+        saver = Saver(_note)
+        live = LiveArrivals(own, horizon, recorder, saver.fail, trace)
         engine, counted = self._assemble(
             self._model, self._limits, self._jobs, self._adapters, on_token=live.on_token
         )
         engine.warm_up(adapters=bool(self._adapters or self._jobs))
         state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=counted)
         arrivals = EngineArrivals(live, engine, live.prompt)
-        saver = Saver(_note)
         process = _CONTEXT.Process(target=run_front, args=(self._serving(), listening, other), daemon=True)
         with ExitStack() as stack:
             if training is not None:
@@ -212,7 +212,8 @@ class _Server:
         if not stop.asked:
             raise ChildProcessError(f"the HTTP process ended by itself, with code {process.exitcode}")
         row: dict[str, Any] = {"counts": dict(live.counts), "ways_on": None}
-        failures = [failure.failure for failure in engine.failures.values()] + saver.failures
+        failures = [failure.failure for failure in engine.failures.values()]
+        failures += saver.failures
         if training is not None:
             ended = engine.trainers[training.job.id].optimizer.steps == training.total
             row["ways_on"] = None if ended else f"{training.folder}: {training.ways_on()}"
@@ -325,18 +326,16 @@ def _await_ready(link: Any, process: Any) -> None:
 @contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket of its own before anything takes time; clients reach it when the server listens."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as listening:
+    with ExitStack() as stack:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+            family, kind, protocol, _, address = found[0]
+            listening = stack.enter_context(socket.socket(family, kind, protocol))
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listening.bind(address)
-            yield listening
-    except OSError as error:
-        if error.filename is not None or isinstance(error, ChildProcessError):
-            raise
-        raise ValueError(f"host {host}, port {port}: {error.strerror}") from None
+        except OSError as error:
+            raise ValueError(f"host {host}, port {port}: {error.strerror}") from None
+        yield listening
 
 
 @contextmanager

@@ -301,8 +301,9 @@ class Training:
         )
 
     @contextmanager
-    def on(self, engine: Engine, save: Save = save_checkpoint) -> Iterator[TrainingLog]:
-        """While `engine`, which was made with the job, runs it: its log, and checkpoints as `save` writes them."""
+    def on(self, engine: Engine, save: Save | None = None) -> Iterator[TrainingLog]:
+        """While `engine`, which was made with the job, runs it: its log, and its checkpoints. `save` writes these as
+        `save_checkpoint` does, unless it is None."""
         settings, job = self.settings, self.job
         if self._found is not None:
             restore(self._found, engine, job.id)
@@ -324,7 +325,8 @@ class Training:
                     step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
                 )
                 base = settings.model_name_or_path
-                save(self.folder, engine, job.id, progress, base, settings.save_total_limit)
+                write = save_checkpoint if save is None else save
+                write(self.folder, engine, job.id, progress, base, settings.save_total_limit)
 
         engine.on_step = on_step
         with log:
