@@ -38,7 +38,7 @@ from engine.live import SLO, TRACE_COLUMNS, LiveArrivals
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.machine import place_of, release
-from engine.measure import measure
+from engine.measure import first_uses, measure
 from engine.messages import Ready
 from engine.replica import Replica, replica
 from engine.room import limits_and_plans
@@ -240,9 +240,11 @@ class _Server:
         target = locate(node.get("_target_"), "policy")
         if hasattr(target, "assign"):
             raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
-        predictor = None
-        if "predictor" in inspect.signature(target).parameters:
-            predictor = self._predictor(device, measure_s)
+        asked = "predictor" in inspect.signature(target).parameters
+        predictor = self._predictor(device, measure_s) if asked else None
+        if predictor is None or self._settings.predictor is not None:
+            first_uses(self._model, self._limits, self._jobs, self._assemble)
+        release()
         policy = policy_of(node, predictor, self._slos)
         if not policy.serves:
             raise ValueError(f"policy must be one that serves, got {target.__name__}")
@@ -252,9 +254,7 @@ class _Server:
 
     def _predictor(self, device: DeviceSpec, measure_s: float) -> IterationCost:
         if self._settings.predictor is None:
-            found = measure(self._model, self._limits, self._jobs, measure_s, self._assemble)
-            release()
-            return found
+            return measure(self._model, self._limits, self._jobs, measure_s, self._assemble)
         lora = LoraSpec() if self._training is None else self._training.settings.lora
         return table_of(self._settings.predictor, device, self._model, lora, self._limits)
 
