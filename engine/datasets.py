@@ -23,6 +23,7 @@ import numpy as np
 
 from engine.finetune import Sample
 from engine.kernels.loss import IGNORE_LABEL
+from sim.errors import one_line
 from sim.json_file import parse
 
 FORMATS = {
@@ -80,7 +81,7 @@ def read_dataset(
         where = f"{path}: row {row}"
         kind = kind or _format(record, where)
         tokens, trained = _encode(record, kind, tokenizer, where)
-        ids, own = np.array(tokens, np.int32), np.array(trained) | train_on_prompt
+        ids, own = np.array(tokens, np.int32), np.array(trained, bool) | train_on_prompt
         samples.append(Sample(ids, np.where(own, ids.astype(np.int64), IGNORE_LABEL)))
     if not samples:
         raise ValueError(f"{path}: holds no rows")
@@ -112,7 +113,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset {path} is not UTF-8 at byte {error.start}") from None
     if path.suffix == ".jsonl":
-        lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
+        # Not splitlines: JSON may hold the other separators of Unicode as they are.
+        lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows: list[tuple[int, Any]] = [(n, _json(line, f"{path}: row {n}")) for n, line in lines]
     else:
         whole = _json(text, str(path))
@@ -225,12 +227,11 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
 def template(tokenizer: Tokenizer, messages: Sequence[Message], where: str, **options: Any) -> list[int]:
     """Tokens of a conversation under the tokenizer's chat template. ValueError begins with `where` when the template
     is broken, or refuses such a conversation."""
-    from jinja2 import TemplateError
-
     try:
         encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
-    except TemplateError as error:
-        raise ValueError(f"{where}: the tokenizer's chat template fails on it: {error}") from None
+    except Exception as error:  # a template computes, and may fail as any program does
+        told = one_line(str(error))
+        raise ValueError(f"{where}: the tokenizer's chat template fails on it: {told}") from error
     return list(encoded["input_ids"])
 
 

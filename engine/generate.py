@@ -164,10 +164,10 @@ def _prompts(settings: Settings) -> list[str]:
         raise ValueError(f"prompts: {where} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {where} is not UTF-8 at byte {error.start}") from None
-    prompts = [line for line in text.splitlines() if line.strip()]
+    prompts = [line for line in text.split("\n") if line.strip()]
     if not prompts:
         raise ValueError("there is no prompt: expected one per line")
-    lines = len(text.rstrip().splitlines())  # blank ones at the end are missed by nobody
+    lines = len(text.rstrip().split("\n"))  # blank ones at the end are missed by nobody
     if blank := lines - len(prompts):
         told = "blank and have no answer; those of the others are in order"
         print(f"note: {where}: {blank} of {lines} lines are {told}", file=sys.stderr)

@@ -19,10 +19,13 @@ from engine.config import ModelConfig, read_config
 from engine.files import whole_file
 from engine.model import LayerWeights, Model, Weights
 from engine.parallel import ALONE, Group, parts_of, share_of, splits_input
+from sim.checked import check
 from sim.core.specs import ModelShape
 from sim.json_file import read_object
 
 INDEX = "model.safetensors.index.json"
+NUMBERS = ("BF16", "F16", "F32", "F64")
+"""Kinds of numbers of a tensor, as safetensors names them; a quantised one has scales beside it."""
 
 
 def check_model_folder(folder: str) -> None:
@@ -38,7 +41,7 @@ def load_model(
 ) -> Model:
     """The model of a Hugging Face folder (safetensors, sharded or not).
 
-    ValueError names the file and the tensor that is missing, has another shape, or is not known.
+    ValueError names the file and the tensor that is missing, has another shape or kind, or is not known.
     """
     config = read_config(folder)
     weights = _empty(config.shape, dtype, torch.device(device), group)
@@ -53,6 +56,10 @@ def load_model(
             if found != place.whole:
                 raise ValueError(
                     f"{folder}: tensor {place.name} must have shape {list(place.whole)}, got {list(found)}"
+                )
+            if source.get_dtype() not in NUMBERS:
+                raise ValueError(
+                    f"{folder}: tensor {place.name} must be of {', '.join(NUMBERS)}, got {source.get_dtype()}"
                 )
             place.target.copy_(source[place.at])
             left.discard(place.name)
@@ -178,10 +185,8 @@ def _places(shape: ModelShape, weights: Weights, group: Group) -> Iterator[_Plac
 
 def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[str], Any]]:
     """Tensor name -> what gives its slices; files are mapped, not read."""
-    index = folder / INDEX
-    files = {"model.safetensors"} if not index.is_file() else {*read_object(index)["weight_map"].values()}
     tensors: dict[str, Callable[[str], Any]] = {}
-    for name in sorted(files):
+    for name in _files(folder):
         path = folder / name
         if not path.is_file():
             raise ValueError(f"{path} is missing")
@@ -189,3 +194,15 @@ def _open(folder: Path, stack: ExitStack) -> dict[str, Callable[[str], Any]]:
             opened: Any = stack.enter_context(safe_open(path, framework="pt"))
         tensors |= dict.fromkeys(opened.keys(), opened.get_slice)
     return tensors
+
+
+def _files(folder: Path) -> list[str]:
+    """Names of those that hold the tensors."""
+    index = folder / INDEX
+    if not index.is_file():
+        return ["model.safetensors"]
+    names = check(read_object(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
+    for tensor, name in names.items():
+        if not name or Path(name).name != name:
+            raise ValueError(f"{index}: weight_map.{tensor} must name a file of the folder, got {name!r}")
+    return sorted({*names.values()})

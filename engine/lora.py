@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,15 @@ from engine.files import whole_file
 from engine.parallel import Group
 from engine.placement import Placement
 from engine.shelf import Segments, Shelf
+from sim.checked import check
 from sim.core.specs import LoraSpec, ModelShape
+from sim.errors import keys_as
 from sim.json_file import read_object
 
 LARGEST_SCALE = 1e30
 """Of a bypass: single precision holds no more than 3e38."""
+NUMBERS = ("bfloat16", "float16", "float32", "float64")
+"""Kinds of numbers that an adapter may be of."""
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 UNSUPPORTED = (
     "use_dora",
@@ -111,16 +116,17 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     for key in ("r", "lora_alpha"):
         if key not in config:
             raise ValueError(f"{path}: {key} is missing")
-    rank, alpha = config["r"], config["lora_alpha"]
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{path}: r must be a whole number of at least 1, got {rank!r}")
-    if type(alpha) not in (int, float) or not math.isfinite(alpha):
-        raise ValueError(f"{path}: lora_alpha must be a finite number, got {alpha!r}")
-    rslora = config.get("use_rslora", False)
-    if type(rslora) is not bool:
-        raise ValueError(f"{path}: use_rslora must be true or false, got {rslora!r}")
-    with whole_file(folder / "adapter_model.safetensors") as tensor_file:
-        tensors = load_file(tensor_file)
+    rank: int = check(config["r"], int, f"{path}: r")
+    alpha: float = check(config["lora_alpha"], float, f"{path}: lora_alpha")
+    rslora: bool = check(config.get("use_rslora", False), bool, f"{path}: use_rslora")
+    if rank < 1:
+        raise ValueError(f"{path}: r must be at least 1, got {rank}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"{path}: lora_alpha must be a finite number, got {alpha}")
+    tensor_path = folder / "adapter_model.safetensors"
+    with whole_file(tensor_path):
+        tensors = load_file(tensor_path)
+    _check_names(tensors, config.get("target_modules"), path, tensor_path)
     a, b = {}, {}
     for target, (wide_in, wide_out) in shape.linears.items():
         if not any(f".{target}.lora_A" in name for name in tensors):
@@ -129,7 +135,10 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         b[target] = _stack(tensors, shape.layers, target, "B", (wide_out, rank), folder)
     if tensors:
         raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
-    return Adapter(rank=rank, alpha=alpha, rslora=rslora, a=a, b=b)
+    if not a:
+        raise ValueError(f"{tensor_path} holds no tensors")
+    with keys_as({"lora_alpha ": f"{path}: lora_alpha "}):
+        return Adapter(rank=rank, alpha=alpha, rslora=rslora, a=a, b=b)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:
@@ -303,6 +312,34 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
+def _check_names(tensors: Iterable[str], modules: object, path: Path, tensor_path: Path) -> None:
+    """Raise ValueError for an A without its B, or a B without its A, and for a tensor of a layer that the
+    configuration's `target_modules` leave out: PEFT would not load it."""
+    meant = _meant(modules, f"{path}: target_modules")
+    names = {*tensors}
+    for name in sorted(names):
+        module, kind, rest = name.partition(".lora_A." if ".lora_A." in name else ".lora_B.")
+        other = module + {"": "", ".lora_A.": ".lora_B.", ".lora_B.": ".lora_A."}[kind] + rest
+        if other not in names:
+            raise ValueError(f"{tensor_path}: tensor {other} is missing")
+        if kind and not meant(module.removeprefix("base_model.model.")):
+            raise ValueError(f"{path}: target_modules must name the layer of {name}, got {modules!r}")
+
+
+def _meant(modules: object, where: str) -> Callable[[str], bool]:
+    """Whether a layer of this name is one that a configuration means, as PEFT finds them."""
+    targets: str | list[str] = check(modules, str | list[str], where)
+    if targets == "all-linear":
+        return lambda name: True
+    if isinstance(targets, list):
+        return lambda name: any(f".{name}".endswith(f".{target}") for target in targets)
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"{where} must be a regular expression, got {targets!r}: {error}") from None
+    return lambda name: pattern.fullmatch(name) is not None
+
+
 def _name(layer: int, target: str, kind: str) -> str:
     part = "self_attn" if target in ATTENTION else "mlp"
     return f"base_model.model.model.layers.{layer}.{part}.{target}.lora_{kind}.weight"
@@ -326,6 +363,11 @@ def _stack(
             raise ValueError(
                 f"{folder}: {_name(layer, target, kind)} must have shape {list(shape)}, "
                 f"got {list(tensor.shape)}"
+            )
+        numbers = str(tensor.dtype).removeprefix("torch.")
+        if numbers not in NUMBERS:
+            raise ValueError(
+                f"{folder}: {_name(layer, target, kind)} must be of {', '.join(NUMBERS)}, got {numbers}"
             )
         found.append(tensor if tensor.dtype == torch.float64 else tensor.float())
     return torch.stack(found)

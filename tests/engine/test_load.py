@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from engine.config import ModelConfig, config_of, hf_config, read_config
-from engine.load import load_model
+from engine.load import INDEX, load_model
 from engine.lora import UNSUPPORTED, read_adapter, write_adapter
 from engine.packing import Piece, pack
 from sim.compile.peft_file import REFUSED
@@ -121,8 +121,31 @@ def test_a_missing_or_misshapen_tensor_is_named(tmp_path: Path) -> None:
     save_file(whole | {name: whole[name][:5]}, path)
     with pytest.raises(ValueError, match=r"must have shape \[32, 48\], got \[5, 48\]"):
         load_model(tmp_path, torch.float32, "cpu")
+    save_file(whole | {name: whole[name].to(torch.int8)}, path)
+    with pytest.raises(ValueError, match=f"{name} must be of BF16, F16, F32, F64, got I8"):
+        load_model(tmp_path, torch.float32, "cpu")
     save_file(whole | {"model.layers.9.extra": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="extra belongs to no layer of llama"):
+        load_model(tmp_path, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({}, "weight_map must be a group of keys, got None"),
+        ({"weight_map": ["a"]}, "weight_map must be a group of keys"),
+        ({"weight_map": {"model.norm.weight": 3}}, "weight_map.model.norm.weight must be text, got 3"),
+        ({"weight_map": {"a": "../b"}}, "weight_map.a must name a file of the folder, got '../b'"),
+        ({"weight_map": {"a": ""}}, "weight_map.a must name a file of the folder, got ''"),
+        ({"weight_map": {"a": "gone.safetensors"}}, "gone.safetensors is missing"),
+    ],
+)
+def test_an_index_that_names_no_file_of_its_folder_is_refused(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    save_model(tiny_model("llama"), tmp_path)
+    (tmp_path / INDEX).write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=words):
         load_model(tmp_path, torch.float32, "cpu")
 
 
@@ -162,10 +185,49 @@ def test_an_adapter_that_is_more_than_lora_is_refused(tmp_path: Path) -> None:
         ({"arrow_config": {"top_k": 2}}, "arrow_config is not supported"),
         ({"monteclora_config": {"samples": 2}}, "monteclora_config is not supported"),
         ({"velora_config": {"groups": 2}}, "velora_config is not supported"),
+        ({"lora_alpha": 1e40}, "adapter_config.json: lora_alpha must give a scale of at most 1e.30"),
+        ({"target_modules": 3}, "target_modules must be text or a list, each item text, got 3"),
+        ({"target_modules": ["q_proj", 3]}, "target_modules must be text or a list, each item text, got"),
+        ({"target_modules": ["v_proj"]}, "target_modules must name the layer of base_model.*q_proj"),
+        ({"target_modules": "("}, "target_modules must be a regular expression, got '\\('"),
+        ({"target_modules": r".*\.k_proj"}, "target_modules must name the layer of base_model.*q_proj"),
     ):
         path.write_text(json.dumps(plain | change))
         with pytest.raises(ValueError, match=words):
             read_adapter(tmp_path, CONFIGS["llama"].shape)
+
+
+@pytest.mark.parametrize("modules", ["all-linear", r".*\.q_proj", ["self_attn.q_proj"]])
+def test_target_modules_name_layers_as_peft_has_it(modules: object, tmp_path: Path) -> None:
+    write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"target_modules": modules}))
+    assert read_adapter(tmp_path, CONFIGS["llama"].shape).targets == ("q_proj",)
+
+
+def test_a_tensor_of_an_adapter_that_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    whole = load_file(path)
+    a, b = (f"base_model.model.model.layers.0.self_attn.q_proj.lora_{kind}.weight" for kind in "AB")
+    for change, words in (
+        ({a: None}, f"{a} is missing"),
+        ({b: None}, f"{b} is missing"),
+        ({a: torch.zeros(3, 32)}, rf"{a} must have shape \[2, 32\], got \[3, 32\]"),
+        ({a: whole[a].int()}, f"{a} must be of bfloat16, float16, float32, float64, got int32"),
+        ({"base_model.model.lm_head.weight": whole[a]}, "lm_head.weight belongs to no linear layer"),
+        (dict.fromkeys(whole), "adapter_model.safetensors holds no tensors"),
+    ):
+        tensors = {name: tensor.clone() for name, tensor in (whole | change).items() if tensor is not None}
+        save_file(tensors, path)
+        with pytest.raises(ValueError, match=words):
+            read_adapter(tmp_path, CONFIGS["llama"].shape)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        read_adapter(tmp_path, CONFIGS["llama"].shape)
 
 
 def test_what_the_engine_refuses_the_compiler_refuses() -> None:
@@ -183,7 +245,5 @@ def test_an_adapter_s_rank_and_alpha_are_numbers(tmp_path: Path, key: str, value
     write_adapter(adapter_of("llama", 2, ["q_proj"]), tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    with pytest.raises(
-        ValueError, match=rf"adapter_config\.json: {key} must be a .* number.*, got {value!r}"
-    ):
+    with pytest.raises(ValueError, match=rf"adapter_config\.json: {key} must be .*, got {value!r}"):
         read_adapter(tmp_path, CONFIGS["llama"].shape)

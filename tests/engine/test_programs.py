@@ -55,6 +55,13 @@ def test_a_format_is_known_by_its_columns_and_trains_on_the_answer(
     assert (every.labels == every.tokens).all()
 
 
+def test_a_row_ends_with_its_line_alone(tokenizer: Any, tmp_path: Path) -> None:
+    path, text = tmp_path / "d.jsonl", "one" + chr(0x2028) + "more" + chr(0x85) + "end"
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for _ in range(2)))
+    samples = read_dataset(path, tokenizer, cutoff_len=100).samples
+    assert [tokenizer.decode(s.tokens) for s in samples] == [f"{text}<|end|>"] * 2
+
+
 HISTORY = [["Who keeps the clock?", "Marta."]]
 
 
@@ -125,14 +132,30 @@ def test_a_malformed_row_is_named(rows: list[str], words: str, tokenizer: Any, t
     assert str(path) in str(error.value)
 
 
-def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "template fails on it: roles must alternate"),
+        ("{% for %}", "template fails on it: Expected an expression"),
+        ("{{ 1 / 0 }}", "template fails on it: division by zero"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_named(
+    template: str, words: str, tokenizer: Any, tmp_path: Path
+) -> None:
     strict = copy.deepcopy(tokenizer)
-    strict.chat_template = "{{ raise_exception('roles must alternate') }}"
+    strict.chat_template = template
     path = write(tmp_path / "d.jsonl", [ROWS["messages"]])
-    with pytest.raises(
-        ValueError, match=r"row 1: the tokenizer's chat template fails on it: roles must alternate"
-    ):
+    with pytest.raises(ValueError, match=f"row 1: the tokenizer's chat {words}"):
         read_dataset(path, strict, cutoff_len=100)
+
+
+def test_a_template_that_writes_nothing_leaves_nothing_to_train_on(tokenizer: Any, tmp_path: Path) -> None:
+    silent = copy.deepcopy(tokenizer)
+    silent.chat_template = ""
+    path = write(tmp_path / "d.jsonl", [ROWS["messages"]])
+    with pytest.raises(ValueError, match="no row has a token to train on"):
+        read_dataset(path, silent, cutoff_len=100)
 
 
 def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
