@@ -20,15 +20,16 @@ from omegaconf import OmegaConf
 from profiles.fit import regimes
 from profiles.schema import Floats, Profile
 from profiles.table_file import TableFile
-from sim.checked import build
+from sim.checked import build, check
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.flat import row_parts, row_seconds
 from sim.cost.noisy import NoisyCost
+from sim.errors import keys_as
 from sim.metrics import PipelineFacts, summarize
-from sim.rerun import COMPARED, Rerun, replay, same_plans, simulate
+from sim.rerun import COMPARED, Rerun, config_of, replay, same_plans, simulate
 
 METRICS = (
     *(f"{kind}_{name}_s" for kind in ("ttft", "tpot", "itl") for name in ("p50", "p90", "p99")),
@@ -115,15 +116,15 @@ def against(rerun: Rerun, profile: Profile, name: str, seeds: int) -> Against:
 
 def context_of(rerun: Rerun) -> CostContext:
     """What the run's costs depend on."""
-    config = OmegaConf.create(rerun.run.config)
-    return CostContext(
-        device=build(DeviceSpec, config.device, "device"),
-        model=build(ModelShape, config.model, "model"),
-        tp=1,
-        lora=build(LoraSpec, config.job.lora, "job.lora"),
-        seed=0,
-        lookahead=rerun.limits.lookahead,
-    )
+    with config_of(rerun.run) as config, keys_as({"finetune.lora.": "job.lora."}):
+        return CostContext(
+            device=build(DeviceSpec, config.device, "device"),
+            model=build(ModelShape, config.model, "model"),
+            tp=1,
+            lora=build(LoraSpec, config.job.lora, "job.lora"),
+            seed=0,
+            lookahead=rerun.limits.lookahead,
+        )
 
 
 def noise_of(profile: Profile) -> float:
@@ -140,13 +141,17 @@ def differences(rerun: Rerun, profile: Profile) -> list[str]:
         return [f"{profile.file} does not say with which LoRA, limits and versions it was measured"]
     config = OmegaConf.create(rerun.run.config)
     lora = OmegaConf.to_container(config.job.lora)
+    manifest = rerun.run.manifest
+    versions = check(
+        manifest.get("versions", {}), dict[str, Any], f"{rerun.run.folder}: manifest.json: versions"
+    )
     found = []
     for what, profiled, ours in (
         ("LoRA", about["job"]["lora"], lora),
         ("job memory", about["job"]["memory"], config.job.memory),
         ("block_tokens", about["limits"]["block_tokens"], rerun.limits.block_tokens),
-        ("commit", about["commit"], rerun.run.manifest.get("commit")),
-        ("torch", about["versions"]["torch"], rerun.run.manifest.get("versions", {}).get("torch")),
+        ("commit", about["commit"], manifest.get("commit")),
+        ("torch", about["versions"]["torch"], versions.get("torch")),
     ):
         if profiled != ours:
             said = (_said(profiled, ours), _said(ours, profiled))

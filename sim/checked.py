@@ -46,7 +46,7 @@ def build(target: Callable[..., Any] | None, node: object, where: str, **given: 
         target = locate(name, where)
     parameters = inspect.signature(target).parameters
     try:
-        hints = get_type_hints(target if is_dataclass(target) else _signature_owner(target))
+        hints = get_type_hints(_annotated(target))
     except NameError as error:
         told = f"an annotation of {target.__name__} names {error.name!r}, which is not imported when it runs"
         raise ValueError(f"{where}._target_: {told}") from error
@@ -176,9 +176,11 @@ def _plain(node: object) -> object:
     return node
 
 
-def _signature_owner(target: Callable[..., Any]) -> Callable[..., Any]:
-    """The function whose annotations `target` is called by."""
-    return target.__init__ if isinstance(target, type) else target  # type: ignore[misc]
+def _annotated(target: Callable[..., Any]) -> Callable[..., Any]:
+    """What holds the annotations of `target`'s arguments: a dataclass or named tuple itself."""
+    if isinstance(target, type) and not (is_dataclass(target) or hasattr(target, "_fields")):
+        return target.__init__  # type: ignore[misc, no-any-return]
+    return target
 
 
 def locate(name: object, where: str) -> Callable[..., Any]:

@@ -10,7 +10,8 @@ limits as they came out, where the finetuning jobs stood at time 0, and the pred
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from sim.assemble import policy_of, seed_of, slos_of
-from sim.checked import build
+from sim.checked import build, check
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
 from sim.core.cost import CostModel
@@ -33,14 +35,18 @@ from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.cost.saved import from_plain, to_plain
+from sim.errors import keys_as, message
 from sim.json_file import read_object, taken_apart
-from sim.results import Run
+from sim.results import CONFIG, Run
 from sim.routing import LeastTokens
 from sim.workload.workload import Workload
 
 FILE = "rerun.json"
 COMPARED = (*WORK_COLUMNS, "predicted_s", "running", "waiting", "kv_blocks_used", "preempted")
 """Columns in which equal plans from equal states agree."""
+
+GROUPS = ("device", "job", "model", "policy", "run", "slo", "workload")
+"""Of the config of a run of the engine."""
 
 _PROGRESS = ("accumulated_samples", "accumulated_tokens", "steps")
 
@@ -60,15 +66,16 @@ class Rerun:
 
     @property
     def seed(self) -> int:
-        return int(self._config.seed)
+        return seed_of(self._config)
 
     def policy(self) -> Policy:
-        node = {str(key): value for key, value in self._config.policy.items() if key != "name"}
-        return policy_of(node, self.predictor, self.slos)
+        with config_of(self.run) as config:
+            node = {str(key): value for key, value in config.policy.items() if key != "name"}
+            return policy_of(node, self.predictor, self.slos)
 
     def jobs(self) -> list[Job]:
         """The jobs as they stood at time 0; anew each time, since running uses them up."""
-        return [_job(plain) for plain in self._jobs]
+        return [_job(plain, f"jobs[{n}]") for n, plain in enumerate(self._jobs)]
 
 
 def rerun_of(
@@ -111,24 +118,39 @@ def read_rerun(run: Run) -> Rerun:
     missing = [key for key in ("limits", "jobs", "predictor") if key not in plain]
     if missing:
         raise ValueError(f"{path} has no {missing[0]}; coserve bench writes it")
-    config = OmegaConf.create(run.config)
-    slos = slos_of(config)
-    workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos))
-    with taken_apart(path, "coserve bench"):
-        limits: Limits = build(Limits, plain["limits"], f"{path}: limits")
+    with config_of(run) as config:
+        slos = slos_of(config)
+        workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos))
+        drain_s = check(config.run.drain_s, float, "run.drain_s")
+        horizon = Horizon(duration_s=workload.duration_s, drain_s=drain_s)
+    with taken_apart(path, "coserve bench"), keys_as({"": f"{path}: "}):
+        limits: Limits = build(Limits, plain["limits"], "limits")
         predictor = from_plain(plain["predictor"])
-        for job in plain["jobs"]:
-            _job(job)
+        jobs = check(plain["jobs"], list[dict[str, Any]], "jobs")
+        for n, job in enumerate(jobs):
+            _job(job, f"jobs[{n}]")
     return Rerun(
         run=run,
         limits=limits,
         predictor=predictor,
         slos=slos,
         workload=workload,
-        horizon=Horizon(duration_s=workload.duration_s, drain_s=float(config.run.drain_s)),
+        horizon=horizon,
         _config=config,
-        _jobs=plain["jobs"],
+        _jobs=jobs,
     )
+
+
+@contextmanager
+def config_of(run: Run) -> Iterator[DictConfig]:
+    """The run's config, to build from it; what is wrong inside is a ValueError that begins with its file."""
+    try:
+        for group in GROUPS:
+            if not isinstance(run.config.get(group), dict):
+                raise ValueError(f"{group} must be a group of keys, got {run.config.get(group)!r}")
+        yield OmegaConf.create(run.config)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ValueError(f"{run.folder / CONFIG}: {message(error)}") from error
 
 
 def replay(rerun: Rerun) -> Recorder:
@@ -198,10 +220,12 @@ def _answer(loop: Generator[Command, Done, None], start_s: Sequence[float], end_
             return
 
 
-def _job(plain: Mapping[str, Any]) -> Job:
-    view = JobView(**plain["view"])
-    job = Job(JobSpec(**plain["spec"]), chain([view.sample_tokens], repeat(plain["following_tokens"])))
-    job.stand(view, **plain["progress"])
+def _job(plain: Mapping[str, Any], where: str) -> Job:
+    view: JobView = build(JobView, plain["view"], f"{where}.view")
+    following_tokens = check(plain["following_tokens"], int, f"{where}.following_tokens")
+    spec: JobSpec = build(JobSpec, plain["spec"], f"{where}.spec")
+    job = Job(spec, chain([view.sample_tokens], repeat(following_tokens)))
+    job.stand(view, **check(plain["progress"], dict[str, int], f"{where}.progress"))
     return job
 
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.checked import check
 from sim.core.rows import WORK_COLUMNS, Outcome, Recorder, Table
 from sim.json_file import read_object
 from sim.metrics import DEFINITIONS, Floats, column_views
@@ -44,6 +45,9 @@ ALWAYS = (*WORK_COLUMNS, "start_s", "end_s")
 MOST = 10**15
 """Of anything that is counted."""
 SUMMARY = "summary.json"
+CONFIG = "config.yaml"
+NUMBERS = ("rate_rps", "duration_s")
+"""Labels of a summary that are no text."""
 
 _ROWS_PER_GROUP = 1 << 16
 """Rows converted and written at a time: bounds the memory of writing, 5 MB for each ten columns."""
@@ -98,7 +102,7 @@ def write_run(
         raise ValueError(f"summary says source {stated!r}, the run is written as {source!r}")
     folder = Path(folder)
     texts = {
-        "config.yaml": _yaml(config),
+        CONFIG: _yaml(config),
         "manifest.json": _json(manifest),
     }
     last = _json({**summary, "source": source})
@@ -128,7 +132,7 @@ def read_run(folder: str | Path) -> Run:
         raise ValueError(f"{folder} has no {SUMMARY}: not a run folder, or a run that was cut short")
     summary = _with_nans(read_object(folder / SUMMARY), folder / SUMMARY)
     manifest = read_object(folder / "manifest.json")
-    path = folder / "config.yaml"
+    path = folder / CONFIG
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -333,9 +337,8 @@ def _with_nans(row: object, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: each of classes must be an object, got {row!r}")
     out: dict[str, Any] = {}
     for key, value in row.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key in DEFINITIONS and not (value is None or number):
-            raise ValueError(f"{path}: {key} must be a number or null, got {value!r}")
+        if key in DEFINITIONS or key in NUMBERS:
+            check(value, float | None, f"{path}: {key}")
         out[key] = math.nan if value is None and key in DEFINITIONS else value
     if "classes" in out:
         if not isinstance(out["classes"], list):

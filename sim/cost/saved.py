@@ -10,10 +10,17 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from sim.checked import build, check
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.iteration import IterationCost
 
-_CHUNKS = ("prefill", "forward", "recompute", "backward")
+_TUPLES = {
+    "prefill": ChunkCost,
+    "forward": ChunkCost,
+    "recompute": ChunkCost,
+    "backward": ChunkCost,
+    "decode": DecodeCost,
+}
 
 
 def to_plain(cost: IterationCost) -> dict[str, Any]:
@@ -24,7 +31,12 @@ def to_plain(cost: IterationCost) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> IterationCost:
-    """The model that `to_plain` was given."""
-    curves = dict(plain["curves"])
-    made = {name: ChunkCost(*curves[name]) for name in _CHUNKS} | {"decode": DecodeCost(*curves["decode"])}
-    return IterationCost(Curves(**(curves | made)), plain["lookahead"])
+    """The model that `to_plain` was given. ValueError for a number that is none, KeyError and TypeError for what is
+    missing or too much."""
+    curves = check(plain["curves"], dict[str, Any], "curves")
+    made = {
+        name: kind(*check(curves.pop(name), tuple[float, ...], f"curves.{name}"))
+        for name, kind in _TUPLES.items()
+    }
+    lookahead = check(plain["lookahead"], int, "lookahead")
+    return IterationCost(build(Curves, curves, "curves", **made), lookahead)

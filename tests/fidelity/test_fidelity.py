@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
 from profiles.against import METRICS, against, differences
 from profiles.diagnosis import OTHERS, PARTS, Finding, diagnose
@@ -186,14 +187,35 @@ def test_mistakes_are_told_in_one_line(
     config = (copy / "config.yaml").read_text()
     (copy / "config.yaml").write_text(config.replace("  name: tiny\n", "  name: large\n"))
     assert "measured for tiny on 1 x cpu; asked for large" in refused(str(copy), profile)
-    plain = json.loads((copy / "rerun.json").read_text())
-    for key, value in (
-        ("jobs", None),
-        ("predictor", {}),
-        ("limits", {**plain["limits"], "max_tokens": "many"}),
+    for change, told in (
+        ({"policy": "temporal"}, "policy must be a group of keys, got 'temporal'"),
+        ({"job": {"lora": {"rank": 0}}}, "job.lora.rank must be at least 1, got 0"),
+        ({"run": {"drain_s": "x"}}, "run.drain_s must be a number, got 'x'"),
+        ({"run": {}}, "run.drain_s is not there"),
     ):
-        (copy / "rerun.json").write_text(json.dumps({**plain, key: value}))
-        assert "rerun.json" in refused(str(copy), profile)
+        (copy / "config.yaml").write_text(yaml.safe_dump(yaml.safe_load(config) | change))
+        assert f"copy/config.yaml: {told}" in refused(str(copy), profile)
+    (copy / "config.yaml").write_text(config)
+    plain = json.loads((copy / "rerun.json").read_text())
+    job, curves = plain["jobs"][0], plain["predictor"]["curves"]
+    for change, told in (
+        ({"jobs": None}, "jobs must be a list"),
+        (
+            {"jobs": [job | {"view": job["view"] | {"layers": "4"}}]},
+            "jobs[0].view.layers must be a whole number",
+        ),
+        ({"jobs": [job | {"progress": {"steps": 0.5}}]}, "jobs[0].progress.steps must be a whole number"),
+        ({"predictor": {}}, "is damaged, or not as this version of coserve bench writes it: no 'curves'"),
+        (
+            {"predictor": {"lookahead": 0, "curves": curves | {"decode": ["x"]}}},
+            "curves.decode[0] must be a number",
+        ),
+        ({"predictor": {"lookahead": 0, "curves": curves | {"decode": [0] * 9}}}, "is damaged, or not"),
+        ({"limits": {**plain["limits"], "max_tokens": "many"}}, "limits.max_tokens must be a whole number"),
+    ):
+        (copy / "rerun.json").write_text(json.dumps(plain | change))
+        line = refused(str(copy), profile)
+        assert "copy/rerun.json" in line and told in line
     (copy / "rerun.json").write_text("{}")
     assert "rerun.json has no limits" in refused(str(copy), profile)
     (copy / "rerun.json").unlink()

@@ -157,6 +157,8 @@ def test_a_missing_or_damaged_table_is_named(tmp_path: Path, name: str) -> None:
     [
         ("attainment", "all", "attainment must be a number or null, got 'all'"),
         ("requests", True, "requests must be a number or null, got True"),
+        ("attainment", 10**400, "attainment must be a number or null, got 1000"),
+        ("rate_rps", [8], "rate_rps must be a number, got [8]"),
         ("classes", {}, "classes must be a list, got {}"),
         ("classes", [1], "each of classes must be an object, got 1"),
     ],
