@@ -87,6 +87,8 @@ def generate(config: DictConfig) -> dict[str, Any]:
     policy: Policy = build(None, node.pop("policy"), "policy")
     if not policy.serves:
         raise ValueError(f"policy must be one that serves, got {type(policy).__name__}")
+    if isinstance(node["launch"], dict) and "streams" in node["launch"]:
+        raise ValueError("launch.streams changes nothing here: it is for finetuning beside inference")
     with keys_as({"cluster.": "", "generate.": ""}):
         settings: Settings = build(Settings, node, "generate")
     prompts = _prompts(settings)
@@ -117,6 +119,11 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
     )
+    if settings.temperature == 0 and (settings.top_k is not None or settings.top_p < 1):
+        raise ValueError(
+            "top_k and top_p change nothing with temperature=0, which takes the likeliest token; "
+            f"got {settings.top_k} and {settings.top_p}"
+        )
 
     adapters = {}
     if settings.adapter_name_or_path is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from engine.shares import Shares
 
 SCHEDULES = ("constant", "linear", "cosine")
 KINDS = ("adamw", "sgd")
+READ_BY = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
+"""Setting -> the only kind that has it."""
 LARGEST_RATE = {"adamw": 1e37, "sgd": 3.4e38}
 """Of learning and decay: what single precision holds, for AdamW after its first bias correction has divided it."""
 
@@ -57,12 +59,23 @@ class OptimizerSettings:
         for key, shares in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= share < 1 for share in shares):
                 raise ValueError(f"optimizer.{key} must be in [0, 1), got {getattr(self, key)}")
+        own = {field.name: field.default for field in fields(self)}
+        for key, kind in READ_BY.items():
+            if kind != self.kind and getattr(self, key) != own[key]:
+                raise ValueError(
+                    f"optimizer.{key} changes nothing with kind={self.kind}, which has none; "
+                    f"got {getattr(self, key)}"
+                )
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
             raise ValueError(f"optimizer.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(f"optimizer.total_steps must be given for schedule {self.schedule}")
+        if self.schedule == "constant" and self.total_steps is not None:
+            raise ValueError(
+                f"optimizer.total_steps changes nothing with schedule=constant, got {self.total_steps}"
+            )
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warmup, then the schedule (transformers' get_scheduler)."""

@@ -202,7 +202,7 @@ class Settings:
             schedule=self.lr_scheduler_type,
             # As transformers rounds the ratio.
             warmup_steps=self.warmup_steps or math.ceil(total_steps * self.warmup_ratio),
-            total_steps=total_steps,
+            total_steps=None if self.lr_scheduler_type == "constant" else total_steps,
         )
 
     @property

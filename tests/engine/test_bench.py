@@ -260,7 +260,10 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
         ("+job.optimizer.weight_decay=inf", " job.optimizer.weight_decay must be at least 0 and at most"),
         ("+job.optimizer.betas=[2,3]", " job.optimizer.betas must be in [0, 1), got (2.0, 3.0)"),
         ("+job.optimizer.momentum=0.9", " job.optimizer.momentum changes nothing with kind=adamw"),
-        ("job.optimizer.kind=sgd +job.optimizer.eps=1e-6", " job.optimizer.eps changes nothing with kind=sgd"),
+        (
+            "job.optimizer.kind=sgd +job.optimizer.eps=1e-6",
+            " job.optimizer.eps changes nothing with kind=sgd",
+        ),
         ("+job.optimizer.total_steps=9", " job.optimizer.total_steps changes nothing with schedule=constant"),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy.inference_share=0.123 policy=separate", "must be a share of at most 100 equal parts"),

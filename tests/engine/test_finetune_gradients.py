@@ -248,7 +248,11 @@ def test_fifty_steps_have_the_loss_curve_of_peft_while_serving(
     adapter = adapter_of(family, 4, ("q_proj", "v_proj", "down_proj"))
     samples = [sample_of(8 + 5 * (i % 5), seed=i % 7, ignored=i % 3) for i in range(2 * steps)]
     settings = OptimizerSettings(
-        learning_rate=5e-3, weight_decay=0.01, schedule=schedule, warmup_steps=5, total_steps=steps
+        learning_rate=5e-3,
+        weight_decay=0.01,
+        schedule=schedule,
+        warmup_steps=5,
+        total_steps=None if schedule == "constant" else steps,
     )
     order, memory = mode
     job = JobSetup(samples=samples, adapter=adapter, optimizer=settings, order=order, memory=memory)
