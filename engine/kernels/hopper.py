@@ -7,7 +7,7 @@ limit, narrow loads or a matrix product that missed the warp-group instructions 
 each, on any machine.
 
     python -m engine.kernels.hopper              # H100, H200
-    python -m engine.kernels.hopper --arch 80    # A100
+    python -m engine.kernels.hopper --arch 80    # A100; 89: L4, L40S, RTX 4090
     python -m engine.kernels.hopper --markdown profiles/hopper.md
 """
 
@@ -23,11 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from engine.kernels.jit import Launch, triton
+from engine.kernels.jit import CARDS, Launch, pretend, triton
 from engine.kernels.production import cases
-
-SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-"""Of one block (CUDA C++ programming guide, technical specifications per compute capability)."""
 
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -89,7 +86,7 @@ def compile_launch(case: str, launch: Launch, arch: int) -> Compiled:
 
 
 def compile_kernel(launch: Launch, arch: int) -> Any:
-    """Triton's compiled kernel for compute capability `arch` (80, 90), without a device.
+    """Triton's compiled kernel for compute capability `arch` (80, 89, 90), without a device.
 
     Raises ValueError when Triton interprets its kernels: there is nothing to compile then.
     """
@@ -172,7 +169,8 @@ def _dumped(tool: str, option: str, cubin: bytes) -> str:
 
 
 def compile_all(arch: int, only: str = "") -> list[Compiled]:
-    """Every launch of the cases whose name contains `only`."""
+    """Every launch of the cases whose name contains `only`; of one `arch` in a process."""
+    pretend(arch)
     return [
         compile_launch(name, launch, arch)
         for name, launches in cases()
@@ -205,7 +203,7 @@ def markdown(rows: Iterable[Compiled], arch: int) -> str:
         "bf16. Registers and",
         "stack are per thread (255 registers is the limit, a stack is spilled registers), spills are the "
         "instructions in loops",
-        f"that use it, shared memory is in bytes per block (limit {SHARED_LIMIT_BYTES[arch]}). The last four "
+        f"that use it, shared memory is in bytes per block (limit {CARDS[arch].shared_bytes}). The last four "
         "count instructions in",
         "the PTX: warp-group and warp matrix products, asynchronous copies, and loads of two bytes.",
         "",
@@ -218,7 +216,7 @@ def markdown(rows: Iterable[Compiled], arch: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the production kernels without a GPU.")
-    parser.add_argument("--arch", type=int, choices=sorted(SHARED_LIMIT_BYTES), default=90)
+    parser.add_argument("--arch", type=int, choices=sorted(CARDS), default=90)
     parser.add_argument("--only", default="", help="part of a case's name")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there")
     arguments = parser.parse_args()

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, wraps
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
@@ -29,12 +29,14 @@ else:
         triton = tl = None
 
 __all__ = [
+    "CARDS",
     "Launch",
     "by_layout",
     "cdiv",
     "jit",
     "multiprocessors",
     "power_of_2_from",
+    "pretend",
     "shared_bytes",
     "tl",
     "triton",
@@ -147,19 +149,39 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+class Card(NamedTuple):
+    """What launchers decide by."""
+
+    multiprocessors: int
+    shared_bytes: int
+    """Of one block."""
+
+
+CARDS = {80: Card(108, 163 * 1024), 89: Card(128, 99 * 1024), 90: Card(132, 227 * 1024)}
+"""Compute capability -> A100, RTX 4090, H100 and H200 (datasheets; CUDA C++ programming guide, technical
+specifications per compute capability)."""
+_off_gpu = CARDS[90]
+
+
+def pretend(arch: int) -> None:
+    """Off a GPU, decide as on a card of CARDS. To be called before anything is launched: decisions are kept."""
+    global _off_gpu
+    _off_gpu = CARDS[arch]
+
+
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors to fill; off a GPU those of a Hopper, which the compile table is made for."""
+    """Multiprocessors to fill; off a GPU those of a Hopper, unless another card is pretended."""
     if device.type != "cuda":
-        return 132
+        return _off_gpu.multiprocessors
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @cache
 def shared_bytes(device: torch.device) -> int:
-    """Shared memory that a program may have; off a GPU that of a Hopper."""
+    """Shared memory that a program may have; off a GPU as `multiprocessors`."""
     if device.type != "cuda":
-        return 227 * 1024
+        return _off_gpu.shared_bytes
     return int(triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"])
 
 
