@@ -1,7 +1,8 @@
 """The next token from logits: greedy, or drawn after temperature, top-k and top-p.
 
 Every draw uses one uniform number that depends on the request's seed and the token's index alone, so a
-request gives the same text in whatever batch it runs, and again after a preemption.
+request gives the same text in whatever batch it runs, and again after a preemption. Which way a token is drawn
+depends on the request alone, too.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import torch
 
 from engine.packing import upload
 
+MOST_NUMBERS = 1 << 23
+"""Logits that are drawn from at a time: double precision and their order take up to 50 bytes for each."""
 _MASK = (1 << 64) - 1
 
 
@@ -29,6 +32,11 @@ class Sampling:
     seed: int = 0
     stop_tokens: frozenset[int] = frozenset()
     """Tokens that end the output; empty ignores the end of text."""
+
+    @property
+    def limited(self) -> bool:
+        """Whether only the likeliest tokens are drawn from, which takes their order."""
+        return self.top_k is not None or self.top_p < 1
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -48,24 +56,34 @@ def uniform(seed: int, index: int) -> float:
 def sample(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
     """One token [N] int32 for each row of logits [N, V]; `indices` count the outputs before each."""
     chosen = logits.argmax(1)
-    drawn = [n for n, setting in enumerate(settings) if setting.temperature > 0]
-    if drawn:
-        every = len(drawn) == len(settings)
-        rows = slice(None) if every else upload(torch.tensor(drawn), logits.device)
-        chosen[rows] = _draw(logits[rows].float(), [settings[n] for n in drawn], [indices[n] for n in drawn])
+    most = max(1, MOST_NUMBERS // logits.shape[1])
+    for draw, limited in ((_of_all, False), (_of_likeliest, True)):
+        drawn = [n for n, s in enumerate(settings) if s.temperature > 0 and s.limited == limited]
+        for first in range(0, len(drawn), most):
+            part = drawn[first : first + most]
+            every = len(part) == len(settings)
+            rows = slice(None) if every else upload(torch.tensor(part), logits.device)
+            chosen[rows] = draw(logits[rows], [settings[n] for n in part], [indices[n] for n in part])
     return chosen.to(torch.int32)
 
 
-def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
-    """By inversion over the tokens in order of probability."""
+def _of_all(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
+    """By inversion over the tokens as they are numbered."""
+    numbers = [(s.temperature, uniform(s.seed, i)) for s, i in zip(settings, indices, strict=True)]
+    temperature, u = _columns(numbers, logits.device)
+    total = (logits.double() / temperature).softmax(1).cumsum_(1)
+    return (total <= u * total[:, -1:]).sum(1).clamp_(max=logits.shape[1] - 1)
+
+
+def _of_likeliest(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:
+    """By inversion over the tokens in order of probability, those of equal ones as they are numbered."""
     vocab = logits.shape[1]
     numbers = [
         (s.temperature, s.top_k or vocab, s.top_p, uniform(s.seed, i))
         for s, i in zip(settings, indices, strict=True)
     ]
-    host = upload(torch.tensor(numbers, dtype=torch.float64), logits.device)
-    temperature, top_k, top_p, u = host[:, :, None].unbind(1)
-    ordered, token = logits.sort(dim=1, descending=True, stable=True)
+    temperature, top_k, top_p, u = _columns(numbers, logits.device)
+    ordered, token = logits.float().sort(dim=1, descending=True, stable=True)
     p = (ordered.double() / temperature).softmax(1)
     rank = torch.arange(vocab, device=logits.device)
     p = p.masked_fill(rank >= top_k, 0.0)
@@ -77,6 +95,11 @@ def _draw(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[
     last = ((p > 0).sum(1, keepdim=True) - 1).clamp_(min=0)
     place = torch.minimum((total <= u * total[:, -1:]).sum(1, keepdim=True), last)
     return token.gather(1, place)[:, 0]
+
+
+def _columns(numbers: Sequence[Sequence[float]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Columns [N, 1] of rows of numbers, on the device."""
+    return upload(torch.tensor(numbers, dtype=torch.float64), device)[:, :, None].unbind(1)
 
 
 def _mix(z: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import engine.sampling
 from engine.sampling import Sampling, sample
 from sim.core.plan import Limits
 from sim.core.request import Request
@@ -123,6 +124,40 @@ def test_drawn_tokens_depend_on_the_seed_and_not_on_the_batch() -> None:
     assert together.tokens == cramped.tokens
     other = serve("llama", limits_of(), prompts_of(8, sampling=Sampling(temperature=1.0, seed=4)))
     assert other.tokens != together.tokens
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, None, 1.0), (0.6, None, 1.0), (1.3, 7, 1.0), (1.0, None, 0.8), (0.8, 20, 0.7), (1.0, None, 1e-9)],
+)
+def test_tokens_are_drawn_as_often_as_transformers_gives_them_probability(
+    temperature: float, top_k: int | None, top_p: float
+) -> None:
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    draws, vocab = 20_000, 50
+    logits = 2 * torch.randn(1, vocab, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    warped = TemperatureLogitsWarper(temperature)(None, logits)
+    warped = TopKLogitsWarper(top_k)(None, warped) if top_k else warped
+    warped = TopPLogitsWarper(top_p)(None, warped) if top_p < 1 else warped
+    expected = warped.softmax(1)[0]
+    settings = [Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=n) for n in range(draws)]
+    tokens = sample(logits.float().expand(draws, vocab), settings, [n % 3 for n in range(draws)])
+    found = torch.bincount(tokens, minlength=vocab) / draws
+    assert (found[expected == 0] == 0).all()
+    spread = (expected * (1 - expected) / draws).sqrt()
+    assert ((found - expected).abs() <= 4.5 * spread + 1e-12).all()
+
+
+def test_what_is_drawn_depends_on_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
+    kinds = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}]
+    settings = [Sampling(**kinds[n % 3], seed=n) for n in range(9)]  # type: ignore[arg-type]
+    together = sample(logits, settings, list(range(9)))
+    alone = [sample(logits[n : n + 1], settings[n : n + 1], [n]) for n in range(9)]
+    assert together.tolist() == torch.cat(alone).tolist()
+    monkeypatch.setattr(engine.sampling, "MOST_NUMBERS", 80)
+    assert sample(logits, settings, list(range(9))).tolist() == together.tolist()
 
 
 def test_logits_that_are_not_numbers_give_some_token() -> None:
