@@ -4,7 +4,6 @@
 PYTHON ?= python3
 # Of the tests: one per core, but not more than fit into a laptop's memory.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 4 ? n : 4)))
-DEVICE ?= h200
 MODEL ?= llama_3_1_8b
 OUT ?= runs/gpu
 
@@ -45,8 +44,8 @@ interpreted: $(BIN)/python  ## remove what make native built
 	@$(BIN)/python -m sim.native remove
 
 # Also without an environment of its own: python3 -m profiles.session OUT, with what that Python has.
-gpu: $(VENV)/.test  ## measure everything on this machine's GPU: make gpu DEVICE=h200 MODEL=llama_3_1_8b OUT=runs/gpu
-	$(BIN)/python -m profiles.session $(OUT) --device $(DEVICE) --model $(MODEL)
+gpu: $(VENV)/.test  ## measure everything on this machine's GPU: make gpu MODEL=llama_3_1_8b OUT=runs/gpu
+	$(BIN)/python -m profiles.session $(OUT) $(if $(DEVICE),--device $(DEVICE)) --model $(MODEL)
 
 clean:  ## remove .venv and caches; runs and data stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,6 +1,6 @@
 """Everything that is to be measured on a GPU, in order, within the time that there is.
 
-    python -m profiles.session OUT --device h200 --model llama_3_1_8b --minutes 9
+    python -m profiles.session OUT --model llama_3_1_8b --minutes 9
     python -m profiles.session OUT --device cpu --model tiny
 
 Each step is a command of its own with a time limit; one that fails or runs over it is recorded and the next
@@ -29,6 +29,7 @@ import tarfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,30 +70,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m profiles.session", description=(__doc__ or "").split("\n")[0]
     )
     parser.add_argument("folder", type=Path, metavar="OUT")
-    parser.add_argument("--device", default="h200")
+    parser.add_argument("--device", help="of configs/device, or cpu (default: what the GPU is)")
     parser.add_argument("--model", default="llama_3_1_8b")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time of this call (default: no end)")
     parser.add_argument("--only", help="names of steps, with commas between them")
     parser.add_argument("--retry", action="store_true", help="also run again what has failed")
     options = parser.parse_args(argv)
     folder = options.folder.resolve()
-    wrong = _unknown("device", options.device) or _unknown("model", options.model)
-    if wrong is not None:
-        parser.error(wrong)
+    for group in ("device", "model"):
+        name = getattr(options, group)
+        wrong = None if name is None else _unknown(group, name)
+        if wrong is not None:
+            parser.error(wrong)
     if not options.minutes > 0:
         parser.error(f"--minutes must be above 0, got {options.minutes:g}")
-    steps = steps_of(folder, options.device, options.model)
+    reason = unready(options.device)
+    if reason is not None:
+        parser.error(reason)
+    device = options.device or _own_device()
+    assert device is not None
+    steps = steps_of(folder, device, options.model)
     if options.only is not None:
         wanted = options.only.split(",")
         unknown = [name for name in wanted if name not in [step.name for step in steps]]
         if unknown:
             parser.error(f"no step named {unknown[0]}; known: {', '.join(step.name for step in steps)}")
         steps = [step for step in steps if step.name in wanted]
-    reason = unready(options.device)
-    if reason is not None:
-        parser.error(reason)
     try:
-        session = Session(folder, options.device, options.model)
+        session = Session(folder, device, options.model)
         # Asking a machine that has just started what it has takes it half a minute.
         left_s = 60 * options.minutes - (time.perf_counter() - start_s)
         done = session.run(steps, left_s, retry=options.retry)
@@ -105,8 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if done else 1
 
 
-def unready(device: str) -> str | None:
-    """What this machine lacks for any step, before time goes into finding out; None if nothing."""
+def unready(device: str | None) -> str | None:
+    """What this machine lacks for any step on `device`, or on the GPU that it has, before time goes into finding out;
+    None if nothing."""
     names = NEEDED if device == "cpu" else (*NEEDED, *NEEDED_ON_A_GPU)
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
@@ -115,10 +121,20 @@ def unready(device: str) -> str | None:
         return None
     gpu = _gpu_versions()["gpu"]
     if gpu is None:
-        return f"--device {device}, but torch finds no GPU"
+        return "torch finds no GPU; --device cpu --model tiny needs none"
+    if device is None:
+        return None if _own_device() else f"the GPU is {gpu}: choose one of configs/device as --device"
     if device.partition("_")[0] not in gpu.lower():
         return f"--device {device}, but the GPU is {gpu}"
     return None
+
+
+def _own_device() -> str | None:
+    """The one of configs/device that the GPU is; None if it is not among them."""
+    from profiles.named import card_named
+
+    gpu = _gpu_versions()["gpu"]
+    return None if gpu is None else card_named(gpu)
 
 
 def _unknown(group: str, name: str) -> str | None:
@@ -331,6 +347,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
+@cache
 def _gpu_versions() -> dict[str, str | None]:
     """Of the packages that a GPU's numbers hang on, and the GPU's name, without loading them here."""
     from importlib import metadata

@@ -199,6 +199,16 @@ def test_what_needs_a_gpu_is_left_out_without_one(tmp_path: Path) -> None:
     assert statuses(tmp_path / "out") == {"kernels": "left out"}
 
 
+OWN = {
+    "NVIDIA H100 80GB HBM3": "h100",
+    "NVIDIA H200": "h200",
+    "NVIDIA A100-SXM4-80GB": "a100_80gb",
+    "NVIDIA GeForce RTX 4090": "rtx_4090",
+    "Tesla K80": None,
+}
+CHOOSE = "configs/device as --device"
+
+
 def test_a_machine_that_lacks_something_is_told_so_before_any_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,8 +222,13 @@ def test_a_machine_that_lacks_something_is_told_so_before_any_step(
     monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": "NVIDIA H100 80GB HBM3"})
     assert session.unready("h200") == "--device h200, but the GPU is NVIDIA H100 80GB HBM3"
     assert session.unready("h100") is None
+    for name, own in OWN.items():
+        monkeypatch.setattr(session, "_gpu_versions", lambda name=name: {"gpu": name})
+        assert session._own_device() == own
+        assert session.unready(None) == (None if own else f"the GPU is {name}: choose one of {CHOOSE}")
     monkeypatch.setattr(session, "_gpu_versions", lambda: {"gpu": None})
-    assert session.unready("h100") == "--device h100, but torch finds no GPU"
+    for device in ("h100", None):
+        assert session.unready(device) == "torch finds no GPU; --device cpu --model tiny needs none"
     assert session.unready("cpu") is None
 
 
