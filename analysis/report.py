@@ -47,6 +47,7 @@ def write_figure(runs: Sequence[Run], path: str | Path, *, kept_share: float = S
 
 def _report(options: argparse.Namespace) -> None:
     from analysis.table import plain_table, print_table
+    from sim.notes import print_unfinished
 
     if not options.runs:
         raise ValueError("name at least one run folder")
@@ -57,6 +58,7 @@ def _report(options: argparse.Namespace) -> None:
         print_table(rows, kept_share)
     else:
         print(plain_table(rows, kept_share))
+    print_unfinished([row for row in rows if "unfinished" in row])
     if options.csv is not None:
         try:
             collect(runs).to_csv(options.csv, index=False)

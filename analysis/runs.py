@@ -94,11 +94,13 @@ def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
 
 
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
-    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene, rate and source.
-    None where nobody keeps it, nothing was trained, or the rows that train are of unlike seeds."""
+    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene, SLO, rate and
+    source. None where nobody keeps it, nothing was trained, or the rows that train are of unlike seeds; nor one whose
+    job failed."""
     winners = set()
     for contest in _contests(rows):
-        keepers = [i for i in contest if keeps_slo(rows[i], kept_share)]
+        sound = [i for i in contest if not number(rows[i], "jobs_failed") > 0]
+        keepers = [i for i in sound if keeps_slo(rows[i], kept_share)]
         if keepers and not _unlike(rows, contest):
             winners.add(max(keepers, key=lambda i: number(rows[i], "finetune_tok_s")))
     return winners
@@ -110,11 +112,13 @@ def unlike_seeds(rows: Sequence[Row]) -> bool:
 
 
 def _contests(rows: Sequence[Row]) -> list[list[int]]:
-    """Positions of the rows that train, by scene, rate and source."""
+    """Positions of the rows that train, by scene, SLO, rate and source."""
     places: dict[tuple[str, ...], list[int]] = {}
     for i, row in enumerate(rows):
         if number(row, "finetune_tok_s") > 0:
-            places.setdefault(tuple(text(row, key) for key in (*SCENE, "rate_rps", "source")), []).append(i)
+            places.setdefault(
+                tuple(text(row, key) for key in (*SCENE, "slo_set", "rate_rps", "source")), []
+            ).append(i)
     return list(places.values())
 
 

@@ -41,7 +41,7 @@ PARTS = {
 OTHERS = "all other parts"
 OFF = 1.2
 """A factor further from 1, with all of its interval, is an error of the profile."""
-LEAST_SHARE = 0.002
+LEAST_SHARE = 0.01
 """Of the time: parts below it are not looked at."""
 LEAST_GAIN = 10.0
 """Twice the gain in log likelihood that frees a part, above Schwarz's log n."""

@@ -105,7 +105,7 @@ def _parts(axis: Any, findings: Sequence[Finding]) -> None:
         else:
             _bar(axis, place, ratios, style.GREY)
     labels = [f"{finding.part} ({finding.share:.0%})" for finding in told]
-    _ratios(axis, labels, "measured / profile (grey: no error shown;\nlarger and darker: more of the time)")
+    _ratios(axis, labels, "measured / profile (grey: none shown;\nlarge and dark: much of the time)")
 
 
 LEAST, MOST = 0.2, 5.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sim.errors import keys_as, message, nearest
 
+INFINITE = {".inf": math.inf, "-.inf": -math.inf}
+"""As YAML writes them, and configs are shown; the command line reads them as text."""
 _WORDS = {
     int: "a whole number",
     float: "a number",
@@ -72,6 +75,7 @@ def check(value: object, annotation: Any, where: str) -> Any:
     if annotation is Any or annotation is object:
         return value
     if annotation is float:
+        value = INFINITE.get(value, value) if isinstance(value, str) else value
         ok = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
         try:
             return float(_require(ok, value, annotation, where))

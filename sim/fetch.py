@@ -140,7 +140,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"{error.url}: the server answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
-        return f"cannot reach the server: {error.reason}"
+        return f"cannot reach the server: {getattr(error.reason, 'strerror', None) or error.reason}"
     if isinstance(error, HTTPException):
         return f"the download broke off: {error or type(error).__name__}"
     if isinstance(error, OSError) and error.filename is not None:

@@ -141,14 +141,17 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
 
 def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> None:
     # Four points apart at most, so the outer two numbers stand outside of their lines.
-    for guide, side in zip(GUIDES, ("right", "center", "left"), strict=True):
+    guides = dict(zip(GUIDES, ("right", "center", "left"), strict=True))
+    if not any(math.isclose(guide, kept_share) for guide in GUIDES):
+        guides = {kept_share: "center"}
+    for guide, side in guides.items():
         chosen = math.isclose(guide, kept_share)
         axes.axvline(
             guide * 100, color=style.BLACK if chosen else style.GREY, linewidth=1.2 if chosen else 0.8,
             linestyle="--" if chosen else ":", zorder=3,
         )  # fmt: skip
         axes.annotate(
-            f"{guide * 100:.0f}", (guide * 100, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
+            f"{guide * 100:g}", (guide * 100, 1), xycoords=("data", "axes fraction"), xytext=(0, 4),
             textcoords="offset points", ha=side, fontsize=8, weight="bold" if chosen else "normal",
         )  # fmt: skip
     for y, line in enumerate(lines):

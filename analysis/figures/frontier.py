@@ -66,12 +66,13 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
     if peak is not None:
         axes.axhline(peak, color=style.BLACK, linestyle=":", linewidth=1.2)
         ideal = lines.get("inference_only", [])
+        stars = "; stars: ideal sum, that much beside all that serving alone serves"
         axes.plot(
             [p.goodput_rps for p in ideal], [peak] * len(ideal), linestyle="", marker="*", markersize=11,
             color=style.BLACK, label="ideal sum",
         )  # fmt: skip
         axes.annotate(
-            f"finetuning alone, {peak:,.0f} tok/s; stars: ideal sum, that much beside all that serving alone serves",
+            f"finetuning alone, {peak:,.0f} tok/s{stars if ideal else ''}",
             (0.01, peak), xycoords=("axes fraction", "data"), xytext=(0, 9), textcoords="offset points",
             fontsize=9,
         )  # fmt: skip

@@ -24,7 +24,7 @@ def case_study_figure(bins: Mapping[str, Sequence[float]]) -> Figure:
     tokens.step(time_s, finetune, where="post", color=style.ORANGE, label="finetuning: forward")
     tokens.set_ylabel("tokens per second (tok/s)")
     tokens.set_xlabel("time (s)")
-    tokens.legend(loc="upper right", frameon=False)
+    tokens.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     for axes in (arrivals, tokens):
         axes.set_ylim(bottom=0)
         axes.set_xlim(0, 600)

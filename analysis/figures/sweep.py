@@ -76,6 +76,7 @@ def sweep_figure(
             )
         axes.set_xlabel(axis_title(key))
         axes.set_ylabel(axis_title(metric))
+        axes.yaxis.set_major_formatter(_thousands)
         _x_ticks(axes, [point.x for points in lines[metric].values() for point in points])
         _y_limits(axes, metric)
         if metric == "attainment":
@@ -128,6 +129,11 @@ def _named(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
 
 def _policies(rows: Sequence[Row]) -> dict[str, str]:
     return {name: text(group[0], "policy") for name, group in _named(rows)}
+
+
+def _thousands(value: float, _: object) -> str:
+    """As the tables write numbers; what is small as short as it is."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def axis_title(key: str) -> str:

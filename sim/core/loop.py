@@ -129,8 +129,8 @@ def run_loop(
             seen = view(now_s)
             try:
                 plan = decide(seen)
-                if plan is None:
-                    raise TypeError("plan() returned None, not a Plan")
+                if type(plan) is not Plan:
+                    raise TypeError(f"plan() returned {plan!r}, not a Plan")
                 if plan.finetune or plan.prefills or plan.preempted or (plan.decode and state.decode_count):
                     work = apply(plan, now_s)
             except Exception as error:

@@ -43,4 +43,5 @@ def find_file(file: str | Sequence[str]) -> Path:
     if folder is not None:
         raise ValueError(f"{folder} is a folder, and must be a file")
     hint = next((h for h in map(fetch_hint, names) if h), "")
-    raise ValueError(f"no such file: {' or '.join(map(str, tried))}{hint}")
+    where = ", or COSERVE_DATA names the folder that has it" if hint else ""
+    raise ValueError(f"no such file: {' or '.join(map(str, tried))}{hint}{where}")

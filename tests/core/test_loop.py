@@ -162,6 +162,7 @@ def test_a_policy_that_does_nothing_is_stuck_and_said_to_be() -> None:
     [
         (lambda view: {}["key"], "KeyError: 'key'"),
         (lambda view: None, r"TypeError: plan\(\) returned None"),
+        (lambda view: 42, r"TypeError: plan\(\) returned 42, not a Plan"),
         (lambda view: Plan(prefills=((99, 4),)), "IllegalPlan: sequence 99 is neither prefilling"),
     ],
 )

@@ -30,6 +30,8 @@ from engine.training import main as finetune
 from sim.cli import main as coserve
 from sim.results import read_run
 
+pytest.importorskip("starlette", reason="a server needs starlette and uvicorn")
+pytest.importorskip("uvicorn", reason="a server needs starlette and uvicorn")
 ROOT = Path(__file__).parents[2]
 SHORT = ("device=cpu", "port=0", "measure_s=1", "drain_s=20")
 JOB = {

@@ -392,6 +392,7 @@ def test_a_missing_public_trace_says_how_to_get_it(tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match="coserve fetch azure_conv") as error:
         find_file("azure/AzureLLMInferenceTrace_conv.csv")
     assert str(tmp_path / "azure") in str(error.value)
+    assert str(error.value).endswith(", or COSERVE_DATA names the folder that has it")
     with pytest.raises(
         ValueError, match=r"coserve fetch --url https://\S+ mooncake/conversation_trace.jsonl"
     ):

@@ -149,7 +149,7 @@ def test_own_trace_by_its_path(tmp_path: Path) -> None:
     requests_of = build("workload=csv", f"workload.file={empty}", slo_names=("default", "chat"))
     assert [r.slo for r in requests_of.arrivals().due(9.0)] == ["chat", "default"]
     with pytest.raises(
-        ValueError, match=r"row 3, column slo: no SLO class 'default' \(an empty cell\); the slo "
+        ValueError, match=r"row 3, column slo: no SLO class 'default' \(as an empty cell is read\); the slo "
     ):
         build("workload=csv", f"workload.file={empty}", slo_names=("batch", "chat"))
     with pytest.raises(ValueError, match="states a class for each request"):
