@@ -192,8 +192,8 @@ def _x_ticks(axes: Any, values: Sequence[float]) -> None:
 
 
 def _y_limits(axes: Any, metric: str) -> None:
-    top = axes.get_ylim()[1]
+    most = axes.dataLim.y1
     if metric.startswith("attainment"):
         axes.set_ylim(-2, 102)
-    elif top > 0:
-        axes.set_ylim(-0.02 * top, top)
+    elif most > 0:
+        axes.set_ylim(-0.02 * most, 1.05 * most)
