@@ -122,17 +122,22 @@ class GivenArrivals:
 
 
 class Driver:
-    """Runs one loop on one engine. `abort` may be called from any thread."""
+    """Runs one loop on one engine. `abort` and `finish` may be called from any thread."""
 
     def __init__(self, engine: Engine, clock: Clock) -> None:
         self._engine = engine
         self._clock = clock
         self._aborted: deque[int] = deque()
+        self._finished: deque[int] = deque()
 
     def abort(self, id: int) -> None:
         """A client has gone."""
         self._aborted.append(id)
         self._clock.wake()
+
+    def finish(self, id: int) -> None:
+        """A client has all that it wants of a running request."""
+        self._finished.append(id)
 
     def run(self, loop: Generator[Command, Done, None]) -> None:
         """Drive the loop to its end."""
@@ -146,17 +151,20 @@ class Driver:
                     reply = Done(clock.now_s())
                 elif type(command) is Sleep:
                     clock.sleep(command.until_s)
-                    reply = Done(clock.now_s(), (), self._gone())
+                    reply = Done(clock.now_s(), (), _taken(self._aborted))
                 else:
                     ended, failed = engine.collect()
                     clock.done()
-                    reply = Done(clock.now_s(), ended, self._gone(), failed)
+                    ended += _taken(self._finished)
+                    reply = Done(clock.now_s(), ended, _taken(self._aborted), failed)
                 command = loop.send(reply)
         except StopIteration:
             return
 
-    def _gone(self) -> tuple[int, ...]:
-        gone = []
-        while self._aborted:
-            gone.append(self._aborted.popleft())
-        return tuple(gone)
+
+def _taken(ids: deque[int]) -> tuple[int, ...]:
+    """All of them, taken out."""
+    taken = []
+    while ids:
+        taken.append(ids.popleft())
+    return tuple(taken)

@@ -119,6 +119,8 @@ class Engine:
         """Job -> the step after which it was given up. Its adapter stays at the version before."""
         self.on_token = on_token
         self.on_step = on_step
+        self.on_failure: Callable[[StepRecord], None] | None = None
+        """Called for the step after which a job is given up."""
         self._pages = pages
         self._bank = bank
         self._versions: dict[str, int] = {}
@@ -397,6 +399,8 @@ class Engine:
                 if result.job not in self.failures:
                     self.failures[result.job] = record
                     failed.append(result.job)
+                    if self.on_failure is not None:
+                        self.on_failure(record)
                 continue
             self.steps.append(record)
             self._bank.drop(self._versions[result.job])

@@ -14,15 +14,16 @@ import secrets
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from engine.messages import Ask, Gauges, Gone, Ready, Stop, Tokens
+from engine.messages import Ask, Enough, Gauges, Gone, Ready, Stop, Tokens
 from engine.openai import Answer, Refused, Wanted, usage, wanted
-from engine.streamed_text import StreamedText
+from engine.streamed_text import StreamedText, silent_tokens
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -32,6 +33,11 @@ if TYPE_CHECKING:
 MOST_BYTES = 16 * 2**20
 """Of a request's body."""
 POLL_S = 0.2
+HANG_UP_S = 2.0
+"""For clients to take what they are told at the end; those that do not are hung up on."""
+STOPPING = "the server stops"
+GONE = 499
+"""Status of what nobody waits for any more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +55,6 @@ class Serving:
     stop_tokens: frozenset[int]
     max_requests: int
     """At once; more are turned away."""
-    drain_s: int
-    """For running answers when the server stops."""
 
 
 def run_front(serving: Serving, listening: socket.socket, link: Connection) -> None:
@@ -61,13 +65,7 @@ def run_front(serving: Serving, listening: socket.socket, link: Connection) -> N
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     front = Front(serving, link)
-    config = uvicorn.Config(
-        front.app(),
-        log_level="warning",
-        timeout_graceful_shutdown=serving.drain_s,
-        lifespan="off",
-    )
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(front.app(), log_level="warning", lifespan="off"))
     # Apart from the main thread it leaves signals alone.
     thread = threading.Thread(target=front.run, args=(server, listening))
     thread.start()
@@ -75,13 +73,9 @@ def run_front(serving: Serving, listening: socket.socket, link: Connection) -> N
     try:
         while thread.is_alive():
             if link.poll(POLL_S):
-                message = link.recv()
-                if type(message) is Stop:
-                    server.should_exit = True
-                else:
-                    front.take(message)
+                front.take(link.recv())
     except (EOFError, OSError):
-        server.should_exit = server.force_exit = True
+        front.take(Stop(0.0))
     thread.join()
 
 
@@ -95,17 +89,22 @@ class Front:
         self._serving = serving
         self._link = link
         self._tokenizer = read_tokenizer(serving.folder)
+        self._silent = silent_tokens(self._tokenizer)
         self._ids = itertools.count()
         self._waiting: dict[int, asyncio.Queue[int | None]] = {}
         self._gauges: Mapping[str, float] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._server: Any = None
+        self._stopping = False
+        self._created = int(time.time())
 
     def run(self, server: Any, listening: socket.socket) -> None:
         """Serve until the server is told to exit."""
 
         async def serve() -> None:
-            self._loop = asyncio.get_running_loop()
-            self._link.send(Ready())
+            self._loop, self._server = asyncio.get_running_loop(), server
+            with suppress(OSError):  # the engine is gone
+                self._link.send(Ready())
             self.ready.set()
             await server.serve(sockets=[listening])
 
@@ -114,7 +113,7 @@ class Front:
         finally:
             self.ready.set()
 
-    def take(self, message: Tokens | Gauges) -> None:
+    def take(self, message: Tokens | Gauges | Stop) -> None:
         """What the engine says; from another thread than the server's."""
         with suppress(RuntimeError):  # the server has ended meanwhile
             assert self._loop is not None
@@ -122,19 +121,27 @@ class Front:
 
     def app(self) -> Starlette:
         from starlette.applications import Starlette
+        from starlette.exceptions import HTTPException
         from starlette.responses import JSONResponse, PlainTextResponse
         from starlette.routing import Route
 
-        async def completions(request: Request) -> Response:
+        async def completions(request: Request) -> Any:
             return await self._answer(request, chat=False)
 
-        async def chat(request: Request) -> Response:
+        async def chat(request: Request) -> Any:
             return await self._answer(request, chat=True)
 
         async def models(request: Request) -> Response:
             names = [self._serving.name, *self._serving.adapters]
-            data = [{"id": name, "object": "model", "owned_by": "coserve"} for name in names]
-            return JSONResponse({"object": "list", "data": data})
+            return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+
+        async def model(request: Request) -> Response:
+            name = request.path_params["name"]
+            try:
+                self._adapter(name)
+            except Refused as refused:
+                return JSONResponse(refused.body(), refused.status)
+            return JSONResponse(self._model(name))
 
         async def health(request: Request) -> Response:
             return JSONResponse({"status": "ok"})
@@ -143,50 +150,85 @@ class Front:
             lines = [f"{name} {value:.17g}" for name, value in self._gauges.items()]
             return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
+        async def unknown(request: Request, error: Exception) -> Response:
+            assert isinstance(error, HTTPException)
+            refused = Refused(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+            return JSONResponse(refused.body(), refused.status, error.headers)
+
+        async def failed(request: Request, error: Exception) -> Response:
+            # What it was is on the server's own stderr.
+            refused = Refused(500, "a mistake of the server")
+            return JSONResponse(refused.body(), refused.status)
+
         return Starlette(
             routes=[
                 Route("/v1/completions", completions, methods=["POST"]),
                 Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/models", models),
+                Route("/v1/models/{name:path}", model),
                 Route("/health", health),
                 Route("/metrics", metrics),
-            ]
+            ],
+            exception_handlers={HTTPException: unknown, Exception: failed},
         )
 
-    def _give(self, message: Tokens | Gauges) -> None:
+    def _give(self, message: Tokens | Gauges | Stop) -> None:
         if isinstance(message, Gauges):
             self._gauges = message.values
+            return
+        if isinstance(message, Stop):
+            assert self._loop is not None
+            self._server.should_exit = self._stopping = True
+            self._loop.call_later(message.drain_s, self._give_up)
             return
         for id, token in message.tokens:
             queue = self._waiting.get(id)
             if queue is not None:
                 queue.put_nowait(token)
 
-    async def _answer(self, request: Request, chat: bool) -> Response:
+    def _give_up(self) -> None:
+        """Whoever still waits is told that there is no more, and soon hung up on."""
+        assert self._loop is not None
+        for queue in self._waiting.values():
+            queue.put_nowait(None)
+        self._loop.call_later(HANG_UP_S, self._hang_up)
+
+    def _hang_up(self) -> None:
+        for connection in list(self._server.server_state.connections):
+            connection.transport.abort()
+
+    async def _answer(self, request: Request, chat: bool) -> Any:
+        """A response as Starlette calls it."""
+        from starlette.requests import ClientDisconnect
         from starlette.responses import JSONResponse, StreamingResponse
 
         try:
             asked = wanted(await _body(request), chat)
             adapter = self._adapter(asked.model)
-            prompts = self._encoded(asked)
+            # Long texts take seconds, in which others get their tokens.
+            prompts = await asyncio.to_thread(self._encoded, asked)
             most = [self._room(tokens, asked.max_tokens) for tokens in prompts]
+            if self._stopping:
+                raise Refused(503, STOPPING)
             if len(self._waiting) + len(prompts) > self._serving.max_requests:
                 raise Refused(429, f"{self._serving.max_requests} requests are under way; try again later")
         except Refused as refused:
             return JSONResponse(refused.body(), refused.status)
+        except ClientDisconnect:
+            return JSONResponse({}, GONE)
         choices = [self._begin(asked, tokens, n, adapter) for tokens, n in zip(prompts, most, strict=True)]
         answer = Answer(choices[0].id, asked.model or self._serving.name, chat)
         counted = sum(map(len, prompts))
         if asked.stream:
             events = self._events(answer, choices, counted if asked.include_usage else None)
-            return StreamingResponse(events, media_type="text/event-stream")
-        whole: asyncio.Future[list[str]] = asyncio.gather(*(choice.whole() for choice in choices))
+            return _Ending(StreamingResponse(events, media_type="text/event-stream"), self._end, choices)
+        whole = asyncio.ensure_future(self._wholes(choices))
         gone = asyncio.ensure_future(_disconnected(request))
         both: tuple[asyncio.Future[Any], ...] = (whole, gone)
         try:
             await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
             if not whole.done():
-                return JSONResponse({}, 499)
+                return JSONResponse({}, GONE)
             texts = await whole
         except Refused as refused:
             return JSONResponse(refused.body(), refused.status)
@@ -214,6 +256,7 @@ class Front:
                 ready.put_nowait(answer.more(index, "", choice.reason))
             except Refused as refused:
                 ready.put_nowait(refused.body())
+            self._end([choice])
             ready.put_nowait(None)
 
         tasks = [asyncio.ensure_future(follow(n, choice)) for n, choice in enumerate(choices)]
@@ -232,7 +275,17 @@ class Front:
         finally:
             for task in tasks:
                 task.cancel()
-            self._end(choices)
+
+    async def _wholes(self, choices: Sequence[_Choice]) -> list[str]:
+        """The texts of all choices."""
+        return await asyncio.gather(*(self._whole(choice) for choice in choices))
+
+    async def _whole(self, choice: _Choice) -> str:
+        """A choice's text, all of it."""
+        try:
+            return "".join([text async for text in choice.texts()])
+        finally:
+            self._end([choice])
 
     def _begin(self, asked: Wanted, tokens: list[int], most: int, adapter: str | None) -> _Choice:
         id = next(self._ids)
@@ -252,7 +305,7 @@ class Front:
                 adapter=adapter,
             )
         )
-        return _Choice(id, queue, StreamedText(self._tokenizer, asked.stop), most, stops)
+        return _Choice(id, queue, StreamedText(self._tokenizer, asked.stop, self._silent), most, stops)
 
     def _end(self, choices: Sequence[_Choice]) -> None:
         """Forget them; those that still run are ended."""
@@ -261,7 +314,10 @@ class Front:
             if not choice.done:
                 choice.done = True
                 with suppress(OSError):  # the engine is gone
-                    self._link.send(Gone(choice.id))
+                    self._link.send((Enough if choice.reason == "stop" else Gone)(choice.id))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "coserve"}
 
     def _adapter(self, model: str | None) -> str | None:
         if model is None or model == self._serving.name:
@@ -331,7 +387,7 @@ class _Choice:
             token = await self._queue.get()
             if token is None:
                 self.done = True
-                raise Refused(503, "the server stops")
+                raise Refused(503, STOPPING)
             self.count += 1
             self.done = self.count == self._most or token in self._stop_tokens
             text = self._text.add(token)
@@ -340,11 +396,30 @@ class _Choice:
             if self._text.stopped or token in self._stop_tokens:
                 self.reason = "stop"
         rest = self._text.end()
+        if self._text.stopped:
+            self.reason = "stop"
         if rest:
             yield rest
 
-    async def whole(self) -> str:
-        return "".join([text async for text in self.texts()])
+
+class _Ending:
+    """A response that calls `end(choices)` when it is over, and when it never began: its client may have gone."""
+
+    def __init__(
+        self,
+        response: Response,
+        end: Callable[[Sequence[_Choice]], None],
+        choices: Sequence[_Choice],
+    ) -> None:
+        self._response = response
+        self._end = end
+        self._choices = choices
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await self._response(scope, receive, send)
+        finally:
+            self._end(self._choices)
 
 
 async def _body(request: Request) -> object:
@@ -356,9 +431,12 @@ async def _body(request: Request) -> object:
             raise Refused(413, f"the body must have at most {MOST_BYTES} bytes")
         parts.append(part)
     try:
-        return json.loads(b"".join(parts))
+        found = json.loads(b"".join(parts))
+        # JSON can write half of a pair of surrogates, which is no character and has no bytes.
+        json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
-        raise Refused(400, "the body must be JSON") from None
+        raise Refused(400, "the body must be JSON, its texts Unicode") from None
+    return found
 
 
 async def _disconnected(request: Request) -> None:

@@ -155,7 +155,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     return [
         {
             "prompt": prompt,
-            "output": tokenizer.decode(output, skip_special_tokens=True),
+            "output": tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             "finish": "stop" if output[-1] in stops else "length",
             "tokens": len(output),
         }

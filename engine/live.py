@@ -7,22 +7,26 @@ ended are a line of a trace: a server runs without end, and holds nothing that g
 
 from __future__ import annotations
 
+import csv
 import math
+import os
 import queue
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import TextIO
 
 import numpy as np
 
-from engine.driver import Clock
-from engine.messages import Ask, Gauges, Gone, Stop, Tokens
+from engine.driver import Clock, Driver
+from engine.messages import Ask, Enough, Gauges, Gone, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
+from sim.core.state import PipelineState
 
 GAUGES_S = 1.0
 TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter")
@@ -37,10 +41,10 @@ COUNTERS = (
     "coserve_finetune_forward_tokens_total",
     "coserve_finetune_trained_tokens_total",
     "coserve_finetune_steps_total",
+    "coserve_finetune_jobs_failed_total",
     "coserve_iterations_total",
 )
-GAUGES = ("running", "waiting", "kv_blocks_used")
-"""Columns of the last iteration; `coserve_` and their name."""
+GAUGES = ("coserve_running", "coserve_waiting", "coserve_kv_blocks_used")
 
 
 class LiveArrivals:
@@ -59,6 +63,7 @@ class LiveArrivals:
         self._link = link
         self._horizon = horizon
         self._recorder = recorder
+        self._state: PipelineState | None = None
         self._fail = fail
         self._trace = trace
         self._asked: deque[Request] = deque()
@@ -67,19 +72,22 @@ class LiveArrivals:
         self._out: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._gone: set[int] = set()
         """Of those that the loop has not seen yet."""
-        self.counts: dict[str, float] = dict.fromkeys((*COUNTERS, *(f"coserve_{name}" for name in GAUGES)), 0)
+        self.counts: dict[str, float] = dict.fromkeys((*COUNTERS, *GAUGES), 0)
         """Prometheus metric -> value, as of the last call of `tell`."""
         self._traced = 0
+        self._traced_bytes = 0 if trace is None else trace.tell()
         self._told_s = -GAUGES_S
 
-    def start(self, clock: Clock, abort: Callable[[int], None]) -> None:
-        """Begin to take messages. `clock` has the loop's time; `abort` is told whose client has gone."""
-        threading.Thread(target=self._receive, args=(clock, abort), daemon=True).start()
+    def start(self, clock: Clock, driver: Driver, state: PipelineState) -> None:
+        """Begin to take messages. `clock` has the loop's time, `driver` and `state` are the loop's."""
+        self._state = state
+        threading.Thread(target=self._receive, args=(clock, driver), daemon=True).start()
         threading.Thread(target=self._send, daemon=True).start()
 
-    def stop(self) -> None:
-        """Tell the other side that the server ends; it hangs up when its clients have their answers."""
-        self._out.put(Stop())
+    def stop(self, drain_s: float) -> None:
+        """Tell the other side that the server ends; it hangs up when its clients have their answers, or after
+        `drain_s`."""
+        self._out.put(Stop(drain_s))
 
     # As the loop sees it
 
@@ -126,7 +134,7 @@ class LiveArrivals:
 
     # Threads
 
-    def _receive(self, clock: Clock, abort: Callable[[int], None]) -> None:
+    def _receive(self, clock: Clock, driver: Driver) -> None:
         try:
             while True:
                 message = self._link.recv()
@@ -138,7 +146,9 @@ class LiveArrivals:
                 elif type(message) is Gone:
                     if message.id in self._asks:
                         self._gone.add(message.id)
-                    abort(message.id)
+                    driver.abort(message.id)
+                elif type(message) is Enough:
+                    driver.finish(message.id)
         except (EOFError, OSError):
             self._horizon.end(clock.now_s())
             clock.wake()
@@ -179,10 +189,12 @@ class LiveArrivals:
         counts["coserve_finetune_forward_tokens_total"] += int(iterations["forward_tokens"].sum())
         counts["coserve_finetune_trained_tokens_total"] += int(steps["tokens"].sum())
         counts["coserve_finetune_steps_total"] += int((steps["failed"] == 0).sum())
+        counts["coserve_finetune_jobs_failed_total"] += int(steps["failed"].sum())
         counts["coserve_iterations_total"] += len(iterations["end_s"])
-        if len(iterations["end_s"]):
-            for gauge in GAUGES:
-                counts[f"coserve_{gauge}"] = iterations[gauge][-1]
+        assert self._state is not None
+        kv = self._state.kv
+        now = len(self._state.running), self._state.waiting.count, kv.total - kv.free
+        counts.update(zip(GAUGES, now, strict=True))
         self._write(requests)
         for table in (
             recorder.requests,
@@ -198,17 +210,21 @@ class LiveArrivals:
         """Requests that got tokens, to the trace. A full disk ends the trace, not the server."""
         if self._trace is None:
             return
-        lines = []
+        rows = []
         for n in np.flatnonzero(requests["generated_tokens"]):
             arrival_s = f"{requests['arrival_s'][n]:.6f}"
             prompt, made = int(requests["prompt_tokens"][n]), int(requests["generated_tokens"][n])
             adapter = self._recorder.adapters.names[int(requests["adapter"][n])]
-            lines.append(f"{arrival_s},{prompt},{made},{SLO},{adapter}\n")
+            rows.append((arrival_s, prompt, made, SLO, adapter))
         try:
-            self._trace.writelines(lines)
+            csv.writer(self._trace, lineterminator="\n").writerows(rows)
             self._trace.flush()
         except OSError as error:
             self._fail(f"trace: {error.strerror}; it ends after {self._traced} requests")
+            with suppress(OSError):  # what is buffered cannot be written either
+                self._trace.close()
+            os.truncate(self._trace.name, self._traced_bytes)
             self._trace = None
         else:
-            self._traced += len(lines)
+            self._traced += len(rows)
+            self._traced_bytes = self._trace.tell()

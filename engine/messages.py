@@ -26,6 +26,12 @@ class Gone(NamedTuple):
     id: int
 
 
+class Enough(NamedTuple):
+    """To the engine: a request's answer is whole without the rest."""
+
+    id: int
+
+
 class Ready(NamedTuple):
     """To the engine: clients can come."""
 
@@ -44,3 +50,6 @@ class Gauges(NamedTuple):
 
 class Stop(NamedTuple):
     """From the engine: take no more requests, and hang up when those under way are answered."""
+
+    drain_s: float
+    """What is not answered after it is given up."""

@@ -20,7 +20,7 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "best_of": (1,),
     "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False, 0),
+    "logprobs": (False,),
     "top_logprobs": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
@@ -90,16 +90,18 @@ def wanted(body: object, chat: bool) -> Wanted:
         raise Refused(400, "the body must be a JSON object")
     given = {key: value for key, value in body.items() if value is not None}
     for key, value in given.items():
-        if key in NEUTRAL and not any(
-            value == neutral and type(value) in (type(neutral), float, int) for neutral in NEUTRAL[key]
-        ):
+        if key in NEUTRAL and not any(_same(value, neutral) for neutral in NEUTRAL[key]):
             allowed = " or ".join(repr(neutral) for neutral in NEUTRAL[key])
             raise Refused(400, f"{key} is not supported: it must be absent or {allowed}", key)
         if key not in NEUTRAL and key not in IGNORED and key not in KEYS[chat]:
             raise Refused(400, f"unknown key {key!r}", key)
     if "max_completion_tokens" in given:
         given.setdefault("max_tokens", given["max_completion_tokens"])
-    options = _typed(given, "stream_options", dict, {})
+    options = {
+        key: value for key, value in _typed(given, "stream_options", dict, {}).items() if value is not None
+    }
+    if unknown := options.keys() - {"include_usage"}:
+        raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
     top_k = _whole(given, "top_k", None, -1)
     return Wanted(
         model=_typed(given, "model", str, None),
@@ -237,6 +239,11 @@ def _number(given: Mapping[str, Any], key: str, default: float, least: float, mo
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise Refused(400, f"{key} must be a number from {least:g} to {most:g}, got {value!r}", key)
     return float(value)
+
+
+def _same(value: object, neutral: object) -> bool:
+    """Equal; 0 is not false, nor 1 true."""
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
 
 
 def _is_whole(value: object) -> bool:

@@ -1,13 +1,14 @@
 """Checkpoints written beside a loop that must not wait for a disk.
 
 What is saved is copied to the host at once, and written by a thread, one after the other. What cannot be written
-stops nothing: it is told, and remembered.
+stops nothing: it is told, and remembered. A disk that is behind gets no more copies: the checkpoint is left out.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from engine.checkpoint import Progress, save_checkpoint
 from engine.engine import Engine
 from engine.lora import Adapter
 from sim.errors import message
+
+MOST_WAITING = 4
+"""Checkpoints that are copied and not written yet."""
+MOST_FAILURES = 8
+"""That are remembered, each once."""
 
 
 class Frozen:
@@ -40,29 +46,38 @@ class Saver:
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._thread = ThreadPoolExecutor(1)
+        self._writes: deque[Future[None]] = deque()
         self.failures: list[str] = []
 
     def __call__(
         self, folder: Path, engine: Engine, job: str, progress: Progress, base: str, keep: int | None
     ) -> None:
+        while self._writes and self._writes[0].done():
+            self._writes.popleft()
+        if len(self._writes) >= MOST_WAITING:
+            self._tell(
+                f"checkpoint of step {progress.step}: left out, the disk is {len(self._writes)} behind"
+            )
+            return
         own = replace(progress, unlogged=tuple(progress.unlogged))
         self.submit(save_checkpoint, folder, Frozen(engine, job), job, own, base, keep)
 
     def submit(self, write: Callable[..., object], *given: object) -> None:
         """Have the thread call `write(*given)`."""
-        self._thread.submit(self.guarded, write, *given)
+        self._writes.append(self._thread.submit(self.guarded, write, *given))
 
     def guarded(self, write: Callable[..., object], *given: object) -> None:
-        """`write(*given)` now; an OSError is a failure."""
+        """`write(*given)` now; whatever it raises is a failure."""
         try:
             write(*given)
-        except OSError as error:
-            self.fail(message(error) or str(error))
+        except Exception as error:
+            self.fail(message(error) or f"{type(error).__name__}: {error}")
 
     def fail(self, line: str) -> None:
-        """Tell it, and remember it."""
-        self.failures.append(line)
-        self._tell(line)
+        """Tell it, and remember it; not again what is remembered."""
+        if line not in self.failures:
+            self._tell(line)
+            self.failures = [*self.failures, line][:MOST_FAILURES]
 
     def finish(self) -> None:
         """Return when all is written."""

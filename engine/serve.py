@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
 import signal
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.errors import USER_ERROR, FailedInPart, keys_as
 from sim.hydra_app import hydra_main
+from sim.pool import sigint_blocked
 from sim.unread import refuse_unread
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -136,6 +138,7 @@ def serve(config: DictConfig) -> dict[str, Any]:
         given = ", ".join([settings.shown, *names])
         raise ValueError(f"the model, each adapter and the job need names of their own, got {given}")
     with ExitStack() as stack:
+        stack.enter_context(_terminable())
         listening = stack.enter_context(_bound(settings.host, settings.port))
         trace = None if settings.trace is None else stack.enter_context(_trace(settings.trace))
         ranks = stack.enter_context(replica(settings.tp, place))
@@ -195,16 +198,19 @@ class _Server:
             if training is not None:
                 stack.enter_context(_trained(training, engine, saver))
             stack.enter_context(_ended(process))
-            process.start()
+            with sigint_blocked():
+                process.start()
             other.close()
-            stack.callback(own.close)
+            stack.callback(_hang_up, own)
             _await_ready(own, process)
             listening.listen()
             host, port = listening.getsockname()[:2]
+            # Open in two processes it would let clients in whom nobody answers once the other has closed it.
+            listening.close()
             print(f"{settings.shown}: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
             clock = WallClock()
             driver = Driver(engine, clock)
-            live.start(clock, driver.abort)
+            live.start(clock, driver, state)
             with _stopping(live, settings.drain_s) as stop:
                 driver.run(run_loop(state, self._policy, arrivals, horizon))
             live.tell()
@@ -212,13 +218,11 @@ class _Server:
         if not stop.asked:
             raise ChildProcessError(f"the HTTP process ended by itself, with code {process.exitcode}")
         row: dict[str, Any] = {"counts": dict(live.counts), "ways_on": None}
-        failures = [failure.failure for failure in engine.failures.values()]
-        failures += saver.failures
         if training is not None:
             ended = engine.trainers[training.job.id].optimizer.steps == training.total
             row["ways_on"] = None if ended else f"{training.folder}: {training.ways_on()}"
-        if failures:
-            raise FailedInPart("; ".join(failures), row)
+        if saver.failures:
+            raise FailedInPart("; ".join(saver.failures), row)
         return row
 
     def _serving(self) -> Serving:
@@ -232,7 +236,6 @@ class _Server:
             longest_tokens=min(limits.max_sequence_tokens, blocks * limits.block_tokens),
             stop_tokens=self._stops,
             max_requests=settings.max_requests,
-            drain_s=settings.drain_s,
         )
 
     def _made(self, node: dict[str, Any], device: DeviceSpec, measure_s: float) -> Policy:
@@ -268,11 +271,26 @@ def _trained(training: Training, engine: Engine, saver: Saver) -> Iterator[None]
 
         def on_step(record: StepRecord) -> None:
             saver.guarded(log, record)
+            engine.steps.clear()  # a server has no end at which they would be read
             if record.step == training.total:
                 saver.submit(training.write, Frozen(engine, training.job.id))
 
         engine.on_step = on_step
+        if engine.trainers[training.job.id].optimizer.steps == training.total:
+            # Stopped between its last checkpoint and its adapter.
+            saver.submit(training.write, Frozen(engine, training.job.id))
+        engine.on_failure = lambda record: saver.fail(record.failure)
         yield
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM inside is as Ctrl-C: what was begun is undone."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Stop:
@@ -291,7 +309,7 @@ def _stopping(live: LiveArrivals, drain_s: int) -> Iterator[_Stop]:
             raise KeyboardInterrupt
         stop.asked = True
         _note(f"stopping: up to {drain_s} s for the answers under way, again to stop now")
-        live.stop()
+        live.stop(drain_s)
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -312,6 +330,12 @@ def _ended(process: Any) -> Iterator[None]:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def _hang_up(link: Any) -> None:
+    """The other side sees the end of the pipe. Closing it is not enough while a thread of this one reads."""
+    with socket.socket(fileno=os.dup(link.fileno())) as end, suppress(OSError):  # it may have gone
+        end.shutdown(socket.SHUT_RDWR)
 
 
 def _await_ready(link: Any, process: Any) -> None:
@@ -340,14 +364,21 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextmanager
 def _trace(path: str) -> Iterator[TextIO]:
-    """A new trace. Its times count from when the server listens, so one that is there cannot go on."""
+    """A new trace. Its times count from when the server listens, so one that is there cannot go on. One without
+    requests is taken away."""
     try:
         file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - closed below
     except FileExistsError:
         raise ValueError(f"trace: {path} exists; choose another file") from None
     with file:
         file.write(",".join(TRACE_COLUMNS) + "\n")
-        yield file
+        file.flush()
+        empty = file.tell()
+        try:
+            yield file
+        finally:
+            if Path(path).stat().st_size == empty:
+                Path(path).unlink()
 
 
 def _training(settings: Settings, place: str) -> Training | None:
@@ -397,5 +428,7 @@ def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
             f"{counts['coserve_generated_tokens_total']:,.0f} tokens generated, "
             f"{counts['coserve_finetune_trained_tokens_total']:,.0f} trained"
         )
+        if cut := sum(counts[f"coserve_requests_{how}_total"] for how in ("aborted", "unfinished")):
+            print(f"{cut:,.0f} requests cut short by their clients or by the end")
         if row["ways_on"] is not None:
             print(row["ways_on"])

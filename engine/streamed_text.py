@@ -14,13 +14,22 @@ HALF = "\ufffd"
 """What bytes that are no character are decoded to."""
 
 
+def silent_tokens(tokenizer: Any) -> frozenset[int]:
+    """Special tokens: they have no text, and none depends on them."""
+    return frozenset(id for id, token in tokenizer.added_tokens_decoder.items() if token.special)
+
+
 class StreamedText:
     """The text of one answer. `tokenizer` is one of transformers."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
-        """The answer ends before the first of the texts `stop`."""
+    def __init__(
+        self, tokenizer: Any, stop: Sequence[str] = (), silent: frozenset[int] = frozenset()
+    ) -> None:
+        """The answer ends before the first of the texts `stop`. Tokens that are known to be `silent` cost nothing, in
+        whatever number."""
         self._tokenizer = tokenizer
         self._stop = tuple(stop)
+        self._silent = silent
         self._tokens: list[int] = []
         self._begin = 0
         """First token that is decoded."""
@@ -33,6 +42,8 @@ class StreamedText:
 
     def add(self, token: int) -> str:
         """The text that this token adds and that stays."""
+        if token in self._silent:
+            return ""
         self._tokens.append(token)
         known = self._decoded(self._begin, self._read)
         text = self._decoded(self._begin, len(self._tokens))
@@ -52,7 +63,11 @@ class StreamedText:
         return text
 
     def _decoded(self, begin: int, end: int) -> str:
-        return str(self._tokenizer.decode(self._tokens[begin:end], skip_special_tokens=True))
+        # Tidied spaces would be other text for the same tokens, depending on which come together.
+        tokens = self._tokens[begin:end]
+        return str(
+            self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
 
     def _released(self, text: str) -> str:
         """Of what was held and `text`, what comes before a stop and cannot be the beginning of one."""

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -319,14 +320,16 @@ class Training:
 
         def on_step(record: StepRecord) -> None:
             samples = min(self._all_samples, record.step * job.accumulation)
-            log.add(record, samples, sum(self._feed.lengths[: samples - self._done]))
-            if record.step % settings.save_steps == 0 or record.step == self.total:
-                progress = Progress(
-                    step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
-                )
-                base = settings.model_name_or_path
-                write = save_checkpoint if save is None else save
-                write(self.folder, engine, job.id, progress, base, settings.save_total_limit)
+            try:
+                log.add(record, samples, self._feed.tokens(samples - self._done))
+            finally:
+                if record.step % settings.save_steps == 0 or record.step == self.total:
+                    progress = Progress(
+                        step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
+                    )
+                    base = settings.model_name_or_path
+                    write = save_checkpoint if save is None else save
+                    write(self.folder, engine, job.id, progress, base, settings.save_total_limit)
 
         engine.on_step = on_step
         with log:
@@ -343,16 +346,25 @@ class Training:
 
 
 class _Counted:
-    """Samples in training order, whose lengths are remembered."""
+    """Samples in training order, whose tokens are counted."""
 
     def __init__(self, samples: Iterator[Sample]) -> None:
         self._samples = samples
-        self.lengths: list[int] = []
+        self._lengths: deque[int] = deque()
+        """Of the samples that were drawn and not counted yet."""
+        self._counted = self._tokens = 0
 
     def __iter__(self) -> Iterator[Sample]:
         for sample in self._samples:
-            self.lengths.append(len(sample.tokens))
+            self._lengths.append(len(sample.tokens))
             yield sample
+
+    def tokens(self, count: int) -> int:
+        """Tokens of the first `count` samples, which are no fewer than last time."""
+        while self._counted < count:
+            self._counted += 1
+            self._tokens += self._lengths.popleft()
+        return self._tokens
 
 
 def _start(folder: Path, settings: Settings) -> Path | None:

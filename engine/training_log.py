@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,8 @@ class TrainingLog:
 
     def __exit__(self, *error: object) -> None:
         self._bar.close()
-        self._file.close()
+        with suppress(OSError):  # rows that could not be written, which was told
+            self._file.close()
         if self._events is not None:
             self._events.close()
 
@@ -95,8 +97,11 @@ class TrainingLog:
         self._row_s, self._row_tokens = now_s, tokens
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._events is not None:
             for name in SCALARS:
                 self._events.add_scalar(f"train/{name}", row[name], row["step"])

@@ -27,7 +27,7 @@ class _Worker:
     def __init__(self, prepare: Callable[..., Callable[[Any], Any]], args: tuple[Any, ...]) -> None:
         self.pipe, theirs = _CONTEXT.Pipe()
         self.process = _CONTEXT.Process(target=_serve, args=(theirs, prepare, args), daemon=True)
-        with _sigint_blocked():
+        with sigint_blocked():
             self.process.start()
         theirs.close()
         self.index: int | None = None
@@ -95,7 +95,7 @@ def _serve(pipe: Connection, prepare: Callable[..., Callable[[Any], Any]], args:
 
 
 @contextmanager
-def _sigint_blocked() -> Iterator[None]:
+def sigint_blocked() -> Iterator[None]:
     """A process started inside never sees Ctrl-C; here it is delivered at the end."""
     # The first start would also start this, which unblocks the signal again (CPython 3.11).
     resource_tracker.ensure_running()
