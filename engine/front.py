@@ -59,24 +59,10 @@ class Serving:
 
 def run_front(serving: Serving, listening: socket.socket, link: Connection) -> None:
     """Serve on a socket that is bound until the engine says Stop or is gone. The target of a process."""
-    import uvicorn
-
     # Who stops the server tells the engine's process, and that one this.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    front = Front(serving, link)
-    server = uvicorn.Server(uvicorn.Config(front.app(), log_level="warning", lifespan="off"))
-    # Apart from the main thread it leaves signals alone.
-    thread = threading.Thread(target=front.run, args=(server, listening))
-    thread.start()
-    front.ready.wait()
-    try:
-        while thread.is_alive():
-            if link.poll(POLL_S):
-                front.take(link.recv())
-    except (EOFError, OSError):
-        front.take(Stop(0.0))
-    thread.join()
+    Front(serving, link).serve(listening)
 
 
 class Front:
@@ -85,7 +71,7 @@ class Front:
     def __init__(self, serving: Serving, link: Connection) -> None:
         from engine.text import read_tokenizer
 
-        self.ready = threading.Event()
+        self._ready = threading.Event()
         self._serving = serving
         self._link = link
         self._tokenizer = read_tokenizer(serving.folder)
@@ -98,22 +84,37 @@ class Front:
         self._stopping = False
         self._created = int(time.time())
 
-    def run(self, server: Any, listening: socket.socket) -> None:
-        """Serve until the server is told to exit."""
+    def serve(self, listening: socket.socket) -> None:
+        """Answer until the engine says Stop or is gone."""
+        import uvicorn
 
+        self._server = uvicorn.Server(uvicorn.Config(self.app(), log_level="warning", lifespan="off"))
+        # Apart from the main thread it leaves signals alone.
+        thread = threading.Thread(target=self._run, args=(listening,))
+        thread.start()
+        self._ready.wait()
+        try:
+            while thread.is_alive():
+                if self._link.poll(POLL_S):
+                    self._take(self._link.recv())
+        except (EOFError, OSError):
+            self._take(Stop(0.0))
+        thread.join()
+
+    def _run(self, listening: socket.socket) -> None:
         async def serve() -> None:
-            self._loop, self._server = asyncio.get_running_loop(), server
+            self._loop = asyncio.get_running_loop()
             with suppress(OSError):  # the engine is gone
                 self._link.send(Ready())
-            self.ready.set()
-            await server.serve(sockets=[listening])
+            self._ready.set()
+            await self._server.serve(sockets=[listening])
 
         try:
             asyncio.run(serve())
         finally:
-            self.ready.set()
+            self._ready.set()
 
-    def take(self, message: Tokens | Gauges | Stop) -> None:
+    def _take(self, message: Tokens | Gauges | Stop) -> None:
         """What the engine says; from another thread than the server's."""
         with suppress(RuntimeError):  # the server has ended meanwhile
             assert self._loop is not None

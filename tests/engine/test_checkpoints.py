@@ -9,18 +9,20 @@ import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 
-from engine import checkpoint, training
-from engine.checkpoint import last_checkpoint
+from engine import checkpoint, saver, training
+from engine.checkpoint import Progress, last_checkpoint
 from engine.engine import Engine
+from engine.saver import Saver
 from engine.training import main as finetune
 from tests.engine.tiny import log_of, without_notes
 
@@ -271,3 +273,40 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten_by_another_run(
     assert finetune([*arguments, "max_steps=3"]) == 0
     assert finetune([*arguments, "max_steps=3", *changes]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_saver_that_is_behind_leaves_checkpoints_out(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    written: list[int] = []
+    told: list[str] = []
+    slow, waits = threading.Event(), saver.MOST_WAITING
+
+    def save(folder: Path, trained: object, job: str, progress: Progress, *_: object) -> None:
+        assert slow.wait(60)
+        written.append(progress.step)
+
+    monkeypatch.setattr(saver, "save_checkpoint", save)
+    monkeypatch.setattr(saver, "Frozen", lambda *_: None)
+    behind, nobody = Saver(told.append), cast("Engine", None)
+    for step in range(1, waits + 3):
+        behind(tmp_path, nobody, "job", Progress(step=step, samples=step, settings={}), "base", None)
+    slow.set()
+    behind.finish()
+    assert written == list(range(1, waits + 1)) and behind.failures == []
+    assert [line.partition(":")[0] for line in told] == [
+        f"checkpoint of step {n}" for n in (waits + 1, waits + 2)
+    ]
+
+
+def test_what_a_saver_cannot_write_is_told_once() -> None:
+    told: list[str] = []
+    guard = Saver(told.append)
+
+    def broken(error: Exception) -> None:
+        raise error
+
+    for error in (OSError(28, "full", "x"), OSError(28, "full", "x"), RuntimeError("odd")):
+        guard.submit(broken, error)
+    guard.finish()
+    assert told == guard.failures == ["full: x", "RuntimeError: odd"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 import pytest
 
 from engine.openai import Answer, Refused, wanted
-from engine.streamed_text import StreamedText
+from engine.streamed_text import StreamedText, silent_tokens
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
 
@@ -30,6 +31,8 @@ def test_a_completion_and_a_chat_have_the_defaults_of_the_api() -> None:
 def test_what_changes_nothing_is_taken() -> None:
     none = {"n": 1, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "tools": [], "logprobs": None}
     assert wanted({"prompt": "x", **none}, chat=False) == wanted({"prompt": "x"}, chat=False)
+    unsaid = {"prompt": "x", "stream_options": {"include_usage": None}, "logprobs": False}
+    assert wanted(unsaid, chat=False) == wanted({"prompt": "x"}, chat=False)
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert wanted({"messages": [{"role": "user", "content": parts}]}, chat=True) == wanted(CHAT, chat=True)
 
@@ -55,6 +58,8 @@ def test_prompts_are_texts_or_tokens_one_or_several() -> None:
         ({"prompt": ["x"] * 65}, "at most 64 of them, got 65"),
         ({"prompt": "x", "n": 2}, "n is not supported: it must be absent or 1"),
         ({"prompt": "x", "n": True}, "n is not supported"),
+        ({"prompt": "x", "logprobs": 0}, "logprobs is not supported"),
+        ({"prompt": "x", "stream_options": {"every": True}}, "unknown key 'every' of stream_options"),
         ({"prompt": "x", "logit_bias": {"5": 1}}, "logit_bias is not supported"),
         ({"prompt": "x", "messages": []}, "unknown key 'messages'"),
         ({"prompt": "x", "max_tokens": 0}, "max_tokens must be a whole number from 1, got 0"),
@@ -109,6 +114,25 @@ def test_streamed_pieces_are_the_text_of_all_tokens(tokenizer: Any) -> None:
     stream = StreamedText(tokenizer)
     pieces = [stream.add(token) for token in rows[0]]
     assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 10
+
+
+def test_spaces_stay_as_the_tokens_have_them(tokenizer: Any) -> None:
+    """Whatever the tokenizer does to whole texts: Llama's takes the space before a full stop away."""
+    tidy = copy.deepcopy(tokenizer)
+    tidy.clean_up_tokenization_spaces = True
+    text = "a ship   .at , night ."
+    stream = StreamedText(tidy)
+    assert "".join(map(stream.add, tidy.encode(text))) + stream.end() == text
+
+
+def test_special_tokens_cost_nothing_and_change_nothing(tokenizer: Any) -> None:
+    silent = silent_tokens(tokenizer)
+    assert silent == set(tokenizer.encode("<|end|><|user|><|assistant|><|system|>"))
+    end = tokenizer.eos_token_id
+    tokens = [end, *(t for token in tokenizer.encode("at night \u00e9") for t in (token, end, end))]
+    streams = StreamedText(tokenizer), StreamedText(tokenizer, silent=silent)
+    told = ["".join(map(stream.add, tokens)) + stream.end() for stream in streams]
+    assert told == ["at night \u00e9"] * 2 and len(streams[1]._tokens) < len(tokens) / 2
 
 
 @pytest.mark.parametrize("stop", ["night", "ar", "end", ": ", "never", "e\u4e2d", "t: \u00e9"])

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -190,12 +189,12 @@ def test_a_stop_ends_the_answer_before_it(server: Server) -> None:
     _, whole = server.ask("/v1/completions", greedy("The harbour", 30))
     text = whole["choices"][0]["text"]
     stop = text[8:10]
-    aborted = server.gauge("requests_aborted_total")
+    finished = server.gauge("requests_finished_total")
     _, cut = server.ask("/v1/completions", greedy("The harbour", 200, stop=[stop]))
     assert cut["choices"][0]["text"] == text[: text.index(stop)]
     assert cut["choices"][0]["finish_reason"] == "stop"
     assert cut["usage"]["completion_tokens"] < 30
-    server.await_gauge("requests_aborted_total", aborted + 1)
+    server.await_gauge("requests_finished_total", finished + 1)
 
 
 def test_the_job_trains_meanwhile_and_its_adapter_answers(server: Server) -> None:
@@ -326,6 +325,9 @@ def test_without_its_http_process_the_server_ends_and_without_the_server_that_do
 ) -> None:
     arguments = [f"weights={model_folder}", "policy=inference_only"]
     with serving(tmp_path, *arguments) as server:
+        server.ask("/v1/completions", greedy("Nobody"))
+        server.await_gauge("requests_finished_total", 1)
+        assert server.gauge("running") == server.gauge("kv_blocks_used") == 0
         os.kill(_front(server), signal.SIGKILL)
         code, _ = server.end(0)
         assert code == 2 and "the HTTP process ended by itself, with code -9" in server.told()
@@ -386,7 +388,7 @@ def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_pat
         (["train=job.yaml", "policy=inference_only"], "policy must be one that finetunes, got InferenceOnly"),
         (["peak_s=3"], "peak_s changes nothing here: peak_s is read by coserve bench alone"),
         (["job.accumulation=3"], "job.accumulation changes nothing here"),
-        (["predictor=nowhere.parquet"], "nowhere.parquet"),
+        (["predictor=nowhere.parquet", "trace=t.csv"], "nowhere.parquet"),
         (["host=256.256.256.256"], "host 256.256.256.256, port 0: "),
         (["port=PORT"], "Address already in use"),
     ],
@@ -411,22 +413,61 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     assert words in error and "Traceback" not in error
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 1
+    assert not Path("t.csv").exists()  # the same command may be given again
 
 
-def test_a_second_signal_ends_at_once(model_folder: Path, tmp_path: Path) -> None:
-    with serving(tmp_path, f"weights={model_folder}", "policy=inference_only") as server:
-        hanging = threading.Thread(target=_ask_quietly, args=(server,))
-        hanging.start()
-        server.await_gauge("running", 1)
-        server.process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-        code, _ = server.end(signal.SIGINT)
-        hanging.join()
-        assert code in (0, 130)
+def slow_policy(here: Path, fails: bool) -> list[str]:
+    """Arguments for a policy that takes its time, and in the end fails."""
+    (here / "slow.py").write_text(
+        "import time\nfrom sim.policies.inference_only import InferenceOnly\n\n"
+        "class Slow(InferenceOnly):\n    def plan(self, view):\n        time.sleep(0.05)\n"
+        f"        if {fails} and view.decode_work.decode_context_tokens > 8: raise RuntimeError('boom')\n"
+        "        return super().plan(view)\n"
+    )
+    return ["policy=inference_only", "policy._target_=slow.Slow"]
 
 
-def _ask_quietly(server: Server) -> None:
-    try:
-        server.ask("/v1/completions", greedy("The harbour", 250))
-    except (http.client.HTTPException, OSError, ValueError):
-        return
+@pytest.mark.parametrize(
+    ("arguments", "signals", "fails", "code", "words"),
+    [
+        (["drain_s=0"], 1, False, 0, "up to 0 s for the answers under way"),
+        (["drain_s=600"], 2, False, 130, "interrupted"),
+        ([], 0, True, 2, "RuntimeError: boom"),
+    ],
+)
+def test_an_end_before_the_answers_is_told_to_their_clients(
+    arguments: list[str],
+    signals: int,
+    fails: bool,
+    code: int,
+    words: str,
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    """Past `drain_s`, at a second signal, and when a policy fails."""
+    slow = slow_policy(tmp_path, fails)
+    with serving(tmp_path, f"weights={model_folder}", *slow, *arguments) as server, server.connected() as c:
+        c.request("POST", "/v1/completions", json.dumps(greedy("The harbour", 240, stream=True)))
+        answer = c.getresponse()
+        assert answer.read(5) == b"data:"
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGINT)
+            while signals and "stopping" not in server.told():
+                time.sleep(0.05)
+        *_, error, done, rest = answer.read().decode().split("\n\n")
+        assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server stops"
+        assert (done, rest) == ("data: [DONE]", "")
+        found, out = server.end(0)
+        assert found == code and words in server.told() and "Traceback" not in server.told()
+        assert code or "1 requests cut short" in out
+
+
+def test_a_job_that_fails_is_told_and_leaves_the_server_serving(model_folder: Path, tmp_path: Path) -> None:
+    here = prepared(tmp_path, learning_rate=1e37, num_train_epochs=FOREVER)
+    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m") as server:
+        server.await_gauge("finetune_jobs_failed_total", 1)
+        assert "note: job trained: step" in server.told()
+        for model in ("m", "trained"):
+            assert server.ask("/v1/completions", greedy("Nobody", model=model))[0] == 200
+        code, _ = server.end()
+        assert code == 2 and "error: job trained: step" in server.told()

@@ -1,0 +1,233 @@
+"""The HTTP side of `coserve serve` alone: the test is the engine at the other end of its pipe."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import multiprocessing
+import socket
+import threading
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import engine.front
+from engine.front import Front, Serving
+from engine.messages import Ask, Enough, Gone, Ready, Stop, Tokens
+
+PATIENCE_S = 60
+
+
+class Engine:
+    """What the front is told, and what it is asked."""
+
+    def __init__(self, front: Front, link: Connection, listening: socket.socket) -> None:
+        self.front = front
+        self.link = link
+        self.port = listening.getsockname()[1]
+        self._thread = threading.Thread(target=front.serve, args=(listening,))
+        self._thread.start()
+        assert self.got() == Ready()
+
+    def got(self) -> Any:
+        """The next message."""
+        assert self.link.poll(PATIENCE_S)
+        return self.link.recv()
+
+    def say(self, *tokens: tuple[int, int | None]) -> None:
+        self.link.send(Tokens(list(tokens)))
+
+    def post(self, body: object, path: str = "completions") -> http.client.HTTPConnection:
+        connection = self.connection()
+        connection.request("POST", f"/v1/{path}", body if isinstance(body, bytes) else json.dumps(body))
+        return connection
+
+    def connection(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+
+    def ended(self) -> bool:
+        self._thread.join(PATIENCE_S)
+        return not self._thread.is_alive()
+
+
+@pytest.fixture
+def engine_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    monkeypatch.setattr(engine.front, "HANG_UP_S", 0.2)
+    serving = Serving(
+        folder=str(model_folder),
+        name="base",
+        adapters=("law",),
+        vocab=400,
+        longest_tokens=64,
+        stop_tokens=frozenset({0}),
+        max_requests=4,
+    )
+    ours, theirs = multiprocessing.Pipe()
+    with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listening:
+        other = Engine(Front(serving, theirs), ours, listening)
+        yield other
+        if not ours.closed:
+            ours.send(Stop(0.0))
+        assert other.ended()
+
+
+LONG = {"prompt": "The", "max_tokens": 50}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_answers_that_are_given_up_say_so(engine_end: Engine, gone: bool) -> None:
+    """When the time to end is over, and when the engine has gone without a word."""
+    whole, stream = engine_end.post(LONG), engine_end.post({**LONG, "stream": True})
+    first, second = engine_end.got().id, engine_end.got().id
+    engine_end.say((first, 65), (second, 65))
+    events = stream.getresponse()
+    assert events.read(5) == b"data:"
+    if gone:
+        engine_end.link.close()
+    else:
+        engine_end.link.send(Stop(0.0))
+    answer = whole.getresponse()
+    assert answer.status == 503
+    assert json.loads(answer.read())["error"]["message"] == "the server stops"
+    error, done, rest = events.read().decode().split("\n\n")[-3:]
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 503
+    assert (done, rest) == ("data: [DONE]", "") and engine_end.ended()
+    with pytest.raises(ConnectionRefusedError):
+        engine_end.connection().connect()
+
+
+def test_a_stop_lets_running_answers_end_and_takes_no_more(engine_end: Engine) -> None:
+    stream = engine_end.post({**LONG, "max_tokens": 2, "stream": True})
+    slow = socket.create_connection(("127.0.0.1", engine_end.port))
+    slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n")
+    id = engine_end.got().id
+    engine_end.link.send(Stop(PATIENCE_S))
+    while True:
+        try:
+            engine_end.connection().connect()
+        except OSError:
+            break
+    slow.sendall(b'{"prompt": "x"}')
+    assert slow.recv(12) == b"HTTP/1.1 503"
+    slow.close()
+    engine_end.say((id, 65), (id, 66), (id, None))
+    assert stream.getresponse().read().endswith(b"data: [DONE]\n\n")
+    assert engine_end.ended()
+
+
+def test_a_client_that_keeps_its_body_does_not_hold_the_end_up(engine_end: Engine) -> None:
+    with socket.create_connection(("127.0.0.1", engine_end.port)) as slow:
+        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
+        engine_end.link.send(Stop(0.0))
+        assert engine_end.ended()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_before_its_first_token_is_told_of(
+    engine_end: Engine, stream: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    connection = engine_end.post({**LONG, "prompt": ["x", "y"], "stream": stream})
+    asked = {engine_end.got().id, engine_end.got().id}
+    connection.close()
+    assert {engine_end.got(), engine_end.got()} == {Gone(id) for id in asked}
+    # What it leaves behind counts no more: there is room for four again.
+    engine_end.post({**LONG, "prompt": ["x"] * 4})
+    assert all(type(engine_end.got()) is Ask for _ in range(4))
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_client_that_goes_while_it_asks_is_forgotten(
+    engine_end: Engine, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_connection(("127.0.0.1", engine_end.port)) as cut:
+        cut.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
+    engine_end.link.send(Stop(PATIENCE_S))
+    assert engine_end.ended() and "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_text_ends_its_choice_while_others_run(
+    engine_end: Engine, stream: bool, tokenizer: Any
+) -> None:
+    (token,) = tokenizer.encode("h")
+    body = {**LONG, "prompt": ["x", "y"], "max_tokens": 2, "stop": "h", "stream": stream}
+    connection = engine_end.post(body)
+    first, second = engine_end.got().id, engine_end.got().id
+    engine_end.say((first, token))
+    assert engine_end.got() == Enough(first)
+    engine_end.say((second, 65), (second, 66), (second, None))
+    content = connection.getresponse().read().decode()
+    if stream:
+        assert content.count('"finish_reason": "stop"') == content.count('"finish_reason": "length"') == 1
+    else:
+        choices = json.loads(content)["choices"]
+        assert [choice["finish_reason"] for choice in choices] == ["stop", "length"]
+        assert choices[0]["text"] == "" and json.loads(content)["usage"]["completion_tokens"] == 3
+
+
+def test_a_stop_beside_half_a_character_is_the_reason_of_the_end(engine_end: Engine, tokenizer: Any) -> None:
+    """Text that was held back until the last token may hold it."""
+    half = tokenizer.encode("\u00e9")[0]
+    tokens = [*tokenizer.encode("x"), half, *tokenizer.encode("h"), half]
+    connection = engine_end.post({**LONG, "max_tokens": len(tokens), "stop": "h"})
+    id = engine_end.got().id
+    engine_end.say(*((id, token) for token in tokens), (id, None))
+    choice = json.loads(connection.getresponse().read())["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("x\ufffd", "stop")
+
+
+def test_an_end_token_ends_the_answer_and_is_counted(engine_end: Engine) -> None:
+    connection = engine_end.post({**LONG, "seed": -3, "temperature": 0.5})
+    ask = engine_end.got()
+    assert (ask.seed, ask.temperature, ask.max_tokens, ask.stop_tokens) == (-3, 0.5, 50, frozenset({0}))
+    engine_end.say((ask.id, 65), (ask.id, 0), (ask.id, None))
+    answer = json.loads(connection.getresponse().read())
+    assert answer["choices"][0]["finish_reason"] == "stop"
+    assert answer["usage"]["completion_tokens"] == 2
+    engine_end.post({**LONG, "model": "law"})
+    assert engine_end.got().adapter == "law"  # and nothing was said of the one before: it had ended
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("GET", "/nothing", 404), ("GET", "/v1/completions", 405), ("GET", "/v1/models/other", 404)],
+)
+def test_what_is_not_there_is_an_error_of_the_api(
+    engine_end: Engine, method: str, path: str, status: int
+) -> None:
+    connection = engine_end.connection()
+    connection.request(method, path)
+    answer = connection.getresponse()
+    assert answer.status == status
+    assert json.loads(answer.read())["error"]["type"] == "invalid_request_error"
+
+
+def test_models_are_told_one_by_one_too(engine_end: Engine) -> None:
+    connection = engine_end.connection()
+    connection.request("GET", "/v1/models/law")
+    answer = json.loads(connection.getresponse().read())
+    assert (answer["id"], answer["object"]) == ("law", "model") and answer["created"] > 0
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"prompt": "\\ud800"}', b'{"\\ud800": 1}', b'{"prompt": "x", "stop": "\\udfff"}']
+)
+def test_half_a_pair_of_surrogates_is_no_text(engine_end: Engine, body: bytes) -> None:
+    answer = engine_end.post(body).getresponse()
+    assert answer.status == 400 and b"its texts Unicode" in answer.read()
+
+
+def test_a_mistake_of_ours_is_told_without_its_traceback(
+    engine_end: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(asked: object) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(engine_end.front, "_encoded", broken)
+    answer = engine_end.post(LONG).getresponse()
+    content = answer.read()
+    assert answer.status == 500 and b"secret" not in content
+    assert json.loads(content)["error"]["type"] == "server_error"
