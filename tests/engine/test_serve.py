@@ -51,7 +51,9 @@ class Server:
     def __init__(self, here: Path, *arguments: str) -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "sim.cli", "serve", *SHORT, *arguments]
-        self.errors = (here / "errors").open("w+")
+        # Appended to: the offset is shared, and moves when somebody reads.
+        (here / "errors").unlink(missing_ok=True)
+        self.errors = (here / "errors").open("a+")
         self.process = subprocess.Popen(
             command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
@@ -101,6 +103,12 @@ class Server:
         while self.gauge(name) < least:
             assert time.monotonic() < end_s, (name, self.told())
             time.sleep(0.1)
+
+    def await_told(self, words: str) -> None:
+        end_s = time.monotonic() + PATIENCE_S
+        while words not in self.told():
+            assert time.monotonic() < end_s, (words, self.told())
+            time.sleep(0.05)
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Exit code and what was printed."""
@@ -452,8 +460,7 @@ def test_an_end_before_the_answers_is_told_to_their_clients(
         assert answer.read(5) == b"data:"
         for _ in range(signals):
             server.process.send_signal(signal.SIGINT)
-            while signals and "stopping" not in server.told():
-                time.sleep(0.05)
+            server.await_told("stopping")
         *_, error, done, rest = answer.read().decode().split("\n\n")
         assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server stops"
         assert (done, rest) == ("data: [DONE]", "")
