@@ -232,3 +232,27 @@ def test_a_mistake_of_ours_is_told_without_its_traceback(
     content = answer.read()
     assert answer.status == 500 and b"secret" not in content
     assert json.loads(content)["error"]["type"] == "server_error"
+
+
+def test_others_are_answered_while_a_long_text_becomes_tokens(
+    engine_end: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded, read = engine_end.front._encoded, threading.Event()
+
+    def slow(asked: Any) -> list[list[int]]:
+        assert read.wait(PATIENCE_S)
+        return encoded(asked)
+
+    monkeypatch.setattr(engine_end.front, "_encoded", slow)
+    engine_end.post(LONG)
+    connection = engine_end.connection()
+    connection.request("GET", "/health")
+    assert connection.getresponse().status == 200
+    read.set()
+    assert type(engine_end.got()) is Ask
+
+
+def test_a_body_that_is_too_long_is_refused(engine_end: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.front, "MOST_BYTES", 10)
+    answer = engine_end.post(LONG).getresponse()
+    assert answer.status == 413 and b"at most 10 bytes" in answer.read()
