@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from typing import Any
 
@@ -114,15 +113,6 @@ def test_streamed_pieces_are_the_text_of_all_tokens(tokenizer: Any) -> None:
     stream = StreamedText(tokenizer)
     pieces = [stream.add(token) for token in rows[0]]
     assert not any("\ufffd" in piece for piece in pieces) and sum(map(bool, pieces)) > 10
-
-
-def test_spaces_stay_as_the_tokens_have_them(tokenizer: Any) -> None:
-    """Whatever the tokenizer does to whole texts: Llama's takes the space before a full stop away."""
-    tidy = copy.deepcopy(tokenizer)
-    tidy.clean_up_tokenization_spaces = True
-    text = "a ship   .at , night ."
-    stream = StreamedText(tidy)
-    assert "".join(map(stream.add, tidy.encode(text))) + stream.end() == text
 
 
 def test_special_tokens_cost_nothing_and_change_nothing(tokenizer: Any) -> None:
