@@ -31,6 +31,12 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "store": (False,),
     "service_tier": ("auto", "default"),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "use_beam_search": (False,),
+    "skip_special_tokens": (True,),
 }
 """Keys that are not supported, and the values at which they change nothing, as null does."""
 IGNORED = ("user", "metadata", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")

@@ -18,6 +18,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -211,7 +212,7 @@ class _Server:
             clock = WallClock()
             driver = Driver(engine, clock)
             live.start(clock, driver, state)
-            with _stopping(live, settings.drain_s) as stop:
+            with _stopping(live, process, settings.drain_s) as stop:
                 driver.run(run_loop(state, self._policy, arrivals, horizon))
             live.tell()
         saver.finish()
@@ -300,9 +301,12 @@ class _Stop:
 
 
 @contextmanager
-def _stopping(live: LiveArrivals, drain_s: int) -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once."""
+def _stopping(live: LiveArrivals, process: Any, drain_s: int) -> Iterator[_Stop]:
+    """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once. The HTTP process that has
+    not hung up long after it should have is ended."""
     stop = _Stop()
+    late = threading.Timer(drain_s + 2 * GRACE_S, process.kill)
+    late.daemon = True
 
     def asked(number: int, frame: object) -> None:
         if stop.asked:
@@ -310,11 +314,13 @@ def _stopping(live: LiveArrivals, drain_s: int) -> Iterator[_Stop]:
         stop.asked = True
         _note(f"stopping: up to {drain_s} s for the answers under way, again to stop now")
         live.stop(drain_s)
+        late.start()
 
     before = {number: signal.signal(number, asked) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
+        late.cancel()
         for number, handler in before.items():
             signal.signal(number, handler)
 

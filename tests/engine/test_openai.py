@@ -28,7 +28,17 @@ def test_a_completion_and_a_chat_have_the_defaults_of_the_api() -> None:
 
 
 def test_what_changes_nothing_is_taken() -> None:
-    none = {"n": 1, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "tools": [], "logprobs": None}
+    none = {
+        "n": 1,
+        "repetition_penalty": 1.0,
+        "min_p": 0.0,
+        "skip_special_tokens": True,
+        "presence_penalty": 0.0,
+        "logit_bias": {},
+        "user": "me",
+        "tools": [],
+        "logprobs": None,
+    }
     assert wanted({"prompt": "x", **none}, chat=False) == wanted({"prompt": "x"}, chat=False)
     unsaid = {"prompt": "x", "stream_options": {"include_usage": None}, "logprobs": False}
     assert wanted(unsaid, chat=False) == wanted({"prompt": "x"}, chat=False)
