@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -99,17 +100,24 @@ def test_answers_that_are_given_up_say_so(engine_end: Engine, gone: bool) -> Non
         engine_end.connection().connect()
 
 
+def _listens(end: Engine) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", end.port), PATIENCE_S).close()
+    except ConnectionError:
+        return False
+    return True
+
+
 def test_a_stop_lets_running_answers_end_and_takes_no_more(engine_end: Engine) -> None:
     stream = engine_end.post({**LONG, "max_tokens": 2, "stream": True})
-    slow = socket.create_connection(("127.0.0.1", engine_end.port))
+    slow = socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S)
     slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n")
     id = engine_end.got().id
     engine_end.link.send(Stop(PATIENCE_S))
-    while True:
-        try:
-            engine_end.connection().connect()
-        except OSError:
-            break
+    end_s = time.monotonic() + PATIENCE_S
+    while _listens(engine_end):
+        assert time.monotonic() < end_s
+        time.sleep(0.02)
     slow.sendall(b'{"prompt": "x"}')
     assert slow.recv(12) == b"HTTP/1.1 503"
     slow.close()
@@ -119,7 +127,7 @@ def test_a_stop_lets_running_answers_end_and_takes_no_more(engine_end: Engine) -
 
 
 def test_a_client_that_keeps_its_body_does_not_hold_the_end_up(engine_end: Engine) -> None:
-    with socket.create_connection(("127.0.0.1", engine_end.port)) as slow:
+    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
         engine_end.link.send(Stop(0.0))
         assert engine_end.ended()
@@ -143,7 +151,7 @@ def test_a_client_that_goes_before_its_first_token_is_told_of(
 def test_a_client_that_goes_while_it_asks_is_forgotten(
     capfd: pytest.CaptureFixture[str], engine_end: Engine
 ) -> None:
-    with socket.create_connection(("127.0.0.1", engine_end.port)) as cut:
+    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as cut:
         cut.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
     engine_end.link.send(Stop(PATIENCE_S))
     assert engine_end.ended() and "Traceback" not in capfd.readouterr().err

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -43,13 +44,20 @@ JOB = {
 }
 FOREVER = 10_000
 PATIENCE_S = 120
+LONGEST_S = 240
+"""Of a server."""
 
 
 class Server:
     """A server in a process of its own, with the folder `here` as its working directory."""
 
     def __init__(self, here: Path, *arguments: str) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONFAULTHANDLER": "1",
+        }
         command = [sys.executable, "-m", "sim.cli", "serve", *SHORT, *arguments]
         # Appended to: the offset is shared, and moves when somebody reads.
         (here / "errors").unlink(missing_ok=True)
@@ -57,6 +65,10 @@ class Server:
         self.process = subprocess.Popen(
             command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=self.errors, text=True
         )
+        # Whatever hangs, ends, and says where: pipes and connections of a process that is gone do not wait.
+        self.watch = threading.Timer(LONGEST_S, self.process.send_signal, [signal.SIGABRT])
+        self.watch.daemon = True
+        self.watch.start()
         assert self.process.stdout is not None
         self.first = self.process.stdout.readline()
         found = re.fullmatch(r"(\S+): http://127\.0\.0\.1:(\d+)/v1\n", self.first)
@@ -125,6 +137,7 @@ def serving(here: Path, *arguments: str) -> Iterator[Server]:
     try:
         yield server
     finally:
+        server.watch.cancel()
         server.process.kill()
         server.process.wait()
         server.errors.close()
@@ -140,8 +153,8 @@ def prepared(here: Path, **changes: object) -> Path:
 
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that also trains, for as long as it is there."""
-    here = prepared(tmp_path_factory.mktemp("serve"), num_train_epochs=FOREVER)
+    """One that also trains: 240 steps."""
+    here = prepared(tmp_path_factory.mktemp("serve"), num_train_epochs=20)
     arguments = [f"weights={model_folder}", "name=base", "train=job.yaml", "max_requests=40", "trace=t.csv"]
     with serving(here, *arguments) as running:
         yield running
@@ -312,14 +325,14 @@ def test_a_job_beside_requests_ends_as_it_does_alone(
 
 def test_a_stopped_job_goes_on(model_folder: Path, tmp_path: Path) -> None:
     here = prepared(tmp_path, num_train_epochs=FOREVER)
-    with serving(here, f"weights={model_folder}", "train=job.yaml") as server:
+    with serving(here, f"weights={model_folder}", "train=job.yaml", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 6)
         code, out = server.end()
     assert code == 0
     last = re.search(r"resume=true goes on from checkpoint-(\d+)$", out, re.MULTILINE)
     assert last is not None
     prepared(tmp_path, num_train_epochs=FOREVER, resume=True)
-    with serving(here, f"weights={model_folder}", "train=job.yaml") as server:
+    with serving(here, f"weights={model_folder}", "train=job.yaml", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 1)
         server.end()
     steps = [
@@ -361,7 +374,7 @@ def _front(server: Server) -> int:
 def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_path: Path) -> None:
     """The folder turns into one that nobody can write to, and requests are answered on."""
     here = prepared(tmp_path, num_train_epochs=FOREVER)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m") as server:
+    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 6)
         (here / "trained").rename(here / "away")
         (here / "trained").write_text("in the way")
@@ -471,7 +484,7 @@ def test_an_end_before_the_answers_is_told_to_their_clients(
 
 def test_a_job_that_fails_is_told_and_leaves_the_server_serving(model_folder: Path, tmp_path: Path) -> None:
     here = prepared(tmp_path, learning_rate=1e37, num_train_epochs=FOREVER)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m") as server:
+    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_jobs_failed_total", 1)
         assert "note: job trained: step" in server.told()
         for model in ("m", "trained"):
