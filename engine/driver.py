@@ -7,7 +7,6 @@ is how simulator and engine are held together.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -24,6 +23,10 @@ from sim.core.work import Work
 
 Prompt = Callable[[Request], tuple[Seq[int], Sampling]]
 """A request's prompt tokens and how to sample."""
+
+
+NAP_S = 0.5
+"""Longest wait at a time."""
 
 
 class Clock(Protocol):
@@ -65,8 +68,9 @@ class WallClock:
         """Time has passed by itself."""
 
     def sleep(self, until_s: float) -> None:
-        left_s = until_s - self.now_s()
-        self._woken.wait(None if left_s == math.inf else max(0.0, left_s))
+        # A signal that comes just before a wait does not end it, and its handler runs when that has ended.
+        while not self._woken.wait(min(NAP_S, max(0.0, until_s - self.now_s()))) and self.now_s() < until_s:
+            pass
         self._woken.clear()
 
     def wake(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -221,3 +222,16 @@ def test_an_aborted_request_stops_and_frees_its_blocks() -> None:
     rows = run.recorder.requests.arrays()
     assert sorted(rows["outcome"].tolist()) == [Outcome.FINISHED, Outcome.ABORTED]
     assert run.engine.tables.free == 256
+
+
+def test_a_clock_that_sleeps_without_end_comes_back_for_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of one that came just before a wait runs between two waits."""
+    clock, waits = WallClock(), list[float]()
+
+    def wait(timeout: float) -> bool:
+        waits.append(timeout)
+        return len(waits) == 3
+
+    monkeypatch.setattr(clock._woken, "wait", wait)
+    clock.sleep(math.inf)
+    assert len(waits) == 3 and max(waits) <= 1.0
