@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
+from engine.choice import STOPPING, Choice
 from engine.messages import Ask, Enough, Gauges, Gone, Ready, Stop, Tokens
 from engine.openai import Answer, Refused, Wanted, usage, wanted
 from engine.streamed_text import StreamedText, silent_tokens
@@ -35,7 +36,6 @@ MOST_BYTES = 16 * 2**20
 POLL_S = 0.2
 HANG_UP_S = 2.0
 """For clients to take what they are told at the end; those that do not are hung up on."""
-STOPPING = "the server stops"
 GONE = 499
 """Status of what nobody waits for any more."""
 
@@ -242,12 +242,12 @@ class Front:
         return JSONResponse(answer.whole(texts, reasons, usage(counted, made)))
 
     async def _events(
-        self, answer: Answer, choices: Sequence[_Choice], counted: int | None
+        self, answer: Answer, choices: Sequence[Choice], counted: int | None
     ) -> AsyncIterator[str]:
         """Server-sent events of all choices as their tokens come."""
         ready: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
-        async def follow(index: int, choice: _Choice) -> None:
+        async def follow(index: int, choice: Choice) -> None:
             first = answer.first(index)
             if first is not None:
                 ready.put_nowait(first)
@@ -277,18 +277,18 @@ class Front:
             for task in tasks:
                 task.cancel()
 
-    async def _wholes(self, choices: Sequence[_Choice]) -> list[str]:
+    async def _wholes(self, choices: Sequence[Choice]) -> list[str]:
         """The texts of all choices."""
         return await asyncio.gather(*(self._whole(choice) for choice in choices))
 
-    async def _whole(self, choice: _Choice) -> str:
+    async def _whole(self, choice: Choice) -> str:
         """A choice's text, all of it."""
         try:
             return "".join([text async for text in choice.texts()])
         finally:
             self._end([choice])
 
-    def _begin(self, asked: Wanted, tokens: list[int], most: int, adapter: str | None) -> _Choice:
+    def _begin(self, asked: Wanted, tokens: list[int], most: int, adapter: str | None) -> Choice:
         id = next(self._ids)
         stops = frozenset[int]() if asked.ignore_eos else self._serving.stop_tokens
         queue: asyncio.Queue[int | None] = asyncio.Queue()
@@ -306,9 +306,9 @@ class Front:
                 adapter=adapter,
             )
         )
-        return _Choice(id, queue, StreamedText(self._tokenizer, asked.stop, self._silent), most, stops)
+        return Choice(id, queue, StreamedText(self._tokenizer, asked.stop, self._silent), most, stops)
 
-    def _end(self, choices: Sequence[_Choice]) -> None:
+    def _end(self, choices: Sequence[Choice]) -> None:
         """Forget them; those that still run are ended."""
         for choice in choices:
             self._waiting.pop(choice.id, None)
@@ -361,56 +361,14 @@ class Front:
         return room if max_tokens is None else max_tokens
 
 
-class _Choice:
-    """One answer as it comes."""
-
-    def __init__(
-        self,
-        id: int,
-        queue: asyncio.Queue[int | None],
-        text: StreamedText,
-        most: int,
-        stop_tokens: frozenset[int],
-    ) -> None:
-        self.id = id
-        self.count = 0
-        self.reason = "length"
-        self.done = False
-        """Whether the engine has no more to do for it."""
-        self._queue = queue
-        self._text = text
-        self._most = most
-        self._stop_tokens = stop_tokens
-
-    async def texts(self) -> AsyncIterator[str]:
-        """Its text, piece by piece. Raises Refused where the engine gives up on it."""
-        while self.count < self._most and self.reason == "length":
-            token = await self._queue.get()
-            if token is None:
-                self.done = True
-                raise Refused(503, STOPPING)
-            self.count += 1
-            self.done = self.count == self._most or token in self._stop_tokens
-            text = self._text.add(token)
-            if text:
-                yield text
-            if self._text.stopped or token in self._stop_tokens:
-                self.reason = "stop"
-        rest = self._text.end()
-        if self._text.stopped:
-            self.reason = "stop"
-        if rest:
-            yield rest
-
-
 class _Ending:
     """A response that calls `end(choices)` when it is over, and when it never began: its client may have gone."""
 
     def __init__(
         self,
         response: Response,
-        end: Callable[[Sequence[_Choice]], None],
-        choices: Sequence[_Choice],
+        end: Callable[[Sequence[Choice]], None],
+        choices: Sequence[Choice],
     ) -> None:
         self._response = response
         self._end = end

@@ -1,0 +1,53 @@
+"""One answer of the server as it comes: its tokens in, its text out, and why it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from engine.openai import Refused
+from engine.streamed_text import StreamedText
+
+STOPPING = "the server stops"
+
+
+class Choice:
+    """One answer as it comes."""
+
+    def __init__(
+        self,
+        id: int,
+        queue: asyncio.Queue[int | None],
+        text: StreamedText,
+        most: int,
+        stop_tokens: frozenset[int],
+    ) -> None:
+        self.id = id
+        self.count = 0
+        self.reason = "length"
+        self.done = False
+        """Whether the engine has no more to do for it."""
+        self._queue = queue
+        self._text = text
+        self._most = most
+        self._stop_tokens = stop_tokens
+
+    async def texts(self) -> AsyncIterator[str]:
+        """Its text, piece by piece. Raises Refused where the engine gives up on it."""
+        while self.count < self._most and self.reason == "length":
+            token = await self._queue.get()
+            if token is None:
+                self.done = True
+                raise Refused(503, STOPPING)
+            self.count += 1
+            self.done = self.count == self._most or token in self._stop_tokens
+            text = self._text.add(token)
+            if text:
+                yield text
+            if self._text.stopped or token in self._stop_tokens:
+                self.reason = "stop"
+        rest = self._text.end()
+        if self._text.stopped:
+            self.reason = "stop"
+        if rest:
+            yield rest
