@@ -116,7 +116,7 @@ def unready(device: str | None) -> str | None:
     names = NEEDED if device == "cpu" else (*NEEDED, *NEEDED_ON_A_GPU)
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     if missing:
-        return f"cannot import {', '.join(missing)}; README.md (On a GPU) says what to bring"
+        return f"cannot import {', '.join(missing)}; engine/README.md (On a GPU) says what to bring"
     if device == "cpu":
         return None
     gpu = _gpu_versions()["gpu"]

@@ -14,9 +14,11 @@ from sim.results import read_run
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
-FENCED = "".join(re.findall(r"^ *```\w*\n(.*?)^ *```", README, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
+BOTH = README + (ROOT / "engine/README.md").read_text()
+FENCED = "".join(re.findall(r"^ *```\w*\n(.*?)^ *```", BOTH, re.MULTILINE | re.DOTALL)).replace("\\\n", "")
 LINES = [line.strip() for line in FENCED.splitlines() if line.strip().startswith("coserve ")]
 HYDRA = ("simulate", "compare", "frontier", "compile")
+TORCH = ("bench", "finetune", "generate", "serve", "reference")
 
 
 def test_every_metric_is_defined() -> None:
@@ -32,11 +34,11 @@ def test_every_policy_router_and_command_is_mentioned() -> None:
     for path in (ROOT / "configs/policy").glob("*.yaml"):
         assert path.stem.split("_25")[0].rstrip("0123456789_") in README
     for command in COMMANDS:
-        assert f"coserve {command}" in README
+        assert f"coserve {command}" in BOTH
 
 
 def test_nothing_is_left_to_fill_in_and_the_tree_is_there() -> None:
-    assert "@@" not in README
+    assert "@@" not in BOTH
     tree = README.split("## The tree")[1].split("```")[1]
     for line in tree.strip().splitlines():
         name = line.split()[0]
@@ -49,15 +51,17 @@ def test_there_are_commands_to_check() -> None:
 
 def test_installs_are_of_the_pinned_versions() -> None:
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
-    installs = re.findall(r"pip install (?!--no-index)(.*)", README)
+    installs = re.findall(r"pip install (?!--no-index)(.*)", BOTH)
     assert len(installs) == 4 and "triton" in pinned
     assert all(install.startswith("-c constraints.txt ") for install in installs)
     assert f"-c constraints.txt 'torch=={pinned['torch']}'" in installs
 
 
-@pytest.mark.parametrize("line", [line for line in LINES if line.split()[1] in HYDRA])
+@pytest.mark.parametrize("line", [line for line in LINES if line.split()[1] in HYDRA + TORCH])
 def test_commands_of_the_readme_compose(line: str, capfd: pytest.CaptureFixture[str]) -> None:
     words = line.split()[1:]
+    if words[0] in TORCH:
+        pytest.importorskip("torch")
     sweep = "-m" in words or words[0] == "compare"
     words[0] = "simulate" if words[0] == "compare" else words[0]
     # A sweep is composed with the first of its values.
