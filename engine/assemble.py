@@ -46,6 +46,8 @@ class TrainingJob:
     adapter: Adapter
     """What training starts from; not modified."""
     optimizer: OptimizerSettings
+    seed: int = 0
+    """Of the adapter's dropout."""
     accumulation: int = 8
     weight: float = 1.0
     start_s: float = 0.0
@@ -104,6 +106,7 @@ def assemble_engine(
                 placements=placements,
                 feed=feed,
                 optimizer=job.optimizer,
+                seed=job.seed,
             )
         )
     engine = make(

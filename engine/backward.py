@@ -110,10 +110,21 @@ def _split(model: Model, qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 def _bypass(saved: LayerTensors, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
     """dx += scale (dy B) A unless it is None, dA += scale (dy B)^T x, dB += scale dy^T (x A^T); nothing
-    if `target` is not trained."""
+    if `target` is not trained. With dropout x is what it leaves, and dx gets what it leaves of its term."""
     lora, index = saved.lora, saved.index
     if target not in lora.grads:
         return
+    if dx is not None and lora.dropout is not None:
+        part = torch.zeros_like(dx)
+        _add_bypass(saved, target, part, dy)
+        dx += lora.dropout(part, target, index, saved.window.start)
+    else:
+        _add_bypass(saved, target, dx, dy)
+
+
+def _add_bypass(saved: LayerTensors, target: str, dx: torch.Tensor | None, dy: torch.Tensor) -> None:
+    """`_bypass` behind the dropout."""
+    lora, index = saved.lora, saved.index
     shelf = lora.shelves[target]
     after = shelf.placement.after
     grad = dy if after is None else after.backward(dy, saved.tokens)

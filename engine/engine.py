@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from engine.dropout import Dropped
 from engine.finetune import ForwardWindow, Sample, StepResult, Trainer
 from engine.graphs import Decodes, Graphs
 from engine.launching import Launching
@@ -331,13 +332,16 @@ class Engine:
         if decodes:
             tokens[:decodes] = self._last_token[up[10]]
         keeping: list[Window] = []
-        for trainer, window in windows:
-            first = int(packed.query_start[len(spans) + len(keeping)])
-            keeping += trainer.keep(window, slice(first, first + len(window.tokens)))
+        dropped: list[Dropped] = []
+        for (trainer, window), first in zip(windows, packed.query_start[len(spans) :].tolist(), strict=False):
+            rows = slice(first, first + len(window.tokens))
+            keeping += trainer.keep(window, rows)
+            dropped += trainer.dropped(window.start, rows)
         lora = None
         if self._bank is not None and (packed.segment_adapter >= 0).any():
             segments = Segments(segment_start, segment_adapter)
             lora = self._bank.batch(segments, packed.segment_start, packed.segment_adapter)
+            lora = lora._replace(dropped=dropped)
         batch = Batch(
             tokens=tokens,
             positions=positions,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.backward import backward_layer
+from engine.dropout import Dropout, Dropped, sample_key
 from engine.elementwise import rms_norm_backward
 from engine.kept import Kept
 from engine.kernels.loss import IGNORE_LABEL, linear_cross_entropy
@@ -104,9 +106,10 @@ class Trainer:
         placements: Mapping[str, Placement],
         feed: SampleFeed,
         optimizer: OptimizerSettings,
+        seed: int = 0,
     ) -> None:
         """`adapter`, this rank's part as `placements` have it, is copied as the masters; `blocks` are the job's
-        own pages, for `plan.seq_tokens` tokens."""
+        own pages, for `plan.seq_tokens` tokens; `seed` is the dropout's."""
         assert (plan.mode, plan.order, plan.layers) == (spec.memory, spec.order, spec.layers)
         assert plan.tp == model.group.size
         self.spec = spec
@@ -154,6 +157,10 @@ class Trainer:
         assert self.held_bytes == plan.held_bytes
         self._sound = torch.ones((), dtype=torch.bool, device=device)
 
+        self._seed = seed
+        self._dropout: Dropout | None = None
+        self._samples = 0
+        """Begun since the last step."""
         self._sample: Sample | None = None
         self._labels = np.zeros(0, np.int64)
         self._forward_tokens = 0
@@ -189,6 +196,10 @@ class Trainer:
     def keep(self, window: ForwardWindow, rows: slice) -> list[Window]:
         """What the model is to keep of a window that lies at `rows` of the batch."""
         return [] if self._kept is None else [Window(self._kept, rows, window.at)]
+
+    def dropped(self, position: int, rows: slice) -> list[Dropped]:
+        """What drops numbers of the window from `position` on, which lies at `rows` of a batch."""
+        return [] if self._dropout is None else [Dropped(self._dropout, rows, position)]
 
     def loss(self, window: ForwardWindow, x: torch.Tensor) -> None:
         """Add the loss of a window whose last residual stream is x [N, E], and start its gradient."""
@@ -290,7 +301,7 @@ class Trainer:
                 Segments(ends, lora.segment_slot),
                 np.array([0, tokens], np.int32),
                 np.array([self.slot], np.int32),
-            ),
+            )._replace(dropped=self.dropped(start, window.rows)),
         )
         model.forward(batch, self._pages, [window])
 
@@ -303,6 +314,7 @@ class Trainer:
             segment_slot=slot,
             scale=self._grads.scale,
             grads=self._layer_grads,
+            dropout=self._dropout,
         )
 
     # Steps
@@ -326,6 +338,7 @@ class Trainer:
             torch.where(self._sound, master, old, out=master)
         self._loss.zero_()
         self._count.zero_()
+        self._samples = 0
         before, self.slot = self.slot, self._bank.put(self.masters, self._placements)
         self._bank.drop(before)
         published = self._bank.hold(self.slot)
@@ -350,6 +363,10 @@ class Trainer:
             raise ValueError(
                 f"job {self.spec.id}: samples may have {self.max_tokens} tokens, got one of {length}"
             )
+        if self.masters.dropout:
+            key = sample_key(self._seed, self.optimizer.steps, self._samples)
+            self._dropout = Dropout(self.masters.dropout, key, self.masters.targets, self._model.group)
+        self._samples += 1
         self._labels = np.append(sample.labels[1:], IGNORE_LABEL)
         self._forward_tokens = self._backward_layer_tokens = 0
         self._dk.zero_()
@@ -358,10 +375,5 @@ class Trainer:
 
 def _map(adapter: Adapter, change: object) -> Adapter:
     assert callable(change)
-    return Adapter(
-        rank=adapter.rank,
-        alpha=adapter.alpha,
-        rslora=adapter.rslora,
-        a={target: change(tensor) for target, tensor in adapter.a.items()},
-        b={target: change(tensor) for target, tensor in adapter.b.items()},
-    )
+    a, b = ({target: change(t) for target, t in tensors.items()} for tensors in (adapter.a, adapter.b))
+    return replace(adapter, a=a, b=b)

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save
 
+from engine.dropout import Dropped
 from engine.files import whole_file
 from engine.parallel import Group
 from engine.placement import Placement
@@ -62,6 +63,8 @@ class Adapter:
     rank: int
     alpha: float
     rslora: bool = False
+    dropout: float = 0.0
+    """Share of the numbers that a bypass does not see in training."""
     a: dict[str, torch.Tensor]
     b: dict[str, torch.Tensor]
 
@@ -70,6 +73,8 @@ class Adapter:
             raise ValueError(f"an adapter needs A and B of the same layers, got {[*self.a]} and {[*self.b]}")
         if not abs(self.scale) <= LARGEST_SCALE:
             raise ValueError(f"lora_alpha must give a scale of at most {LARGEST_SCALE:g}, got {self.alpha:g}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora_dropout must be in [0, 1), got {self.dropout}")
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -119,6 +124,7 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
     rank: int = check(config["r"], int, f"{path}: r")
     alpha: float = check(config["lora_alpha"], float, f"{path}: lora_alpha")
     rslora: bool = check(config.get("use_rslora", False), bool, f"{path}: use_rslora")
+    dropout: float = check(config.get("lora_dropout", 0.0), float, f"{path}: lora_dropout")
     if rank < 1:
         raise ValueError(f"{path}: r must be at least 1, got {rank}")
     if not math.isfinite(alpha):
@@ -137,8 +143,8 @@ def read_adapter(folder: str | Path, shape: ModelShape) -> Adapter:
         raise ValueError(f"{folder}: tensor {min(tensors)} belongs to no linear layer of {shape.name}")
     if not a:
         raise ValueError(f"{tensor_path} holds no tensors")
-    with keys_as({"lora_alpha ": f"{path}: lora_alpha "}):
-        return Adapter(rank=rank, alpha=alpha, rslora=rslora, a=a, b=b)
+    with keys_as({f"{key} ": f"{path}: {key} " for key in ("lora_alpha", "lora_dropout")}):
+        return Adapter(rank=rank, alpha=alpha, rslora=rslora, dropout=dropout, a=a, b=b)
 
 
 def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None = None) -> None:
@@ -153,7 +159,7 @@ def write_adapter(adapter: Adapter, folder: str | Path, base_model: str | None =
         "base_model_name_or_path": base_model,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
-        "lora_dropout": 0.0,
+        "lora_dropout": adapter.dropout,
         "target_modules": list(adapter.targets),
         "bias": "none",
         "use_rslora": adapter.rslora,
@@ -187,6 +193,16 @@ class LoraBatch(NamedTuple):
 
     runs: Mapping[str, Sequence[LoraRun]]
     scales: torch.Tensor  # [N]
+    dropped: Sequence[Dropped] = ()
+
+    def input_of(self, target: str, layer: int, x: torch.Tensor) -> torch.Tensor:
+        """What the bypasses of linear layer `target` read: x [T, in], or a copy in which numbers are dropped."""
+        own = [dropped for dropped in self.dropped if target in dropped.dropout.targets]
+        if own:
+            x = x.clone()
+        for dropout, rows, position in own:
+            x[rows] = dropout(x[rows], target, layer, position)
+        return x
 
 
 class AdapterBank:

@@ -209,6 +209,7 @@ def _add_lora(
     if lora is None:
         return
     runs = lora.runs.get(target, ())
+    x = lora.input_of(target, layer, x)
     for run in runs:
         own_y, own_x = (y, x) if run.rows is None else (y[run.rows], x[run.rows])
         low = run.shelf.add(own_y, own_x, layer, lora.scales, run.segments)

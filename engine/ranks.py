@@ -10,6 +10,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import socket
 import sys
@@ -71,7 +72,7 @@ def start_ranks(tp: int, device: str, follower: Follower) -> Iterator[tuple[Grou
         try:
             for peer in peers:
                 peer.ready()
-            threading.Thread(target=_watch, args=(peers, ending), daemon=True).start()
+            threading.Thread(target=_watch, args=(peers, ending, folder), daemon=True).start()
             yield Group(0, tp), _join(0, tp, device, folder), tell
             ending.set()
             tell(END)
@@ -203,10 +204,11 @@ def _failure(peers: Sequence[_Peer]) -> str:
     return next((reason for reason in reasons if reason is not None), "a rank has ended")
 
 
-def _watch(peers: Sequence[_Peer], ending: threading.Event) -> None:
+def _watch(peers: Sequence[_Peer], ending: threading.Event, folder: str) -> None:
     """End this process when a rank has failed and nothing here notices: it sleeps, or waits for a device."""
     wait([peer.process.sentinel for peer in peers])
     if not ending.wait(GRACE_S):
+        shutil.rmtree(folder, ignore_errors=True)
         print(f"coserve: error: {_failure(peers)}", file=sys.stderr, flush=True)
         os._exit(BUG)
 

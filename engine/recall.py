@@ -15,6 +15,7 @@ from functools import cached_property, partial
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from engine.dropout import Dropout
 from engine.elementwise import rms_norm, rotate
 from engine.kept import Kept
 from engine.kernels.paged_attention import paged_attention
@@ -47,6 +48,8 @@ class TrainedLora:
     scale: float
     grads: Mapping[str, Sequence[tuple[torch.Tensor, torch.Tensor]]]
     """By linear layer, for each layer of the model: dA [r, in] and dB^T [r, out]."""
+    dropout: Dropout | None
+    """Of the sample at hand."""
 
 
 class BackwardWindow:
@@ -122,13 +125,15 @@ class LayerTensors:
         return self[INPUTS[target]].flatten(1)
 
     def bypass_input_of(self, target: str) -> torch.Tensor:
-        """The same as the first product of its bypass reads it: what a collective brings there runs again, once."""
-        before = self.lora.shelves[target].placement.before
-        if before is None:
-            return self.input_of(target)
+        """The same as the first product of its bypass reads it: what dropout leaves of it and what a collective
+        brings there is made again, once."""
+        before, dropout = self.lora.shelves[target].placement.before, self.lora.dropout
         role = f"bypass input {target}"
         if role not in self._have:
-            self._have[role] = before.forward(self.input_of(target), self.tokens)
+            x = self.input_of(target)
+            if dropout is not None:
+                x = dropout(x, target, self.index, self.window.start)
+            self._have[role] = x if before is None else before.forward(x, self.tokens)
         return self._have[role]
 
     # Rules

@@ -7,6 +7,7 @@ Ranks that hold the same key and value heads have different queries: gradients o
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def own_adapter(adapter: Adapter, placements: Mapping[str, Placement], group: Gr
 
 def _of(like: Adapter, tensors: Sequence[torch.Tensor]) -> Adapter:
     a, b = (dict(zip(like.targets, half, strict=True)) for half in (tensors[::2], tensors[1::2]))
-    return Adapter(rank=like.rank, alpha=like.alpha, rslora=like.rslora, a=a, b=b)
+    return replace(like, a=a, b=b)
 
 
 def _mapped(state: dict[str, Any], change: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +128,8 @@ class Settings:
     lora_rank: int
     lora_alpha: float
     lora_target: tuple[str, ...] | str
+    lora_dropout: float
+    use_rslora: bool
     gradient_accumulation_steps: int
     num_train_epochs: int
     max_steps: int | None
@@ -158,6 +160,7 @@ class Settings:
         for key in ABOVE_0:
             self._require(key, "above 0", math.ulp(0.0), MOST.get(key, math.inf))
         self._require("warmup_ratio", "between 0 and 1", 0, 1)
+        self._require("lora_dropout", "at least 0 and below 1", 0, math.nextafter(1, 0))
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 "only one of warmup_steps and warmup_ratio may be given, "
@@ -287,7 +290,11 @@ class Training:
             _note(
                 f"samples have up to {longest} tokens, more than {context}; a smaller cutoff_len keeps within it"
             )
-        fresh = new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed)
+        fresh = replace(
+            new_adapter(settings.lora, shape, torch.float32, "cpu", settings.seed),
+            rslora=settings.use_rslora,
+            dropout=settings.lora_dropout,
+        )
         samples = itertools.islice(passes(data.samples, settings.seed), self._done, self._all_samples)
         self._feed = _Counted(samples)
         self.job = TrainingJob(
@@ -296,6 +303,7 @@ class Training:
             max_sample_tokens=longest,
             adapter=fresh if self._found is None else read_adapter(self._found, shape),
             optimizer=settings.optimizer(self.total),
+            seed=settings.seed,
             accumulation=accumulation,
             order=settings.order,
             memory=settings.memory,

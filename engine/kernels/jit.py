@@ -81,9 +81,9 @@ class Launch:
     compiled: dict[tuple[bool, ...], Any] = field(default_factory=dict)
     """Which of the tensors begin at a multiple of 16 bytes -> the kernel for these, of launches that look the same."""
 
-    def on(self, *tensors: torch.Tensor) -> Launch:
-        """The launch of these tensors, where `args` are its numbers alone."""
-        args = (*tensors, *self.args)
+    def on(self, *given: torch.Tensor | int) -> Launch:
+        """The launch of these tensors and of numbers that vary, where `args` are its other numbers alone."""
+        args = (*given, *self.args)
         return Launch(self.kernel, self.grid, args, self.constants, self.warps, self.stages, self.compiled)
 
     def run(self) -> None:

@@ -13,6 +13,7 @@ import torch
 
 from engine.elementwise import liger
 from engine.kernels.attention_backward import backward_launches
+from engine.kernels.dropout import dropout_launch
 from engine.kernels.grouped_lora import lora_launches
 from engine.kernels.jit import Launch, triton
 from engine.kernels.lora_weight_grad import weight_grad_launch
@@ -60,6 +61,7 @@ def cases() -> list[Case]:
             (f"rotary {name}", _rotary(family)),
             (f"norm backward {name}", _norm_backward(family)),
             (f"swiglu backward {name}", _swiglu_backward(family)),
+            (f"dropout {name}", _dropout(family)),
             (f"liger {name}", _liger(family)),
         ]
     for rank in (16, 64):
@@ -155,6 +157,12 @@ def _swiglu_backward(family: Family) -> Callable[[], Iterable[Launch]]:
     gate, up = _empty(512, 2 * family.ffn).chunk(2, dim=1)
     d, out = _empty(512, family.ffn), _empty(512, 2 * family.ffn)
     return lambda: [swiglu_backward_launch(d, gate, up, out), swiglu_backward_launch(d, d, d, out)]
+
+
+def _dropout(family: Family) -> Callable[[], Iterable[Launch]]:
+    """Of a window's part of what the down projection reads."""
+    x = _empty(512, family.ffn)
+    return lambda: [dropout_launch(x, x, 0.1, 0, 0)]
 
 
 def _liger(family: Family) -> Callable[[], Iterable[Launch]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from engine.dropout import Dropout, sample_key
 from engine.finetune import Sample
 from engine.lora import ATTENTION, Adapter, read_adapter, write_adapter
 from engine.optimizer import OptimizerSettings
+from engine.parallel import ALONE
 from engine.sampling import Sampling
 from sim.core.finetune import Backward, Forward, Slice, Step
 from sim.core.plan import Plan, View
@@ -105,6 +108,7 @@ def gradients(
     forward: Sequence[int],
     backward: Sequence[int],
     mode: tuple[str, str],
+    seed: int = 0,
 ) -> tuple[EngineRun, Adapter]:
     """Gradients summed over `samples`, read when the step is due, with requests in the same batches."""
     taken: list[Adapter] = []
@@ -133,7 +137,13 @@ def gradients(
 
     order, memory = mode
     job = JobSetup(
-        samples=samples, adapter=adapter, accumulation=len(samples), order=order, memory=memory, max_tokens=48
+        samples=samples,
+        adapter=adapter,
+        accumulation=len(samples),
+        order=order,
+        memory=memory,
+        max_tokens=48,
+        seed=seed,
     )
     run = Run(
         tiny_model(family, dtype),
@@ -217,6 +227,61 @@ def assert_equal_grads(
         error = (own - expected).abs().max() / expected.abs().max()
         assert error < tolerance, (target, layer, kind, float(error))
     assert len(expected_of) == 2 * len(adapter.targets) * CONFIGS[family].shape.layers
+
+
+class Masked(torch.nn.Module):
+    """peft's dropout of one linear layer, with the engine's masks."""
+
+    def __init__(self, target: str, layer: int) -> None:
+        super().__init__()
+        self.target, self.layer = target, layer
+        self.dropout: Dropout | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.dropout is not None
+        return x * self.dropout(torch.ones_like(x[0]), self.target, self.layer, 0)
+
+
+@pytest.mark.parametrize(("forward", "backward"), SPLITS[:3:2], ids=lambda s: "-".join(map(str, s)))
+@pytest.mark.parametrize("mode", MODES, ids="-".join)
+@pytest.mark.parametrize("family", list(CONFIGS))
+def test_gradients_with_dropout_equal_autograd_with_the_same_masks(
+    family: str, mode: tuple[str, str], forward: list[int], backward: list[int], tmp_path: Path
+) -> None:
+    adapter = replace(adapter_of(family, 4, ALL), dropout=0.3)
+    samples = [sample_of(37, seed=1, ignored=6), sample_of(10, seed=2)]
+    _, grads = gradients(family, adapter, torch.float64, samples, forward, backward, mode, seed=5)
+
+    model = peft_of(family, adapter, torch.float64, tmp_path)
+    masked = []
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_dropout"):
+            assert module.lora_dropout["default"].p == 0.3, "as the written adapter says"
+            parts = name.split(".")
+            masked.append(Masked(parts[-1], int(parts[parts.index("layers") + 1])))
+            module.lora_dropout["default"] = masked[-1]
+    for index, sample in enumerate(samples):
+        for module in masked:
+            module.dropout = Dropout(0.3, sample_key(5, 0, index), ALL, ALONE)
+        summed_loss(model, sample).backward()
+    for target, layer, kind, expected in peft_grads(model):
+        own = (grads.a if kind == "A" else grads.b)[target][layer]
+        assert (own - expected).abs().max() < 1e-9 * expected.abs().max(), (target, layer, kind)
+
+
+def test_every_sample_layer_and_step_has_masks_of_its_own() -> None:
+    ones = torch.ones(4, 64)
+    masks = [
+        Dropout(0.5, sample_key(seed, step, sample), ALL, ALONE)(ones, target, layer, position)
+        for seed, step, sample in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1))
+        for target, layer, position in (
+            ("q_proj", 0, 0),
+            ("k_proj", 0, 0),
+            ("q_proj", 1, 0),
+            ("q_proj", 0, 4),
+        )
+    ]
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(masks, 2))
 
 
 REFERENCES: dict[Any, dict[tuple[str, int, str], torch.Tensor]] = {}
@@ -357,18 +422,21 @@ def test_a_request_keeps_the_version_that_it_started_with(tmp_path: Path) -> Non
         torch.testing.assert_close(torch.stack(run.logits[id]), logits, atol=1e-4, rtol=1e-4)
 
 
-def test_two_jobs_train_in_the_same_iterations_as_if_alone() -> None:
+@pytest.mark.parametrize("memory", ["stash", "recompute"])
+def test_two_jobs_train_in_the_same_iterations_as_if_alone(memory: str) -> None:
+    """One of them without dropout, and perhaps without anything that it keeps."""
     family = "llama"
     setups = {
         name: {
             "samples": [sample_of(9 + 4 * i, seed=seed + i) for i in range(6)],
-            "adapter": adapter_of(family, rank, targets, seed=seed),
+            "adapter": replace(adapter_of(family, rank, targets, seed=seed), dropout=dropout),
             "order": order,
+            "memory": kept,
             "id": name,
         }
-        for name, rank, targets, seed, order in (
-            ("one", 4, ("q_proj", "down_proj"), 1, "layer_major"),
-            ("two", 2, ("v_proj", "down_proj"), 2, "window_major"),
+        for name, rank, targets, seed, order, kept, dropout in (
+            ("one", 2, ("v_proj", "down_proj"), 2, "window_major", memory, 0.0),
+            ("two", 4, ("q_proj", "down_proj"), 1, "layer_major", "stash", 0.2),
         )
     }
     both = EngineRun(

@@ -18,7 +18,7 @@ from engine import training
 from engine.config import read_config
 from engine.datasets import read_dataset
 from engine.generate import main as generate
-from engine.lora import new_adapter, write_adapter
+from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.training import main as finetune
 from sim.core.specs import LoraSpec
 from tests.engine.tiny import log_of, without_notes
@@ -306,6 +306,15 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
     assert [row["step"] for row in log_of(Path("out"))] == [1]
 
 
+def test_an_adapter_says_its_dropout_and_its_scale(arguments: list[str]) -> None:
+    assert finetune([*arguments, "max_steps=1", "lora_rank=4", "use_rslora=true", "lora_dropout=0.25"]) == 0
+    for folder in ("out", "out/checkpoint-1"):
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        assert (config["use_rslora"], config["lora_dropout"]) == (True, 0.25)
+        adapter = read_adapter(folder, read_config(arguments[0].partition("=")[2]).shape)
+        assert (adapter.scale, adapter.dropout) == (8.0, 0.25)
+
+
 REFUSED = {
     "model_name_or_path": ["3", "nowhere"],
     "dataset": ["3", "nowhere.jsonl", ""],
@@ -322,6 +331,8 @@ REFUSED = {
     "lora_rank": ["0", "eight"],
     "lora_alpha": ["0", ".nan", "1e300"],
     "lora_target": ["[]", "[q_proj,qkv]", "3"],
+    "lora_dropout": ["1", "-0.1", ".nan", "some"],
+    "use_rslora": ["2"],
     "gradient_accumulation_steps": ["0", "0.5"],
     "num_train_epochs": ["-1", "1.5"],
     "max_steps": ["0", "ten"],

@@ -154,13 +154,14 @@ def sleep_while_rank_one_is_killed() -> None:
         time.sleep(60)
 
 
-def test_a_killed_rank_ends_a_leader_that_sleeps() -> None:
+def test_a_killed_rank_ends_a_leader_that_sleeps(tmp_path: Path) -> None:
     program = f"from tests.engine.{Path(__file__).stem} import sleep_while_rank_one_is_killed as run"
     guarded = f"{program}\nif __name__ == '__main__': run()"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-c", guarded], cwd=ROOT, env=environment, capture_output=True, text=True
     )
+    assert not list(tmp_path.glob("coserve-*"))
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["coserve: error: rank 1 of 2 was killed by signal 9"]
 
@@ -238,7 +239,7 @@ def gradient_run(ranks: Replica | None, case: tuple[str, Any], order: str, memor
     family, changes = case
     job = JobSetup(
         samples=[sample_of(23, seed=1, ignored=6), sample_of(10, seed=2)],
-        adapter=adapter_of(family, 4, ALL, **changes),
+        adapter=replace(adapter_of(family, 4, ALL, **changes), dropout=0.1),
         optimizer=OptimizerSettings(kind="sgd", learning_rate=1.0, max_grad_norm=None, schedule="constant"),
         order=order,
         memory=memory,

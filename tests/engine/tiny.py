@@ -244,6 +244,7 @@ class JobSetup:
     order: str = "layer_major"
     memory: str = "stash"
     max_tokens: int = 64
+    seed: int = 0
     id: str = "job"
     plan: CompilePlan | None = None
 
@@ -257,6 +258,7 @@ class JobSetup:
             accumulation=self.accumulation,
             order=self.order,
             memory=self.memory,
+            seed=self.seed,
             plan=self.plan,
         )
 
