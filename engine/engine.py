@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from engine.dropout import Dropped
+from engine.evaluation import mean_loss
 from engine.finetune import ForwardWindow, Sample, StepResult, Trainer
 from engine.graphs import Decodes, Graphs
 from engine.launching import Launching
@@ -168,6 +169,14 @@ class Engine:
     def restore(self, job: str, state: dict[str, Any], steps: int) -> None:
         """Go on after `steps` steps of the job, which was made with the adapter of then."""
         self.trainers[job].optimizer.restore(state, steps)
+
+    @torch.no_grad()
+    def mean_loss(self, job: str, samples: Sequence[Sample]) -> float:
+        """Of samples that nothing is trained on, by a job's newest weights. For an engine without requests, whose
+        pages hold `evaluation.room_for` these."""
+        assert self._bank is not None and not self._live
+        trainer = self.trainers[job]
+        return mean_loss(self.model, self._pages, self._bank, trainer.slot, samples, self._staging)
 
     # What the loop shows
 

@@ -28,7 +28,8 @@ from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
 from engine.text import check_tokens, read_tokenizer
-from engine.training import CONFIGS, DTYPES
+from engine.training import CONFIGS
+from engine.training_settings import DTYPES
 from sim.checked import build
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy

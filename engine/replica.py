@@ -122,6 +122,10 @@ class Leader(Engine):
         self._tell("engine", "restore", job, state, steps)
         super().restore(job, state, steps)
 
+    def mean_loss(self, job: str, samples: Sequence[Sample]) -> float:
+        self._tell("engine", "mean_loss", job, samples)
+        return super().mean_loss(job, samples)
+
     def fill(self) -> None:
         self._tell("engine", "fill")
         super().fill()

@@ -47,8 +47,9 @@ from engine.room import limits_and_plans
 from engine.saver import Frozen, Saver
 from engine.text import read_tokenizer
 from engine.training import CONFIGS as PROGRAMS
-from engine.training import DTYPES, Training
-from engine.training import Settings as TrainingSettings
+from engine.training import Training
+from engine.training_settings import DTYPES
+from engine.training_settings import Settings as TrainingSettings
 from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, slos_of
 from sim.checked import build, check, locate
@@ -66,8 +67,10 @@ from sim.unread import refuse_unread
 CONFIGS = Path(__file__).parent / "configs"
 UNREAD = ("peak_s", "run", "job")
 """Keys that the `scale` group brings for `coserve bench`."""
+MEASURES = ("eval_dataset", "val_size", "eval_steps")
+"""Keys of `coserve finetune` for what takes as long as its samples are."""
 OWN = ("model_name_or_path", "device", "tp", "dtype", "policy")
-"""Keys of `coserve finetune` that are the server's here."""
+"""Keys of it that are the server's here."""
 GRACE_S = 10.0
 """For the HTTP process to end by itself."""
 _CONTEXT = multiprocessing.get_context("spawn")
@@ -400,6 +403,9 @@ def _training(settings: Settings, place: str) -> Training | None:
     for key in OWN:
         if key in given:
             raise ValueError(f"{path}: {key} is for coserve finetune; a server has its own")
+    for key in MEASURES:
+        if key in given:
+            raise ValueError(f"{path}: {key} is for coserve finetune; a server would answer nobody meanwhile")
     node = OmegaConf.to_container(OmegaConf.load(PROGRAMS / "finetune.yaml"), resolve=False)
     assert isinstance(node, dict)
     for key in ("defaults", "hydra", "policy"):

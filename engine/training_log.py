@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from engine.engine import StepRecord
 from sim.json_file import parse, taken_apart
 
-SCALARS = ("loss", "grad_norm", "learning_rate", "epoch", "tok_s")
-"""What TensorBoard gets of a row, under train/."""
+SCALARS = {key: f"train/{key}" for key in ("loss", "grad_norm", "learning_rate", "epoch", "tok_s")}
+SCALARS["eval_loss"] = "eval/loss"
+"""What TensorBoard gets of a row -> its name there."""
 
 
 class TrainingLog:
@@ -47,6 +48,7 @@ class TrainingLog:
         self.unlogged = list(unlogged)
         """Losses of the steps since the last row."""
         self.last_loss: float | None = None
+        self.last_eval_loss: float | None = None
 
     def __enter__(self) -> TrainingLog:
         from tqdm import tqdm
@@ -96,6 +98,18 @@ class TrainingLog:
         self.unlogged.clear()
         self._row_s, self._row_tokens = now_s, tokens
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What is done inside is not training, and counts in no row's tokens per second."""
+        before_s = time.perf_counter()
+        yield
+        self._row_s += time.perf_counter() - before_s
+
+    def add_eval(self, step: int, samples: int, loss: float) -> None:
+        """The loss of samples that nothing is trained on, after a step."""
+        self.last_eval_loss = loss
+        self._write({"step": step, "eval_loss": loss, "epoch": samples / self._epoch_samples})
+
     def _write(self, row: dict[str, Any]) -> None:
         try:
             self._file.write(json.dumps(row) + "\n")
@@ -103,8 +117,9 @@ class TrainingLog:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._events is not None:
-            for name in SCALARS:
-                self._events.add_scalar(f"train/{name}", row[name], row["step"])
+            for name, tag in SCALARS.items():
+                if name in row:
+                    self._events.add_scalar(tag, row[name], row["step"])
 
     def _lines(self) -> list[str]:
         if not self._path.exists():

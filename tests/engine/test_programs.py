@@ -328,6 +328,9 @@ REFUSED = {
     "max_samples": ["0", "1.5"],
     "packing": ["2"],
     "train_on_prompt": ["answers"],
+    "eval_dataset": ["3", "nowhere.jsonl", ""],
+    "val_size": ["-0.1", "1.5", "24", "1e300", ".nan", "all"],
+    "eval_steps": ["0", "1.5", "3"],
     "lora_rank": ["0", "eight"],
     "lora_alpha": ["0", ".nan", "1e300"],
     "lora_target": ["[]", "[q_proj,qkv]", "3"],
@@ -368,6 +371,8 @@ def test_every_option_of_finetune_is_checked_and_named(
     assert "policy must be one that finetunes, got InferenceOnly" in capsys.readouterr().err
     assert finetune([*arguments, "warmup_steps=2", "warmup_ratio=0.1"]) == 2
     assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
+    assert finetune([*arguments, "val_size=2", "eval_dataset=d.jsonl"]) == 2
+    assert "only one of eval_dataset and val_size" in capsys.readouterr().err
     assert not Path("out").exists()
 
 

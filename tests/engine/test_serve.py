@@ -396,6 +396,7 @@ def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_pat
         (["train=list.yaml"], "train: list.yaml must hold keys of coserve finetune"),
         (["train=less.yaml"], "less.yaml: output_dir is missing"),
         (["train=own.yaml"], "own.yaml: device is for coserve finetune; a server has its own"),
+        (["train=measured.yaml"], "val_size is for coserve finetune; a server would answer nobody meanwhile"),
         (["train=odd.yaml"], "odd.yaml has no key 'lora_rnak'; did you mean 'lora_rank'"),
         (["+adapters.base=x", "name=base"], "names of their own, got base, base"),
         (["+adapters.law=x"], "not a PEFT adapter"),
@@ -426,6 +427,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     Path("list.yaml").write_text("- x\n")
     Path("less.yaml").write_text("dataset: d.jsonl\n")
     Path("own.yaml").write_text("dataset: d.jsonl\noutput_dir: o\ndevice: cuda\n")
+    Path("measured.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nval_size: 0.1\n")
     Path("odd.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nlora_rnak: 4\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         own = [argument.replace("PORT", str(taken.getsockname()[1])) for argument in arguments]
