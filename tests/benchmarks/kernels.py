@@ -27,6 +27,7 @@ import engine.kernels.paged_attention as attention_file
 from engine.elementwise import rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward
 from engine.graphs import capture_stream
 from engine.kernels.attention_backward import Tiles, attention_backward, attention_backward_reference
+from engine.kernels.dropout import dropout
 from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference
 from engine.kernels.jit import shared_bytes
 from engine.kernels.lora_weight_grad import lora_weight_grad
@@ -207,6 +208,7 @@ def cases() -> Iterator[Case]:
     yield rotary_case(512)
     yield swiglu_case(512)
     yield swiglu_backward_case(512)
+    yield dropout_case(512)
 
 
 def attention_case(name: str, lengths: list[int], contexts: list[int]) -> Case:
@@ -467,6 +469,20 @@ def swiglu_backward_case(tokens: int) -> Case:
         return error(swiglu_backward(*given).cpu(), wanted)
 
     return Case(f"swiglu backward {tokens}, beside Liger's", 10 * tokens * MLP, 0.0, make, check, "")
+
+
+def dropout_case(tokens: int) -> Case:
+    """Ours, whose mask is made again where it is wanted, beside torch's, which keeps one."""
+
+    def make() -> tuple[Call, Call | None]:
+        x = random(tokens, MLP)
+        return lambda: dropout(x, 0.1, 7, 0), lambda: F.dropout(x, 0.1)
+
+    def check() -> float:
+        x = random(tokens, MLP)
+        return error(dropout(x, 0.1, 7, 0).cpu(), dropout(x.float().cpu(), 0.1, 7, 0))
+
+    return Case(f"dropout {tokens}, beside torch's", 4 * tokens * MLP, 0.0, make, check, "")
 
 
 @contextmanager
