@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,9 @@ def run(
         prompts[id] = (request, prompt, Sampling(temperature=0.0 if id % 2 else 1.0, top_k=30, seed=id))
     job = JobSetup(
         samples=[sample_of(20 + 7 * i, seed=i) for i in range(8)],
-        adapter=adapter_of(family, 4, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
+        adapter=replace(
+            adapter_of(family, 4, ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]), dropout=0.1
+        ),
         order=order,
         memory=memory,
         max_tokens=80,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from engine.kernels import (
     attention_backward,
+    dropout,
     grouped_lora,
     lora_expand,
     lora_shrink,
@@ -36,7 +38,9 @@ def small_run(dtype: torch.dtype = torch.float32) -> EngineRun:
         prompts[id] = (Request(id, 0.0, len(prompt), 4, "default", adapter), prompt, Sampling())
     job = JobSetup(
         samples=[sample_of(18, seed=1), sample_of(9, seed=2)],
-        adapter=adapter_of("llama", 4, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]),
+        adapter=replace(
+            adapter_of("llama", 4, ["q_proj", "v_proj", "o_proj", "gate_proj", "down_proj"]), dropout=0.1
+        ),
         order="window_major",
         memory="recompute",
         max_tokens=32,
@@ -56,7 +60,7 @@ def compare_kernels_with_references() -> None:
     """For a process that interprets Triton: the same run by references, then by the kernels."""
     reference = small_run()
     lora = (grouped_lora, lora_shrink, lora_expand, lora_weight_grad)
-    for module in (attention_backward, *lora, paged_attention, write_kv):
+    for module in (attention_backward, dropout, *lora, paged_attention, write_kv):
         module.uses_triton = lambda tensor: True  # type: ignore[attr-defined]
     own = small_run()
     assert own.tokens == reference.tokens
