@@ -141,9 +141,17 @@ def _parser() -> Parser:
     parser = Parser(
         prog="coserve reproduce", description="FlexLLM's evaluation, simulated, beside what was published."
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/reproduce"), metavar="DIR")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reproduce"),
+        metavar="DIR",
+        help="folder (default: %(default)s)",
+    )
     parser.add_argument("--quick", action="store_true", help="one seed instead of two")
-    parser.add_argument("--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument(
+        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes at a time"
+    )
     return parser
 
 

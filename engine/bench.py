@@ -41,7 +41,6 @@ from engine.lora import write_adapter
 from engine.machine import release
 from engine.pipelines import Single
 from engine.replica import Replica, replica
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.loop import Horizon
 from sim.errors import FailedInPart
@@ -57,7 +56,6 @@ CONFIGS = Path(__file__).parent / "configs"
 
 def main(argv: Sequence[str]) -> int:
     """`coserve bench`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         bench,
         argv,

@@ -42,7 +42,6 @@ from engine.reference_peft import SETUPS, LigerMissing, Setup, peft_times
 from engine.reference_rows import HEAD, Row, compared, line, timed_row, write_rows
 from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes, ceilings
 from engine.text import random_samples
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.checked import build
 from sim.core.specs import LINEARS, DeviceSpec, LoraSpec
 from sim.errors import FailedInPart, keys_as
@@ -105,7 +104,6 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve reference`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         reference, argv, prog="coserve reference", config_name="reference", config_dir=CONFIGS, at_end=_show
     )

@@ -45,7 +45,6 @@ from engine.room import limits_and_plans
 from profiles.collected import BROKEN, DISTURBED, TOO_LARGE, ProfileFile, points_line
 from profiles.fit import LEAST_ROWS
 from profiles.schema import TABLES, Provenance, contradiction, read_profile
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings
 from sim.checked import build, check
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
@@ -109,7 +108,6 @@ class JobSettings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve profile collect`."""
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         collect,
         argv,

@@ -42,8 +42,12 @@ from sim.cost.context import CostContext
 from sim.cost.efficiency import Efficiency
 from sim.cost.gemm_table import GEMMS, gemm_tables
 from sim.errors import USER_ERROR, message, nearest, one_line, report
+from sim.usage import usage
 
 ABOVE_BOUND = 1
+COLLECT = "Time the engine of this machine on a designed grid of work, and write a profile."
+COLLECT_CONFIG = Path(__file__).resolve().parent.parent / "engine" / "configs" / "profile.yaml"
+"""What is told of `collect` without loading torch."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,8 +63,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ValueError(
                 f"no program named {name!r}{nearest(name, programs)}; known: {', '.join(programs)}"
             )
-        if name != "collect" and {"--help", "-h"} & set(rest):
-            print(one_usage())
+        if {"--help", "-h"} & set(rest):
+            print(
+                usage("coserve profile collect", COLLECT, COLLECT_CONFIG)
+                if name == "collect"
+                else one_usage()
+            )
             return 0
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -1,7 +1,8 @@
 """The `coserve` command: one table of sub-commands, each imported only when it is called.
 
 `coserve --help` loads neither Hydra nor pandas. Adding a command is one line of COMMANDS; its function
-takes the arguments after the command's name and returns the exit code.
+takes the arguments after the command's name and returns the exit code. What needs torch has its help printed
+from its config file, so that it can be read where torch is not installed.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 
 from sim.errors import BUG, USER_ERROR, message, nearest, report
 
+ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, tuple[str, str]] = {
     "simulate": ("simulate one policy on one workload, or with -m a sweep", "sim.simulate:main"),
     "compare": ("simulate every policy on the same workload: a table and a figure", "sim.simulate:compare"),
@@ -38,6 +41,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("tables and figures of runs that are already on disk", "analysis.report:main"),
 }
 """Name -> (help in one line, module:function)."""
+NEED_TORCH = {
+    "bench": "engine/configs/bench.yaml",
+    "reference": "engine/configs/reference.yaml",
+    "finetune": "engine/programs/finetune.yaml",
+    "generate": "engine/programs/generate.yaml",
+    "serve": "engine/configs/serve.yaml",
+}
+"""Name -> the config that its help is read from, in ROOT."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +75,12 @@ def _dispatch(arguments: list[str]) -> int:
         known = f"{nearest(name, COMMANDS)}; known: {', '.join(COMMANDS)}"
         print(f"coserve: error: no command named {name!r}{known}", file=sys.stderr)
         return USER_ERROR
+    if name in NEED_TORCH and {"--help", "-h"} & set(arguments):
+        from sim.usage import usage
+
+        text = COMMANDS[name][0]
+        print(usage(f"coserve {name}", f"{text[0].upper()}{text[1:]}.", ROOT / NEED_TORCH[name]))
+        return 0
     return _run(f"coserve {name}", COMMANDS[name][1], arguments[1:])
 
 

@@ -7,6 +7,7 @@ added: errors as one line with the nearest known name, and the summaries of all 
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import re
 import sys
@@ -33,10 +34,9 @@ from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
 from sim.run_folder import remove_unused, there
-from sim.usage import all_groups, is_group, usage
+from sim.usage import SIMULATOR, all_groups, is_group, usage
 
 VERSION_BASE = "1.3"
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
 Task = Callable[[DictConfig], Mapping[str, Any]]
 AtStart = Callable[[DictConfig, int], None]
@@ -49,7 +49,7 @@ def hydra_main(
     *,
     prog: str,
     config_name: str = "config",
-    config_dir: Path = CONFIGS,
+    config_dir: Path = SIMULATOR,
     at_start: AtStart | None = None,
     at_end: AtEnd | None = None,
     about: str | None = None,
@@ -64,7 +64,8 @@ def hydra_main(
     `example` are what `--help` says of a command that shares its config with another.
     """
     if "--help" in argv or "-h" in argv:
-        print(usage(prog, task, config_dir, config_name, about, example))
+        told = (inspect.getdoc(task) or "").partition("\n")[0] if about is None else about
+        print(usage(prog, told, config_dir / f"{config_name}.yaml", example))
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))

@@ -6,10 +6,9 @@ is said beside them, and as example the command in its header.
 
 from __future__ import annotations
 
-import inspect
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -31,30 +30,19 @@ _FOOT_GROUPS = """\
 WIDTH = 100
 _COMMENT = re.compile(r"^( *)([\w-]+):[^#]*?(?:\s#\s*(.*))?$")
 _HIDDEN = ("defaults", "hydra")
+SIMULATOR = Path(__file__).resolve().parent.parent / "configs"
+OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
+"""The search paths of other programs' configs name the simulator's by it."""
 
 
-def usage(
-    prog: str,
-    task: Callable[..., Any],
-    config_dir: Path,
-    config_name: str,
-    about: str | None = None,
-    example: str | None = None,
-) -> str:
-    """The text; the first line of the task's docstring says what the command does, the header of its config
-    what else there is to say. `about` and `example` take their place."""
-    path = config_dir / f"{config_name}.yaml"
+def usage(prog: str, about: str, path: Path, example: str | None = None) -> str:
+    """The text: `about` says what the command does, the header of its config, which is at `path`, what else there is
+    to say, unless an `example` tells that the header is another command's."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     chosen = _chosen(config)
-    groups = all_groups(config_dir, config_name)
-    said, commands = _header(path, prog)
-    if about is None:
-        about = (inspect.getdoc(task) or "").partition("\n")[0]
-    else:
-        said, commands = [], []
-    if example is not None:
-        commands = [example]
+    groups = all_groups(path.parent, path.stem)
+    said, commands = _header(path, prog) if example is None else ([], [example])
     options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
     lines = [f"usage: {prog} {options} [-m]", "", about, *said, ""]
     if groups:

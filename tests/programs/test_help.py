@@ -23,11 +23,19 @@ COMMANDS = {
     "bench": (ROOT / "engine" / "configs", "bench"),
     "finetune": (ROOT / "engine" / "programs", "finetune"),
     "generate": (ROOT / "engine" / "programs", "generate"),
+    "serve": (ROOT / "engine" / "configs", "serve"),
+    "reference": (ROOT / "engine" / "configs", "reference"),
+    "profile collect": (ROOT / "engine" / "configs", "profile"),
 }
+ENGINES = ["bench", "finetune", "generate", "profile collect", "reference", "serve"]
 
 
 def help_of(command: str, capsys: pytest.CaptureFixture[str]) -> list[str]:
-    assert cli.main([command, "--help"]) == 0
+    try:
+        code = cli.main([*command.split(), "--help"])
+    except SystemExit as end:  # argparse leaves by it
+        code = end.code
+    assert code == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -62,14 +70,23 @@ def test_every_choice_and_key_of_the_help_can_be_given(
                 compose(name, [f"{group}={choice}"])
 
 
+@pytest.mark.parametrize("command", [*COMMANDS, "fetch", "report", "reproduce", "results", "validate"])
+def test_every_key_and_option_is_described(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_of(command, capsys)
+    entries = re.sub(r"\n {4,}", "  ", "\n".join(lines)).splitlines()
+    keys = [line for line in entries if re.match(r"  (-|[a-z_.]+=|[A-Za-z_]+ {2,})", line)]
+    assert len(keys) > 2
+    assert [line for line in keys if not re.search(r"\S {2,}\w", line.replace("(must be given)", ""))] == []
+
+
 @pytest.mark.parametrize("command", list(COMMANDS))
 def test_the_example_of_the_help_is_a_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     (example,) = [line for line in help_of(command, capsys) if line.startswith("Example: ")]
-    words = example.split()[1:]
-    assert words[:2] == ["coserve", command] and len(words) > 2
+    words = example.removeprefix(f"Example: coserve {command} ").split()
+    assert words and words[0] != "Example:"
     folder, name = COMMANDS[command]
     with initialize_config_dir(str(folder), version_base="1.3"):
-        compose(name, words[2:])
+        compose(name, words)
 
 
 def test_the_help_of_bench_lists_the_simulators_groups(capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,21 +114,29 @@ import sys
 sys.modules["torch"] = None
 from sim.cli import main
 for command in sys.argv[1:]:
-    main([*command.split(), "--help"])
+    main(command.split())
 """
 
 
-def test_programs_of_the_engine_say_alike_what_brings_torch() -> None:
-    commands = ["bench", "finetune", "generate", "profile collect", "reference"]
-    done = subprocess.run(
+def without_torch(commands: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *commands],
         cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
     )
+
+
+def test_programs_of_the_engine_say_alike_what_brings_torch() -> None:
     install = "pip install -c constraints.txt -e '.[engine]'"
     assert install in (ROOT / "README.md").read_text(), "the same as there"
     told = f"needs torch, which is not installed; {install} in the folder of coserve brings it"
-    names = [f"coserve {command.split()[0]}" for command in commands]
-    assert done.stderr.splitlines() == [f"{name}: error: {told}" for name in names]
+    names = [f"coserve {command.split()[0]}" for command in ENGINES]
+    assert without_torch(ENGINES).stderr.splitlines() == [f"{name}: error: {told}" for name in names]
+
+
+def test_the_help_of_the_engines_programs_is_read_without_torch(capsys: pytest.CaptureFixture[str]) -> None:
+    done = without_torch([f"{command} --help" for command in ENGINES])
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [line for command in ENGINES for line in help_of(command, capsys)]
