@@ -111,9 +111,9 @@ def shared_settings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
-def line_names(rows: Sequence[Row]) -> list[str]:
-    """`display_names` for figures, which have no columns: with the source and router where `rows` differ in them."""
-    told = varied(rows, ["source", "router"])
+def line_names(rows: Sequence[Row], labels: Sequence[str] = ("source", "router")) -> list[str]:
+    """`display_names` for figures, which have no columns: with those of `labels` in which `rows` differ."""
+    told = varied(rows, labels)
     return [
         name + (f" [{', '.join(text(row, key) or '-' for key in told)}]" if told else "")
         for name, row in zip(display_names(rows), rows, strict=True)

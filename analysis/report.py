@@ -1,7 +1,8 @@
 """Compare runs that are already there: `coserve report RUN_FOLDER... [--figure PATH] [--csv PATH]`.
 
 A folder may be a run or hold runs. The figure is a comparison of policies; over several request rates
-it is a sweep; of a single run it is its course over time.
+it is a sweep; of a single run it is its course over time; of a folder that `coserve frontier` has left it is
+the frontier, whose table then stands for that of the runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.runs import SLO_KEPT_SHARE, Row, collect, row_of, varied
+from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, collect, row_of, varied
 from sim.arguments import Parser
 from sim.errors import message, report
 from sim.metrics import DEFINITIONS
@@ -46,6 +47,8 @@ def write_figure(runs: Sequence[Run], path: str | Path, *, kept_share: float = S
 
 
 def _report(options: argparse.Namespace) -> None:
+    from analysis.figures.frontier import write_frontier
+    from analysis.frontier_table import POINTS, frontier_table
     from analysis.table import plain_table, print_table
     from sim.notes import print_unfinished
 
@@ -54,7 +57,12 @@ def _report(options: argparse.Namespace) -> None:
     kept_share = options.keep / 100
     runs = [read_run(folder) for folder in find_runs(options.runs)]
     rows = [row_of(run) for run in runs]
-    if sys.stdout.isatty():
+    is_frontier = all((Path(folder) / POINTS).is_file() for folder in options.runs) and not varied(
+        rows, SCENE
+    )
+    if is_frontier:
+        print(frontier_table(rows, kept_share))
+    elif sys.stdout.isatty():
         print_table(rows, kept_share)
     else:
         print(plain_table(rows, kept_share))
@@ -66,12 +74,21 @@ def _report(options: argparse.Namespace) -> None:
             raise OSError(f"cannot write {options.csv}: {error.strerror or error}") from error
         print(f"table: {options.csv}")
     if options.figure is not None:
-        print(f"figure: {write_figure(runs, options.figure, kept_share=kept_share)}")
+        if is_frontier:
+            path = write_frontier(rows, options.figure, kept_share=kept_share)
+        else:
+            path = write_figure(runs, options.figure, kept_share=kept_share)
+        print(f"figure: {path}")
 
 
 def _parser() -> Parser:
     parser = Parser(prog="coserve report", description="Compare runs that are already there.")
-    parser.add_argument("runs", nargs="*", metavar="RUN_FOLDER", help="a run, or a folder that holds runs")
+    parser.add_argument(
+        "runs",
+        nargs="*",
+        metavar="RUN_FOLDER",
+        help="a run, or a folder that holds runs: one of coserve frontier is shown as its frontier",
+    )
     parser.add_argument("--figure", metavar="PATH", help="write a figure (png, pdf, svg)")
     parser.add_argument("--csv", metavar="PATH", help="write every metric of every run")
     parser.add_argument(

@@ -1,8 +1,9 @@
 """The frontier: how much finetuning each policy gets done at how much goodput, while the SLO is kept.
 
 A point is one arrival rate; of the routers that were run, each policy is shown with its best. A rate at
-which a policy misses the SLO has no point, so a line ends where the policy does, with its name. Drawn in are the
-bounds: finetuning alone, serving alone, and the ideal sum, both at once at full rate.
+which a policy misses the SLO has no point, so a line ends where the policy does. Names stand beside the figure, each
+with its line's look and in the order of the lines' ends, joined to those that are near. Drawn in are the bounds:
+finetuning alone, serving alone, and the ideal sum, both at once at full rate.
 """
 
 from __future__ import annotations
@@ -113,25 +114,35 @@ def _draw(axes: Any, policy: str, points: Sequence[Point], look: style.Look) -> 
 
 _NAME_HEIGHT = 0.034
 """Of the largest value: names closer than this would overlap."""
+_NEAR = 0.85
+"""Of the width: what joins a name to an end left of it would cross the other lines."""
 
 
 def _name_ends(
     axes: Any, lines: Mapping[str, Sequence[Point]], looks: Mapping[str, style.Look], top: float
 ) -> None:
-    """The name and marker of each line beside the figure, in the order of the lines' ends, joined to its end."""
+    """The name of each line beside the figure with a piece of the line, in the order of the lines' ends, joined to
+    an end that is near."""
     ends = sorted(
         ((points[-1], policy) for policy, points in lines.items()), key=lambda e: e[0].finetune_tok_s
     )
     heights = _apart([point.finetune_tok_s for point, _ in ends], _NAME_HEIGHT * top, -0.02 * top, 1.04 * top)
+    beside = axes.get_yaxis_transform()
     for (point, policy), y in zip(ends, heights, strict=True):
         look = looks[policy]
-        beside = axes.get_yaxis_transform()
-        axes.plot([1.045], [y], transform=beside, color=look.color, marker=look.marker, clip_on=False)
+        if point.goodput_rps >= _NEAR * axes.get_xlim()[1]:
+            axes.annotate(
+                "", (point.goodput_rps, point.finetune_tok_s), xytext=(1.025, y), textcoords=beside,
+                annotation_clip=False,
+                arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.5, "shrinkB": 4, "shrinkA": 0},
+            )  # fmt: skip
+        axes.plot(
+            [1.03, 1.05, 1.07], [y, y, y], transform=beside, color=look.color, marker=look.marker,
+            markevery=[1], linestyle=look.dash, clip_on=False,
+        )  # fmt: skip
         axes.annotate(
-            policy, (point.goodput_rps, point.finetune_tok_s), xytext=(1.06, y), textcoords=beside,
-            va="center", fontsize=9, color=style.BLACK, annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": style.GREY, "linewidth": 0.5, "shrinkB": 4,
-                        "relpos": (0, 0.5), "shrinkA": 14},
+            policy, (1.08, y), xycoords=beside, va="center", fontsize=9, color=style.BLACK,
+            annotation_clip=False,
         )  # fmt: skip
 
 

@@ -66,7 +66,7 @@ _KNOWN = (
     "separate",
 )
 _BOUNDS = {"inference_only": Look(GREY, "v", ":"), "finetune_only": Look(BLACK, "^", ":")}
-_MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
+MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
 _DASHES: tuple[Dash, ...] = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
 
 
@@ -78,13 +78,13 @@ def look(policy: str) -> Look:
     shades = _FAMILIES.get(family)
     if shades is None:
         pick = zlib.crc32(policy.encode())
-        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], _MARKERS[pick % 10], _DASHES[pick % 4])
+        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], MARKERS[pick % 10], _DASHES[pick % 4])
     if policy in _KNOWN:
         place = [name for name in _KNOWN if name.split("_")[0] == family].index(policy)
     else:
         # Another variant of a family: any shade, by its name.
         place = 1 + zlib.crc32(policy.encode()) % (3 * len(shades))
-    return Look(shades[place % len(shades)], _MARKERS[place % 10], _DASHES[place % 4])
+    return Look(shades[place % len(shades)], MARKERS[place % 10], _DASHES[place % 4])
 
 
 def looks(policies: Mapping[str, str]) -> dict[str, Look]:
@@ -92,7 +92,7 @@ def looks(policies: Mapping[str, str]) -> dict[str, Look]:
     out: dict[str, Look] = {}
     for name, policy in policies.items():
         chosen = look(policy)
-        for marker in _MARKERS:
+        for marker in MARKERS:
             if chosen not in out.values():
                 break
             chosen = chosen._replace(marker=marker)

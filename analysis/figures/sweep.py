@@ -2,12 +2,13 @@
 
 Several runs at one point (seeds) are their mean, with a band from the smallest to the largest. Where
 a metric is missing the line has a gap; it never falls to 0. A hollow marker is a point that misses the SLO.
+Where policies come with several routers, the marker is the router's, and the legend says which.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -67,7 +68,7 @@ def sweep_figure(
     attained = series(rows, key, "attainment")
     height_inches = max(5.2, 0.8 + 0.21 * len(attained))
     figure, grid = style.new_figure(height_inches, nrows=1, ncols=len(metrics), squeeze=False)
-    looks = style.looks(_policies(rows))
+    looks, routers = _looks(rows)
     for axes, metric in zip(grid[0], metrics, strict=True):
         for place, (name, points) in enumerate(lines[metric].items()):
             kept = [point.mean >= kept_share for point in attained[name]]
@@ -84,8 +85,7 @@ def sweep_figure(
                 100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5
             )
         style.tidy(axes, "both")
-    handles, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
+    _legend(figure, grid[0][0], looks, routers)
     line = ", the dashed line" if "attainment" in metrics else ""
     hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it{line})"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
@@ -127,8 +127,45 @@ def _named(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
     return list(zip(line_names([group[0] for group in groups]), groups, strict=True))
 
 
-def _policies(rows: Sequence[Row]) -> dict[str, str]:
-    return {name: text(group[0], "policy") for name, group in _named(rows)}
+def _looks(rows: Sequence[Row]) -> tuple[dict[str, style.Look], dict[str, tuple[str, str]]]:
+    """The look of each line; and where lines differ in nothing but the router, what each is called without it, and
+    the router, whose marker it then has."""
+    firsts = [group[0] for group in alike(rows)]
+    names, short = line_names(firsts), line_names(firsts, ["source"])
+    looks = style.looks({name: text(row, "policy") for name, row in zip(names, firsts, strict=True)})
+    routers = {
+        name: (own, text(row, "router") or "-") for name, own, row in zip(names, short, firsts, strict=True)
+    }
+    strokes = {own: (looks[name].color, looks[name].dash) for name, (own, _) in routers.items()}
+    markers = dict(zip(dict.fromkeys(router for _, router in routers.values()), style.MARKERS, strict=False))
+    told = len(set(strokes.values())) == len(strokes) and all(r in markers for _, r in routers.values())
+    if len(strokes) == len(looks) or not told:
+        return looks, {}
+    return {
+        name: looks[name]._replace(marker=markers[router]) for name, (_, router) in routers.items()
+    }, routers
+
+
+def _legend(
+    figure: Figure, axes: Any, looks: Mapping[str, style.Look], routers: Mapping[str, tuple[str, str]]
+) -> None:
+    """Each line with its name; with `routers` each line but for the marker, and below them whose each marker is."""
+    from matplotlib.lines import Line2D
+
+    handles, names = axes.get_legend_handles_labels()
+    if routers:
+        lines = {own: looks[name] for name, (own, _) in routers.items()}
+        markers = {router: looks[name].marker for name, (_, router) in routers.items()}
+        handles = [
+            *(
+                Line2D([], [], color=look.color, linestyle=look.dash, linewidth=1.8)
+                for look in lines.values()
+            ),
+            Line2D([], [], linestyle=""),
+            *(Line2D([], [], color=style.GREY, linestyle="", marker=marker) for marker in markers.values()),
+        ]
+        names = [*(shorten(name, 34) for name in lines), "router:", *markers]
+    figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
 
 
 def _thousands(value: float, _: object) -> str:

@@ -373,13 +373,38 @@ def test_a_sweep_marks_what_misses_the_slo_and_has_a_tick_at_each_rate() -> None
 
 
 def test_the_legend_of_a_sweep_fits_however_many_lines_there_are() -> None:
-    many = [{**row, "router": f"way {n}"} for n in range(6) for row in rows(4.0) + rows(8.0)]
+    many = [{**row, "config": {"way": n}} for n in range(6) for row in rows(4.0) + rows(8.0)]
     figure = sweep_figure(many)
     figure.canvas.draw()
     (legend,) = figure.legends
     assert len(legend.get_texts()) == 6 * len(POLICIES)
     box = legend.get_window_extent()
     assert figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1
+
+
+def test_a_marker_of_a_sweep_over_routers_is_a_router_in_the_legend_and_at_every_line() -> None:
+    routers = ("Near", "Far", "Middle")
+    swept = [{**row, "router": router} for router in routers for row in rows(4.0) + rows(8.0)]
+    figure = sweep_figure(swept)
+    (legend,) = figure.legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len(texts) == len(POLICIES) + 1 + len(routers) and tuple(texts[-3:]) == routers
+    markers = {
+        router: line.get_marker() for router, line in zip(routers, legend.get_lines()[-3:], strict=True)
+    }
+    assert len(set(markers.values())) == 3
+    lines = [line for line in figure.axes[0].lines if str(line.get_label()).endswith("]")]
+    for router, marker in markers.items():
+        own = [line.get_marker() for line in lines if str(line.get_label()).endswith(f"[{router}]")]
+        assert len(own) == len(POLICIES) and set(own) == {marker}
+
+
+def test_lines_that_their_strokes_do_not_tell_apart_are_all_in_the_legend() -> None:
+    ways = [("Near", 1), ("Far", 1), ("Near", 2), ("Far", 2)]
+    swept = [{**row, "router": router, "config": {"way": n}} for router, n in ways for row in rows(4.0)]
+    (legend,) = sweep_figure(swept).legends
+    texts = [text.get_text() for text in legend.get_texts()]
+    assert len(set(texts)) == 4 * len(POLICIES) and "coserving (way=2) [Far]" in texts
 
 
 def test_points_of_a_sweep_are_means_with_range() -> None:

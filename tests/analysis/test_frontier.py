@@ -9,8 +9,9 @@ import pytest
 from matplotlib.text import Text
 
 from analysis.figures.frontier import frontier, frontier_figure, peak_tok_s
+from analysis.frontier_table import router_letters
 from sim.cli import main
-from sim.frontier import _show, router_letters
+from sim.frontier import _show
 
 
 def row(
@@ -75,6 +76,16 @@ def test_names_stand_beside_the_figure_without_overlapping() -> None:
         assert not any(box.overlaps(other) for other in boxes[:i])
 
 
+def test_what_joins_a_name_to_its_line_crosses_no_other_line() -> None:
+    rates = (1.0, 2.0, 4.0)
+    one = [row("once", 1.0, "near", 1.0, 80.0)]
+    long = [row(policy, rate, "near", 1.0, at) for policy, at in (("a", 90.0), ("b", 40.0)) for rate in rates]
+    axes = frontier_figure([*one, *long]).axes[0]
+    joined = [text.xy for text in axes.texts if getattr(text, "arrow_patch", None) is not None]
+    assert sorted(joined) == [(4.0, 40.0), (4.0, 90.0)]
+    assert {text.get_text() for text in axes.texts} >= {"once", "a", "b"}
+
+
 def test_each_router_has_a_letter_of_its_own_where_there_are_several() -> None:
     assert router_letters(ROWS) == {"far": "f", "near": "n"}
     assert router_letters(ROWS[:1]) == {}
@@ -89,11 +100,17 @@ def test_the_program_prints_a_table_and_writes_the_points(
     argv = ["policy=coserving_slack,inference_only", "workload=poisson", "workload.duration_s=20"]
     argv += ["workload.rate_rps=2,4", "cluster/router=least_tokens", "hydra.sweep.dir=out"]
     assert main(["frontier", *argv]) == 0
-    assert "coserving_slack" in capfd.readouterr().out
+    table, _ = capfd.readouterr().out.split("runs: ")
+    assert "coserving_slack" in table
     lines = Path("out/frontier.csv").read_text().splitlines()
     assert lines[0] == "policy,rate_rps,goodput_rps,finetune_tok_s,router"
     assert len(lines) == 5
     assert Path("out/frontier.png").stat().st_size > 10_000
+    assert main(["report", "out", "--figure", "again.png"]) == 0
+    assert capfd.readouterr().out == f"{table}figure: again.png\n"
+    assert Path("again.png").read_bytes() == Path("out/frontier.png").read_bytes()
+    assert main(["report", "out/0", "out/1"]) == 0
+    assert "goodput" in capfd.readouterr().out
 
 
 def test_the_table_of_a_sweep_that_was_cut_short_says_that_seeds_differ(
