@@ -1,4 +1,4 @@
-"""`coserve reproduce [--out DIR] [--quick]`: FlexLLM's evaluation, simulated, beside what was published.
+"""`coserve reproduce [--out DIR]`: FlexLLM's evaluation, simulated, beside what was published.
 
 Runs every case of `analysis.paper` in parallel processes and writes into DIR
 
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as problem:
         raise OSError(f"cannot write into {out}: {problem.strerror or problem}") from problem
     published = read_published(data_dir() / "flexllm" / "published.csv")
-    todo = cases(SEEDS[:1] if options.quick else SEEDS)
+    todo = cases(SEEDS)
     rows = run_all(todo, options.workers)
     failed = [(case, row["error"]) for case, row in zip(todo, rows, strict=True) if "error" in row]
     if failed:
@@ -148,7 +148,6 @@ def _parser() -> Parser:
         metavar="DIR",
         help="folder (default: %(default)s)",
     )
-    parser.add_argument("--quick", action="store_true", help="one seed instead of two")
     parser.add_argument(
         "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes at a time"
     )

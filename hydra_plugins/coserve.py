@@ -166,10 +166,12 @@ class GridSweeper(BasicSweeper):
         self._collect(last)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Compose the first run; of the others, look up that what they choose from groups exists."""
+        """Compose the first run; of the others, look up that what they choose from groups exists, with the keys that
+        are given."""
         assert self.hydra_context is not None
         assert self.config is not None
         loader = self.hydra_context.config_loader
+        self._check_keys(batch)
         if batch:
             loader.load_sweep_config(self.config, list(batch[0]))
         for override in {override for run in batch for override in run}:
@@ -181,10 +183,44 @@ class GridSweeper(BasicSweeper):
                     f"no {group} named {choice}", missing_cfg_file=f"{group}/{choice}", options=options
                 )
 
+    def _check_keys(self, runs: Sequence[Sequence[str]]) -> None:
+        """ValueError for a given key that only some of the choices have that a sweep makes from its group."""
+        assert self.hydra_context is not None
+        assert self.config is not None
+        loader = self.hydra_context.config_loader
+        first_runs: dict[str, dict[str, Sequence[str]]] = {}
+        for run in runs:
+            for override in run:
+                key, _, value = override.removeprefix("+").partition("=")
+                first_runs.setdefault(key, {}).setdefault(value, run)
+        for group, choices in first_runs.items():
+            node = group.replace("/", ".") + "."
+            for key in [key for key in first_runs if key.startswith(node) and len(choices) > 1]:
+                found: dict[bool, list[str]] = {True: [], False: []}
+                for choice, run in choices.items():
+                    others = [override for override in run if not override.lstrip("+").startswith(node)]
+                    config = loader.load_sweep_config(self.config, others)
+                    found[_has(config, key)].append(choice)
+                if found[True] and found[False]:
+                    without, having = ", ".join(found[False]), ", ".join(found[True])
+                    raise ValueError(
+                        f"{key!r} is no key of {group}={without}; of those in this sweep, {group}={having} alone"
+                    )
+
     def _collect(self, returns: Sequence[JobReturn]) -> None:
         collect: Callable[[Any], None] = self.task_function.collect  # type: ignore[attr-defined]
         for job in returns:
             collect(job.return_value)
+
+
+def _has(config: DictConfig, key: str) -> bool:
+    """Whether the config has the dotted key, whatever its value."""
+    node: Any = OmegaConf.to_container(config, resolve=False)
+    for name in key.split("."):
+        if not isinstance(node, dict) or name not in node:
+            return False
+        node = node[name]
+    return True
 
 
 def _check_ends(first: JobReturn, last: JobReturn, runs: int, begun: int) -> None:

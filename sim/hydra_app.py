@@ -76,7 +76,7 @@ def hydra_main(
         collected.kept = _kept_folders(argv, task, config_dir, config_name)
         _check_added(argv, config_dir, config_name)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
-        with _command_line(prog, argv):
+        with _command_line(prog, _swept_with_groups(argv, config_dir, config_name)):
             app(collected)()
     except KeyboardInterrupt as stop:
         code = report(prog, stop, None)
@@ -175,6 +175,26 @@ def _command_line(prog: str, argv: Sequence[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = before_env
+
+
+def _swept_with_groups(argv: Sequence[str], config_dir: Path, config_name: str) -> list[str]:
+    """`argv` with each key of a group that is swept as a sweep of one value. Hydra sets the others in the config with
+    the group's default, which need not have them, before it chooses from the group."""
+    groups = all_groups(config_dir, config_name)
+    pairs = [arg.partition("=")[::2] for arg in argv]
+    swept = tuple(f"{key.replace('/', '.')}." for key, value in pairs if key in groups and "," in value)
+    return [
+        f"{key}=choice({value})" if key.startswith(swept) and value and not _is_sweep(arg) else arg
+        for arg, (key, value) in zip(argv, pairs, strict=True)
+    ]
+
+
+def _is_sweep(arg: str) -> bool:
+    """Whether the value is several, or cannot be read."""
+    try:
+        return bool(OverridesParser.create().parse_override(arg).is_sweep_override())
+    except OverrideParseException:
+        return True
 
 
 def _kept_folders(

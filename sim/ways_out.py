@@ -39,9 +39,11 @@ def _tried(
     choices: Iterator[list[Changes]],
     tp_key: str,
 ) -> str:
-    found = []
+    found: list[Changes] = []
     for candidates in choices:
         for changes in candidates:
+            if any(enough.items() <= changes.items() for enough in found):
+                continue  # what was told, and more
             changed = copy.deepcopy(config)
             for key, value in changes.items():
                 OmegaConf.update(changed, key, value, merge=False)
@@ -49,10 +51,10 @@ def _tried(
                 refused(changed)
             except ValueError:
                 continue
-            found.append(_said(changes))
+            found.append(changes)
             break
     return (
-        f"possible with {' or '.join(found)}"
+        f"possible with {' or '.join(map(_said, found))}"
         if found
         else f"no {tp_key} up to {DEGREES[-1]} and no smaller model would do"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from analysis.repeats import alike, shared_settings
 from analysis.runs import SCENE, Row, text, unusual
@@ -30,7 +30,7 @@ SETTINGS_LETTERS = 120
 """As many as a title has room for."""
 
 
-Dash = str | tuple[float, tuple[float, ...]]
+Dash = Literal["-", "--", "-.", ":"] | tuple[float, tuple[float, ...]]
 """As matplotlib takes it: a sign, or an offset and lengths of strokes and gaps."""
 
 

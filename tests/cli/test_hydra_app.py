@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.cli.small_app import main
 
@@ -29,6 +30,7 @@ def test_a_run_leaves_its_folder_with_the_resolved_config_and_nothing_else(
 
 NO_POLICY = "no policy named 'eagr'; did you mean 'eager'?; known: broken, eager, plain"
 NO_KEY = "no key or group named"
+NOT_OF_ALL = "'policy.margin' is no key of policy=plain, broken; of those in this sweep, policy=eager alone"
 
 
 @pytest.mark.parametrize(
@@ -75,7 +77,10 @@ NO_KEY = "no key or group named"
         (["+seed=1"], "'seed' is there already; without the + it is set"),
         (["wait_s=???"], "wait_s is missing; it must be given: wait_s=..."),
         (["policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
-        (["-m", "policy=plain,eager", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
+        (["-m", "policy=plain,eager,broken", "policy.margin=1"], NOT_OF_ALL),
+        (["-m", "policy=plain,broken,eager", "policy.margin=1,2"], NOT_OF_ALL),
+        (["-m", "policy=plain,eager,broken", "+policy.margin=1"], NOT_OF_ALL),
+        (["-m", "policy=plain,broken", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
         (["policy=eager", "policy.target_=1"], f"{NO_KEY} 'policy.target_'; did you mean 'policy.margin'?"),
         (
             ["hydra.launcher.workers=0", "-m", "seed=1,2"],
@@ -216,6 +221,16 @@ def test_a_sweep_runs_every_combination_and_sums_up_in_order(
     assert seeds == ["1", "2", "3", "1", "2", "3"]
     assert "run/s" not in err  # a bar is for a terminal
     assert "HYDRA" not in out + err
+
+
+def test_a_key_that_all_choices_of_a_sweep_have_is_set_though_the_default_has_it_not(
+    app_folder: Path,
+) -> None:
+    path = app_folder / "configs" / "policy" / "keen.yaml"
+    path.write_text("name: keen\nmargin: 0.5\n")
+    assert main(["-m", "policy=eager,keen", "policy.margin=2.5"]) == 0
+    runs = [OmegaConf.load(app_folder / f"out/{n}/.hydra/config.yaml") for n in (0, 1)]
+    assert [(run.policy.name, run.policy.margin) for run in runs] == [("eager", 2.5), ("keen", 2.5)]
 
 
 def test_failed_runs_of_a_sweep_stop_no_other(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -171,6 +171,10 @@ def test_a_plan_that_does_not_fit_says_by_how_much_and_what_would_fit(
     assert len(ways) > 1 and "tp=8" in ways
     for way in ways:
         assert compiled("tp=1", *way.split()).endswith(" tokens"), way
+    less = compiled("finetune.seq_len=131072").partition("; possible with ")[2]
+    assert less == "finetune.mode=recompute or finetune.seq_len=4096", (
+        "and not a smaller model with it as well"
+    )
     assert compiled("tp=4").startswith("KV room left: none, it does not fit: ")
     assert compiled("tp=1", "memory_utilization=0.01").endswith(
         "; no tp up to 16 and no smaller model would do"

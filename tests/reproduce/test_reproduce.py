@@ -214,7 +214,7 @@ def test_the_verdict_is_printed_with_a_line_for_each_claim_of_the_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reproduce, "run_all", lambda todo, workers: [fake_row(case) for case in todo])
-    assert main(["--quick", "--out", str(tmp_path)]) == 0
+    assert main(["--out", str(tmp_path)]) == 0
     head, *lines, predicted, written = capsys.readouterr().out.splitlines()
     assert re.split(r"  +", head) == ["claim", "paper", "simulator (8B, 14B, 32B)"]
     assert predicted.startswith("predictions: ") and written == f"page:        {tmp_path / 'claims.md'}"
