@@ -16,12 +16,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from analysis.targets import TARGETS, Evidence, Row, means, metric_error
+from analysis.targets import DEVICE, MODEL, TARGETS, Evidence, Row, means, metric_error
 from sim.arguments import Parser
 from sim.errors import message, report
 from sim.json_file import read_object, taken_apart
 
-DEVICE, MODEL, WORKLOAD = "h200", "llama_3_1_8b", "builtin"
+WORKLOAD = "builtin"
 NOT_MEASURED = "not measured yet"
 SESSION, REFERENCE, BENCH = "session.json", "reference.parquet", "bench.json"
 KERNELS, FIDELITY = "kernels.json", "fidelity.parquet"

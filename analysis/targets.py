@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
 
+DEVICE, MODEL = "h200", "llama_3_1_8b"
+"""What the targets are of."""
 DECODE_RATIO = 1.3
 PRODUCT_SHARE = 0.55
 CHECKPOINTED_RATIO = 1.3
@@ -63,9 +65,9 @@ class Target:
     """None without the rows that it needs."""
 
 
-def reference_target(row: Row) -> str | None:
-    """The target of a row of `coserve reference`, in words, if its ratio has one."""
-    if row["ratio"] is None:
+def reference_target(row: Row, device: str, model: str) -> str | None:
+    """The target of a row of `coserve reference` on the device with the model, in words, if its ratio has one."""
+    if row["ratio"] is None or (device, model) != (DEVICE, MODEL):
         return None
     if row["what"] == "decode" and (row["sequences"], row["context_tokens"]) in ((32, 1024), (128, 1024)):
         return f"at most {DECODE_RATIO}"

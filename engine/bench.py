@@ -49,7 +49,7 @@ from sim.metrics import summarize
 from sim.notes import print_notes, request_notes, step_notes
 from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
-from sim.unread import check_bounds
+from sim.unread import check_bounds, refuse_needless
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -70,6 +70,7 @@ def main(argv: Sequence[str]) -> int:
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
     check_bounds(config)
+    refuse_needless(config)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))

@@ -141,7 +141,7 @@ def reference(config: DictConfig) -> dict[str, Any]:
         "seconds": settings.seconds,
     }
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-    result = {"rows": rows, "folder": str(folder)}
+    result = {"rows": rows, "folder": str(folder), "device": device.name, "model": shape.name}
     if measurement.failures:
         raise FailedInPart("; ".join(measurement.failures), result)
     return result
@@ -360,12 +360,12 @@ def _named(measure: Callable[[], list[Row]]) -> str:
 
 
 def _show(results: Sequence[Mapping[str, Any]], _: Path) -> None:
-    """The table, with the target beside each ratio that has one."""
+    """The table, with the target beside each ratio that has one on this device."""
     from analysis.targets import reference_target
 
     for result in results:
         print(HEAD)
         for row in result["rows"]:
-            target = reference_target(asdict(row))
+            target = reference_target(asdict(row), result["device"], result["model"])
             print(line(row) + ("" if target is None else f"  (target: {target})"))
         print(f"rows:   {shown_path(result['folder'])}")

@@ -55,7 +55,7 @@ from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.native import ROOT, sources
 from sim.results import make_manifest
-from sim.unread import refuse_unread
+from sim.unread import refuse_needless, refuse_unread
 
 MOST_REPEATS = 32
 AGAIN = 3
@@ -121,6 +121,7 @@ def main(argv: Sequence[str]) -> int:
 def collect(config: DictConfig) -> dict[str, Any]:
     """Time the engine of this machine on a designed grid of work, and write a profile."""
     refuse_unread(UNREAD, "coserve bench")
+    refuse_needless(config)
     plain = {key: config[key] for key in Settings.__dataclass_fields__}
     with keys_as({"profile.": ""}):
         settings = build(Settings, OmegaConf.create(plain), "profile")

@@ -81,8 +81,7 @@ class Finding(NamedTuple):
         if np.isnan(self.factor):
             return f"{self.part}: too little of it to tell"
         if not self.freed:
-            own = f"a factor of its own would be {self.factor:.2f}, {self.low:.2f}-{self.high:.2f}"
-            return f"{self.part}: {self._not_freed()} ({own})"
+            return f"{self.part}: {self._not_freed()}"
         text = f"{self.part}: measured {self.factor:.2f}x of what the profile says"
         text += f" ({self.low:.2f}-{self.high:.2f})" + ("  <- off" if self.off else "")
         if self.off and self.part == "host":
@@ -91,11 +90,15 @@ class Finding(NamedTuple):
 
     def _not_freed(self) -> str:
         """What is known of a part that needs no factor of its own: not that it is right."""
+        own, interval = f"a factor of its own would be {self.factor:.2f}", f"{self.low:.2f}-{self.high:.2f}"
+        hardly = f"{own} ({interval}), and explain the runs hardly better"
         if self.common:
-            return f"the factor of {OTHERS}, none of its own is shown"
+            return f"as {OTHERS}; {hardly}"
         if self.low >= 1 / OFF and self.high <= OFF:
-            return f"within {OFF:g}x"
-        return f"the runs do not say whether it is off by more than {OFF:g}x"
+            return f"within {OFF:g}x ({own}, {interval})"
+        if self.low > OFF or self.high < 1 / OFF:
+            return f"not shown to be off; {hardly}"
+        return f"the runs do not say whether it is off by more than {OFF:g}x ({own}, {interval})"
 
 
 def grouped(parts: Mapping[str, Floats]) -> dict[str, Floats]:

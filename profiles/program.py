@@ -7,10 +7,11 @@
                           [unit=ms|us|s] [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
     coserve profile curves DATA_FOLDER
 
-`collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its
-keys. Settings are key=value, as in `coserve simulate`. NAME of a device or model may be a YAML file of the form of
-`configs/device` or `configs/model`. A device may be changed, or without a NAME be described, by numbers of its
-datasheet: device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
+`collect` times the engine of this machine and needs a GPU for models of any size; `collect --help` lists its keys.
+DATA_FOLDER holds the public measurements; its `kernels` may be named as well. Settings are key=value, as in
+`coserve simulate`. NAME of a device or model may be a YAML file of the form of `configs/device` or
+`configs/model`. A device may be changed, or without a NAME be described, by numbers of its datasheet:
+device.peak_flops, device.memory_bandwidth_bytes_s and device.sms, and if need be device.vector_flops,
 device.link_bandwidth_bytes_s or an efficiency (`sim.cost.efficiency`), e.g. device.attention_generation=3 for
 Hopper. Exit code 2 with one line for a broken file or setting, 1 when a bound is exceeded.
 """
@@ -45,6 +46,8 @@ from sim.errors import USER_ERROR, message, nearest, one_line, report
 from sim.usage import usage
 
 ABOVE_BOUND = 1
+KERNELS = "kernels"
+"""In DATA_FOLDER: `curves` takes either."""
 COLLECT = "Time the engine of this machine on a designed grid of work, and write a profile."
 COLLECT_CONFIG = Path(__file__).resolve().parent.parent / "engine" / "configs" / "profile.yaml"
 """What is told of `collect` without loading torch."""
@@ -260,6 +263,8 @@ def _show_measured(measured: Measured) -> None:
 def _curves(arguments: Sequence[str]) -> int:
     names, _ = settings_of(arguments, ())
     folder = _one_file(names, "curves")
+    if folder.resolve().name == KERNELS and not (folder / KERNELS).is_dir():
+        folder = folder.resolve().parent
     sources = sources_in(folder)
     devices = [(sources[name].device, sources[name].measured) for name in FILES]
     own = [(device, fitted(rows, device, Efficiency.of(device)), rows) for device, rows in devices]

@@ -45,11 +45,16 @@ def main(argv: Sequence[str], files: tuple[PublicFile, ...] = PUBLIC_FILES) -> i
         if path.is_file() and not options.force and _is_right(path, file):
             print(f"{path} is already there")
             return 0
-        sha256 = download(file, path)
+        try:
+            sha256 = download(file, path)
+        except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
+            raise ConnectionError(
+                f"{file.url}: {_missed(error)}; fetched by hand it goes to {path}"
+            ) from None
         unchecked = "" if file.sha256 is not None else " (not checked against anything)"
         print(f"{path}\nsha256 {sha256}{unchecked}\nlicence: {file.licence}")
         return 0
-    except (ValueError, OSError, HTTPException) as error:
+    except (ValueError, OSError) as error:
         return report("coserve fetch", error, _reason(error))
 
 
@@ -136,13 +141,16 @@ def _print_list(files: tuple[PublicFile, ...]) -> None:
     print(f"data folder: {data_dir()}")
 
 
-def _reason(error: Exception) -> str:
+def _missed(error: Exception) -> str:
+    """Why nothing, or not all, came from the server."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"{error.url}: the server answered {error.code} {error.reason}"
+        return f"the server answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return f"cannot reach the server: {getattr(error.reason, 'strerror', None) or error.reason}"
-    if isinstance(error, HTTPException):
-        return f"the download broke off: {error or type(error).__name__}"
+    return f"the download broke off: {error or type(error).__name__}"
+
+
+def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot write {error.filename}: {error.strerror}"
     return str(error).splitlines()[0]

@@ -1,7 +1,7 @@
 """Overrides that nothing reads are refused: a setting without effect would pass for one that had none.
 
-Hydra refuses keys that the config does not have. What is left are keys that are there for another command, and
-bounds of models that are not run.
+Hydra refuses keys that the config does not have. What is left are keys that are there for another command, keys
+that another one makes needless, and bounds of models that are not run.
 """
 
 from __future__ import annotations
@@ -42,6 +42,19 @@ def refuse_unread(unread: Sequence[str], reader: str) -> None:
         for other in unread:
             if f"{key}.".startswith(f"{other}."):
                 raise ValueError(f"{key} changes nothing here: {other} is read by {reader} alone")
+
+
+INSTEAD = {"measure_s": "predictor", "memory_utilization": "limits.kv_tokens"}
+"""Key of the engine -> the key that, unless it is null, takes its place."""
+
+
+def refuse_needless(config: DictConfig) -> None:
+    """ValueError for an override of a key whose place another one has taken."""
+    for key in override_keys():
+        if key in INSTEAD and (value := OmegaConf.select(config, INSTEAD[key])) is not None:
+            raise ValueError(
+                f"{key} changes nothing here: {INSTEAD[key]} is {value}, and only null asks for it"
+            )
 
 
 def check_bounds(config: DictConfig) -> None:

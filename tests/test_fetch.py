@@ -128,7 +128,9 @@ def test_a_bad_download_leaves_the_old_file(server: str, data: Path) -> None:
 
 def test_a_server_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["small"], registry("http://127.0.0.1:9/x")) == 2
-    assert "cannot reach the server" in one_line(capsys)
+    told = one_line(capsys)
+    assert "http://127.0.0.1:9/x: cannot reach the server" in told
+    assert told.endswith(f"; fetched by hand it goes to {data / 'azure' / 'small.csv'}\n")
 
 
 def test_an_unknown_name_gets_the_nearest(data: Path, capsys: pytest.CaptureFixture[str]) -> None:

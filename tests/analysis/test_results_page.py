@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from analysis.results_page import BENCH, FIDELITY, NOT_MEASURED, REFERENCE, SESSION, main, page
-from analysis.targets import ERRORS, TARGETS, Evidence, reference_target
+from analysis.targets import DEVICE, ERRORS, MODEL, TARGETS, Evidence, reference_target
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "profiles" / "results"
@@ -182,11 +182,15 @@ def test_being_ahead_means_keeping_the_slo_at_every_rate() -> None:
 
 
 def test_every_ratio_of_the_reference_knows_its_target() -> None:
-    assert reference_target(decode(32, 1.0)) == "at most 1.3"
-    assert reference_target(decode(8, 1.0)) is None
-    assert reference_target(row("prefill", "512", tokens=512, ratio=0.5)) is None
-    assert reference_target(row("prefill", "2048", tokens=2048, ratio=0.5)) == "at least 0.55"
-    assert reference_target(row("memory", "x", ratio=None)) is None
+    def target(row: dict[str, Any], device: str = DEVICE, model: str = MODEL) -> str | None:
+        return reference_target(row, device, model)
+
+    assert target(decode(32, 1.0)) == "at most 1.3"
+    assert target(decode(8, 1.0)) is None
+    assert target(row("prefill", "512", tokens=512, ratio=0.5)) is None
+    assert target(row("prefill", "2048", tokens=2048, ratio=0.5)) == "at least 0.55"
+    assert target(row("memory", "x", ratio=None)) is None
+    assert target(decode(32, 1.0), device="cpu") is None and target(decode(32, 1.0), model="tiny") is None
 
 
 @pytest.mark.parametrize(

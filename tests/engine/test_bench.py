@@ -272,7 +272,12 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
         ("launch.streams=3", "launch.streams must be 1 or 2, got 3"),
         ("limits.kv_tokens=few", "limits.kv_tokens must be a whole number or null, got 'few'"),
         ("limits.lookahead=2", " limits.lookahead must be 0 or 1, got 2"),
-        ("memory_utilization=7", "memory_utilization must be in (0, 1], got 7"),
+        ("limits.kv_tokens=null memory_utilization=7", "memory_utilization must be in (0, 1], got 7"),
+        ("memory_utilization=0.5", " memory_utilization changes nothing here: limits.kv_tokens is 8192, and"),
+        (
+            "predictor=own.parquet",
+            " measure_s changes nothing here: predictor is own.parquet, and only null asks",
+        ),
         ("measure_s=-1", "measure_s must be at least 0 and at most 86,400 seconds, got -1"),
         ("peak_s=inf", "peak_s must be at least 0 and at most 86,400 seconds, got inf"),
         ("run.warm_up_s=inf", "run.warm_up_s must be at least 0 seconds and end, got inf"),

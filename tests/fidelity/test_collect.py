@@ -206,6 +206,7 @@ def test_a_profile_goes_on_where_it_stopped_and_refuses_another_engines(
             "job.accumulation=2",
             " job.accumulation changes nothing here: job.accumulation is read by coserve bench",
         ),
+        ("memory_utilization=0.5", " memory_utilization changes nothing here: limits.kv_tokens is "),
         ("job.lora.targets=[q]", " job.lora.targets must be among q_proj, "),
         ("+weights.more=1", " weights must be text, got {'more': 1}"),
         ("seconds=1e-9 restart=true", "seconds must allow a point, 1e-09 gave none"),

@@ -55,6 +55,20 @@ def kernel(request: pytest.FixtureRequest) -> pd.DataFrame:
     return pd.DataFrame(KERNELS[request.param])
 
 
+def test_curves_take_the_data_folder_or_the_kernels_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "kernels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for folder in (".", "kernels", "kernels/", str(tmp_path / "kernels")):
+        assert main(["curves", folder]) == 2
+        error = capsys.readouterr().err
+        assert "kernels/a100_sxm*.csv: no such files" in error and "kernels/kernels" not in error
+    monkeypatch.chdir("kernels")
+    assert main(["curves", "."]) == 2
+    assert f"{tmp_path}/kernels/a100_sxm*.csv: no such files" in capsys.readouterr().err
+
+
 def test_a_good_kernel_file_is_taken(kernel: pd.DataFrame, tmp_path: Path) -> None:
     assert main(["check", str(write(tmp_path / "good.csv", kernel)), "device=a100_80gb"]) == 0
 
