@@ -31,7 +31,7 @@ from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
 from engine.model import Batch, Model, Pages, Window
 from engine.packing import Piece, Staging, pack
-from engine.sampling import Sampling, sample
+from engine.sampling import LOST, Sampling, sample, told
 from engine.shelf import Segments
 from sim.core.block_tables import BlockTables, Placement, Span
 from sim.core.finetune import Backward, Forward, Slice
@@ -123,6 +123,9 @@ class Engine:
         self.on_step = on_step
         self.on_failure: Callable[[StepRecord], None] | None = None
         """Called for the step after which a job is given up."""
+        self.on_lost: Callable[[int], None] | None = None
+        """Called for a request whose logits are not numbers, which then ends without that token; None: some token
+        takes its place."""
         self._pages = pages
         self._bank = bank
         self._versions: dict[str, int] = {}
@@ -232,6 +235,11 @@ class Engine:
             live = self._live.get(id)
             if live is None:
                 continue  # it ended while this iteration was already launched
+            if token == LOST:
+                assert self.on_lost is not None
+                self.on_lost(id)
+                ended.append(id)
+                continue
             live.tokens.append(token)
             if self.on_token is not None:
                 self.on_token(id, token)
@@ -313,13 +321,14 @@ class Engine:
     ) -> tuple[list[int], torch.Tensor]:
         """The next token of each span from its last residual stream x [n, E], kept at its slot."""
         live = [self._live[span.id] for span in spans]
-        tokens = sample(self.model.logits(x), [n.sampling for n in live], [n.sampled for n in live])
+        logits = self.model.logits(x)
+        tokens = sample(logits, [n.sampling for n in live], [n.sampled for n in live])
         # Ranks that drew from equal logits may differ: a cumulative sum on CUDA has no fixed order.
         self.model.group.broadcast(tokens)
         for n in live:
             n.sampled += 1
         self._last_token[slots] = tokens
-        return [span.id for span in spans], tokens
+        return [span.id for span in spans], tokens if self.on_lost is None else told(tokens, logits)
 
     def _batch(
         self,

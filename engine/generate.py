@@ -4,7 +4,8 @@
     echo "Why is the sky blue?" | coserve generate model_name_or_path=FOLDER temperature=0.7
 
 One line of JSON per prompt on standard output, in the order of the prompts: prompt, output, whether the model
-ended it (stop) or max_new_tokens (length), and its tokens. Blank lines are no prompts; a note counts them.
+ended it (stop) or max_new_tokens (length), and its tokens. Blank lines are no prompts; a note counts them. A prompt
+whose logits are not numbers has no line, and an error says so at the end.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from sim.core.plan import Limits, Policy
 from sim.core.request import Request, Slo
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
-from sim.errors import keys_as
+from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
 from sim.json_file import read_object
 
@@ -95,12 +96,24 @@ def generate(config: DictConfig) -> dict[str, Any]:
     prompts = _prompts(settings)
     rows = answer(settings, policy, prompts)
     for row in rows:
-        print(json.dumps(row, ensure_ascii=False))
-    return {"prompts": len(rows)}
+        if row is not None:
+            print(json.dumps(row, ensure_ascii=False))
+    lost = [n for n, row in enumerate(rows, 1) if row is None]
+    result = {"prompts": len(rows) - len(lost)}
+    if lost:
+        adapter = settings.adapter_name_or_path
+        raise FailedInPart(
+            f"{len(lost)} of {len(rows)} prompts have no answer, the first is prompt {lost[0]}: its logits are not "
+            f"numbers; numbers in {settings.model_name_or_path}{f' or {adapter}' if adapter else ''} are not finite, "
+            f"or too large for {settings.dtype}",
+            result,
+        )
+    return result
 
 
-def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """A record for each prompt: prompt, output, finish (stop or length), tokens."""
+def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
+    """A record for each prompt: prompt, output, finish (stop or length), tokens; None for one whose logits are not
+    numbers."""
     tokenizer = read_tokenizer(settings.model_name_or_path)
     encoded = [_encode(prompt, settings, tokenizer) for prompt in prompts]
     shape = read_config(settings.model_name_or_path).shape
@@ -130,6 +143,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     if settings.adapter_name_or_path is not None:
         adapters["adapter"] = read_adapter(settings.adapter_name_or_path, shape)
     outputs: list[list[int]] = [[] for _ in prompts]
+    lost: set[int] = set()
     name = "adapter" if adapters else None
     requests = [
         Request(n, 0.0, len(tokens), settings.max_new_tokens, "default", name)
@@ -145,6 +159,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
             on_token=lambda id, token: outputs[id].append(token),
             launching=settings.launch.on(model),
         )
+        engine.on_lost = lost.add
         source = EngineArrivals(
             GivenArrivals(requests),
             engine,
@@ -154,13 +169,15 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
         state = PipelineState(limits=limits, slos=slos, recorder=Recorder())
         Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
     return [
-        {
+        None
+        if n in lost
+        else {
             "prompt": prompt,
             "output": tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             "finish": "stop" if output[-1] in stops else "length",
             "tokens": len(output),
         }
-        for prompt, output in zip(prompts, outputs, strict=True)
+        for n, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
 
 

@@ -15,6 +15,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 KINDS = ("adamw", "sgd")
 READ_BY = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
 """Setting -> the only kind that has it."""
+LEAST_EPS = 1.2e-38
+"""The least number that single precision holds in full."""
 LARGEST_RATE = {"adamw": 1e37, "sgd": 3.4e38}
 """Of learning and decay: what single precision holds, for AdamW after its first bias correction has divided it."""
 
@@ -53,9 +55,11 @@ class OptimizerSettings:
             raise ValueError(
                 f"optimizer.weight_decay must be at least 0 and at most {most:g}, got {self.weight_decay}"
             )
-        # At 0 an entry without a gradient, as all of A at the first step, is 0 / 0.
-        if not 0 < self.eps <= most:
-            raise ValueError(f"optimizer.eps must be above 0 and at most {most:g}, got {self.eps}")
+        # Of 0, in single precision, an entry without a gradient, as all of A at the first step, makes 0 / 0.
+        if not LEAST_EPS <= self.eps <= most:
+            raise ValueError(
+                f"optimizer.eps must be at least {LEAST_EPS:g} and at most {most:g}, got {self.eps}"
+            )
         for key, shares in (("betas", self.betas), ("momentum", (self.momentum,))):
             if not all(0 <= share < 1 for share in shares):
                 raise ValueError(f"optimizer.{key} must be in [0, 1), got {getattr(self, key)}")

@@ -7,6 +7,7 @@ depends on the request alone, too.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from engine.packing import upload
 
 MOST_NUMBERS = 1 << 23
 """Logits that are drawn from at a time: double precision and their order take up to 50 bytes for each."""
+LOST = -1
+"""Instead of a token that was drawn from logits that are not numbers."""
 _MASK = (1 << 64) - 1
 
 
@@ -65,6 +68,11 @@ def sample(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence
             rows = slice(None) if every else upload(torch.tensor(part), logits.device)
             chosen[rows] = draw(logits[rows], [settings[n] for n in part], [indices[n] for n in part])
     return chosen.to(torch.int32)
+
+
+def told(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Tokens [N] drawn from logits [N, V], LOST where one of these is NaN or infinite upwards."""
+    return torch.where(logits.amax(1) < math.inf, tokens, LOST)
 
 
 def _of_all(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequence[int]) -> torch.Tensor:

@@ -252,7 +252,11 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
             "job.optimizer.learning_rate=inf",
             " job.optimizer.learning_rate must be above 0 and at most 1e+37, got inf",
         ),
-        ("+job.optimizer.eps=0", " job.optimizer.eps must be above 0 and at most 1e+37, got 0"),
+        ("+job.optimizer.eps=0", " job.optimizer.eps must be at least 1.2e-38 and at most 1e+37, got 0"),
+        (
+            "+job.optimizer.eps=1e-50",
+            " job.optimizer.eps must be at least 1.2e-38 and at most 1e+37, got 1e-50",
+        ),
         (
             "slo=flexllm +slo.tpot_s.tiny=0.1 +slo.tpot_s.tniy=0.1",
             " slo.tpot_s.tniy is read by no SLO class; their",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
 
 from engine import training
 from engine.config import read_config
@@ -506,3 +508,45 @@ def test_memory_auto_lets_the_free_memory_choose_the_plan(
 ) -> None:
     assert finetune([*arguments, "memory=auto", "max_steps=2"]) == 0
     assert "memory: stash" in capsys.readouterr().out, "a tiny model fits whole"
+
+
+@pytest.mark.parametrize(
+    "given", [["limits.lookahead=0"], ["limits.lookahead=1", "temperature=0.8"], ["limits.max_sequences=1"]]
+)
+def test_prompts_whose_logits_are_no_numbers_are_told_and_the_others_answered(
+    given: list[str],
+    arguments: list[str],
+    model_folder: Path,
+    tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("p.txt").write_text("The harbour\nThe Zebra\nTwo clocks\n")
+    common = ["prompts=p.txt", "chat=false", "max_new_tokens=4", "ignore_eos=true", *given]
+    assert generate([arguments[0], *common]) == 0
+    sound = capsys.readouterr().out.splitlines()
+    shutil.copytree(model_folder, "m")
+    tensors = load_file("m/model.safetensors")
+    (letter,) = tokenizer.encode("Z")
+    tensors["model.embed_tokens.weight"][letter] = math.nan
+    save_file(tensors, "m/model.safetensors")
+    assert generate(["model_name_or_path=m", *common]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == [sound[0], sound[2]]
+    assert err.startswith(
+        "coserve generate: error: 1 of 3 prompts have no answer, the first is prompt 2: its logits are not numbers; "
+        "numbers in m are not finite"
+    )
+    assert err.count("\n") == 1
+
+
+def test_an_adapter_that_holds_no_numbers_is_told(
+    arguments: list[str], model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = new_adapter(LoraSpec(rank=2), read_config(model_folder).shape, torch.float32, "cpu", 0)
+    adapter.b["down_proj"][1, 3, 0] = math.inf
+    write_adapter(adapter, "nowhere_finite")
+    Path("p.txt").write_text("The harbour\n")
+    assert generate([arguments[0], "adapter_name_or_path=nowhere_finite", "prompts=p.txt", "chat=false"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1
+    assert f"numbers in {model_folder} or nowhere_finite are not finite, or too large for float32" in err
