@@ -15,12 +15,11 @@ from engine.text import (
     BUNDLED,
     BYTES,
     byte_tokens,
-    check_tokens,
     packed_samples,
     random_samples,
     read_text,
-    read_tokenizer,
 )
+from engine.tokenizer import check_tokens, read_tokenizer
 from sim.checked import build
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.specs import LoraSpec, ModelShape

@@ -17,13 +17,13 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from engine.finetune import Sample
 from engine.kernels.loss import IGNORE_LABEL
-from sim.errors import one_line
+from engine.tokenizer import Tokenizer, template
 from sim.json_file import parse
 
 FORMATS = {
@@ -37,17 +37,6 @@ FORMATS = {
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 Message = dict[str, str]
-
-
-class Tokenizer(Protocol):
-    """What is used of a tokenizer of transformers."""
-
-    eos_token_id: int | None
-    chat_template: Any
-
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
-
-    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,17 +211,6 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
                 )
             trained[len(before) : len(after)] = [True] * (len(after) - len(before))
     return tokens, trained
-
-
-def template(tokenizer: Tokenizer, messages: Sequence[Message], where: str, **options: Any) -> list[int]:
-    """Tokens of a conversation under the tokenizer's chat template. ValueError begins with `where` when the template
-    is broken, or refuses such a conversation."""
-    try:
-        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
-    except Exception as error:  # a template computes, and may fail as any program does
-        told = one_line(str(error))
-        raise ValueError(f"{where}: the tokenizer's chat template fails on it: {told}") from error
-    return list(encoded["input_ids"])
 
 
 def _with_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:

@@ -10,21 +10,23 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import secrets
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from engine.choice import STOPPING, Choice
-from engine.messages import Ask, Enough, Gauges, Gone, Ready, Stop, Tokens
+from engine.messages import Ask, Enough, Failed, Gauges, Gone, Ready, Serving, Stop, Tokens
 from engine.openai import Answer, Refused, Wanted, usage, wanted
 from engine.streamed_text import StreamedText, silent_tokens
+from engine.tokenizer import read_tokenizer, stop_tokens, template
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -40,55 +42,54 @@ GONE = 499
 """Status of what nobody waits for any more."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Serving:
-    """What the HTTP side knows of the engine."""
-
-    folder: str
-    """Of the model's tokenizer."""
-    name: str
-    """Of the base model."""
-    adapters: tuple[str, ...]
-    vocab: int
-    longest_tokens: int
-    """Of prompt and answer together."""
-    stop_tokens: frozenset[int]
-    max_requests: int
-    """At once; more are turned away."""
-
-
-def run_front(serving: Serving, listening: socket.socket, link: Connection) -> None:
-    """Serve on a socket that is bound until the engine says Stop or is gone. The target of a process."""
+def run_front(folder: str, listening: socket.socket, link: Connection) -> None:
+    """Serve the model of a folder on a socket that is bound, until the engine says Stop or is gone. The target of a
+    process."""
     # Who stops the server tells the engine's process, and that one this.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    Front(serving, link).serve(listening)
+    # A tokenizer needs no torch, and where transformers finds none it is read in a third of the time.
+    sys.modules["torch"] = None  # type: ignore[assignment]
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+    told: Ready | Failed = Ready()
+    try:
+        front = Front(folder, link)
+    except ValueError as error:
+        told = Failed(str(error))
+    try:
+        link.send(told)
+        serving = link.recv()
+    except (EOFError, OSError):
+        return  # the engine is gone, or has heard enough
+    front.serve(serving, listening)
 
 
 class Front:
     """Requests under way, and the tokens that they wait for."""
 
-    def __init__(self, serving: Serving, link: Connection) -> None:
-        from engine.text import read_tokenizer
+    def __init__(self, folder: str, link: Connection) -> None:
+        """Takes seconds. Raises ValueError for a folder whose tokenizer cannot be read."""
+        import uvicorn
 
         self._ready = threading.Event()
-        self._serving = serving
+        self._serving: Serving
         self._link = link
-        self._tokenizer = read_tokenizer(serving.folder)
+        self._tokenizer = read_tokenizer(folder)
+        self._stop_tokens = stop_tokens(folder, self._tokenizer)
         self._silent = silent_tokens(self._tokenizer)
         self._ids = itertools.count()
         self._waiting: dict[int, asyncio.Queue[int | None]] = {}
         self._gauges: Mapping[str, float] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._server: Any = None
+        config = uvicorn.Config(self.app(), log_level="warning", lifespan="off")
+        config.load()
+        self._server: Any = uvicorn.Server(config)
         self._stopping = False
         self._created = int(time.time())
 
-    def serve(self, listening: socket.socket) -> None:
+    def serve(self, serving: Serving, listening: socket.socket) -> None:
         """Answer until the engine says Stop or is gone."""
-        import uvicorn
-
-        self._server = uvicorn.Server(uvicorn.Config(self.app(), log_level="warning", lifespan="off"))
+        self._serving = serving
         # Apart from the main thread it leaves signals alone.
         thread = threading.Thread(target=self._run, args=(listening,))
         thread.start()
@@ -104,8 +105,6 @@ class Front:
     def _run(self, listening: socket.socket) -> None:
         async def serve() -> None:
             self._loop = asyncio.get_running_loop()
-            with suppress(OSError):  # the engine is gone
-                self._link.send(Ready())
             self._ready.set()
             await self._server.serve(sockets=[listening])
 
@@ -290,7 +289,7 @@ class Front:
 
     def _begin(self, asked: Wanted, tokens: list[int], most: int, adapter: str | None) -> Choice:
         id = next(self._ids)
-        stops = frozenset[int]() if asked.ignore_eos else self._serving.stop_tokens
+        stops = frozenset[int]() if asked.ignore_eos else self._stop_tokens
         queue: asyncio.Queue[int | None] = asyncio.Queue()
         self._waiting[id] = queue
         self._link.send(
@@ -335,8 +334,6 @@ class Front:
                 list(self._tokenizer.encode(p)) if isinstance(p, str) else list(p) for p in asked.prompts
             ]
         else:
-            from engine.datasets import template
-
             if self._tokenizer.chat_template is None:
                 raise Refused(400, f"{self._serving.name} has no chat template", "messages")
             try:

@@ -21,14 +21,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from engine.config import read_config
-from engine.datasets import template
 from engine.driver import Driver, EngineArrivals, GivenArrivals, WallClock
 from engine.launching import LaunchSettings
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
-from engine.text import check_tokens, read_tokenizer
+from engine.tokenizer import check_tokens, read_tokenizer, stop_tokens, template
 from engine.training import CONFIGS
 from engine.training_settings import DTYPES
 from sim.checked import build
@@ -39,7 +38,6 @@ from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from sim.errors import FailedInPart, keys_as
 from sim.hydra_app import hydra_main
-from sim.json_file import read_object
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,18 +205,3 @@ def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
         raise ValueError("chat=true needs a tokenizer with a chat template")
     turn = {"role": "user", "content": prompt}
     return template(tokenizer, [turn], f"prompt {prompt[:60]!r}", add_generation_prompt=True)
-
-
-def stop_tokens(folder: str, tokenizer: Any) -> frozenset[int]:
-    """The end tokens of generation_config.json, or the tokenizer's own."""
-    path = Path(folder) / "generation_config.json"
-    values = read_object(path) if path.is_file() else {}
-    found = values.get("eos_token_id")
-    if found is None:
-        found = tokenizer.eos_token_id
-    if found is None:
-        return frozenset()
-    tokens = found if isinstance(found, list) else [found]
-    if not all(isinstance(token, int) for token in tokens):
-        raise ValueError(f"{path}: eos_token_id must be a token or a list of tokens, got {found!r}")
-    return frozenset(tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 
@@ -33,7 +34,28 @@ class Enough(NamedTuple):
 
 
 class Ready(NamedTuple):
-    """To the engine: clients can come."""
+    """To the engine, first: what is served can be told."""
+
+
+class Failed(NamedTuple):
+    """To the engine instead of `Ready`: there is no serving this model."""
+
+    line: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Serving:
+    """From the engine, first: what is served. Clients can come."""
+
+    name: str
+    """Of the base model."""
+    adapters: tuple[str, ...]
+    vocab: int
+    longest_tokens: int
+    """Of prompt and answer together."""
+    max_requests: int
+    """At once; more are turned away."""
 
 
 class Tokens(NamedTuple):

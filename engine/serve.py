@@ -13,14 +13,12 @@ requests and waits `drain_s` for those under way; finetune with `resume: true` g
 from __future__ import annotations
 
 import inspect
-import multiprocessing
-import os
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,19 +31,17 @@ from engine.bench_spec import policy_node, seconds_of
 from engine.config import read_config
 from engine.driver import Driver, EngineArrivals, WallClock
 from engine.engine import Engine, StepRecord
-from engine.front import Serving, run_front
-from engine.generate import stop_tokens
+from engine.front_process import GRACE_S, FrontProcess, front_process
 from engine.launching import LaunchSettings
 from engine.live import SLO, TRACE_COLUMNS, LiveArrivals
 from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.machine import place_of, release
 from engine.measure import first_uses, measure
-from engine.messages import Ready
+from engine.messages import Serving
 from engine.replica import Replica, replica
 from engine.room import limits_and_plans
 from engine.saver import Frozen, Saver
-from engine.text import read_tokenizer
 from engine.training import CONFIGS as PROGRAMS
 from engine.training import Training
 from engine.training_settings import DTYPES
@@ -61,7 +57,6 @@ from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.errors import USER_ERROR, FailedInPart, keys_as
 from sim.hydra_app import hydra_main
-from sim.pool import sigint_blocked
 from sim.unread import refuse_unread
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -71,9 +66,6 @@ MEASURES = ("eval_dataset", "val_size", "eval_steps")
 """Keys of `coserve finetune` for what takes as long as its samples are."""
 OWN = ("model_name_or_path", "device", "tp", "dtype", "policy")
 """Keys of it that are the server's here."""
-GRACE_S = 10.0
-"""For the HTTP process to end by itself."""
-_CONTEXT = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,9 +136,11 @@ def serve(config: DictConfig) -> dict[str, Any]:
     with ExitStack() as stack:
         stack.enter_context(_terminable())
         listening = stack.enter_context(_bound(settings.host, settings.port))
+        address = _url(listening)
         trace = None if settings.trace is None else stack.enter_context(_trace(settings.trace))
+        front = stack.enter_context(front_process(settings.weights, listening))
         ranks = stack.enter_context(replica(settings.tp, place))
-        return _Server(settings, config, device, training, ranks).run(listening, trace)
+        return _Server(settings, config, device, training, ranks, front).run(address, trace)
 
 
 class _Server:
@@ -159,8 +153,10 @@ class _Server:
         device: DeviceSpec,
         training: Training | None,
         ranks: Replica,
+        front: FrontProcess,
     ) -> None:
         self._settings = settings
+        self._front = front
         self._training = training
         shape = read_config(settings.weights).shape
         shape.check_tp(settings.tp)
@@ -173,8 +169,6 @@ class _Server:
         given = build(LimitSettings, config.limits, "limits")
         measure_s = seconds_of(config, "measure_s")
         self._adapters = {name: read_adapter(folder, shape) for name, folder in settings.adapters.items()}
-        self._stops = stop_tokens(settings.weights, read_tokenizer(settings.weights))
-
         self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
         jobs = [] if training is None else [training.job]
         limits, plans = limits_and_plans(self._model, device, given, jobs, utilization)
@@ -182,45 +176,36 @@ class _Server:
         self._limits = replace(limits, max_sequence_tokens=longest)
         self._jobs = [replace(job, plan=plans[job.id]) for job in jobs]
         self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
+        front.await_ready()  # it must not share the processor with what is timed
         self._policy = self._made(policy_node(config.policy), device, measure_s)
 
-    def run(self, listening: socket.socket, trace: TextIO | None) -> dict[str, Any]:
-        """Serve until somebody stops it; the row of what was done."""
-        settings, training = self._settings, self._training
+    def run(self, url: str, trace: TextIO | None) -> dict[str, Any]:
+        """Serve at `url` until somebody stops it; the row of what was done."""
+        settings, training, front = self._settings, self._training, self._front
         recorder, horizon = Recorder(), Horizon()
-        own, other = _CONTEXT.Pipe()
         saver = Saver(_note)
-        live = LiveArrivals(own, horizon, recorder, saver.fail, trace)
+        live = LiveArrivals(front.link, horizon, recorder, saver.fail, trace)
         engine, counted = self._assemble(
             self._model, self._limits, self._jobs, self._adapters, on_token=live.on_token
         )
         engine.warm_up(adapters=bool(self._adapters or self._jobs))
         state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=counted)
         arrivals = EngineArrivals(live, engine, live.prompt)
-        process = _CONTEXT.Process(target=run_front, args=(self._serving(), listening, other), daemon=True)
         with ExitStack() as stack:
             if training is not None:
                 stack.enter_context(_trained(training, engine, saver))
-            stack.enter_context(_ended(process))
-            with sigint_blocked():
-                process.start()
-            other.close()
-            stack.callback(_hang_up, own)
-            _await_ready(own, process)
-            listening.listen()
-            host, port = listening.getsockname()[:2]
-            # Open in two processes it would let clients in whom nobody answers once the other has closed it.
-            listening.close()
-            print(f"{settings.shown}: http://{f'[{host}]' if ':' in host else host}:{port}/v1", flush=True)
+            stack.callback(front.end)
+            front.serve(self._serving())
+            print(f"{settings.shown}: {url}", flush=True)
             clock = WallClock()
             driver = Driver(engine, clock)
             live.start(clock, driver, state)
-            with _stopping(live, process, settings.drain_s) as stop:
+            with _stopping(live, front, settings.drain_s) as stop:
                 driver.run(run_loop(state, self._policy, arrivals, horizon))
             live.tell()
         saver.finish()
         if not stop.asked:
-            raise ChildProcessError(f"the HTTP process ended by itself, with code {process.exitcode}")
+            raise ChildProcessError(f"the HTTP process ended by itself, with code {front.exit_code}")
         row: dict[str, Any] = {"counts": dict(live.counts), "ways_on": None}
         if training is not None:
             ended = engine.trainers[training.job.id].optimizer.steps == training.total
@@ -233,12 +218,10 @@ class _Server:
         limits, settings = self._limits, self._settings
         blocks = limits.kv_tokens // limits.block_tokens
         return Serving(
-            folder=settings.weights,
             name=settings.shown,
             adapters=(*self._adapters, *(job.id for job in self._jobs)),
             vocab=self._model.whole.shape.vocab,
             longest_tokens=min(limits.max_sequence_tokens, blocks * limits.block_tokens),
-            stop_tokens=self._stops,
             max_requests=settings.max_requests,
         )
 
@@ -304,11 +287,11 @@ class _Stop:
 
 
 @contextmanager
-def _stopping(live: LiveArrivals, process: Any, drain_s: int) -> Iterator[_Stop]:
+def _stopping(live: LiveArrivals, front: FrontProcess, drain_s: int) -> Iterator[_Stop]:
     """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once. The HTTP process that has
     not hung up long after it should have is ended."""
     stop = _Stop()
-    late = threading.Timer(drain_s + 2 * GRACE_S, process.kill)
+    late = threading.Timer(drain_s + 2 * GRACE_S, front.kill)
     late.daemon = True
 
     def asked(number: int, frame: object) -> None:
@@ -329,34 +312,6 @@ def _stopping(live: LiveArrivals, process: Any, drain_s: int) -> Iterator[_Stop]
 
 
 @contextmanager
-def _ended(process: Any) -> Iterator[None]:
-    """The process does not outlive the block; it ends by itself when its pipe does."""
-    try:
-        yield
-    finally:
-        if process.pid is not None:
-            process.join(GRACE_S)
-            if process.is_alive():
-                process.kill()
-                process.join()
-
-
-def _hang_up(link: Any) -> None:
-    """The other side sees the end of the pipe. Closing it is not enough while a thread of this one reads."""
-    with socket.socket(fileno=os.dup(link.fileno())) as end, suppress(OSError):  # it may have gone
-        end.shutdown(socket.SHUT_RDWR)
-
-
-def _await_ready(link: Any, process: Any) -> None:
-    try:
-        message = link.recv()
-    except EOFError:
-        process.join(GRACE_S)
-        raise ChildProcessError(f"the HTTP process ended with code {process.exitcode}") from None
-    assert type(message) is Ready
-
-
-@contextmanager
 def _bound(host: str, port: int) -> Iterator[socket.socket]:
     """A socket of its own before anything takes time; clients reach it when the server listens."""
     with ExitStack() as stack:
@@ -369,6 +324,11 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise ValueError(f"host {host}, port {port}: {error.strerror}") from None
         yield listening
+
+
+def _url(listening: socket.socket) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
 
 
 @contextmanager

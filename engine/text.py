@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.finetune import Sample
-from sim.errors import one_line
-from sim.json_file import parse, read_object
+from sim.json_file import parse
 
 BUNDLED = Path(__file__).parent / "data" / "harbour.json"
 BYTES = 256
@@ -42,29 +40,6 @@ def read_text(path: str | Path) -> str:
             raise ValueError(f"{path}: row {row} must be a record with a text, got {record!r}")
         texts.append(record["text"])
     return "\n\n".join(texts)
-
-
-def read_tokenizer(folder: str | Path) -> Any:
-    """The tokenizer of a Hugging Face folder. ValueError names its file that cannot be read."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        tokenizer.encode("a")
-        return tokenizer
-    except Exception as error:  # tokenizers raises bare ones
-        for path in sorted([*Path(folder).glob("config.json"), *Path(folder).glob("*token*.json")]):
-            read_object(path)
-        raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(str(error))[:200]}") from error
-
-
-def check_tokens(tokens: Iterable[int], vocab: int, folder: str | Path) -> None:
-    """Raise ValueError for a token for which the model of the tokenizer's folder has no embedding."""
-    largest = max(tokens, default=0)
-    if largest >= vocab:
-        raise ValueError(
-            f"{folder}: its tokenizer has a token {largest}, and its config.json a vocab_size of {vocab}"
-        )
 
 
 def byte_tokens(text: str) -> NDArray[np.int32]:

@@ -39,7 +39,8 @@ from engine.evaluation import room_for
 from engine.load import load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.replica import replica
-from engine.text import check_tokens, passes
+from engine.text import passes
+from engine.tokenizer import check_tokens
 from engine.training_data import Counted, read_data
 from engine.training_log import TrainingLog, check_tensorboard
 from engine.training_settings import DTYPES, Settings

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.datasets import read_dataset
 from engine.finetune import Sample
-from engine.text import read_tokenizer
+from engine.tokenizer import read_tokenizer
 from engine.training_settings import Settings
 from sim.errors import keys_as
 

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import engine.front
-from engine.front import Front, Serving
-from engine.messages import Ask, Enough, Gone, Ready, Stop, Tokens
+from engine.front import Front
+from engine.messages import Ask, Enough, Gone, Serving, Stop, Tokens
 
 PATIENCE_S = 60
 
@@ -25,13 +25,12 @@ PATIENCE_S = 60
 class Engine:
     """What the front is told, and what it is asked."""
 
-    def __init__(self, front: Front, link: Connection, listening: socket.socket) -> None:
+    def __init__(self, front: Front, serving: Serving, link: Connection, listening: socket.socket) -> None:
         self.front = front
         self.link = link
         self.port = listening.getsockname()[1]
-        self._thread = threading.Thread(target=front.serve, args=(listening,), daemon=True)
+        self._thread = threading.Thread(target=front.serve, args=(serving, listening), daemon=True)
         self._thread.start()
-        assert self.got() == Ready()
 
     def got(self) -> Any:
         """The next message."""
@@ -58,17 +57,15 @@ class Engine:
 def engine_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
     monkeypatch.setattr(engine.front, "HANG_UP_S", 0.2)
     serving = Serving(
-        folder=str(model_folder),
         name="base",
         adapters=("law",),
         vocab=400,
         longest_tokens=64,
-        stop_tokens=frozenset({0}),
         max_requests=4,
     )
     ours, theirs = multiprocessing.Pipe()
     with ours, theirs, socket.create_server(("127.0.0.1", 0)) as listening:
-        other = Engine(Front(serving, theirs), ours, listening)
+        other = Engine(Front(str(model_folder), theirs), serving, ours, listening)
         yield other
         if not ours.closed:
             ours.send(Stop(0.0))
