@@ -218,9 +218,9 @@ class Front:
             return JSONResponse({}, GONE)
         choices = [self._begin(asked, tokens, n, adapter) for tokens, n in zip(prompts, most, strict=True)]
         answer = Answer(choices[0].id, asked.model or self._serving.name, chat)
-        counted = sum(map(len, prompts))
+        counts = [len(tokens) for tokens in prompts]
         if asked.stream:
-            events = self._events(answer, choices, counted if asked.include_usage else None)
+            events = self._events(answer, choices, counts, asked)
             return _Ending(StreamingResponse(events, media_type="text/event-stream"), self._end, choices)
         whole = asyncio.ensure_future(self._wholes(choices))
         gone = asyncio.ensure_future(_disconnected(request))
@@ -238,22 +238,30 @@ class Front:
             self._end(choices)
         reasons = [choice.reason for choice in choices]
         made = sum(choice.count for choice in choices)
-        return JSONResponse(answer.whole(texts, reasons, usage(counted, made)))
+        return JSONResponse(answer.whole(texts, reasons, usage(sum(counts), made)))
 
     async def _events(
-        self, answer: Answer, choices: Sequence[Choice], counted: int | None
+        self, answer: Answer, choices: Sequence[Choice], counts: Sequence[int], asked: Wanted
     ) -> AsyncIterator[str]:
-        """Server-sent events of all choices as their tokens come."""
+        """Server-sent events of all choices as their tokens come. `counts` are those of the prompts' tokens."""
         ready: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
 
+        def tell(index: int, chunk: dict[str, Any], made: int) -> None:
+            more = {"usage": usage(counts[index], made)} if asked.continuous_usage else {}
+            ready.put_nowait({**chunk, **more})
+
         async def follow(index: int, choice: Choice) -> None:
+            # With the first token, not before it: clients take the first chunk's time for that token's.
             first = answer.first(index)
-            if first is not None:
-                ready.put_nowait(first)
             try:
                 async for text in choice.texts():
-                    ready.put_nowait(answer.more(index, text, None))
-                ready.put_nowait(answer.more(index, "", choice.reason))
+                    if first is not None:
+                        tell(index, first, 0)
+                        first = None
+                    tell(index, answer.more(index, text, None), choice.count)
+                if first is not None:
+                    tell(index, first, 0)
+                tell(index, answer.more(index, "", choice.reason), choice.count)
             except Refused as refused:
                 ready.put_nowait(refused.body())
             self._end([choice])
@@ -268,9 +276,9 @@ class Front:
                     left -= 1
                 else:
                     yield _event(event)
-            if counted is not None:
+            if asked.include_usage:
                 made = sum(choice.count for choice in choices)
-                yield _event(answer.last(usage(counted, made)))
+                yield _event(answer.last(usage(sum(counts), made)))
             yield "data: [DONE]\n\n"
         finally:
             for task in tasks:

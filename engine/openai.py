@@ -1,8 +1,8 @@
 """The OpenAI API as far as it is served: what the body of a request asks for, and the objects of an answer.
 
 Completions and chat completions, streamed or not (platform.openai.com/docs/api-reference). What would change the
-answer and is not supported is refused by name; what would not, is taken. `top_k`, `seed` and `ignore_eos` are as
-vLLM has them.
+answer and is not supported is refused by name; what would not, is taken. `top_k`, `seed`, `ignore_eos` and
+`continuous_usage_stats` are as vLLM has them.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ class Wanted:
     stream: bool
     include_usage: bool
     """Whether a stream ends with the counts of tokens."""
+    continuous_usage: bool
+    """Whether each chunk of that stream has those of its choice so far."""
 
 
 def wanted(body: object, chat: bool) -> Wanted:
@@ -106,8 +108,10 @@ def wanted(body: object, chat: bool) -> Wanted:
     options = {
         key: value for key, value in _typed(given, "stream_options", dict, {}).items() if value is not None
     }
-    if unknown := options.keys() - {"include_usage"}:
+    if unknown := options.keys() - {"include_usage", "continuous_usage_stats"}:
         raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
+    include_usage = _typed(options, "include_usage", bool, False)
+    continuous = _typed(options, "continuous_usage_stats", bool, False)
     top_k = _whole(given, "top_k", None, -1)
     return Wanted(
         model=_typed(given, "model", str, None),
@@ -121,7 +125,8 @@ def wanted(body: object, chat: bool) -> Wanted:
         stop=_stop(given.get("stop", ())),
         ignore_eos=_typed(given, "ignore_eos", bool, False),
         stream=_typed(given, "stream", bool, False),
-        include_usage=_typed(options, "include_usage", bool, False),
+        include_usage=include_usage,
+        continuous_usage=include_usage and continuous,
     )
 
 
@@ -145,7 +150,7 @@ class Answer:
         return {**self._head, "object": kind, "choices": choices, "usage": dict(usage)}
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk with which a choice begins; a completion begins with its text."""
+        """What comes before the first text of a choice; a completion begins with its text."""
         return (
             self._chunk(index, {"delta": {"role": "assistant", "content": ""}}, None) if self._chat else None
         )

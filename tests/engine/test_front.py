@@ -175,6 +175,56 @@ def test_a_stop_text_ends_its_choice_while_others_run(
         assert choices[0]["text"] == "" and json.loads(content)["usage"]["completion_tokens"] == 3
 
 
+def events_of(connection: http.client.HTTPConnection) -> list[dict[str, Any]]:
+    """What a stream has told before its end."""
+    *events, done, rest = connection.getresponse().read().decode().split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
+
+
+ALL_COUNTS = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+
+
+def test_each_chunk_has_the_counts_of_its_choice_so_far_and_the_last_has_those_of_all(
+    engine_end: Engine, tokenizer: Any
+) -> None:
+    prompts = ["x", "The harbour"]
+    lengths = [len(tokenizer.encode(prompt)) for prompt in prompts]
+    connection = engine_end.post({**LONG, **ALL_COUNTS, "prompt": prompts, "max_tokens": 2})
+    first, second = engine_end.got().id, engine_end.got().id
+    engine_end.say((first, 65), (second, 66))
+    engine_end.say((first, 67), (second, 68), (first, None), (second, None))
+    *events, last = events_of(connection)
+    for index, prompt_tokens in enumerate(lengths):
+        counts = [event["usage"] for event in events if event["choices"][0]["index"] == index]
+        assert [count["completion_tokens"] for count in counts] == [1, 2, 2]
+        assert {count["prompt_tokens"] for count in counts} == {prompt_tokens}
+        assert all(c["total_tokens"] == prompt_tokens + c["completion_tokens"] for c in counts)
+    assert last["choices"] == []
+    assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (sum(lengths), 4)
+
+
+def test_a_chat_begins_with_its_first_token(engine_end: Engine) -> None:
+    """Clients take the time of the first chunk that has a choice for that of the first token."""
+    body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+    connection = engine_end.post(body, "chat/completions")
+    engine_end.got()
+    engine_end.link.send(Stop(0.0))
+    (event,) = events_of(connection)
+    assert event["error"]["message"] == "the server stops"
+
+
+@pytest.mark.parametrize(("tokens", "counts"), [([65, 0], [0, 1, 2, 2]), ([0], [0, 1, 1])])
+def test_the_role_of_a_chat_has_no_tokens(engine_end: Engine, tokens: list[int], counts: list[int]) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, **ALL_COUNTS}
+    connection = engine_end.post(body, "chat/completions")
+    id = engine_end.got().id
+    engine_end.say(*((id, token) for token in tokens), (id, None))
+    events = events_of(connection)
+    assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert [event["usage"]["completion_tokens"] for event in events] == counts
+
+
 def test_a_stop_in_what_was_held_back_is_the_reason_of_the_end(engine_end: Engine, tokenizer: Any) -> None:
     """Half a character is text only when no other half follows."""
     tokens = [*tokenizer.encode("x"), tokenizer.encode("\u00e9")[0]]

@@ -46,6 +46,20 @@ def test_what_changes_nothing_is_taken() -> None:
     assert wanted({"messages": [{"role": "user", "content": parts}]}, chat=True) == wanted(CHAT, chat=True)
 
 
+def test_counts_in_every_chunk_are_for_streams_that_end_with_them() -> None:
+    """As vLLM has it."""
+    for asked, found in (
+        ({"include_usage": True, "continuous_usage_stats": True}, (True, True)),
+        ({"include_usage": True, "continuous_usage_stats": None}, (True, False)),
+        ({"include_usage": False, "continuous_usage_stats": True}, (False, False)),
+        ({"continuous_usage_stats": True}, (False, False)),
+    ):
+        one = wanted({"prompt": "x", "stream": True, "stream_options": asked}, chat=False)
+        assert (one.include_usage, one.continuous_usage) == found
+    with pytest.raises(Refused, match="continuous_usage_stats must be true or false, got 1"):
+        wanted({"prompt": "x", "stream_options": {"continuous_usage_stats": 1}}, chat=False)
+
+
 def test_prompts_are_texts_or_tokens_one_or_several() -> None:
     for given, found in (
         ("x", ("x",)),
