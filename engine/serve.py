@@ -169,6 +169,10 @@ class _Server:
         given = build(LimitSettings, config.limits, "limits")
         measure_s = seconds_of(config, "measure_s")
         self._adapters = {name: read_adapter(folder, shape) for name, folder in settings.adapters.items()}
+        node = policy_node(config.policy)
+        target = locate(node.get("_target_"), "policy")
+        self._check_policy(target, target)
+
         self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
         jobs = [] if training is None else [training.job]
         limits, plans = limits_and_plans(self._model, device, given, jobs, utilization)
@@ -177,7 +181,8 @@ class _Server:
         self._jobs = [replace(job, plan=plans[job.id]) for job in jobs]
         self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
         front.await_ready()  # it must not share the processor with what is timed
-        self._policy = self._made(policy_node(config.policy), device, measure_s)
+        self._policy = self._made(node, device, measure_s)
+        self._check_policy(self._policy, target)
 
     def run(self, url: str, trace: TextIO | None) -> dict[str, Any]:
         """Serve at `url` until somebody stops it; the row of what was done."""
@@ -227,20 +232,22 @@ class _Server:
 
     def _made(self, node: dict[str, Any], device: DeviceSpec, measure_s: float) -> Policy:
         """The policy, with a predictor if it asks for one."""
-        target = locate(node.get("_target_"), "policy")
-        if hasattr(target, "assign"):
-            raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
-        asked = "predictor" in inspect.signature(target).parameters
+        asked = "predictor" in inspect.signature(locate(node["_target_"], "policy")).parameters
         predictor = self._predictor(device, measure_s) if asked else None
         if predictor is None or self._settings.predictor is not None:
             first_uses(self._model, self._limits, self._jobs, self._assemble)
         release()
-        policy = policy_of(node, predictor, self._slos)
-        if not policy.serves:
+        return policy_of(node, predictor, self._slos)
+
+    def _check_policy(self, policy: object, target: Any) -> None:
+        """Refuse a policy that cannot run here, or a class `target` of which that is known before a model is loaded;
+        what a class does not say, its objects do."""
+        if hasattr(policy, "assign"):
+            raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
+        if not getattr(policy, "serves", True):
             raise ValueError(f"policy must be one that serves, got {target.__name__}")
-        if self._jobs and not policy.finetunes:
+        if self._training is not None and not getattr(policy, "finetunes", True):
             raise ValueError(f"policy must be one that finetunes, got {target.__name__}")
-        return policy
 
     def _predictor(self, device: DeviceSpec, measure_s: float) -> IterationCost:
         if self._settings.predictor is None:

@@ -2,181 +2,69 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from engine.generate import main as generate
 from engine.serve import main as serve
-from engine.text import BUNDLED, read_text
 from engine.training import main as finetune
 from sim.cli import main as coserve
 from sim.results import read_run
+from tests.engine.serving import JOB, PATIENCE_S, SHORT, Server, greedy, prepared, serving
 
 pytest.importorskip("starlette", reason="a server needs starlette and uvicorn")
 pytest.importorskip("uvicorn", reason="a server needs starlette and uvicorn")
 ROOT = Path(__file__).parents[2]
-SHORT = ("device=cpu", "port=0", "measure_s=1", "drain_s=20")
-JOB = {
-    "dataset": "d.jsonl",
-    "output_dir": "trained",
-    "cutoff_len": 24,
-    "gradient_accumulation_steps": 2,
-    "learning_rate": 5e-3,
-    "save_steps": 5,
-}
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 FOREVER = 10_000
-PATIENCE_S = 120
-LONGEST_S = 240
-"""Of a server."""
-
-
-class Server:
-    """A server in a process of its own, with the folder `here` as its working directory."""
-
-    def __init__(self, here: Path, *arguments: str) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONFAULTHANDLER": "1",
-        }
-        command = [sys.executable, "-m", "sim.cli", "serve", *SHORT, *arguments]
-        # Appended to: the offset is shared, and moves when somebody reads.
-        (here / "errors").unlink(missing_ok=True)
-        self.errors = (here / "errors").open("a+")
-        self.process = subprocess.Popen(
-            command, cwd=here, env=environment, stdout=subprocess.PIPE, stderr=self.errors, text=True
-        )
-        # Whatever hangs, ends, and says where: pipes and connections of a process that is gone do not wait.
-        self.watch = threading.Timer(LONGEST_S, self.process.send_signal, [signal.SIGABRT])
-        self.watch.daemon = True
-        self.watch.start()
-        assert self.process.stdout is not None
-        self.first = self.process.stdout.readline()
-        found = re.fullmatch(r"(\S+): http://127\.0\.0\.1:(\d+)/v1\n", self.first)
-        assert found is not None, self.told()
-        self.name, self.port = found[1], int(found[2])
-
-    def told(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
-
-    def ask(self, path: str, body: object = None) -> tuple[int, Any]:
-        """Status, and the body as JSON; `body` makes it a POST, bytes as they are."""
-        with self.connected() as connection:
-            data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-            connection.request("GET" if body is None else "POST", path, data)
-            answer = connection.getresponse()
-            content = answer.read().decode()
-            plain = answer.getheader("content-type", "").startswith("text/plain")
-            return answer.status, content if plain else json.loads(content)
-
-    def events(self, path: str, body: dict[str, Any]) -> list[dict[str, Any]]:
-        with self.connected() as connection:
-            connection.request("POST", path, json.dumps({**body, "stream": True}))
-            answer = connection.getresponse()
-            assert answer.getheader("content-type", "").startswith("text/event-stream")
-            parts = answer.read().decode().split("\n\n")
-        assert parts[-2:] == ["data: [DONE]", ""]
-        return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
-
-    @contextmanager
-    def connected(self) -> Iterator[http.client.HTTPConnection]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
-        try:
-            yield connection
-        finally:
-            connection.close()
-
-    def gauge(self, name: str) -> float:
-        _, text = self.ask("/metrics")
-        return float(dict(line.split() for line in text.splitlines()).get(f"coserve_{name}", 0))
-
-    def await_gauge(self, name: str, least: float) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while self.gauge(name) < least:
-            assert time.monotonic() < end_s, (name, self.told())
-            time.sleep(0.1)
-
-    def await_told(self, words: str) -> None:
-        end_s = time.monotonic() + PATIENCE_S
-        while words not in self.told():
-            assert time.monotonic() < end_s, (words, self.told())
-            time.sleep(0.05)
-
-    def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Exit code and what was printed."""
-        if self.process.poll() is None:
-            self.process.send_signal(number)
-        assert self.process.stdout is not None
-        out, code = self.process.stdout.read(), self.process.wait(PATIENCE_S)
-        return code, out
-
-
-@contextmanager
-def serving(here: Path, *arguments: str) -> Iterator[Server]:
-    server = Server(here, *arguments)
-    try:
-        yield server
-    finally:
-        server.watch.cancel()
-        server.process.kill()
-        server.process.wait()
-        server.errors.close()
-
-
-def prepared(here: Path, **changes: object) -> Path:
-    """A dataset and the file of a job."""
-    sentences = [s for s in read_text(BUNDLED).replace("\n", " ").split(". ") if s]
-    (here / "d.jsonl").write_text("".join(json.dumps({"text": s}) + "\n" for s in sentences[:24]))
-    (here / "job.yaml").write_text(yaml.safe_dump({**JOB, **changes}))
-    return here
+EPOCHS, STEPS = 2, 24
+PROMPTS = ("The harbour", "A ship at night", "Nobody")
 
 
 @pytest.fixture(scope="module")
 def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that also trains: 240 steps."""
-    here = prepared(tmp_path_factory.mktemp("serve"), num_train_epochs=20)
-    arguments = [f"weights={model_folder}", "name=base", "train=job.yaml", "max_requests=40", "trace=t.csv"]
-    with serving(here, *arguments) as running:
+    """One whose job had requests beside it from its beginning."""
+    here = prepared(tmp_path_factory.mktemp("serve"), num_train_epochs=EPOCHS)
+    arguments = ["name=base", "train=job.yaml", "policy=coserving_slack", "max_requests=40", "trace=t.csv"]
+    with serving(here, f"weights={model_folder}", *arguments) as running:
+        with ThreadPoolExecutor(4) as clients:
+            list(clients.map(lambda prompt: running.text(greedy(prompt, 60)), PROMPTS * 4))
         yield running
 
 
-def greedy(prompt: str | list[int], tokens: int = 12, **more: object) -> dict[str, Any]:
-    return {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, **more}
-
-
-PROMPTS = ("The harbour", "A ship at night", "Nobody")
+def generated(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
+    """What `coserve generate` answers to PROMPTS."""
+    Path("p.txt").write_text("\n".join(PROMPTS))
+    assert generate([*arguments, "prompts=p.txt", "max_new_tokens=12", "chat=false", "ignore_eos=true"]) == 0
+    return [json.loads(line)["output"] for line in capsys.readouterr().out.splitlines()]
 
 
 def test_answers_are_those_of_generate(
-    server: Server, model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: Server,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (tmp_path / "p.txt").write_text("\n".join(PROMPTS))
-    common = [f"model_name_or_path={model_folder}", f"prompts={tmp_path / 'p.txt'}", "max_new_tokens=12"]
-    assert generate([*common, "chat=false", "ignore_eos=true"]) == 0
-    alone = [json.loads(line)["output"] for line in capsys.readouterr().out.splitlines()]
+    monkeypatch.chdir(tmp_path)
+    alone = generated(capsys, f"model_name_or_path={model_folder}")
     with ThreadPoolExecutor(3) as clients:
-        found = list(clients.map(lambda p: server.ask("/v1/completions", greedy(p)), PROMPTS))
-    assert [body["choices"][0]["text"] for _, body in found] == alone
+        assert list(clients.map(lambda prompt: server.text(greedy(prompt)), PROMPTS)) == alone
     status, both = server.ask("/v1/completions", greedy(list(PROMPTS)))  # type: ignore[arg-type]
     assert status == 200 and [choice["text"] for choice in both["choices"]] == alone
     assert both["usage"]["completion_tokens"] == 36 and both["object"] == "text_completion"
@@ -199,10 +87,7 @@ def test_a_stream_is_the_same_answer_in_pieces(server: Server) -> None:
 
 def test_a_seed_gives_the_same_answer_and_none_another(server: Server) -> None:
     body = {"prompt": "The", "max_tokens": 16, "ignore_eos": True}
-    texts = [
-        server.ask("/v1/completions", {**body, **more})[1]["choices"][0]["text"]
-        for more in ({"seed": 7}, {"seed": 7}, {}, {})
-    ]
+    texts = [server.text({**body, **more}) for more in ({"seed": 7}, {"seed": 7}, {}, {})]
     assert texts[0] == texts[1] and len(set(texts)) > 2
 
 
@@ -218,14 +103,40 @@ def test_a_stop_ends_the_answer_before_it(server: Server) -> None:
     server.await_gauge("requests_finished_total", finished + 1)
 
 
-def test_the_job_trains_meanwhile_and_its_adapter_answers(server: Server) -> None:
-    server.await_gauge("finetune_steps_total", 20)
-    names = [model["id"] for model in server.ask("/v1/models")[1]["data"]]
-    assert names == ["base", "trained"]
-    before = server.ask("/v1/completions", greedy("The harbour", 12, model="base"))[1]["choices"][0]["text"]
-    after = server.ask("/v1/completions", greedy("The harbour", 12, model="trained"))[1]["choices"][0]["text"]
-    assert before != after
+def test_a_job_beside_requests_ends_as_it_does_alone_and_its_adapter_answers(
+    server: Server,
+    model_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """While the server goes on serving."""
+    monkeypatch.chdir(prepared(tmp_path))
+    alone = [f"{key}={value}" for key, value in {**JOB, "output_dir": "alone"}.items()]
+    assert finetune([*alone, f"model_name_or_path={model_folder}", f"num_train_epochs={EPOCHS}"]) == 0
+    capsys.readouterr()
+    server.await_gauge("finetune_steps_total", STEPS)
+    trained = server.here / "trained"
+    end_s = time.monotonic() + PATIENCE_S
+    while not (trained / "adapter_model.safetensors").exists():
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
+    ours, theirs = (
+        load_file(trained / "adapter_model.safetensors"),
+        load_file("alone/adapter_model.safetensors"),
+    )
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=2e-5)
+    names = [{path.name for path in folder.glob("checkpoint-*")} for folder in (trained, Path("alone"))]
+    assert names[0] == names[1]
+
+    assert [model["id"] for model in server.ask("/v1/models")[1]["data"]] == ["base", "trained"]
+    found = generated(capsys, f"model_name_or_path={model_folder}", f"adapter_name_or_path={trained}")
+    assert [server.text(greedy(prompt, model="trained")) for prompt in PROMPTS] == found
+    assert [server.text(greedy(prompt, model="base")) for prompt in PROMPTS] != found
     assert server.ask("/health") == (200, {"status": "ok"})
+    assert server.gauge("finetune_forward_tokens_total") == server.gauge("finetune_trained_tokens_total") > 0
 
 
 @pytest.mark.parametrize(
@@ -252,24 +163,28 @@ def test_what_cannot_be_answered_is_refused_at_once(
 
 def test_a_client_that_goes_frees_its_place(server: Server) -> None:
     aborted = server.gauge("requests_aborted_total")
-    long = greedy("The harbour", 240)
-    for stream in (True, False):
-        with server.connected() as connection:
-            connection.request("POST", "/v1/completions", json.dumps({**long, "stream": stream}))
-            if stream:
-                connection.getresponse().read(1)
-            else:
-                server.await_gauge("running", 1)
-    server.await_gauge("requests_aborted_total", aborted + 2)
+    with server.connected() as connection:
+        connection.request("POST", "/v1/completions", json.dumps(greedy("The harbour", 240, stream=True)))
+        connection.getresponse().read(1)
+    server.await_gauge("requests_aborted_total", aborted + 1)
 
 
 def test_many_clients_are_answered_or_turned_away(server: Server) -> None:
-    alone = server.ask("/v1/completions", greedy("Nobody", 40))[1]["choices"][0]["text"]
+    alone = server.text(greedy("Nobody", 40))
     with ThreadPoolExecutor(60) as clients:
         found = list(clients.map(lambda _: server.ask("/v1/completions", greedy("Nobody", 40)), range(60)))
     answered = [body["choices"][0]["text"] for status, body in found if status == 200]
     assert {status for status, _ in found} <= {200, 429}
     assert len(answered) >= 20 and set(answered) == {alone}
+
+
+@needs_proc
+def test_the_http_process_has_no_torch(server: Server) -> None:
+    """Which would take seconds of every start."""
+    status, _ = server.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert status == 200
+    assert "tokenizers" in (files := Path(f"/proc/{server.front()}/maps").read_text())
+    assert "libtorch" not in files and "libtorch" in Path(f"/proc/{server.process.pid}/maps").read_text()
 
 
 def test_answers_under_way_are_finished_when_the_server_stops(
@@ -283,11 +198,11 @@ def test_answers_under_way_are_finished_when_the_server_stops(
             connection.request("POST", "/v1/completions", json.dumps(asked))
             answer = connection.getresponse()
             begun = answer.read(1)
-            server.process.send_signal(signal.SIGINT)
+            server.send(signal.SIGINT)
             events = (begun + answer.read()).decode().split("\n\n")
         assert events[-2] == "data: [DONE]"
         assert json.loads(events[-3].removeprefix("data: "))["usage"]["completion_tokens"] == 240
-        code, out = server.end(0)
+        code, out = server.end(None)
         assert code == 0 and out == "1 requests answered, 240 tokens generated, 0 trained\n"
         assert "note: stopping: up to 20 s for the answers under way" in server.told()
     monkeypatch.chdir(tmp_path)
@@ -301,93 +216,89 @@ def test_answers_under_way_are_finished_when_the_server_stops(
     assert "trace: t.csv exists; choose another file" in capsys.readouterr().err
 
 
-def test_a_job_beside_requests_ends_as_it_does_alone(
-    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stopped_job_goes_on_and_what_a_failed_write_costs_is_the_checkpoint(
+    model_folder: Path, tmp_path: Path
 ) -> None:
-    here = prepared(tmp_path, num_train_epochs=2)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "policy=coserving_slack") as server:
-        with ThreadPoolExecutor(4) as clients:
-            list(clients.map(lambda p: server.ask("/v1/completions", greedy(p, 60)), PROMPTS * 4))
-        server.await_gauge("finetune_steps_total", 24)
-        code, out = server.end(signal.SIGINT)
-        assert code == 0 and "resume" not in out
-    monkeypatch.chdir(tmp_path)
-    alone = [f"{key}={value}" for key, value in {**JOB, "output_dir": "alone"}.items()]
-    assert finetune([*alone, f"model_name_or_path={model_folder}", "num_train_epochs=2"]) == 0
-    ours, theirs = (load_file(f"{name}/adapter_model.safetensors") for name in ("trained", "alone"))
-    assert ours.keys() == theirs.keys()
-    for key, tensor in theirs.items():
-        torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=2e-5)
-    assert {p.name for p in Path("trained").glob("checkpoint-*")} == {
-        p.name for p in Path("alone").glob("checkpoint-*")
-    }
-
-
-def test_a_stopped_job_goes_on(model_folder: Path, tmp_path: Path) -> None:
-    here = prepared(tmp_path, num_train_epochs=FOREVER)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "policy=temporal") as server:
+    """Its folder turns into one that nobody can write to, and requests are answered on."""
+    here, arguments = tmp_path, [f"weights={model_folder}", "train=job.yaml"]
+    prepared(here, num_train_epochs=FOREVER)
+    with serving(here, *arguments) as server:
         server.await_gauge("finetune_steps_total", 6)
         code, out = server.end()
     assert code == 0
     last = re.search(r"resume=true goes on from checkpoint-(\d+)$", out, re.MULTILINE)
     assert last is not None
-    prepared(tmp_path, num_train_epochs=FOREVER, resume=True)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "policy=temporal") as server:
-        server.await_gauge("finetune_steps_total", 1)
-        server.end()
-    steps = [
-        json.loads(line)["step"] for line in (here / "trained/trainer_log.jsonl").read_text().splitlines()
-    ]
-    assert steps == list(range(1, len(steps) + 1)) and len(steps) > int(last[1])
-
-
-def test_without_its_http_process_the_server_ends_and_without_the_server_that_does(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    arguments = [f"weights={model_folder}", "policy=inference_only"]
-    with serving(tmp_path, *arguments) as server:
-        server.ask("/v1/completions", greedy("Nobody"))
-        server.await_gauge("requests_finished_total", 1)
-        assert server.gauge("running") == server.gauge("kv_blocks_used") == 0
-        os.kill(_front(server), signal.SIGKILL)
-        code, _ = server.end(0)
-        assert code == 2 and "the HTTP process ended by itself, with code -9" in server.told()
-    with serving(tmp_path, *arguments) as server:
-        front = _front(server)
-        server.process.kill()
-        server.process.wait()
-        end_s = time.monotonic() + PATIENCE_S
-        while Path(f"/proc/{front}").exists():
-            assert time.monotonic() < end_s
-            time.sleep(0.1)
-
-
-def _front(server: Server) -> int:
-    """The process that listens, besides the server's own."""
-    if not Path("/proc/self/task").exists():
-        pytest.skip("needs /proc")
-    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
-    names = {int(pid): Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
-    return next(pid for pid, name in names.items() if "resource_tracker" not in name)
-
-
-def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_path: Path) -> None:
-    """The folder turns into one that nobody can write to, and requests are answered on."""
-    here = prepared(tmp_path, num_train_epochs=FOREVER)
-    with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m", "policy=temporal") as server:
+    prepared(here, num_train_epochs=FOREVER, resume=True)
+    with serving(here, *arguments, "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 6)
         (here / "trained").rename(here / "away")
         (here / "trained").write_text("in the way")
         steps = server.gauge("finetune_steps_total")
         server.await_gauge("finetune_steps_total", steps + 12)
-        assert server.ask("/v1/completions", greedy("The harbour"))[0] == 200
+        server.text(greedy("The harbour"))
         code, _ = server.end()
-        assert code == 2 and "trained" in server.told() and "Traceback" not in server.told()
+        assert code == 2 and "Traceback" not in server.told()
+        assert re.search("^coserve serve: error: .*trained", server.told(), re.MULTILINE)
+    lines = (here / "away/trainer_log.jsonl").read_text().splitlines()
+    steps_logged = [json.loads(line)["step"] for line in lines]
+    assert steps_logged == list(range(1, len(lines) + 1)) and len(lines) > int(last[1])
+
+
+@needs_proc
+def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: Path) -> None:
+    with serving(tmp_path, f"weights={model_folder}", "policy=inference_only") as server:
+        server.text(greedy("Nobody"))
+        server.await_gauge("requests_finished_total", 1)
+        assert server.gauge("running") == server.gauge("kv_blocks_used") == 0
+        os.kill(server.front(), signal.SIGKILL)
+        code, _ = server.end(None)
+        assert code == 2 and "the HTTP process ended by itself, with code -9" in server.told()
+
+
+def _runs(process: int) -> bool:
+    """Whether it does, and is not only waited for by nobody."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes() != b""
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@needs_proc
+def test_without_the_server_the_http_process_ends(model_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "alone.py").write_text(
+        "import socket\n"
+        "from engine.front_process import FrontProcess\n"
+        "from engine.messages import Serving\n"
+        "if __name__ == '__main__':\n"
+        "    listening = socket.create_server(('127.0.0.1', 0))\n"
+        f"    front = FrontProcess({str(model_folder)!r}, listening)\n"
+        "    front.await_ready()\n"
+        "    front.serve(Serving(name='m', adapters=(), vocab=400, longest_tokens=64, max_requests=4))\n"
+        "    print(front._process.pid, flush=True)\n"
+        "    front.link.recv()\n"
+    )
+    engine = subprocess.Popen(
+        [sys.executable, "alone.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with engine:
+        assert engine.stdout is not None
+        front = int(engine.stdout.readline())
+        assert _runs(front)
+        engine.kill()
+    end_s = time.monotonic() + PATIENCE_S
+    while _runs(front):
+        assert time.monotonic() < end_s
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["weights=silent"], "silent: its tokenizer cannot be read"),
         (["weights=nowhere"], "weights must be a folder with a Hugging Face model"),
         (["port=70000"], "port must be from 0 to 65535, got 70000"),
         (["max_requests=0"], "max_requests must be from 1 to"),
@@ -407,6 +318,7 @@ def test_what_a_failed_write_costs_is_the_checkpoint(model_folder: Path, tmp_pat
         (["-m"], "-m is for runs that end; a server is one at a time"),
         (["policy=separate_25"], "splits several pipelines, and a server is one"),
         (["policy=finetune_only"], "policy must be one that serves, got FinetuneOnly"),
+        (["policy=inference_only", "policy._target_=late.Late"], "policy must be one that serves, got Late"),
         (["train=job.yaml", "policy=inference_only"], "policy must be one that finetunes, got InferenceOnly"),
         (["peak_s=3"], "peak_s changes nothing here: peak_s is read by coserve bench alone"),
         (["job.accumulation=3"], "job.accumulation changes nothing here"),
@@ -429,6 +341,13 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     Path("own.yaml").write_text("dataset: d.jsonl\noutput_dir: o\ndevice: cuda\n")
     Path("measured.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nval_size: 0.1\n")
     Path("odd.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nlora_rnak: 4\n")
+    Path("late.py").write_text(
+        "from sim.policies.inference_only import InferenceOnly\n\n"
+        "class Late(InferenceOnly):\n    def __init__(self, token_budget):\n        self.serves = False\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shutil.copytree(model_folder, "silent")
+    Path("silent/tokenizer.json").write_text("{}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         own = [argument.replace("PORT", str(taken.getsockname()[1])) for argument in arguments]
         assert serve([f"weights={model_folder}", *SHORT, *own]) == 2
@@ -474,12 +393,12 @@ def test_an_end_before_the_answers_is_told_to_their_clients(
         answer = c.getresponse()
         assert answer.read(5) == b"data:"
         for _ in range(signals):
-            server.process.send_signal(signal.SIGINT)
+            server.send(signal.SIGINT)
             server.await_told("stopping")
         *_, error, done, rest = answer.read().decode().split("\n\n")
         assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server stops"
         assert (done, rest) == ("data: [DONE]", "")
-        found, out = server.end(0)
+        found, out = server.end(None)
         assert found == code and words in server.told() and "Traceback" not in server.told()
         assert code or "1 requests cut short" in out
 
@@ -490,6 +409,6 @@ def test_a_job_that_fails_is_told_and_leaves_the_server_serving(model_folder: Pa
         server.await_gauge("finetune_jobs_failed_total", 1)
         assert "note: job trained: step" in server.told()
         for model in ("m", "trained"):
-            assert server.ask("/v1/completions", greedy("Nobody", model=model))[0] == 200
+            server.text(greedy("Nobody", model=model))
         code, _ = server.end()
         assert code == 2 and "error: job trained: step" in server.told()
