@@ -123,6 +123,31 @@ def test_a_stop_lets_running_answers_end_and_takes_no_more(engine_end: Engine) -
     assert engine_end.ended()
 
 
+def test_a_client_between_two_requests_is_hung_up_on(engine_end: Engine) -> None:
+    """A stop comes while its connection is open and asks for nothing."""
+    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as kept:
+        kept.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert kept.recv(12) == b"HTTP/1.1 200"
+        engine_end.link.send(Stop(PATIENCE_S))
+        assert engine_end.ended()
+        while kept.recv(4096):
+            pass
+
+
+def test_a_body_that_comes_byte_by_byte_is_taken_and_holds_nobody_up(engine_end: Engine) -> None:
+    body = json.dumps({**LONG, "max_tokens": 1}).encode()
+    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as slow:
+        slow.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        for n, byte in enumerate(head + body):
+            slow.send(bytes([byte]))
+            if n == len(head):
+                assert engine_end.post(b"{").getresponse().status == 400
+        id = engine_end.got().id
+        engine_end.say((id, 65), (id, None))
+        assert slow.recv(12) == b"HTTP/1.1 200"
+
+
 def test_a_client_that_keeps_its_body_does_not_hold_the_end_up(engine_end: Engine) -> None:
     with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as slow:
         slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")

@@ -135,12 +135,17 @@ def test_who_has_enough_is_finished(loop: Loop) -> None:
 
 
 def test_tokens_go_out_with_the_next_plan_and_once(loop: Loop) -> None:
+    """Or before the loop idles."""
+    loop.live.due(0.0)
     loop.live.on_token(1, 65)
     loop.live.on_token(2, 66)
-    loop.live.ended(1, 0.0)
-    loop.live.due(0.0)
-    loop.live.due(0.0)
+    loop.live.ended(1, 0.1)
+    for now_s in (0.1, 0.2):
+        loop.live.due(now_s)
     assert loop.told_last() == [Tokens([(1, 65), (2, 66), (1, None)])]
+    loop.live.on_token(2, 67)
+    loop.live.next_s()
+    assert loop.told_last() == [Tokens([(2, 67)])]
 
 
 def test_the_end_of_the_pipe_ends_the_loop_then_and_there() -> None:
@@ -235,20 +240,26 @@ class Full:
     def __init__(self, file: Any, writes: int) -> None:
         self._file = file
         self._left = writes
+        self._text = ""
         self.name = file.name
-        self.tell = file.tell
         self.closed = False
 
     def write(self, text: str) -> None:
-        self._left -= 1
-        if self._left < 0:
-            self._file.write(text[: len(text) // 2])
-            self._file.flush()
-            raise OSError(28, "No space left on device")
-        self._file.write(text)
+        self._text += text
 
     def flush(self) -> None:
-        self._file.flush()
+        if self._text:
+            self._left -= 1
+            fits = len(self._text) if self._left >= 0 else len(self._text) // 2
+            self._file.write(self._text[:fits])
+            self._file.flush()
+            self._text = self._text[fits:]
+        if self._text:
+            raise OSError(28, "No space left on device")
+
+    def tell(self) -> int:
+        self.flush()
+        return int(self._file.tell())
 
     def close(self) -> None:
         self.closed = True

@@ -8,8 +8,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.checkpoint import checkpoints, read_progress
 from engine.generate import main as generate
 from engine.serve import main as serve
 from engine.training import main as finetune
@@ -29,7 +28,6 @@ from tests.engine.serving import JOB, PATIENCE_S, SHORT, Server, greedy, prepare
 
 pytest.importorskip("starlette", reason="a server needs starlette and uvicorn")
 pytest.importorskip("uvicorn", reason="a server needs starlette and uvicorn")
-ROOT = Path(__file__).parents[2]
 needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
 FOREVER = 10_000
 EPOCHS, STEPS = 2, 24
@@ -219,16 +217,20 @@ def test_answers_under_way_are_finished_when_the_server_stops(
 def test_a_stopped_job_goes_on_and_what_a_failed_write_costs_is_the_checkpoint(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    """Its folder turns into one that nobody can write to, and requests are answered on."""
+    """It is stopped while checkpoints are written. Later its folder turns into one that nobody can write to, and
+    requests are answered on."""
     here, arguments = tmp_path, [f"weights={model_folder}", "train=job.yaml"]
-    prepared(here, num_train_epochs=FOREVER)
+    prepared(here, num_train_epochs=FOREVER, save_steps=1)
     with serving(here, *arguments) as server:
         server.await_gauge("finetune_steps_total", 6)
         code, out = server.end()
     assert code == 0
     last = re.search(r"resume=true goes on from checkpoint-(\d+)$", out, re.MULTILINE)
     assert last is not None
-    prepared(here, num_train_epochs=FOREVER, resume=True)
+    whole = checkpoints(here / "trained")
+    assert int(last[1]) == max(read_progress(checkpoint).step for checkpoint in whole)
+    assert {path.name for path in whole} == {path.name for path in (here / "trained").glob("*checkpoint*")}
+    prepared(here, num_train_epochs=FOREVER, resume=True, save_steps=1)
     with serving(here, *arguments, "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 6)
         (here / "trained").rename(here / "away")
@@ -253,46 +255,6 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         os.kill(server.front(), signal.SIGKILL)
         code, _ = server.end(None)
         assert code == 2 and "the HTTP process ended by itself, with code -9" in server.told()
-
-
-def _runs(process: int) -> bool:
-    """Whether it does, and is not only waited for by nobody."""
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes() != b""
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-@needs_proc
-def test_without_the_server_the_http_process_ends(model_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "alone.py").write_text(
-        "import socket\n"
-        "from engine.front_process import FrontProcess\n"
-        "from engine.messages import Serving\n"
-        "if __name__ == '__main__':\n"
-        "    listening = socket.create_server(('127.0.0.1', 0))\n"
-        f"    front = FrontProcess({str(model_folder)!r}, listening)\n"
-        "    front.await_ready()\n"
-        "    front.serve(Serving(name='m', adapters=(), vocab=400, longest_tokens=64, max_requests=4))\n"
-        "    print(front._process.pid, flush=True)\n"
-        "    front.link.recv()\n"
-    )
-    engine = subprocess.Popen(
-        [sys.executable, "alone.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with engine:
-        assert engine.stdout is not None
-        front = int(engine.stdout.readline())
-        assert _runs(front)
-        engine.kill()
-    end_s = time.monotonic() + PATIENCE_S
-    while _runs(front):
-        assert time.monotonic() < end_s
-        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
