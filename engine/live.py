@@ -154,11 +154,9 @@ class LiveArrivals:
             clock.wake()
 
     def _send(self) -> None:
-        try:
+        with suppress(OSError):  # nobody listens; the other thread ends the run
             while True:
                 self._link.send(self._out.get())
-        except (BrokenPipeError, OSError):
-            return  # nobody listens; the other thread ends the run
 
     # What comes out
 

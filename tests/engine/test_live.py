@@ -29,6 +29,8 @@ class Loop:
     def __init__(self, trace: Any = None) -> None:
         self.time_s = 0.0
         self.woken = threading.Semaphore(0)
+        self.there_at_wake: list[tuple[int, float]] = []
+        """Requests and the horizon when the loop was woken: what comes after that, it may sleep through."""
         self.aborted: deque[int] = deque()
         self.finished: deque[int] = deque()
         self.failures: list[str] = []
@@ -43,6 +45,7 @@ class Loop:
         return self.time_s
 
     def wake(self) -> None:
+        self.there_at_wake.append((len(self.live._asked), self.horizon.duration_s))
         self.woken.release()
 
     def abort(self, id: int) -> None:
@@ -96,6 +99,7 @@ def test_a_request_arrives_when_it_was_asked(loop: Loop) -> None:
     assert loop.live.next_s() == math.inf
     for id, loop.time_s in ((7, 2.0), (8, 3.0)):
         loop.tell(ask(id, "law"))
+    assert loop.there_at_wake == [(1, math.inf), (2, math.inf)]
     assert loop.live.next_s() == 2.0
     assert loop.live.due(1.9) == []
     (request,) = loop.live.due(2.0)
@@ -153,7 +157,7 @@ def test_the_end_of_the_pipe_ends_the_loop_then_and_there() -> None:
     loop.time_s = 4.0
     loop.client.close()
     loop.await_wake()
-    assert (loop.horizon.duration_s, loop.horizon.drain_s) == (4.0, 0.0)
+    assert loop.there_at_wake == [(0, 4.0)] and loop.horizon.drain_s == 0.0
     loop.live.stop(0.0)  # nobody hears it, and nothing fails
 
 
