@@ -22,9 +22,10 @@ import torch
 from engine import checkpoint, saver, training
 from engine.checkpoint import Progress, last_checkpoint
 from engine.engine import Engine
-from engine.saver import Saver
+from engine.lora import Adapter
+from engine.saver import Frozen, Saver
 from engine.training import main as finetune
-from tests.engine.tiny import log_of, without_notes
+from tests.engine.tiny import adapter_of, log_of, without_notes
 
 
 @pytest.fixture(autouse=True)
@@ -310,3 +311,51 @@ def test_what_a_saver_cannot_write_is_told_once() -> None:
         guard.submit(broken, error)
     guard.finish()
     assert told == guard.failures == ["full: x", "RuntimeError: odd"]
+
+
+def test_a_saver_that_keeps_up_leaves_nothing_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    told: list[str] = []
+    written = threading.Semaphore(0)
+    monkeypatch.setattr(saver, "save_checkpoint", lambda *_: written.release())
+    monkeypatch.setattr(saver, "Frozen", lambda *_: None)
+    prompt, nobody = Saver(told.append), cast("Engine", None)
+    for step in range(1, 3 * saver.MOST_WAITING):
+        prompt(tmp_path, nobody, "job", Progress(step=step, samples=step, settings={}), "base", None)
+        assert written.acquire(timeout=60)
+    prompt.finish()
+    assert told == []
+
+
+def test_what_a_saver_remembers_has_an_end() -> None:
+    told: list[str] = []
+    guard, lines = Saver(told.append), [f"line {n}" for n in range(saver.MOST_FAILURES + 2)]
+    for line in lines:
+        guard.fail(line)
+    assert told == lines and guard.failures == lines[: saver.MOST_FAILURES]
+
+
+def test_what_is_saved_is_the_job_as_it_stood() -> None:
+    adapter = adapter_of("llama", 4, ("q_proj", "down_proj"))
+    state = {"groups": [{"lr": 0.5, "betas": (0.5, torch.tensor(0.75))}], "m": {0: torch.ones(2)}, "steps": 3}
+
+    class Job:
+        def adapter(self, job: str) -> Adapter:
+            return adapter
+
+        def optimizer_state(self, job: str) -> dict[str, Any]:
+            return state
+
+    frozen = Frozen(cast("Engine", Job()), "job")
+    before = {name: tensor.clone() for name, tensor in adapter.a.items()}
+    for tensors in (adapter.a, adapter.b):
+        for tensor in tensors.values():
+            tensor.add_(1.0)
+    state["m"][0].add_(1.0)  # type: ignore[index]
+    state["groups"][0]["betas"][1].add_(1.0)  # type: ignore[index]
+    kept = frozen.adapter("job")
+    assert (kept.rank, kept.targets) == (adapter.rank, adapter.targets)
+    assert all(torch.equal(kept.a[name], tensor) for name, tensor in before.items())
+    assert all(torch.equal(kept.b[name] + 1.0, tensor) for name, tensor in adapter.b.items())
+    assert repr(frozen.optimizer_state("job")) == repr(
+        {"groups": [{"lr": 0.5, "betas": (0.5, torch.tensor(0.75))}], "m": {0: torch.ones(2)}, "steps": 3}
+    )
