@@ -14,14 +14,17 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 
 from engine.text import BUNDLED, read_text
 
+ROOT = Path(__file__).parents[2]
 SHORT = ("device=cpu", "port=0", "measure_s=1", "drain_s=20")
 JOB = {
     "dataset": "d.jsonl",
@@ -60,6 +63,10 @@ class Server:
         self._out, self._errors = here / "out", here / "errors"
         self._out.write_text("")
         self._errors.write_text("")
+        with pytest.MonkeyPatch.context() as environment:
+            # Wherever this process stands by now, the imports are those of this tree.
+            environment.setenv("PYTHONPATH", str(ROOT))
+            forkserver.ensure_running()
         self.process = _CONTEXT.Process(target=_run, args=(here, list(arguments)))
         self.process.start()
         # Whatever hangs, ends, and says where.

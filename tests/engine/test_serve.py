@@ -188,8 +188,16 @@ def test_the_http_process_has_no_torch(server: Server) -> None:
 def test_answers_under_way_are_finished_when_the_server_stops(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what was served is a trace for the simulator."""
-    arguments = [f"weights={model_folder}", "name=m", "policy=inference_only", "trace=t.csv"]
+    """What was served is a trace for the simulator. A job that was ended between its last checkpoint and its adapter
+    has that written at the start, and no more to do."""
+    monkeypatch.chdir(prepared(tmp_path, max_steps=1, resume=True))
+    alone = [f"{key}={value}" for key, value in JOB.items()]
+    assert finetune([*alone, f"model_name_or_path={model_folder}", "max_steps=1"]) == 0
+    adapter = Path("trained/adapter_model.safetensors")
+    trained = adapter.read_bytes()
+    adapter.unlink()
+    capsys.readouterr()
+    arguments = [f"weights={model_folder}", "name=m", "policy=temporal", "train=job.yaml", "trace=t.csv"]
     with serving(tmp_path, *arguments) as server:
         asked = greedy("The harbour", 240, stream=True, stream_options={"include_usage": True})
         with server.connected() as connection:
@@ -203,7 +211,7 @@ def test_answers_under_way_are_finished_when_the_server_stops(
         code, out = server.end(None)
         assert code == 0 and out == "1 requests answered, 240 tokens generated, 0 trained\n"
         assert "note: stopping: up to 20 s for the answers under way" in server.told()
-    monkeypatch.chdir(tmp_path)
+    assert adapter.read_bytes() == trained
     assert (
         coserve(["simulate", "workload=csv", "workload.file=t.csv", "hydra.run.dir=o", "run.bounds=false"])
         == 0
@@ -318,6 +326,19 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     lines = [line for line in error.splitlines() if not line.startswith("note: ")]
     assert len(lines) == 1
     assert not Path("t.csv").exists()  # the same command may be given again
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["policy=separate_25"], ["policy=finetune_only"], ["train=job.yaml", "policy=inference_only"]],
+)
+def test_a_policy_that_cannot_run_here_costs_no_loading(
+    arguments: list[str], model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[object] = []
+    monkeypatch.setattr("engine.serve.load_model", lambda *given, **_: loaded.append(given))
+    monkeypatch.chdir(prepared(tmp_path))
+    assert serve([f"weights={model_folder}", *SHORT, *arguments]) == 2 and not loaded
 
 
 def slow_policy(here: Path, fails: bool) -> list[str]:
