@@ -299,7 +299,6 @@ def _stopping(live: LiveArrivals, front: FrontProcess, drain_s: int) -> Iterator
     not hung up long after it should have is ended."""
     stop = _Stop()
     late = threading.Timer(drain_s + 2 * GRACE_S, front.kill)
-    late.daemon = True
 
     def asked(number: int, frame: object) -> None:
         if stop.asked:

@@ -1,0 +1,151 @@
+"""What a server does at a signal, at a step of its job and with its port, without a server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import engine.serve
+from engine.front_process import GRACE_S
+from engine.saver import Saver
+from engine.serve import Settings, _bound, _stopping, _trained, _training
+from tests.engine.serving import prepared
+
+
+class Timer:
+    """One that only remembers."""
+
+    def __init__(self, interval_s: float, function: Callable[[], None]) -> None:
+        self.interval_s, self.function = interval_s, function
+        self.events: list[str] = []
+
+    def start(self) -> None:
+        self.events.append("started")
+
+    def cancel(self) -> None:
+        self.events.append("cancelled")
+
+
+def test_the_first_signal_drains_and_the_second_interrupts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An HTTP process that has long had to be gone is killed."""
+    timers: list[Timer] = []
+    drains: list[float] = []
+
+    def timer(*given: Any) -> Timer:
+        timers.append(Timer(*given))
+        return timers[-1]
+
+    monkeypatch.setattr(engine.serve.threading, "Timer", timer)
+    live: Any = SimpleNamespace(stop=drains.append)
+    front: Any = SimpleNamespace(kill=lambda: None)
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    with _stopping(live, front, 7) as stop:
+        assert not stop.asked and not timers[0].events
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.asked and drains == [7] and timers[0].events == ["started"]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert drains == [7] and timers[0].events == ["started", "cancelled"]
+    assert (timers[0].interval_s, timers[0].function) == (7 + 2 * GRACE_S, front.kill)
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert capsys.readouterr().err.count("stopping: up to 7 s") == 1
+
+
+class Job:
+    """A training and its engine, of which only what is called is there."""
+
+    total = 3
+
+    def __init__(self, steps: int) -> None:
+        self.job = SimpleNamespace(id="job")
+        self.trainers = {"job": SimpleNamespace(optimizer=SimpleNamespace(steps=steps))}
+        self.steps: list[object] = []
+        self.logged: list[int] = []
+        self.written: list[object] = []
+        self.on_step: Any = None
+        self.on_failure: Any = None
+
+    @contextmanager
+    def on(self, engine: object, save: object) -> Iterator[None]:
+        self.on_step = self.log
+        yield
+
+    def log(self, record: Any) -> None:
+        self.logged.append(record.step)
+        raise OSError(28, "full", "log")
+
+    def write(self, frozen: object) -> None:
+        self.written.append(frozen)
+
+    def step(self, number: int) -> None:
+        record = SimpleNamespace(step=number)
+        self.steps.append(record)
+        self.on_step(record)
+
+
+@pytest.mark.parametrize(("done", "written"), [(0, 1), (2, 1), (3, 2)])
+def test_a_job_is_logged_whatever_fails_and_its_adapter_written_when_it_ends(
+    done: int, written: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also at once, where it had ended; and a server remembers no steps."""
+    monkeypatch.setattr(engine.serve, "Frozen", lambda *given: given)
+    job: Any = Job(done)
+    saver = Saver(lambda _: None)
+    with _trained(job, job, saver):
+        for number in (1, 2):
+            job.step(number)
+        assert not job.steps
+        job.step(3)
+        job.on_failure(SimpleNamespace(failure="not finite"))
+    saver.finish()
+    assert job.logged == [1, 2, 3] and not job.steps
+    assert job.written == [(job, "job")] * written
+    assert saver.failures == ["full: log", "not finite"]
+
+
+def test_a_job_has_the_model_and_the_numbers_of_its_server(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(prepared(tmp_path))
+    settings = Settings(
+        weights=str(model_folder),
+        name=None,
+        adapters={},
+        dtype="bfloat16",
+        tp=2,
+        train="job.yaml",
+        host="127.0.0.1",
+        port=0,
+        max_requests=1,
+        drain_s=0,
+        trace=None,
+        predictor=None,
+        memory_utilization=0.9,
+    )
+    training = _training(settings, "cpu")
+    assert training is not None
+    found = training.settings
+    assert (found.model_name_or_path, found.dtype) == (str(model_folder), "bfloat16")
+    assert (found.tp, found.device) == (2, "cpu")
+
+
+def test_a_port_is_free_as_soon_as_its_server_has_ended() -> None:
+    """While the kernel still remembers a connection."""
+    with socket.create_server(("127.0.0.1", 0)) as old:
+        port = old.getsockname()[1]
+        client = socket.create_connection(("127.0.0.1", port))
+        old.accept()[0].close()
+        client.close()
+    with _bound("127.0.0.1", port) as listening:
+        assert listening.getsockname()[1] == port
