@@ -17,7 +17,8 @@ import engine.serve
 from engine.front_process import GRACE_S
 from engine.saver import Saver
 from engine.serve import Settings, _bound, _stopping, _trained, _training
-from tests.engine.serving import prepared
+from engine.serve import main as serve
+from tests.engine.serving import SHORT, prepared
 
 
 class Timer:
@@ -60,6 +61,21 @@ def test_the_first_signal_drains_and_the_second_interrupts(
     assert (timers[0].interval_s, timers[0].function) == (7 + 2 * GRACE_S, front.kill)
     assert [signal.getsignal(number) for number in numbers] == before
     assert capsys.readouterr().err.count("stopping: up to 7 s") == 1
+
+
+def test_a_stop_while_the_model_is_loaded_leaves_nothing(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        assert Path("t.csv").exists()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(engine.serve, "load_model", load)
+    monkeypatch.chdir(tmp_path)
+    before = signal.getsignal(signal.SIGTERM)
+    assert serve([f"weights={model_folder}", *SHORT, "policy=inference_only", "trace=t.csv"]) == 130
+    assert capsys.readouterr().err == "coserve serve: interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) == before and not Path("t.csv").exists()
 
 
 class Job:
