@@ -171,7 +171,7 @@ class _Server:
         self._adapters = {name: read_adapter(folder, shape) for name, folder in settings.adapters.items()}
         node = policy_node(config.policy)
         target = locate(node.get("_target_"), "policy")
-        self._check_policy(target, target)
+        _check_policy(target, target, training is not None)
 
         self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
         jobs = [] if training is None else [training.job]
@@ -182,7 +182,7 @@ class _Server:
         self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
         front.await_ready()  # it must not share the processor with what is timed
         self._policy = self._made(node, device, measure_s)
-        self._check_policy(self._policy, target)
+        _check_policy(self._policy, target, training is not None)
 
     def run(self, url: str, trace: TextIO | None) -> dict[str, Any]:
         """Serve at `url` until somebody stops it; the row of what was done."""
@@ -239,21 +239,22 @@ class _Server:
         release()
         return policy_of(node, predictor, self._slos)
 
-    def _check_policy(self, policy: object, target: Any) -> None:
-        """Refuse a policy that cannot run here, or a class `target` of which that is known before a model is loaded;
-        what a class does not say, its objects do."""
-        if hasattr(policy, "assign"):
-            raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
-        if not getattr(policy, "serves", True):
-            raise ValueError(f"policy must be one that serves, got {target.__name__}")
-        if self._training is not None and not getattr(policy, "finetunes", True):
-            raise ValueError(f"policy must be one that finetunes, got {target.__name__}")
-
     def _predictor(self, device: DeviceSpec, measure_s: float) -> IterationCost:
         if self._settings.predictor is None:
             return measure(self._model, self._limits, self._jobs, measure_s, self._assemble)
         lora = LoraSpec() if self._training is None else self._training.settings.lora
         return table_of(self._settings.predictor, device, self._model, lora, self._limits)
+
+
+def _check_policy(policy: object, target: Any, trains: bool) -> None:
+    """Refuse a policy that cannot run here, or its class `target` where that says so before a model is loaded; what a
+    class does not say, its objects do."""
+    if hasattr(policy, "assign"):
+        raise ValueError(f"policy {target.__name__} splits several pipelines, and a server is one")
+    if not getattr(policy, "serves", True):
+        raise ValueError(f"policy must be one that serves, got {target.__name__}")
+    if trains and not getattr(policy, "finetunes", True):
+        raise ValueError(f"policy must be one that finetunes, got {target.__name__}")
 
 
 @contextmanager

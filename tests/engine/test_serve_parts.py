@@ -16,7 +16,7 @@ import pytest
 import engine.serve
 from engine.front_process import GRACE_S
 from engine.saver import Saver
-from engine.serve import Settings, _bound, _stopping, _trained, _training
+from engine.serve import Settings, _bound, _check_policy, _stopping, _trained, _training
 from engine.serve import main as serve
 from tests.engine.serving import SHORT, prepared
 
@@ -154,6 +154,14 @@ def test_a_job_has_the_model_and_the_numbers_of_its_server(
     found = training.settings
     assert (found.model_name_or_path, found.dtype) == (str(model_folder), "bfloat16")
     assert (found.tp, found.device) == (2, "cpu")
+
+
+class Late:
+    """A policy of whose class nothing is known."""
+
+
+def test_a_class_of_policies_is_refused_for_what_it_says_alone() -> None:
+    _check_policy(Late, Late, trains=True)
 
 
 def test_a_port_is_free_as_soon_as_its_server_has_ended() -> None:
