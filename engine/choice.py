@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+from engine.messages import LOST
 from engine.openai import Refused
 from engine.streamed_text import StreamedText
 
 STOPPING = "the server stops"
+NO_NUMBERS = (
+    "the model's logits are not numbers: weights or an adapter are not finite, or too large for their type"
+)
 
 
 class Choice:
@@ -39,6 +43,9 @@ class Choice:
             if token is None:
                 self.done = True
                 raise Refused(503, STOPPING)
+            if token == LOST:
+                self.done = True
+                raise Refused(500, NO_NUMBERS)
             self.count += 1
             self.done = self.count == self._most or token in self._stop_tokens
             text = self._text.add(token)

@@ -21,7 +21,7 @@ from typing import TextIO
 import numpy as np
 
 from engine.driver import Clock, Driver
-from engine.messages import Ask, Enough, Gauges, Gone, Stop, Tokens
+from engine.messages import LOST, Ask, Enough, Gauges, Gone, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
 from sim.core.request import Request
@@ -131,6 +131,9 @@ class LiveArrivals:
 
     def on_token(self, id: int, token: int) -> None:
         self._made.append((id, token))
+
+    def on_lost(self, id: int) -> None:
+        self._made.append((id, LOST))
 
     # Threads
 

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+LOST = -1
+"""Instead of a token: the model's logits are not numbers."""
+
 
 class Ask(NamedTuple):
     """To the engine: a request. Sampling as `engine.sampling.Sampling` has it."""
@@ -59,7 +62,7 @@ class Serving:
 
 
 class Tokens(NamedTuple):
-    """From the engine after an iteration: a token of a request, or None when it is done with it."""
+    """From the engine after an iteration: a token of a request, LOST, or None when it is done with it."""
 
     tokens: list[tuple[int, int | None]]
 

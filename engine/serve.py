@@ -46,7 +46,6 @@ from engine.training import CONFIGS as PROGRAMS
 from engine.training import Training
 from engine.training_settings import DTYPES
 from engine.training_settings import Settings as TrainingSettings
-from sim.assemble import CONFIGS as SIMULATOR
 from sim.assemble import LimitSettings, policy_of, slos_of
 from sim.checked import build, check, locate
 from sim.core.loop import Horizon, run_loop
@@ -57,7 +56,7 @@ from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.errors import USER_ERROR, FailedInPart, keys_as
 from sim.hydra_app import hydra_main
-from sim.unread import refuse_unread
+from sim.unread import check_bounds, refuse_needless, refuse_unread
 
 CONFIGS = Path(__file__).parent / "configs"
 UNREAD = ("peak_s", "run", "job")
@@ -111,7 +110,6 @@ def main(argv: Sequence[str]) -> int:
     if {"-m", "--multirun"} & set(argv):
         print("coserve serve: error: -m is for runs that end; a server is one at a time", file=sys.stderr)
         return USER_ERROR
-    OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), replace=True)
     return hydra_main(
         serve, argv, prog="coserve serve", config_name="serve", config_dir=CONFIGS, at_end=_show
     )
@@ -123,6 +121,7 @@ def serve(config: DictConfig) -> dict[str, Any]:
     import uvicorn  # noqa: F401
 
     refuse_unread(UNREAD, "coserve bench")
+    refuse_needless(config)
     plain = {key: config[key] for key in Settings.__dataclass_fields__}
     with keys_as({"serve.": ""}):
         settings: Settings = build(Settings, OmegaConf.create(plain), "serve")
@@ -161,6 +160,7 @@ class _Server:
         shape = read_config(settings.weights).shape
         shape.check_tp(settings.tp)
         self._slos = slos_of(config)
+        check_bounds(config)
         if SLO not in self._slos:
             own = ", ".join(self._slos)
             raise ValueError(f"slo must have a class named {SLO}, which requests are of, got {own}")
@@ -193,6 +193,7 @@ class _Server:
         engine, counted = self._assemble(
             self._model, self._limits, self._jobs, self._adapters, on_token=live.on_token
         )
+        engine.on_lost = live.on_lost
         engine.warm_up(adapters=bool(self._adapters or self._jobs))
         state = PipelineState(limits=self._limits, slos=self._slos, recorder=recorder, jobs=counted)
         arrivals = EngineArrivals(live, engine, live.prompt)

@@ -17,7 +17,7 @@ import pytest
 
 import engine.front
 from engine.front import Front
-from engine.messages import Ask, Enough, Gone, Serving, Stop, Tokens
+from engine.messages import LOST, Ask, Enough, Gone, Serving, Stop, Tokens
 
 PATIENCE_S = 60
 
@@ -95,6 +95,18 @@ def test_answers_that_are_given_up_say_so(engine_end: Engine, gone: bool) -> Non
     assert (done, rest) == ("data: [DONE]", "") and engine_end.ended()
     with pytest.raises(ConnectionRefusedError):
         engine_end.connection().connect()
+
+
+def test_logits_that_are_no_numbers_are_an_error_of_the_server(engine_end: Engine) -> None:
+    whole, stream = engine_end.post(LONG), engine_end.post({**LONG, "stream": True})
+    for message in (engine_end.got(), engine_end.got()):
+        engine_end.say((message.id, 65), (message.id, LOST), (message.id, None))
+    answer = whole.getresponse()
+    assert answer.status == 500
+    assert "logits are not numbers" in json.loads(answer.read())["error"]["message"]
+    error, done, _ = stream.getresponse().read().decode().split("\n\n")[-3:]
+    assert json.loads(error.removeprefix("data: "))["error"]["code"] == 500 and done == "data: [DONE]"
+    assert not engine_end.link.poll(0.2), "nothing is to be ended"
 
 
 def _listens(end: Engine) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from engine.live import COUNTERS, GAUGES, TRACE_COLUMNS, LiveArrivals
-from engine.messages import Ask, Enough, Gauges, Gone, Stop, Tokens
+from engine.messages import LOST, Ask, Enough, Gauges, Gone, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
 from sim.core.request import Request
@@ -148,8 +148,9 @@ def test_tokens_go_out_with_the_next_plan_and_once(loop: Loop) -> None:
         loop.live.due(now_s)
     assert loop.told_last() == [Tokens([(1, 65), (2, 66), (1, None)])]
     loop.live.on_token(2, 67)
+    loop.live.on_lost(3)
     loop.live.next_s()
-    assert loop.told_last() == [Tokens([(2, 67)])]
+    assert loop.told_last() == [Tokens([(2, 67), (3, LOST)])]
 
 
 def test_the_end_of_the_pipe_ends_the_loop_then_and_there() -> None:

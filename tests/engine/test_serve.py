@@ -293,6 +293,10 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["peak_s=3"], "peak_s changes nothing here: peak_s is read by coserve bench alone"),
         (["job.accumulation=3"], "job.accumulation changes nothing here"),
         (["predictor=nowhere.parquet", "trace=t.csv"], "nowhere.parquet"),
+        (["predictor=p.parquet", "measure_s=3"], "measure_s changes nothing here: predictor is p.parquet"),
+        (["memory_utilization=0.5"], "memory_utilization changes nothing here: limits.kv_tokens is "),
+        (["slo=flexllm", "+slo.tpot_s.other=1"], "model.name"),
+        (["+slo.tpot_s.other=1"], "slo.tpot_s.other"),
         (["host=256.256.256.256"], "host 256.256.256.256, port 0: "),
         (["port=PORT"], "Address already in use"),
     ],
@@ -391,7 +395,10 @@ def test_a_job_that_fails_is_told_and_leaves_the_server_serving(model_folder: Pa
     with serving(here, f"weights={model_folder}", "train=job.yaml", "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_jobs_failed_total", 1)
         assert "note: job trained: step" in server.told()
-        for model in ("m", "trained"):
-            server.text(greedy("Nobody", model=model))
+        server.text(greedy("Nobody", model="m"))
+        # Its last good step left finite weights, with which the logits are none.
+        status, answer = server.ask("/v1/completions", greedy("Nobody", model="trained"))
+        assert status == 500 and "logits are not numbers" in answer["error"]["message"]
+        server.text(greedy("Nobody", model="m"))
         code, _ = server.end()
         assert code == 2 and "error: job trained: step" in server.told()
