@@ -14,6 +14,7 @@ from engine.lora import LARGEST_SCALE
 from engine.optimizer import KINDS, LARGEST_RATE, SCHEDULES, OptimizerSettings
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.specs import LINEARS, LoraSpec
+from sim.errors import keys_as
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MAY_CHANGE = (
@@ -65,6 +66,8 @@ MOST = {
     "weight_decay": LARGEST_RATE["adamw"],
     "lora_alpha": LARGEST_SCALE,
 }
+ADAMS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+"""Of AdamW alone, as they are unless given."""
 OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm", "eval_steps")
 """May be null."""
 
@@ -97,6 +100,9 @@ class Settings:
     num_train_epochs: int
     max_steps: int | None
     optim: str
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
     learning_rate: float
     weight_decay: float
     max_grad_norm: float | None
@@ -150,6 +156,14 @@ class Settings:
             raise ValueError(f"memory=recompute needs order=window_major, got {self.order}")
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device=cuda needs a CUDA device, and torch finds none")
+        if self.optim != "adamw":
+            for key in ADAMS:
+                if getattr(self, key) != ADAMS[key]:
+                    raise ValueError(
+                        f"{key} changes nothing with optim={self.optim}, got {getattr(self, key)}"
+                    )
+        with keys_as({"optimizer.betas ": "adam_beta1 and adam_beta2 ", "optimizer.eps ": "adam_epsilon "}):
+            self.optimizer(1)
 
     def _require(self, key: str, rule: str, least: float, most: float) -> None:
         value = getattr(self, key)
@@ -180,6 +194,8 @@ class Settings:
         """Of a run of so many steps."""
         return OptimizerSettings(
             kind=self.optim,
+            betas=(self.adam_beta1, self.adam_beta2),
+            eps=self.adam_epsilon,
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,

@@ -342,6 +342,9 @@ REFUSED = {
     "num_train_epochs": ["-1", "1.5"],
     "max_steps": ["0", "ten"],
     "optim": ["adam"],
+    "adam_beta1": ["1", "-0.1", ".nan", "half"],
+    "adam_beta2": ["1", "-0.1", ".nan"],
+    "adam_epsilon": ["0", "1e-50", ".inf", ".nan"],
     "learning_rate": ["0", "-1e-4", ".inf", "1e300", "fast"],
     "weight_decay": ["-0.1", "1e300", "null"],
     "max_grad_norm": ["0", "-1"],
@@ -375,6 +378,8 @@ def test_every_option_of_finetune_is_checked_and_named(
     assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
     assert finetune([*arguments, "val_size=2", "eval_dataset=d.jsonl"]) == 2
     assert "only one of eval_dataset and val_size" in capsys.readouterr().err
+    assert finetune([*arguments, "optim=sgd", "adam_beta1=0.8"]) == 2
+    assert "adam_beta1 changes nothing with optim=sgd" in capsys.readouterr().err
     assert not Path("out").exists()
 
 
