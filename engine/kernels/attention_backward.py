@@ -38,7 +38,15 @@ from engine.kernels.checks import (
     check_shape,
 )
 from engine.kernels.jit import Launch, by_layout, cdiv, jit, multiprocessors, shared_bytes, tl, uses_triton
-from engine.kernels.paged_attention import LOG2_E, MAX_SPLITS, Tile, choose_splits, gather_pages
+from engine.kernels.paged_keys import (
+    LOG2_E,
+    MAX_SPLITS,
+    Tile,
+    choose_splits,
+    gather_pages,
+    load_keys,
+    share_of_keys,
+)
 
 
 class Tiles(NamedTuple):
@@ -82,13 +90,8 @@ def attention_backward(
     and leaves the rest alone. Returns dq [N, H, D] of q's type. On the CPU float64 works as well, with
     lse, dk and dv of float64. Raises ValueError for tensors that do not fit together.
     """
-    if uses_triton(q):
-        return attention_backward_triton(
-            dout, q, out, lse, k_pages, v_pages, block_table, dk, dv, start=start, scale=scale
-        )
-    return attention_backward_reference(
-        dout, q, out, lse, k_pages, v_pages, block_table, dk, dv, start=start, scale=scale
-    )
+    run = attention_backward_triton if uses_triton(q) else attention_backward_reference
+    return run(dout, q, out, lse, k_pages, v_pages, block_table, dk, dv, start=start, scale=scale)
 
 
 def attention_backward_triton(
@@ -294,24 +297,23 @@ def _dq_keys(
 ) -> tl.tensor:
     """acc [M, D] plus ds @ k over keys n .. n + block_n, without the scale."""
     key = n + tl.arange(0, block_n)
-    dim = tl.arange(0, head_dim)
-    if masked:
-        inside = key < end
-        page = tl.load(table + key // block_size, mask=inside, other=0)
-    else:
-        page = tl.load(table + key // block_size)
-    slot = page.to(tl.int64) * stride_page + (key % block_size) * stride_slot + kv_head_offset
-    where = slot[:, None] + dim[None, :]
-    if masked:
-        k = tl.load(k_pages + where, mask=inside[:, None], other=0.0)
-        v = tl.load(v_pages + where, mask=inside[:, None], other=0.0)
-    else:
-        k = tl.load(k_pages + where)
-        v = tl.load(v_pages + where)
+    k, v = load_keys(
+        k_pages,
+        v_pages,
+        table,
+        kv_head_offset,
+        key,
+        end,
+        stride_page,
+        stride_slot,
+        masked,
+        block_size,
+        head_dim,
+    )
     s = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2
     p = tl.exp2(s - row_lse[:, None])
     if masked:
-        p = tl.where((key[None, :] <= position[:, None]) & inside[None, :], p, 0.0)
+        p = tl.where((key[None, :] <= position[:, None]) & (key < end)[None, :], p, 0.0)
     dp = tl.dot(do_tile, tl.trans(v), input_precision="ieee")
     ds = p * (dp - row_delta[:, None])
     return tl.dot(ds.to(k.dtype), k, acc, input_precision="ieee")
@@ -359,12 +361,11 @@ def _dq(
     head = kv_head * group + row % group
     dim = tl.arange(0, head_dim)
     inner = (head * head_dim)[:, None] + dim[None, :]
-    query_row = query
-    q_tile = tl.load(q + (query_row * stride_q)[:, None] + inner, mask=valid[:, None], other=0.0)
-    do_tile = tl.load(dout + (query_row * stride_do)[:, None] + inner, mask=valid[:, None], other=0.0)
-    out_tile = tl.load(out + (query_row * stride_out)[:, None] + inner, mask=valid[:, None], other=0.0)
+    q_tile = tl.load(q + (query * stride_q)[:, None] + inner, mask=valid[:, None], other=0.0)
+    do_tile = tl.load(dout + (query * stride_do)[:, None] + inner, mask=valid[:, None], other=0.0)
+    out_tile = tl.load(out + (query * stride_out)[:, None] + inner, mask=valid[:, None], other=0.0)
     row_delta = tl.sum(do_tile.to(tl.float32) * out_tile.to(tl.float32), 1)
-    row_at = query_row * heads + head
+    row_at = query * heads + head
     row_lse = tl.load(lse + row_at, mask=valid, other=0.0) * 1.4426950408889634
     if split == 0:
         stats_at = row_stats + head * padded + query
@@ -373,56 +374,34 @@ def _dq(
 
     position = start + query
     keys = start + tl.minimum(token + block_q, tokens)
-    share = tl.cdiv(tl.cdiv(keys, splits), block_n) * block_n
-    begin = split * share
-    end = tl.minimum(begin + share, keys)
+    begin, end = share_of_keys(keys, split, splits, block_n)
+    # Keys up to the first query's position need no mask in whole tiles.
     whole = tl.minimum(end, start + token + 1) // block_n * block_n
     whole = tl.maximum(whole, begin)
     acc = tl.zeros((block_m, head_dim), dtype=tl.float32)
-    for n in range(begin, whole, block_n):
-        acc = _dq_keys(
-            acc,
-            q_tile,
-            do_tile,
-            row_lse,
-            row_delta,
-            k_pages,
-            v_pages,
-            table,
-            kv_head * stride_kv_head,
-            position,
-            n,
-            end,
-            scale_log2,
-            stride_page,
-            stride_slot,
-            False,
-            block_size,
-            head_dim,
-            block_n,
-        )
-    for n in range(whole, end, block_n):
-        acc = _dq_keys(
-            acc,
-            q_tile,
-            do_tile,
-            row_lse,
-            row_delta,
-            k_pages,
-            v_pages,
-            table,
-            kv_head * stride_kv_head,
-            position,
-            n,
-            end,
-            scale_log2,
-            stride_page,
-            stride_slot,
-            True,
-            block_size,
-            head_dim,
-            block_n,
-        )
+    for masked in tl.static_range(2):
+        for n in range(whole if masked else begin, end if masked else whole, block_n):
+            acc = _dq_keys(
+                acc,
+                q_tile,
+                do_tile,
+                row_lse,
+                row_delta,
+                k_pages,
+                v_pages,
+                table,
+                kv_head * stride_kv_head,
+                position,
+                n,
+                end,
+                scale_log2,
+                stride_page,
+                stride_slot,
+                masked,
+                block_size,
+                head_dim,
+                block_n,
+            )
     out_row = (split.to(tl.int64) * tokens * heads + row_at) * head_dim
     tl.store(dq + out_row[:, None] + dim[None, :], (acc * scale).to(dq.dtype.element_ty), mask=valid[:, None])
 
@@ -461,12 +440,11 @@ def _dkv(
     kv_head = tl.program_id(1)
     key = block + tl.arange(0, block_n)
     dim = tl.arange(0, head_dim)
-    inside = key < start + tokens
-    page = tl.load(table + key // block_size, mask=inside, other=0)
-    slot = page.to(tl.int64) * stride_page + (key % block_size) * stride_slot + kv_head * stride_kv_head
-    where = slot[:, None] + dim[None, :]
-    k = tl.load(k_pages + where, mask=inside[:, None], other=0.0)
-    v = tl.load(v_pages + where, mask=inside[:, None], other=0.0)
+    end = start + tokens
+    offset = kv_head * stride_kv_head
+    k, v = load_keys(
+        k_pages, v_pages, table, offset, key, end, stride_page, stride_slot, True, block_size, head_dim
+    )
 
     # One query head at a time: packing the group into the rows, as the other kernels do, costs a
     # division per row for the addresses, and registers are scarce here with two accumulators.
@@ -493,7 +471,7 @@ def _dkv(
         ds = p * (dp - row_delta[None, :])
         acc_k = tl.dot(ds.to(q_tile.dtype), q_tile, acc_k, input_precision="ieee")
     at = (key.to(tl.int64) * stride_dk + kv_head * head_dim)[:, None] + dim[None, :]
-    mask = inside[:, None]
+    mask = (key < end)[:, None]
     tl.store(dk + at, tl.load(dk + at, mask=mask, other=0.0) + acc_k * scale, mask=mask)
     tl.store(dv + at, tl.load(dv + at, mask=mask, other=0.0) + acc_v, mask=mask)
 

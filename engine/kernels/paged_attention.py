@@ -34,30 +34,16 @@ from engine.kernels.checks import (
     check_rows,
     check_shape,
 )
-from engine.kernels.jit import (
-    Launch,
-    by_layout,
-    cdiv,
-    jit,
-    multiprocessors,
-    power_of_2_from,
-    tl,
-    uses_triton,
+from engine.kernels.jit import Launch, by_layout, jit, multiprocessors, power_of_2_from, tl, uses_triton
+from engine.kernels.paged_keys import (
+    LOG2_E,
+    MAX_SPLITS,
+    Tile,
+    choose_splits,
+    gather_pages,
+    load_keys,
+    share_of_keys,
 )
-
-LOG2_E = 1.4426950408889634
-MAX_SPLITS = 32
-MIN_SPLIT_KEYS = 256
-"""Fewer keys than this are not worth a program and their share of the joining kernel."""
-
-
-class Tile(NamedTuple):
-    """Rows and keys of a program, its warps and pipeline depth."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
 
 
 def decode_tile(dtype: torch.dtype, group: int) -> Tile:
@@ -99,21 +85,10 @@ def paged_attention(
     Returns out [T, H, D] of q's type and lse [T, H] (float32; float64 for float64 on the CPU). Rows
     from query_start[S] on are undefined. Raises ValueError for tensors that do not fit together.
     """
+    given = (q, k_pages, v_pages, block_tables, query_start, context_lens)
     if uses_triton(q):
-        return paged_attention_triton(
-            q,
-            k_pages,
-            v_pages,
-            block_tables,
-            query_start,
-            context_lens,
-            scale=scale,
-            max_keys=max_keys,
-            decodes=decodes,
-        )
-    return paged_attention_reference(
-        q, k_pages, v_pages, block_tables, query_start, context_lens, scale=scale
-    )
+        return paged_attention_triton(*given, scale=scale, max_keys=max_keys, decodes=decodes)
+    return paged_attention_reference(*given, scale=scale)
 
 
 def paged_attention_triton(
@@ -132,20 +107,8 @@ def paged_attention_triton(
     """`paged_attention` by the kernels of this file. `splits` (a power of two) overrides the choice."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty((q.shape[0], q.shape[1]), dtype=torch.float32)
-    for launch in attention_launches(
-        q,
-        k_pages,
-        v_pages,
-        block_tables,
-        query_start,
-        context_lens,
-        out,
-        lse,
-        scale=scale,
-        max_keys=max_keys,
-        decodes=decodes,
-        splits=splits,
-    ):
+    given = (q, k_pages, v_pages, block_tables, query_start, context_lens, out, lse)
+    for launch in attention_launches(*given, scale=scale, max_keys=max_keys, decodes=decodes, splits=splits):
         launch.run()
     return out, lse
 
@@ -272,15 +235,6 @@ def _parts(
     return parts
 
 
-def choose_splits(programs: int, wanted_programs: int, max_keys: int) -> int:
-    """Power of two that brings `programs` to about `wanted_programs`, none with too few keys."""
-    limit = min(MAX_SPLITS, max_keys // MIN_SPLIT_KEYS)
-    splits = 1
-    while splits * 2 <= limit and programs * splits * 2 <= wanted_programs:
-        splits *= 2
-    return splits
-
-
 def check_batch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -334,23 +288,22 @@ def _attend_keys(
 ) -> tl.tensor:
     """Take keys n .. n + block_n into the running (acc [M, D], peak [M], total [M])."""
     key = n + tl.arange(0, block_n)
-    dim = tl.arange(0, head_dim)
-    if masked:
-        inside = key < end
-        page = tl.load(table + key // block_size, mask=inside, other=0)
-    else:
-        page = tl.load(table + key // block_size)
-    slot = page.to(tl.int64) * stride_page + (key % block_size) * stride_slot + kv_head_offset
-    where = slot[:, None] + dim[None, :]
-    if masked:
-        k = tl.load(k_pages + where, mask=inside[:, None], other=0.0)
-        v = tl.load(v_pages + where, mask=inside[:, None], other=0.0)
-    else:
-        k = tl.load(k_pages + where)
-        v = tl.load(v_pages + where)
+    k, v = load_keys(
+        k_pages,
+        v_pages,
+        table,
+        kv_head_offset,
+        key,
+        end,
+        stride_page,
+        stride_slot,
+        masked,
+        block_size,
+        head_dim,
+    )
     s = tl.dot(q_tile, tl.trans(k), input_precision="ieee") * scale_log2
     if masked:
-        s = tl.where((key[None, :] <= position[:, None]) & inside[None, :], s, float("-inf"))
+        s = tl.where((key[None, :] <= position[:, None]) & (key < end)[None, :], s, float("-inf"))
     higher = tl.maximum(peak, tl.max(s, 1))
     # A row without any key yet keeps peak -inf; -inf - -inf would be NaN.
     shift = tl.where(higher == float("-inf"), 0.0, higher) if masked else higher
@@ -437,9 +390,7 @@ def _attend(
     q_tile = tl.load(q + q_row[:, None] + dim[None, :], mask=valid[:, None], other=0.0)
 
     keys = context + tl.minimum(token + block_q, count)
-    share = tl.cdiv(tl.cdiv(keys, splits), block_n) * block_n
-    begin = split * share
-    end = tl.minimum(begin + share, keys)
+    begin, end = share_of_keys(keys, split, splits, block_n)
     # Keys up to the first query's position need no mask in whole tiles.
     whole = tl.minimum(end, context + token + 1) // block_n * block_n
     whole = tl.maximum(whole, begin)
@@ -447,48 +398,28 @@ def _attend(
     acc = tl.zeros((block_m, head_dim), dtype=tl.float32)
     peak = tl.full((block_m,), float("-inf"), dtype=tl.float32)
     total = tl.zeros((block_m,), dtype=tl.float32)
-    for n in range(begin, whole, block_n):
-        acc, peak, total = _attend_keys(
-            acc,
-            peak,
-            total,
-            q_tile,
-            k_pages,
-            v_pages,
-            table,
-            kv_head * stride_kv_head,
-            position,
-            n,
-            end,
-            scale_log2,
-            stride_page,
-            stride_slot,
-            False,
-            block_size,
-            head_dim,
-            block_n,
-        )
-    for n in range(whole, end, block_n):
-        acc, peak, total = _attend_keys(
-            acc,
-            peak,
-            total,
-            q_tile,
-            k_pages,
-            v_pages,
-            table,
-            kv_head * stride_kv_head,
-            position,
-            n,
-            end,
-            scale_log2,
-            stride_page,
-            stride_slot,
-            True,
-            block_size,
-            head_dim,
-            block_n,
-        )
+    for masked in tl.static_range(2):
+        for n in range(whole if masked else begin, end if masked else whole, block_n):
+            acc, peak, total = _attend_keys(
+                acc,
+                peak,
+                total,
+                q_tile,
+                k_pages,
+                v_pages,
+                table,
+                kv_head * stride_kv_head,
+                position,
+                n,
+                end,
+                scale_log2,
+                stride_page,
+                stride_slot,
+                masked,
+                block_size,
+                head_dim,
+                block_n,
+            )
 
     some = total > 0
     safe = tl.where(some, total, 1.0)
@@ -571,12 +502,6 @@ def paged_attention_reference(
         rows, row_lse = attend_reference(q[tokens][:, None], k, v, position[:, None], scale)
         out[tokens], lse[tokens] = rows[:, 0].to(q.dtype), row_lse[:, 0]
     return out, lse
-
-
-def gather_pages(pages: torch.Tensor, table: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The first `tokens` keys or values of a table row: [tokens, K, D]."""
-    blocks = table[: cdiv(tokens, pages.shape[1])].long()
-    return pages[blocks].flatten(0, 1)[:tokens]
 
 
 def attend_reference(

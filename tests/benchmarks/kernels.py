@@ -32,7 +32,8 @@ from engine.kernels.grouped_lora import grouped_lora, grouped_lora_reference
 from engine.kernels.jit import shared_bytes
 from engine.kernels.lora_weight_grad import lora_weight_grad
 from engine.kernels.loss import linear_cross_entropy
-from engine.kernels.paged_attention import Tile, paged_attention, paged_attention_reference
+from engine.kernels.paged_attention import paged_attention, paged_attention_reference
+from engine.kernels.paged_keys import Tile
 from engine.kernels.write_kv import write_kv
 
 HEADS, KV_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16  # Llama-3.1-8B
