@@ -39,9 +39,9 @@ def layer_graph(model: ModelShape, spec: PeftSpec | None, eps: float = 1e-5) -> 
     return bind(graph if spec is None else attach(graph, spec), model, spec, eps)
 
 
-def head_graph(model: ModelShape, eps: float = 1e-5) -> Graph:
+def head_graph(model: ModelShape) -> Graph:
     """Final norm, logits and loss of `model`, bound."""
-    return bind(shipped("head"), model, None, eps)
+    return bind(shipped("head"), model, None)
 
 
 def bind(graph: Graph, model: ModelShape, spec: PeftSpec | None, eps: float = 1e-5) -> Graph:

@@ -5,13 +5,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
 
 from sim.compile.bypass import lora_bypass
 from sim.compile.compiler import price_bypass
 from sim.compile.console import wide_console
 from sim.compile.roles import ROW_PARALLEL
 from sim.core.specs import DeviceSpec, ModelShape
+
+LAYERS = ("up_proj", "down_proj")
+TPS = (2, 4, 8)
+RANKS = (8, 16, 64, 256)
+ALTERNATIVES = 4
 
 PUBLISHED = {
     "1 4": "1+4",
@@ -47,51 +52,43 @@ def placement_table(
     model: ModelShape,
     device: DeviceSpec,
     *,
-    layers: Iterable[str] = ("up_proj", "down_proj"),
-    tps: Iterable[int] = (2, 4, 8),
-    ranks: Iterable[int] = (8, 16, 64, 256),
-    tokens: int = 256,
-    alternatives: int = 4,
-    accumulation_tokens: int = 8 * 4096,
+    tokens: int,
+    accumulation_tokens: int,
 ) -> list[PlacementRow]:
-    """The published candidates and the `alternatives` cheapest, for every layer, tp and rank."""
-    ranks, tps = tuple(ranks), tuple(tps)
+    """The published candidates and the ALTERNATIVES cheapest, for each of LAYERS, TPS and RANKS."""
     rows = []
-    for layer in layers:
-        for tp in tps:
-            for rank in ranks:
-                bypass = lora_bypass(layer, *model.linears[layer], rank, layer in ROW_PARALLEL)
-                found = price_bypass(bypass, tp, tokens, accumulation_tokens, device, model.layers)
-                rows += [
-                    PlacementRow(
-                        layer=layer,
-                        tp=tp,
-                        rank=rank,
-                        tokens=tokens,
-                        composition=c.label,
-                        published=PUBLISHED.get(c.label, ""),
-                        chosen=i == 0,
-                        seconds=c.seconds,
-                        flops=c.flops,
-                        collective_bytes=c.collective_bytes,
-                        collectives=len(c.collectives),
-                        resident_bytes=c.resident_bytes,
-                    )
-                    for i, c in enumerate(found)
-                    if i < alternatives or c.label in PUBLISHED
-                ]
+    for layer, tp, rank in product(LAYERS, TPS, RANKS):
+        bypass = lora_bypass(layer, *model.linears[layer], rank, layer in ROW_PARALLEL)
+        found = price_bypass(bypass, tp, tokens, accumulation_tokens, device, model.layers)
+        rows += [
+            PlacementRow(
+                layer=layer,
+                tp=tp,
+                rank=rank,
+                tokens=tokens,
+                composition=c.label,
+                published=PUBLISHED.get(c.label, ""),
+                chosen=i == 0,
+                seconds=c.seconds,
+                flops=c.flops,
+                collective_bytes=c.collective_bytes,
+                collectives=len(c.collectives),
+                resident_bytes=c.resident_bytes,
+            )
+            for i, c in enumerate(found)
+            if i < ALTERNATIVES or c.label in PUBLISHED
+        ]
     return rows
 
 
-def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
-    """Write the table with `rich`; the chosen composition of each group is marked.
+def print_placements(rows: Iterable[PlacementRow]) -> None:
+    """Write the table; the chosen composition of each group is marked.
 
     `sent` counts collectives; MiB is what stays: parameters with optimizer state, inner activations.
     """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    console = console if console is not None else wide_console()
     title = "LoRA under tensor parallelism, per device, forward and backward"
     table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     words = ("layer", "composition", "FlexLLM")
@@ -111,4 +108,4 @@ def print_placements(rows: Iterable[PlacementRow], console: Any = None) -> None:
             str(r.collectives),
             f"{r.resident_bytes / 2**20:.1f}",
         )
-    console.print(table)
+    wide_console().print(table)

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 from sim.compile.compiler import WINDOW_TOKENS, Analysis, autograd_bytes
 from sim.compile.console import wide_console
@@ -211,12 +210,11 @@ def write_report(report: CompileReport, folder: Path) -> None:
     draw(report, folder / "memory.png")
 
 
-def print_report(report: CompileReport, console: Any = None, ways: str = "") -> None:
-    """Write the table with `rich` (to its own console if none is given). `ways`: what would make a plan fit that
-    does not."""
+def print_report(report: CompileReport, ways: str = "") -> None:
+    """Write the table. `ways`: what would make a plan fit that does not."""
     from rich.table import Table
 
-    plan, console = report.plan, console if console is not None else wide_console()
+    plan, console = report.plan, wide_console()
     title = f"{plan.model}, {plan.method} on {', '.join(plan.targets)}: KiB per token and layer"
     table = Table(title=title + (f", per device of {plan.tp}" if plan.tp > 1 else ""))
     table.add_column("tensors")
@@ -246,9 +244,8 @@ MEMORY_HEADS = (
 )  # fmt: skip
 
 
-def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
+def print_memory_table(rows: Iterable[MemoryRow]) -> None:
     """Write the table over models and methods, a section for each model; it fits in 80 columns."""
-    console = console if console is not None else wide_console()
     widths = [max(5 if head[1] == "%" else 6, *map(len, head)) for head in MEMORY_HEADS]
 
     def line(first: str, cells: Iterable[str], marks: Iterable[str] = ()) -> str:
@@ -278,7 +275,7 @@ def print_memory_table(rows: Iterable[MemoryRow], console: Any = None) -> None:
         lines.append(line(r.method, cells, marks))
     if beyond:
         lines.append("* does not fit into a device beside its weights and adapter")
-    console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    wide_console().print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _rows(plan: CompilePlan, graph: Graph, peft_graph: Graph) -> list[ClassRow]:

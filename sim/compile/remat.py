@@ -4,8 +4,7 @@ The layer's operators are walked once in order. For each the choice is: make its
 backward (if everything it reads will be there), keep some of them, or neither. What later choices can
 see of earlier ones is only which tensors *still to be read* will be there, a handful in a layer, so a
 table from that set to the undominated pairs (kept bytes, extra FLOPs) is carried along: dynamic
-programming over the graph's frontier. Its end is the whole Pareto list. `min_cut` finds the points of
-its convex hull by another road (a project-selection cut per price of a FLOP) and is the check on it.
+programming over the graph's frontier. Its end is the whole Pareto list.
 
 Bytes and FLOPs are per token and layer.
 """
@@ -68,7 +67,6 @@ def pareto(
     pinned: Collection[str] = (),
     may_keep: Collection[str] | None = None,
     may_recompute: Callable[[Op], bool] | None = None,
-    max_flops: float = math.inf,
 ) -> list[Point]:
     """All undominated (kept bytes, extra FLOPs), most bytes first.
 
@@ -94,11 +92,7 @@ def pareto(
                 node, live, needed, pinned, may_keep, allowed[i], size
             ):
                 state = frozenset(n for n in live | there if last_reader.get(n, -1) > i)
-                moved = [
-                    (b + kept_bytes, f + flops, (choice, trail))
-                    for b, f, trail in entries
-                    if f + flops <= max_flops
-                ]
+                moved = [(b + kept_bytes, f + flops, (choice, trail)) for b, f, trail in entries]
                 grown.setdefault(state, []).extend(moved)
         table = {state: _undominated(entries) for state, entries in grown.items()}
     ends = _undominated([e for entries in table.values() for e in entries])
@@ -171,78 +165,6 @@ def _point(entry: _Entry, graph: Graph) -> Point:
         kept=tuple(sorted(kept, key=order.__getitem__)),
         recomputed=tuple(sorted(recomputed, key=order.__getitem__)),
     )
-
-
-def min_cut(
-    graph: Graph,
-    needed: Collection[str],
-    context_tokens: float,
-    bytes_per_flop: float,
-    pinned: Collection[str] = (),
-    may_keep: Collection[str] | None = None,
-) -> float:
-    """The least of kept bytes + `bytes_per_flop` * extra FLOPs, as the value of a minimum cut.
-
-    Every tensor is an edge of its size, every operator an edge of its price; what the backward needs
-    hangs on the sink. (Project selection; Chen et al. 2016 and the min-cut partitioner of functorch
-    have the case of a price of 0.)
-    """
-    flow = _Flow()
-    for node in nodes_of(graph, context_tokens):
-        run = ("run", node.outputs[0])
-        flow.edge("source", run, math.inf if node.source else node.flops * bytes_per_flop)
-        for name in node.inputs:
-            flow.edge(name, run, math.inf)
-        for name in node.outputs:
-            keepable = may_keep is None or name in may_keep
-            flow.edge(run, name, graph.tensors[name].bytes_per_token if keepable else math.inf)
-            if name in needed and name not in pinned:
-                flow.edge(name, "sink", math.inf)
-    fixed = 0
-    for name in pinned:
-        # A pinned tensor is there for nothing more than its own bytes.
-        fixed += graph.tensors[name].bytes_per_token
-        flow.free(name)
-    return flow.maximum("source", "sink") + fixed
-
-
-class _Flow:
-    """Maximum flow by shortest augmenting paths (Edmonds and Karp 1972); graphs have 100 nodes."""
-
-    def __init__(self) -> None:
-        self.room: dict[object, dict[object, float]] = {}
-
-    def edge(self, a: object, b: object, capacity: float) -> None:
-        self.room.setdefault(a, {})[b] = self.room.get(a, {}).get(b, 0.0) + capacity
-        self.room.setdefault(b, {}).setdefault(a, 0.0)
-
-    def free(self, b: object) -> None:
-        """Make b available at no price: nothing may flow into or through it."""
-        for a in self.room.get(b, {}):
-            self.room[a][b] = 0.0
-            self.room[b][a] = 0.0
-
-    def maximum(self, source: object, sink: object) -> float:
-        total = 0.0
-        while True:
-            before: dict[object, object] = {source: source}
-            queue = [source]
-            for a in queue:
-                for b, room in self.room[a].items():
-                    if room > 1e-9 and b not in before:
-                        before[b] = a
-                        queue.append(b)
-            if sink not in before:
-                return total
-            path, b = [], sink
-            while b != source:
-                path.append((before[b], b))
-                b = before[b]
-            step = min(self.room[a][b] for a, b in path)
-            for a, b in path:
-                self.room[a][b] -= step
-                self.room[b][a] += step
-            total += step
 
 
 def _activation(graph: Graph, name: str) -> bool:

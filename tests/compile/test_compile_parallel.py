@@ -157,7 +157,7 @@ def test_placement_table_shows_the_published_candidates_beside_the_chosen(
     model = ModelShape(
         name="m", layers=32, hidden=HIDDEN, heads=32, kv_heads=8, head_dim=128, ffn=FFN, vocab=128256
     )
-    rows = placement_table(model, A100)
+    rows = placement_table(model, A100, tokens=256, accumulation_tokens=8 * 4096)
     groups = {(r.layer, r.tp, r.rank) for r in rows}
     assert len(groups) == 2 * 3 * 4
     for layer, tp, rank in groups:

@@ -13,9 +13,10 @@ from sim.compile.families import layer_graph
 from sim.compile.ir import Graph, Op, Tensor
 from sim.compile.peft import PeftSpec
 from sim.compile.prune import prune
-from sim.compile.remat import min_cut, nodes_of, pareto
+from sim.compile.remat import nodes_of, pareto
 from sim.compile.roles import keepable, keys_and_values
 from sim.core.specs import ModelShape
+from tests.compile.min_cut import min_cut
 
 LLAMA_8B = ModelShape(
     name="llama-3.1-8b", layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256
