@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 
@@ -23,7 +22,7 @@ from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.placement import Placement, placements_of
 from engine.shares import own_adapter
-from sim.compile.compiler import REFERENCE, compile_plan, plan_for_memory, serving_bypasses
+from sim.compile.compiler import REFERENCE, Analysis, serving_bypasses
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import BypassPlan, CompilePlan
 from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
@@ -179,19 +178,17 @@ def _plan(
 ) -> CompilePlan:
     """The plan of one job: its own mode, or with `free_bytes` the one that these allow."""
     tokens = -(-job.max_sample_tokens // limits.block_tokens) * limits.block_tokens
-    given = partial(
-        compile_plan if free_bytes is None else plan_for_memory,
+    analysis = Analysis(
         _shape(model),
         _spec_of(job.adapter),
         seq_tokens=tokens,
         device=device,
         tp=model.group.size,
-        order=job.order,
         accumulation=job.accumulation,
     )
     if free_bytes is None:
-        return given(mode=job.memory)
-    return given(free_bytes=free_bytes, wanted_share=wanted_share)
+        return analysis.plan(job.memory, order=job.order)
+    return analysis.plan_within(free_bytes, wanted_share, job.order)
 
 
 def _spec_of(adapter: Adapter) -> PeftSpec:

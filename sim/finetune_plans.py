@@ -80,10 +80,10 @@ def plans_of(
     if finetune.jobs:
         Efficiency.of(device)  # refuses architectures and extras that are not known, in the device's name
     of = (model, finetune.lora, device, tp)
-    fixed = {name: job for name, job in finetune.jobs.items() if job.memory != AUTO}
     plans = {
-        name: _compiled(*of, job.cutoff_len, job.accumulation, job.order, job.memory)
-        for name, job in fixed.items()
+        name: _plan(*of, job.cutoff_len, job.accumulation, job.order, job.memory)
+        for name, job in finetune.jobs.items()
+        if job.memory != AUTO
     }
     share = AUTO_SHARE if kv_bytes is None else 1.0
     left = free_bytes - (kv_bytes or 0.0) - FinetunePlans(plans=plans).held_bytes
@@ -100,9 +100,8 @@ def plans_of(
         )
     for name, job in asking.items():
         try:
-            plans[name] = _fitting(
-                *of, job.cutoff_len, job.accumulation, job.order, left / len(asking), share
-            )
+            asked = (job.cutoff_len, job.accumulation, job.order, job.memory)
+            plans[name] = _plan(*of, *asked, left / len(asking), share)
         except OutOfReach as error:
             raise OutOfReach(f"finetune.jobs.{name}.memory=auto: {error}") from None
     return FinetunePlans(plans={name: plans[name] for name in finetune.jobs})
@@ -120,7 +119,7 @@ def served_work(model: ModelShape, lora: LoraSpec, tp: int, max_sequences: int) 
 
 
 @cache
-def _compiled(
+def _plan(
     model: ModelShape,
     lora: LoraSpec,
     device: DeviceSpec,
@@ -129,45 +128,21 @@ def _compiled(
     accumulation: int,
     order: str,
     memory: str,
+    free_bytes: float = 0.0,
+    wanted_share: float = 1.0,
 ) -> CompilePlan:
-    from sim.compile.compiler import compile_plan
+    """The plan of one job: of the memory that it names, or where this is auto the one that `free_bytes` allow."""
+    from sim.compile.compiler import Analysis
     from sim.compile.peft import PeftSpec
 
-    return compile_plan(
+    analysis = Analysis(
         model,
         PeftSpec.from_lora(lora),
         seq_tokens=tokens,
         device=device,
         tp=tp,
-        mode=memory,
-        order=order,
         accumulation=accumulation,
     )
-
-
-@cache
-def _fitting(
-    model: ModelShape,
-    lora: LoraSpec,
-    device: DeviceSpec,
-    tp: int,
-    tokens: int,
-    accumulation: int,
-    order: str,
-    free_bytes: float,
-    share: float,
-) -> CompilePlan:
-    from sim.compile.compiler import plan_for_memory
-    from sim.compile.peft import PeftSpec
-
-    return plan_for_memory(
-        model,
-        PeftSpec.from_lora(lora),
-        free_bytes,
-        wanted_share=share,
-        seq_tokens=tokens,
-        device=device,
-        tp=tp,
-        order=order,
-        accumulation=accumulation,
-    )
+    if memory == AUTO:
+        return analysis.plan_within(free_bytes, wanted_share, order)
+    return analysis.plan(memory, order=order)

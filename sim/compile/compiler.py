@@ -2,7 +2,7 @@
 
 The choice of the memory plan is one number, the share of extra FLOPs allowed (`budget_share`), or none: then
 what runs again is element-wise or of a bypass's rank, as fused kernels do it anyway. Or the free memory
-decides (`plan_for_memory`): the plan with the fewest extra FLOPs that fits.
+decides (`Analysis.plan_within`): the plan with the fewest extra FLOPs that fits.
 """
 
 from __future__ import annotations
@@ -51,81 +51,12 @@ REFERENCE = DeviceSpec(
 only served (`serving_bypasses`) are placed by it on any device."""
 
 
-def compile_plan(
-    model: ModelShape,
-    spec: PeftSpec,
-    *,
-    seq_tokens: int,
-    device: DeviceSpec = REFERENCE,
-    tp: int = 1,
-    mode: str = "stash",
-    order: str | None = None,
-    budget_share: float | None = None,
-    window_tokens: int = WINDOW_TOKENS,
-    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
-    accumulation: int = 8,
-) -> CompilePlan:
-    """The plan of `mode` with at most `budget_share` extra FLOPs for the kept set.
-
-    `order` is layer_major for stash and window_major for recompute unless given; `device` prices the
-    placement of bypasses and nothing else. Raises ValueError for a tp that does not divide the model, or
-    options outside their range.
-    """
-    analysis = Analysis(
-        model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
-        loss_chunk_tokens=loss_chunk_tokens, accumulation=accumulation,
-    )  # fmt: skip
-    return analysis.plan(mode, budget_share, order)
-
-
-def plan_for_memory(
-    model: ModelShape,
-    spec: PeftSpec,
-    free_bytes: float,
-    *,
-    seq_tokens: int,
-    wanted_share: float = 1.0,
-    device: DeviceSpec = REFERENCE,
-    tp: int = 1,
-    order: str | None = None,
-    window_tokens: int = WINDOW_TOKENS,
-    loss_chunk_tokens: int = LOSS_CHUNK_TOKENS,
-    accumulation: int = 8,
-) -> CompilePlan:
-    """The plan with the fewest extra FLOPs whose total and adapter take at most `wanted_share` of `free_bytes`
-    per device, else the smallest if it takes no more than all: stash along the Pareto list, or recompute where
-    `order` allows it (None: any). Raises OutOfReach where none fits."""
-    analysis = Analysis(
-        model, spec, seq_tokens=seq_tokens, device=device, tp=tp, window_tokens=window_tokens,
-        loss_chunk_tokens=loss_chunk_tokens, accumulation=accumulation,
-    )  # fmt: skip
-    shares = [None, *(p.extra_share for p in analysis.pareto)]
-    modes = [mode for mode in MODES if mode == "stash" or order != "layer_major"]
-    plans = [analysis.plan(mode, share, order) for mode in modes for share in shares]
-    fitting = [p for p in plans if _taken_bytes(p) <= wanted_share * free_bytes]
-    if fitting:
-        return min(fitting, key=_least_work)
-    smallest = min(plans, key=_taken_bytes)
-    if _taken_bytes(smallest) > free_bytes:
-        raise OutOfReach(
-            f"finetuning {model.name} on samples of {seq_tokens} tokens needs at least "
-            f"{_taken_bytes(smallest) / 2**30:.2f} GiB per device, free are {free_bytes / 2**30:.2f}"
-        )
-    return smallest
-
-
-def _taken_bytes(plan: CompilePlan) -> int:
-    return plan.total_bytes() + plan.adapter_bytes
-
-
-def _least_work(plan: CompilePlan) -> tuple[float, int]:
-    """FLOPs of products and attention that run again, then bytes: element-wise work is not worth memory."""
-    forward = plan.layer_forward_flops if plan.mode == "recompute" else 0.0
-    return forward + plan.mean_again.flops, plan.total_bytes()
-
-
 class Analysis:
-    """What all plans of one model, PEFT configuration and sample length share; not changed by `plan`."""
+    """What all plans of one model, PEFT configuration and sample length share; not changed by making them.
+
+    `device` prices the placement of bypasses and nothing else. Raises ValueError for a tp that does not divide the
+    model, or options outside their range.
+    """
 
     def __init__(
         self,
@@ -149,7 +80,7 @@ class Analysis:
         self.context_tokens = (seq_tokens + 1) / 2
         window, step = min(window_tokens, seq_tokens), accumulation * seq_tokens
         placed = [
-            (bypass, price_bypass(bypass, tp, window, step, device, model.layers)[0])
+            (bypass, compositions(bypass, tp, window, device, step, model.layers)[0])
             for bypass in bypasses_of(model, spec, tp)
         ]
         self.bypasses = tuple(_bypass_plan(*pair, window, model.dtype_bytes) for pair in placed)
@@ -173,9 +104,12 @@ class Analysis:
         self._wanted = wanted(self.graph), wanted(self.graph, input_grad=False)
         self._roles, self._pinned = roles_of(self.graph), keys_and_values(self.graph)
 
-    def plan(self, mode: str, budget_share: float | None = None, order: str | None = None) -> CompilePlan:
+    def plan(
+        self, mode: str = "stash", budget_share: float | None = None, order: str | None = None
+    ) -> CompilePlan:
         """The plan with the fewest kept bytes within `budget_share` extra FLOPs, or, with None, without
-        running a matrix product of the backbone or attention again."""
+        running a matrix product of the backbone or attention again. `order` is layer_major for stash and
+        window_major for recompute unless given."""
         if budget_share is not None and not budget_share >= 0:
             raise ValueError(f"finetune.flops_budget must be at least 0 or null, got {budget_share}")
         model, local = self.model, self.local
@@ -208,6 +142,26 @@ class Analysis:
             again=self._again(chosen),
             first_again=self._again(first),
         )
+
+    def plan_within(
+        self, free_bytes: float, wanted_share: float = 1.0, order: str | None = None
+    ) -> CompilePlan:
+        """The plan with the fewest extra FLOPs whose total and adapter take at most `wanted_share` of `free_bytes`
+        per device, else the smallest if it takes no more than all: stash along the Pareto list, or recompute where
+        `order` allows it (None: any). Raises OutOfReach where none fits."""
+        shares = [None, *(p.extra_share for p in self.pareto)]
+        modes = [mode for mode in MODES if mode == "stash" or order != "layer_major"]
+        plans = [self.plan(mode, share, order) for mode in modes for share in shares]
+        fitting = [p for p in plans if _taken_bytes(p) <= wanted_share * free_bytes]
+        if fitting:
+            return min(fitting, key=_least_work)
+        smallest = min(plans, key=_taken_bytes)
+        if _taken_bytes(smallest) > free_bytes:
+            raise OutOfReach(
+                f"finetuning {self.model.name} on samples of {self.seq_tokens} tokens needs at least "
+                f"{_taken_bytes(smallest) / 2**30:.2f} GiB per device, free are {free_bytes / 2**30:.2f}"
+            )
+        return smallest
 
     def _chosen(self, points: list[Point], budget_share: float | None) -> Point:
         """The list's smallest point that is allowed."""
@@ -257,6 +211,16 @@ class Analysis:
     def _flops(self, ops: Iterable[Op]) -> dict[str, float]:
         """Output -> FLOPs per token."""
         return {op.out: forward_flops(self.graph, op, self.context_tokens) for op in ops}
+
+
+def _taken_bytes(plan: CompilePlan) -> int:
+    return plan.total_bytes() + plan.adapter_bytes
+
+
+def _least_work(plan: CompilePlan) -> tuple[float, int]:
+    """FLOPs of products and attention that run again, then bytes: element-wise work is not worth memory."""
+    forward = plan.layer_forward_flops if plan.mode == "recompute" else 0.0
+    return forward + plan.mean_again.flops, plan.total_bytes()
 
 
 def local_shape(model: ModelShape, tp: int) -> ModelShape:
@@ -353,13 +317,6 @@ def _bypasses_of(model: ModelShape, spec: PeftSpec) -> Iterator[Bypass]:
             yield ia3_bypass(target, wide_out, P if row else S1)
 
 
-def price_bypass(
-    bypass: Bypass, tp: int, tokens: int, tokens_per_step: int, device: DeviceSpec, layers: int
-) -> list[Composition]:
-    """Its compositions in `layers` layers on that device, cheapest first."""
-    return compositions(bypass, tp, tokens, device, tokens_per_step, layers)
-
-
 def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) -> tuple[BypassPlan, ...]:
     """How adapters lie that are only served, which no job's plan places. The one place that decides it, for engine
     and simulator: the cheapest forward of `tokens` that sends nothing.
@@ -369,7 +326,7 @@ def serving_bypasses(model: ModelShape, spec: PeftSpec, tp: int, tokens: int) ->
     """
     plans = []
     for bypass in bypasses_of(model, spec, tp):
-        found = price_bypass(bypass, tp, tokens, tokens, REFERENCE, model.layers)
+        found = compositions(bypass, tp, tokens, REFERENCE, tokens, model.layers)
         silent = [composition for composition in found if not composition.forward]
         best = min(silent, key=lambda c: (c.forward_seconds, c.resident_bytes, c.label))
         plans.append(_bypass_plan(bypass, best, tokens, model.dtype_bytes))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import product
 
 from sim.compile.bypass import lora_bypass
-from sim.compile.compiler import price_bypass
 from sim.compile.console import wide_console
+from sim.compile.parallel import compositions
 from sim.compile.roles import ROW_PARALLEL
 from sim.core.specs import DeviceSpec, ModelShape
 
@@ -59,7 +59,7 @@ def placement_table(
     rows = []
     for layer, tp, rank in product(LAYERS, TPS, RANKS):
         bypass = lora_bypass(layer, *model.linears[layer], rank, layer in ROW_PARALLEL)
-        found = price_bypass(bypass, tp, tokens, accumulation_tokens, device, model.layers)
+        found = compositions(bypass, tp, tokens, device, accumulation_tokens, model.layers)
         rows += [
             PlacementRow(
                 layer=layer,

@@ -85,7 +85,7 @@ def run_compile(
 ) -> CompileReport:
     """Compile and account. `memory_fraction` of the device is ours to use.
 
-    Raises ValueError for options outside their range (see `compile_plan`).
+    Raises ValueError for options outside their range (see `Analysis`).
     """
     _check_fraction(memory_fraction)
     start = time.perf_counter()

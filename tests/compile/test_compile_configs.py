@@ -10,7 +10,7 @@ import pytest
 
 from sim import compile_program
 from sim.cli import main
-from sim.compile.compiler import compile_plan
+from sim.compile.compiler import Analysis
 from sim.compile.peft import PeftSpec
 from sim.core.specs import DeviceSpec, ModelShape
 
@@ -29,7 +29,7 @@ DEVICE = DeviceSpec(
 def test_configuration_compiles(path: Path, tp: int) -> None:
     values = yaml.safe_load(path.read_text())
     assert values.pop("_target_") == "sim.compile.peft.PeftSpec"
-    plan = compile_plan(SMALL, PeftSpec(**values), seq_tokens=64, device=DEVICE, tp=tp)
+    plan = Analysis(SMALL, PeftSpec(**values), seq_tokens=64, device=DEVICE, tp=tp).plan()
     assert plan.targets == tuple(values["targets"])
     assert plan.kept_bytes_per_token > 0
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sim.compile.compiler import autograd_bytes, compile_plan, local_shape, plan_for_memory
+from sim.compile.compiler import Analysis, autograd_bytes, local_shape
 from sim.compile.families import layer_graph
 from sim.compile.ir import PARAMETER, Graph
 from sim.compile.peft import PeftSpec
@@ -47,14 +47,20 @@ SPECS = {
 KIB, GIB = 1024, 2**30
 
 
-def plan(seq_tokens: int = 4096, **options: Any) -> CompilePlan:
-    return compile_plan(LLAMA_8B, PeftSpec(), **{"seq_tokens": seq_tokens, "device": A100, **options})
+def analysis(seq_tokens: int = 4096, **options: Any) -> Analysis:
+    return Analysis(LLAMA_8B, PeftSpec(), **{"seq_tokens": seq_tokens, "device": A100, **options})
+
+
+def plan(
+    seq_tokens: int = 4096, mode: str = "stash", budget_share: float | None = None, **options: Any
+) -> CompilePlan:
+    return analysis(seq_tokens, **options).plan(mode, budget_share)
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 def test_plan_survives_json(spec: PeftSpec, mode: str) -> None:
-    made = compile_plan(MODELS[1], spec, seq_tokens=2048, device=A100, tp=2, mode=mode)
+    made = Analysis(MODELS[1], spec, seq_tokens=2048, device=A100, tp=2).plan(mode)
     assert CompilePlan.from_json(made.to_json()) == made
 
 
@@ -90,10 +96,9 @@ def test_recompute_end_is_no_worse_than_gradient_checkpointing(model: ModelShape
     inner, _first, head = autograd_bytes(model, peft_default(PeftSpec()), model.tp)
     inputs = model.layers * model.hidden * model.dtype_bytes
     for window in (128, 256):
-        made = compile_plan(
-            model, PeftSpec(), seq_tokens=seq_tokens, device=A100, tp=model.tp, mode="recompute",
-            window_tokens=window,
-        )  # fmt: skip
+        made = Analysis(
+            model, PeftSpec(), seq_tokens=seq_tokens, device=A100, tp=model.tp, window_tokens=window
+        ).plan("recompute")
         assert made.total_bytes() <= seq_tokens * (inputs + max(inner, head))
         if window == 128:
             layers_only = made.held_bytes + made.live_bytes()["kept"]
@@ -117,7 +122,7 @@ def test_smaller_windows_and_larger_budgets_never_need_more() -> None:
 
 def test_memory_decides_between_points_and_modes() -> None:
     free = [40 * GIB, 12 * GIB, 8 * GIB, 4 * GIB, 3.2 * GIB]
-    plans = [plan_for_memory(LLAMA_8B, PeftSpec(), f, seq_tokens=4096, window_tokens=256) for f in free]
+    plans = [analysis(window_tokens=256).plan_within(f) for f in free]
     for limit, made in zip(free, plans, strict=True):
         assert made.total_bytes() + made.adapter_bytes <= limit
     shares = [p.extra_flops_share for p in plans]
@@ -126,14 +131,14 @@ def test_memory_decides_between_points_and_modes() -> None:
     # With room for everything it is the default plan: element-wise work is not worth memory.
     assert plans[0].budget_share is None
     with pytest.raises(ValueError, match="at least"):
-        plan_for_memory(LLAMA_8B, PeftSpec(), 0.1 * GIB, seq_tokens=4096, device=A100)
+        analysis().plan_within(0.1 * GIB)
 
 
 def test_where_layer_major_order_is_not_allowed_the_far_end_is_recompute() -> None:
     """Window-major stash has dK and dV of all layers too: then layer inputs are what recompute saves."""
 
     def chosen(free: float, order: str) -> CompilePlan:
-        return plan_for_memory(LLAMA_8B, PeftSpec(), free, seq_tokens=4096, order=order, window_tokens=256)
+        return analysis(window_tokens=256).plan_within(free, order=order)
 
     assert [chosen(f * GIB, "layer_major").mode for f in (40, 8, 3.2)] == ["stash"] * 3
     assert [chosen(f * GIB, "window_major").mode for f in (40, 8, 3.2)] == ["stash", "stash", "recompute"]
@@ -154,7 +159,7 @@ def test_devices_share_what_tensor_parallelism_splits(tp: int) -> None:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("model", MODELS, ids=lambda m: m.name)
 def test_roles_name_what_an_engine_keeps(model: ModelShape, spec: PeftSpec) -> None:
-    made = compile_plan(model, spec, seq_tokens=1024, device=A100, budget_share=0.01)
+    made = Analysis(model, spec, seq_tokens=1024, device=A100).plan(budget_share=0.01)
     roles = {t.role: t for t in made.tensors if t.role}
     assert {"x", "mid", "q", "k", "v", "attention", "lse", "gate", "up", "silu", "product"} <= set(roles)
     assert {r for r, t in roles.items() if t.action == "pin"} == {"k", "v"}

@@ -9,7 +9,7 @@ import pytest
 
 from sim.compile import compiler
 from sim.compile.bypass import Bypass
-from sim.compile.compiler import compile_plan
+from sim.compile.compiler import Analysis
 from sim.compile.parallel import Composition
 from sim.compile.peft import PeftSpec
 from sim.core.specs import BypassWork, Collective, LoraSpec
@@ -119,15 +119,15 @@ def test_the_planners_choice_is_not_dearer_than_the_usual_one(
     name: str, on: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A window and its backward, by the roofline: who chooses and who charges mean the same seconds."""
-    usual = compiler.price_bypass
+    usual = compiler.compositions
 
     def silent(bypass: Bypass, *given: object) -> list[Composition]:
         return sorted(usual(bypass, *given), key=lambda c: c.label not in ("1 4", "2 5"))
 
     shape, on_device, spec = model(name), device(on), PeftSpec(targets=ALL, rank=64, alpha=16.0)
-    chosen = compile_plan(shape, spec, seq_tokens=8192, device=on_device, tp=8)
-    monkeypatch.setattr(compiler, "price_bypass", silent)
-    other = compile_plan(shape, spec, seq_tokens=8192, device=on_device, tp=8)
+    chosen = Analysis(shape, spec, seq_tokens=8192, device=on_device, tp=8).plan()
+    monkeypatch.setattr(compiler, "compositions", silent)
+    other = Analysis(shape, spec, seq_tokens=8192, device=on_device, tp=8).plan()
     lora = LoraSpec(rank=64, targets=ALL)
     seconds = []
     for each in (chosen, other):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from sim.compile.compiler import compile_plan
+from sim.compile.compiler import Analysis
 from sim.compile.peft import PeftSpec
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.core.work import Chunk, LayerChunk, Work
@@ -65,7 +65,7 @@ def test_parameter_counts_are_the_published_ones(model: str) -> None:
 
 def test_the_loss_is_charged_for_in_the_chunks_that_plans_count() -> None:
     context = load("a100_80gb", "llama_3_1_8b")
-    chunk = compile_plan(context.model, PeftSpec(), seq_tokens=8192).loss_chunk_tokens
+    chunk = Analysis(context.model, PeftSpec(), seq_tokens=8192).plan().loss_chunk_tokens
     cost = Roofline().build(context)
     loss_s = [cost.parts(Work(forward=(Chunk(tokens, 0),)))["loss"] for tokens in range(1, 3 * chunk + 1)]
     for tokens in (1, chunk // 2, chunk, 2 * chunk):

@@ -23,8 +23,8 @@ from engine.placement import placements_of
 from engine.replica import Replica, replica
 from sim.compile import compiler
 from sim.compile.bypass import Bypass
-from sim.compile.compiler import bypasses_of, compile_plan, serving_bypasses
-from sim.compile.parallel import Composition
+from sim.compile.compiler import Analysis, bypasses_of, serving_bypasses
+from sim.compile.parallel import Composition, compositions
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import CompilePlan
 from sim.compile.roles import ROW_PARALLEL
@@ -66,7 +66,7 @@ def labels(tp: int, layouts: bool = False) -> list[tuple[str, str]]:
     those that have the same of A and B on each rank and reduce the same, if `layouts`."""
     found: dict[bool, list[str]] = {}
     for bypass in bypasses_of(SHAPE, SPEC, tp):
-        every = compiler.price_bypass(bypass, tp, TOKENS, TOKENS, compiler.REFERENCE, 1)
+        every = compositions(bypass, tp, TOKENS, compiler.REFERENCE, TOKENS)
         if layouts:
             every = [*{(c.weights, c.reduced): c for c in every}.values()]
         found.setdefault(bypass.name in ROW_PARALLEL, sorted(c.label for c in every))
@@ -81,14 +81,12 @@ def forced(tp: int, column: str, row: str, number: int) -> CompilePlan:
         wanted = row if bypass.name in ROW_PARALLEL else column
         return sorted(usual(bypass, *given), key=lambda c: c.label != wanted)
 
-    usual = compiler.price_bypass
+    usual = compiler.compositions
     order, mode = MODES[number % len(MODES)]
     share = (None, 0.0, math.inf, 0.1)[number % 4]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "price_bypass", price)
-        plan = compile_plan(
-            SHAPE, SPEC, seq_tokens=TOKENS, tp=tp, mode=mode, order=order, budget_share=share, window_tokens=7
-        )
+        patch.setattr(compiler, "compositions", price)
+        plan = Analysis(SHAPE, SPEC, seq_tokens=TOKENS, tp=tp, window_tokens=7).plan(mode, share, order)
     assert {b.composition for b in plan.bypasses} == {column, row}
     return plan
 
@@ -248,7 +246,7 @@ def test_the_engine_runs_what_the_planner_chose_and_sends_what_the_simulator_cha
     own, usual = chosen(ranks, WIRED), chosen(ranks, compiler.REFERENCE)
     assert {b.composition for b in usual.plan.bypasses} == {"1 4", "2 5"}
     assert not {b.composition for b in own.plan.bypasses} & {"1 4", "2 5"}
-    fresh = compile_plan(SHAPE, SPEC, seq_tokens=TOKENS, device=WIRED, tp=tp, accumulation=1)
+    fresh = Analysis(SHAPE, SPEC, seq_tokens=TOKENS, device=WIRED, tp=tp, accumulation=1).plan()
     assert own.plan.bypasses == fresh.bypasses
     for bypass in own.plan.bypasses:
         wide_in, wide_out = SHAPE.linears[bypass.target]
@@ -283,7 +281,7 @@ LARGE = ModelShape(
 
 def test_a_large_rank_and_window_is_placed_otherwise_and_lies_so_on_the_ranks() -> None:
     spec = PeftSpec(targets=ALL, rank=256, alpha=256.0)
-    plan = compile_plan(LARGE, spec, seq_tokens=8192, tp=8, window_tokens=4096)
+    plan = Analysis(LARGE, spec, seq_tokens=8192, tp=8, window_tokens=4096).plan()
     labels = {b.target: b.composition for b in plan.bypasses}
     assert labels["up_proj"] == labels["q_proj"] == "R>S1 2 P>R 4"
     for bypass in plan.bypasses:

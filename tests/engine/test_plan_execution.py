@@ -21,7 +21,7 @@ from engine.kernels.loss import linear_cross_entropy
 from engine.lora import ATTENTION, Adapter
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
-from sim.compile.compiler import Analysis, compile_plan
+from sim.compile.compiler import Analysis
 from sim.compile.peft import LINEARS, PeftSpec
 from sim.compile.plan import CompilePlan
 from sim.core.finetune import Backward, Forward, JobSpec
@@ -267,7 +267,7 @@ def test_nothing_of_the_sample_outlives_a_slice_beside_what_the_plan_holds(memor
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_the_loss_has_the_logits_of_one_chunk_that_the_plan_counts(dtype: torch.dtype) -> None:
     shape = replace(CONFIGS["llama"].shape, dtype_bytes=dtype.itemsize)
-    plan = compile_plan(shape, PeftSpec(), seq_tokens=50, loss_chunk_tokens=16)
+    plan = Analysis(shape, PeftSpec(), seq_tokens=50, loss_chunk_tokens=16).plan()
     hidden, labels = torch.randn(50, shape.hidden).to(dtype), torch.randint(0, shape.vocab, (50,))
     weight = torch.randn(shape.vocab, shape.hidden).to(dtype)
     with Counted() as counted:

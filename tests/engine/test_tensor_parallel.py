@@ -33,7 +33,7 @@ from engine.ranks import RankFailed
 from engine.replica import Replica, replica
 from engine.sampling import Sampling
 from engine.training import main as finetune
-from sim.compile.compiler import bypasses_of, compile_plan
+from sim.compile.compiler import Analysis, bypasses_of
 from sim.compile.parallel import compositions
 from sim.compile.peft import PeftSpec
 from sim.core.plan import Limits, Policy
@@ -287,7 +287,7 @@ def planned_run(ranks: Replica | None, targets: Sequence[str], share: float | No
     shape = replace(config_of("llama").shape, dtype_bytes=8)
     spec = PeftSpec(targets=tuple(targets), rank=4, alpha=8.0)
     tp = 1 if ranks is None else ranks.group.size
-    plan = compile_plan(shape, spec, seq_tokens=24, tp=tp, mode=mode, budget_share=share, window_tokens=7)
+    plan = Analysis(shape, spec, seq_tokens=24, tp=tp, window_tokens=7).plan(mode, share)
     job = JobSetup(
         samples=[sample_of(23, seed=1)],
         adapter=adapter_of("llama", 4, targets),
@@ -450,7 +450,7 @@ H100 = DeviceSpec(
 def test_adapters_lie_as_the_cheapest_composition_says(rank: int, tp: int) -> None:
     """Placement of A and B, and which gradients are reduced at the update."""
     spec = PeftSpec(method="lora", rank=rank, targets=ALL)
-    plan = compile_plan(LARGE, spec, seq_tokens=4096, device=H100, tp=tp, window_tokens=512)
+    plan = Analysis(LARGE, spec, seq_tokens=4096, device=H100, tp=tp, window_tokens=512).plan()
     for bypass, best in zip(plan.bypasses, bypasses_of(LARGE, spec), strict=True):
         cheapest = compositions(best, tp, 512, H100, 8 * 4096, 32)[0]
         placement = Placement(bypass, rank, Group(1, tp), LARGE)

@@ -8,7 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from sim.assemble import CONFIGS, Assembly, assemble
-from sim.compile.compiler import compile_plan
+from sim.compile.compiler import Analysis
 from sim.compile.peft import PeftSpec
 from sim.core.specs import LoraSpec, ModelShape
 from sim.core.work import Work
@@ -33,9 +33,8 @@ def assembled(*overrides: str) -> Assembly:
 def test_kv_cache_and_plan_fill_the_memory(name: str, order: str, mode: str) -> None:
     shape = model(name)
     run = assembled(f"model={name}", f"{JOB}.order={order}", f"{JOB}.memory={mode}")
-    plan = compile_plan(
-        shape, PeftSpec.from_lora(DOWN), seq_tokens=8192, device=A100, tp=shape.tp, mode=mode, order=order
-    )
+    analysis = Analysis(shape, PeftSpec.from_lora(DOWN), seq_tokens=8192, device=A100, tp=shape.tp)
+    plan = analysis.plan(mode, order=order)
     limits = run.pipelines[0].limits
     free = free_bytes(
         device=A100,
