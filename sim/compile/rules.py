@@ -2,7 +2,8 @@
 
 `needs(op, i)` names the forward tensors that the gradient with respect to input i reads, beside the
 gradient of the output; parameters among them are always at hand. This is the whole knowledge that
-pruning, rematerialisation and the interpreter share; the interpreter refuses to read anything else.
+pruning and rematerialisation share. That it is enough is proved by running graphs that may read
+nothing else (`tests/compile/interpret.py`).
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from sim.compile.families import head_graph, layer_graph
-from sim.compile.interpret import Memory, NotKeptError, Values, backward, forward
 from sim.compile.ir import Graph
 from sim.compile.peft import LINEARS, PeftSpec
 from sim.compile.prune import autograd, prune
 from sim.compile.remat import Point, pareto
 from sim.compile.roles import keys_and_values
 from sim.core.specs import ModelShape
+from tests.compile.interpret import Memory, NotKeptError, Values, backward, forward
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")

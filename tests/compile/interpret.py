@@ -15,7 +15,7 @@ import numpy as np
 
 from sim.compile.ir import ACTIVATION, TOKENS, Graph, Op
 from sim.compile.prune import wanted
-from sim.compile.rules import RULES, VIEW, storage
+from sim.compile.rules import RULES, VIEW
 
 Array = Any
 """A float64 numpy array."""
@@ -51,7 +51,7 @@ class Memory:
         """`kept` and `recomputed` name owners of memory (`rules.storage`); views come with them."""
         self.graph, self.recomputed = graph, set(recomputed)
         self.tokens = _tokens(graph, values)
-        self._producer, self._owner = graph.producer, storage(graph)
+        self._producer = graph.producer
         self._have = {n: v for n, v in values.items() if n in kept or graph.tensors[n].role != ACTIVATION}
 
     def get(self, name: str) -> Array:
