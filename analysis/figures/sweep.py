@@ -1,4 +1,4 @@
-"""Metrics over a swept number, such as the request rate: one line per policy, one panel per metric.
+"""Trained tokens and attainment over the arrival rate: a panel each, with one line per policy.
 
 Several runs at one point (seeds) are their mean, with a band from the smallest to the largest. Where
 a metric is missing the line has a gap; it never falls to 0. A hollow marker is a point that misses the SLO.
@@ -16,113 +16,79 @@ from analysis.figures import style
 from analysis.repeats import alike, line_names
 from analysis.runs import SLO_KEPT_SHARE, Row, number, text
 from analysis.table import shorten
-from sim.metrics import DEFINITIONS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DEFAULT_METRICS = ("finetune_tok_s", "attainment")
-
-_TITLES = {
-    "finetune_tok_s": "trained tokens per second (tok/s)",
-    "attainment": "requests that meet their SLO (%)",
-    "attainment_paper": "requests that meet their SLO, paper's rule (%)",
-    "goodput_rps": "goodput (req/s)",
-    "inference_tok_s": "generated tokens per second (tok/s)",
-    "rate_rps": "arrivals (req/s)",
+METRICS = {
+    "finetune_tok_s": ("trained tokens per second (tok/s)", 1.0),
+    "attainment": ("requests that meet their SLO (%)", 100.0),
 }
-_UNITS = {
-    "tok_s": ("tok/s", 1.0),
-    "rps": ("req/s", 1.0),
-    "s": ("s", 1.0),
-    "j": ("J", 1.0),
-}
+"""Column of the rows -> what the axis says, and its factor."""
 
 
 class Point(NamedTuple):
-    """Of the runs at one x; NaN where none of them has the number."""
+    """Of the runs at one rate; NaN where none of them has the number."""
 
-    x: float
+    rate_rps: float
     mean: float
     low: float
     high: float
 
 
 Points = list[Point]
-"""By rising x."""
+"""By rising rate."""
 
 
-def sweep_figure(
-    rows: Sequence[Row],
-    *,
-    key: str = "rate_rps",
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    kept_share: float = SLO_KEPT_SHARE,
-) -> Figure:
-    """Lines of `metrics` over the numeric column `key` of `rows`, one workload, model and device."""
+def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:
+    """Of `rows` of one workload, model and device."""
     style.check_one_scene(rows)
-    for metric in metrics:
-        if metric not in DEFINITIONS:
-            raise ValueError(f"{metric!r} is not a metric; among them are {', '.join(DEFAULT_METRICS)}")
-    lines = {metric: series(rows, key, metric) for metric in metrics}
-    attained = series(rows, key, "attainment")
+    lines = {metric: series(rows, metric) for metric in METRICS}
+    attained = lines["attainment"]
     height_inches = max(5.2, 0.8 + 0.21 * len(attained))
-    figure, grid = style.new_figure(height_inches, nrows=1, ncols=len(metrics), squeeze=False)
+    figure, panels = style.new_figure(height_inches, nrows=1, ncols=len(METRICS))
     looks, routers = _looks(rows)
-    for axes, metric in zip(grid[0], metrics, strict=True):
+    for axes, (metric, (title, factor)) in zip(panels, METRICS.items(), strict=True):
         for place, (name, points) in enumerate(lines[metric].items()):
             kept = [point.mean >= kept_share for point in attained[name]]
-            _draw(
-                axes, shorten(name, 34), looks[name], points, scale(metric), kept, size=8.5 - place % 3 * 1.5
-            )
-        axes.set_xlabel(axis_title(key))
-        axes.set_ylabel(axis_title(metric))
+            _draw(axes, shorten(name, 34), looks[name], points, factor, kept, size=8.5 - place % 3 * 1.5)
+        axes.set_xlabel("arrivals (req/s)")
+        axes.set_ylabel(title)
         axes.yaxis.set_major_formatter(_thousands)
-        _x_ticks(axes, [point.x for points in lines[metric].values() for point in points])
-        _y_limits(axes, metric)
-        if metric == "attainment":
-            axes.axhline(
-                100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5
-            )
+        _x_ticks(axes, [point.rate_rps for points in lines[metric].values() for point in points])
         style.tidy(axes, "both")
-    _legend(figure, grid[0][0], looks, routers)
-    line = ", the dashed line" if "attainment" in metrics else ""
-    hollow = f"hollow marker: SLO missed (fewer than {kept_share * 100:g} % of the requests meet it{line})"
+    left, right = panels
+    if (most := left.dataLim.y1) > 0:
+        left.set_ylim(-0.02 * most, 1.05 * most)
+    right.set_ylim(-2, 102)
+    right.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
+    _legend(figure, left, looks, routers)
+    share = f"fewer than {kept_share * 100:g} % of the requests meet it, the dashed line"
+    hollow = f"hollow marker: SLO missed ({share})"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
     figure.suptitle(f"{scene}\n{hollow}", fontsize=12)
     return figure
 
 
-def write_sweep(
-    rows: Sequence[Row],
-    path: str | Path,
-    *,
-    key: str = "rate_rps",
-    metrics: Sequence[str] = DEFAULT_METRICS,
-    kept_share: float = SLO_KEPT_SHARE,
-) -> Path:
+def write_sweep(rows: Sequence[Row], path: str | Path, *, kept_share: float = SLO_KEPT_SHARE) -> Path:
     """Draw and save; returns the path."""
-    return style.save(sweep_figure(rows, key=key, metrics=metrics, kept_share=kept_share), path)
+    return style.save(sweep_figure(rows, kept_share=kept_share), path)
 
 
-def series(rows: Sequence[Row], key: str, metric: str) -> dict[str, Points]:
-    """Display name -> points; a point without any known value has NaNs. ValueError without a number
-    under `key`."""
+def series(rows: Sequence[Row], metric: str) -> dict[str, Points]:
+    """Display name -> points; a point without any known value has NaNs. ValueError for a run without a rate."""
     found: dict[str, dict[float, list[float]]] = {}
     for name, group in _named(rows):
         for row in group:
-            try:
-                x = number(row, key)
-            except (TypeError, ValueError):
-                raise ValueError(f"{key} must be a number to be an axis, got {row[key]!r}") from None
+            x = number(row, "rate_rps")
             if math.isnan(x):
-                raise ValueError(f"a run of {name} has no {key}")
+                raise ValueError(f"a run of {name} has no rate_rps")
             found.setdefault(name, {}).setdefault(x, []).append(number(row, metric))
     return {name: [_point(x, found[name][x]) for x in sorted(found[name])] for name in found}
 
 
 def _named(rows: Sequence[Row]) -> list[tuple[str, list[Row]]]:
-    """Repeats of a run under their display name; a name comes once for each x."""
+    """Repeats of a run under their display name; a name comes once for each rate."""
     groups = alike(rows)
     return list(zip(line_names([group[0] for group in groups]), groups, strict=True))
 
@@ -173,27 +139,6 @@ def _thousands(value: float, _: object) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
-def axis_title(key: str) -> str:
-    """What an axis says: words where there are some, else the name and its unit."""
-    if key in _TITLES:
-        return _TITLES[key]
-    if scale(key) == 1000:
-        return f"{key[: -len('_s')]} (ms)"
-    if scale(key) == 100:
-        return f"{key} (%)"
-    for suffix, (unit, _) in _UNITS.items():
-        if key.endswith(f"_{suffix}"):
-            return f"{key[: -len(suffix) - 1]} ({unit})"
-    return key
-
-
-def scale(metric: str) -> float:
-    """Shares in per cent, gaps between tokens and iterations in milliseconds, the rest as they are."""
-    if metric.startswith(("attainment", "prediction_error", "kv_use", "gpu_busy_share", "finetune_share")):
-        return 100.0
-    return 1000.0 if metric.startswith(("tpot", "itl", "iteration_")) else 1.0
-
-
 def _point(x: float, values: list[float]) -> Point:
     known = [value for value in values if not math.isnan(value)]
     if not known:
@@ -205,7 +150,7 @@ def _draw(
     axes: Any, name: str, look: style.Look, points: Points, factor: float, kept: Sequence[bool], size: float
 ) -> None:
     """One line; markers of several sizes, so that of two lines that coincide both are seen."""
-    x = [point.x for point in points]
+    x = [point.rate_rps for point in points]
     mean, low, high = ([factor * value for value in v] for v in zip(*(p[1:] for p in points), strict=True))
     line = {"color": look.color, "linestyle": look.dash, "linewidth": 1.8}
     axes.plot(x, mean, label=name, marker=look.marker, markersize=size, **line)
@@ -226,11 +171,3 @@ def _x_ticks(axes: Any, values: Sequence[float]) -> None:
     ticks = sorted(set(values))
     if len(ticks) <= _MOST_TICKS:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-
-
-def _y_limits(axes: Any, metric: str) -> None:
-    most = axes.dataLim.y1
-    if metric.startswith("attainment"):
-        axes.set_ylim(-2, 102)
-    elif most > 0:
-        axes.set_ylim(-0.02 * most, 1.05 * most)

@@ -60,9 +60,9 @@ def timeline_figure(run: Run, *, bins: int = 150) -> Figure:
     return figure
 
 
-def write_timeline(run: Run, path: str | Path, *, bins: int = 150) -> Path:
+def write_timeline(run: Run, path: str | Path) -> Path:
     """Draw and save; returns the path."""
-    return style.save(timeline_figure(run, bins=bins), path)
+    return style.save(timeline_figure(run), path)
 
 
 def spread(rows: pd.DataFrame, amounts: Floats, edges: Floats) -> Floats:
