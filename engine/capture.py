@@ -59,7 +59,7 @@ def build_model(shape: ModelShape, family: str, dtype: str = "bfloat16", device:
     return model.to(getattr(torch, dtype)).requires_grad_(False)
 
 
-def capture_layer(model: Any, index: int = 0, name: str = "layer") -> Graph:
+def capture_layer(model: Any, index: int = 0) -> Graph:
     """Graph of decoder layer `index`; shapes are numbers but for the tokens, dtypes torch's names.
 
     Raises CaptureError with the operator's name where it cannot be expressed.
@@ -85,10 +85,10 @@ def capture_layer(model: Any, index: int = 0, name: str = "layer") -> Graph:
     cos, sin = (torch.empty(1, 16, head_dim, device=weight.device, dtype=dtype) for _ in range(2))
     tokens = torch.export.Dim("tokens", min=2)
     exported = torch.export.export(Layer(), (x, cos, sin), dynamic_shapes=({1: tokens},) * 3, strict=False)
-    return translate(exported, name, strip="layer.")
+    return translate(exported, "layer", strip="layer.")
 
 
-def capture_head(model: Any, name: str = "head") -> Graph:
+def capture_head(model: Any) -> Graph:
     """Graph from the last layer's output to the summed loss: norm, logits in fp32, cross entropy."""
     import torch
 
@@ -110,7 +110,7 @@ def capture_head(model: Any, name: str = "head") -> Graph:
     exported = torch.export.export(
         Head(), (x, labels), dynamic_shapes=({1: tokens}, {0: tokens}), strict=False
     )
-    return translate(exported, name, strip="")
+    return translate(exported, "head", strip="")
 
 
 def check_layers_repeat(model: Any) -> Graph:

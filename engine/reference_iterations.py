@@ -184,7 +184,7 @@ def finetune_times(model: Model, lora: LoraSpec, tokens: int, how: Memory, secon
     return Times.of([sum(taken[str(n)]) for n in range(WARM_UP, len(taken))])
 
 
-def training_job(model: Model, lora: LoraSpec, tokens: int, how: Memory, rate: float = 1e-4) -> TrainingJob:
+def training_job(model: Model, lora: LoraSpec, tokens: int, how: Memory) -> TrainingJob:
     """A job of random samples of this length with a step after each."""
     shape = model.config.shape
     return TrainingJob(
@@ -192,7 +192,7 @@ def training_job(model: Model, lora: LoraSpec, tokens: int, how: Memory, rate: f
         samples=passes(random_samples(8, tokens, shape.vocab), 0),
         max_sample_tokens=tokens,
         adapter=new_adapter(lora, shape, model.compute, model.device, 0),
-        optimizer=OptimizerSettings(learning_rate=rate, schedule="constant"),
+        optimizer=OptimizerSettings(learning_rate=1e-4, schedule="constant"),
         accumulation=1,
         order=how.order,
         memory=how.memory,

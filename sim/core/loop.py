@@ -106,13 +106,12 @@ def run_loop(
     policy: Policy,
     arrivals: Arrivals,
     horizon: Horizon,
-    start_s: float = 0.0,
 ) -> Generator[Command, Done, None]:
     """Run one pipeline until its horizon. Modifies `state`, which it closes at the end.
 
     Raises PolicyError for whatever goes wrong in a policy or with its plan.
     """
-    now_s = start_s
+    now_s = 0.0
     in_flight = 0
     wait, lookahead = Wait(), state.limits.lookahead
     due, view, apply, commit, decide = arrivals.due, state.view, state.apply, state.commit, policy.plan

@@ -36,14 +36,6 @@ DRAWS = 64
 """Requests that a closed-loop client draws at a time."""
 
 
-class Builder(Protocol):
-    """What a workload config instantiates to."""
-
-    def build(self, seed: int, slo_names: Sequence[str]) -> Workload:
-        """The workload; the same seed gives the same requests."""
-        ...
-
-
 class TraceReader(Protocol):
     """Reads one format of trace."""
 

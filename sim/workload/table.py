@@ -140,14 +140,12 @@ class RequestTable:
         self,
         *,
         max_prompt_tokens: int | None = None,
-        max_output_tokens: int | None = None,
         max_total_tokens: int | None = None,
     ) -> RequestTable:
         """Requests within the bounds, at the times they had; the window stays, so the rate drops."""
         keep = np.ones(len(self), bool)
         for key, values, most in (
             ("max_prompt_tokens", self.prompt_tokens, max_prompt_tokens),
-            ("max_output_tokens", self.output_tokens, max_output_tokens),
             ("max_total_tokens", self.prompt_tokens + self.output_tokens, max_total_tokens),
         ):
             if most is not None:
