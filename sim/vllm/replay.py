@@ -27,7 +27,8 @@ from sim.cost.operators import OperatorCost
 from sim.errors import keys_as
 from sim.vllm.blocks import alike
 from sim.vllm.policy import Vllm
-from sim.vllm.run import EngineSettings, MeasuredRequests
+from sim.vllm.run import MeasuredRequests
+from sim.vllm.settings import EngineSettings
 from sim.vllm.state import CachedState
 
 HOST_SEQUENCE_S = 5.5e-3 / 256

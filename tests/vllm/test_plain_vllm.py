@@ -16,7 +16,8 @@ import pytest
 from sim.core.work import Work
 from sim.cost.operators import Spread
 from sim.vllm.replay import HOST_SEQUENCE_S, replay
-from sim.vllm.run import EngineSettings, MeasuredRequests
+from sim.vllm.run import MeasuredRequests
+from sim.vllm.settings import EngineSettings
 
 
 @dataclass(eq=False)

@@ -15,7 +15,8 @@ from profiles.compare import timeline
 from profiles.validate import cost_of
 from sim.vllm.profile import read_profile
 from sim.vllm.replay import Replay, replay
-from sim.vllm.run import EngineSettings, MeasuredRequests, RunFolder, read_run
+from sim.vllm.run import MeasuredRequests, RunFolder, read_run
+from sim.vllm.settings import EngineSettings
 
 DENSE = ("embedding", "layernorm", "qkv_proj", "rotary_emb", "o_proj", "gate_up_proj", "act_fn", "down_proj")
 
