@@ -34,7 +34,7 @@ from engine.packing import Piece, Staging, pack
 from engine.sampling import LOST, Sampling, sample, told
 from engine.shelf import Segments
 from sim.core.block_tables import BlockTables, Placement, Span
-from sim.core.finetune import Backward, Forward, Slice
+from sim.core.finetune import Backward, Forward, Step
 from sim.core.plan import Limits, Plan
 from sim.core.request import Request
 
@@ -80,6 +80,11 @@ class _Live:
         """The adapter's version that it runs on; None until it is admitted, and for the base model."""
         self.sampled = 0
         """Output tokens launched, known to the host or not."""
+
+    @property
+    def segment_adapter(self) -> int:
+        """Its slot as batches have it: -1 for the base model."""
+        return -1 if self.slot is None else self.slot
 
 
 class _InFlight(NamedTuple):
@@ -208,7 +213,7 @@ class Engine:
     def launch(self, plan: Plan) -> None:
         """Start one iteration."""
         placement = self.tables.apply(plan)
-        steps = [self.trainers[piece.job].step() for piece in plan.finetune if _is_step(piece)]
+        steps = [self.trainers[piece.job].step() for piece in plan.finetune if type(piece) is Step]
         windows = [
             (self.trainers[piece.job], self.trainers[piece.job].next_window(piece.tokens))
             for piece in plan.finetune
@@ -219,7 +224,9 @@ class Engine:
         ids, tokens = self._forward(placement, fused, self._staging)
         with stream:
             self._forward(_NO_INFERENCE, apart, self._second_staging)
-            self._backward(plan)
+            for piece in plan.finetune:
+                if type(piece) is Backward:
+                    self.trainers[piece.job].backward(piece.layer_tokens)
         self._launched.append(self._in_flight(ids, tokens, steps))
 
     def collect(self) -> Collected:
@@ -273,11 +280,6 @@ class Engine:
 
     # Forward
 
-    def _backward(self, plan: Plan) -> None:
-        for piece in plan.finetune:
-            if type(piece) is Backward:
-                self.trainers[piece.job].backward(piece.layer_tokens)
-
     def _forward(
         self,
         placement: Placement,
@@ -306,12 +308,11 @@ class Engine:
 
     def _decode(self, spans: Sequence[Span], graphs: Graphs) -> tuple[list[int], torch.Tensor]:
         """The same for decodes alone, replayed."""
-        adapters = [self._live[span.id].slot for span in spans]
         x, slots = graphs.run(
             Decodes(
                 slots=np.array([span.slot for span in spans], np.int32),
                 contexts=np.array([span.context for span in spans], np.int32),
-                adapters=np.array([-1 if slot is None else slot for slot in adapters], np.int32),
+                adapters=np.array([self._live[span.id].segment_adapter for span in spans], np.int32),
             )
         )
         return self._sample(spans, x, slots)
@@ -384,14 +385,13 @@ class Engine:
             else np.array(live.tokens[span.context : span.context + span.tokens], np.int32)
         )
         row = self.tables.table[span.slot]
-        return Piece(tokens, span.context, row, -1 if live.slot is None else live.slot)
+        return Piece(tokens, span.context, row, live.segment_adapter)
 
     def _by_adapter(self, decodes: tuple[Span, ...]) -> list[Span]:
         """Decodes of one adapter beside each other, so that they are one segment."""
         if self._bank is None:
             return list(decodes)
-        slot_of = {span.id: self._live[span.id].slot for span in decodes}
-        return sorted(decodes, key=lambda span: -1 if slot_of[span.id] is None else slot_of[span.id] or 0)
+        return sorted(decodes, key=lambda span: self._live[span.id].segment_adapter)
 
     # Ends
 
@@ -433,7 +433,3 @@ class Engine:
 
 
 _NO_INFERENCE = Placement((), ())
-
-
-def _is_step(piece: Slice) -> bool:
-    return type(piece) is not Forward and type(piece) is not Backward
