@@ -191,8 +191,6 @@ class Job:
         self.accumulated_samples = 0
         self.accumulated_tokens = 0
         self.steps = 0
-        self.trained_tokens = 0
-        self.trained_samples = 0
         self.virtual_s = 0.0
         """Work received over weight, in token passes; the job with the least is served first."""
         self._data_ended = False
@@ -237,8 +235,6 @@ class Job:
                 self._next_sample()
         else:
             self.steps += 1
-            self.trained_samples += self.accumulated_samples
-            self.trained_tokens += self.accumulated_tokens
             self.accumulated_samples = self.accumulated_tokens = 0
 
     def _next_sample(self) -> None:
