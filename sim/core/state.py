@@ -125,6 +125,7 @@ class PipelineState:
         return end_s
 
     def view(self, now_s: float) -> View:
+        """What a policy sees; jobs whose time has come are active from now on."""
         if self.jobs.next_start_s <= now_s:
             self.jobs.start(now_s)
         tick, count, adapters = self.tick + 1, self.decode_count, len(self._adapter_users)

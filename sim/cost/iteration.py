@@ -30,7 +30,8 @@ from sim.cost.inverse import ROUNDING, Coefficients, largest_chunk, left_beside,
 
 
 class IterationCost:
-    """A `Predictor` over `curves`. Its lists grow on demand; nothing else changes."""
+    """A `Predictor` over `curves`. Its lists grow on demand, and the next search starts where the last one ended:
+    neither changes what it says."""
 
     def __init__(self, curves: Curves, lookahead: int = 0) -> None:
         self.curves = curves
