@@ -1,9 +1,8 @@
 """Token-level finetuning of one adapter: forward windows, backward slices, optimizer steps.
 
 `sim.core.finetune.Job` decides what is legal and counts, the compile plan what a sample keeps in memory; a
-`Trainer` does both. It learns what to do from the
-slices of the plan alone, takes its samples in the order in which the job drew their lengths, and keeps its
-own page range, which inference never touches.
+`Trainer` carries out both. It learns what to do from the slices of the plan alone, takes its samples in the
+order in which the job drew their lengths, and keeps its own page range, which inference never touches.
 
 Gradients are those of the *sum* of the losses; the optimizer divides them by the labels of all samples of a
 step, so that a step is the mean over its tokens however they are spread over samples.

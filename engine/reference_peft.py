@@ -18,7 +18,6 @@ import torch
 from engine.config import hf_config
 from engine.finetune import Sample
 from engine.load import named_tensors
-from engine.lora import Adapter, peft_tensors
 from engine.model import Model
 from engine.reference_timing import Times, timed
 from sim.core.specs import LoraSpec
@@ -77,9 +76,9 @@ def hf_model(model: Model, liger: bool = False) -> Any:
     return built
 
 
-def peft_model(model: Model, lora: LoraSpec, setup: Setup, adapter: Adapter | None = None) -> Any:
-    """The PEFT model in training mode; its adapter is `adapter`, by default a fresh one."""
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+def peft_model(model: Model, lora: LoraSpec, setup: Setup) -> Any:
+    """The PEFT model in training mode, with a fresh adapter."""
+    from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=lora.rank,
@@ -93,8 +92,6 @@ def peft_model(model: Model, lora: LoraSpec, setup: Setup, adapter: Adapter | No
     if setup.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     made: Any = get_peft_model(base, config, autocast_adapter_dtype=setup.float32_adapters)
-    if adapter is not None:
-        set_peft_model_state_dict(made, dict(peft_tensors(adapter)))
     made.train()
     return made
 

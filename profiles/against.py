@@ -66,7 +66,6 @@ class Metric(NamedTuple):
 class Against:
     """One run and its simulation."""
 
-    rerun: Rerun
     name: str
     metrics: tuple[Metric, ...]
     iterations: pd.DataFrame
@@ -95,7 +94,6 @@ def against(rerun: Rerun, profile: Profile, name: str, seeds: int) -> Against:
     ]
     work = {column: rows[column].to_numpy(np.float64) for column in WORK_COLUMNS}
     return Against(
-        rerun=rerun,
         name=name,
         metrics=tuple(_metric(name, key, rerun.run.summary, summaries) for key in METRICS),
         iterations=pd.DataFrame(

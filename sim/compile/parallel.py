@@ -80,7 +80,6 @@ class Composition:
     """One legal placement of a bypass with its cost per device for `tokens` tokens, forward and
     backward; `reduced` are the stages whose weight gradient is reduced at the update."""
 
-    bypass: str
     tp: int
     steps: tuple[Step, ...]
     forward: tuple[Collective, ...]
@@ -315,7 +314,6 @@ def _price(
     seconds = 3 * work_s + forward_s + backward_s + update_s
     assert math.isfinite(seconds)
     return Composition(
-        bypass=bypass.name,
         tp=tp,
         steps=steps,
         forward=tuple(forward),

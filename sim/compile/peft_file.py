@@ -42,23 +42,23 @@ DEFAULTS = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False}
 """What `peft` takes for a key that is not in the file."""
 
 
-def read_peft(path: str | Path, adapter_dtype: str = "model") -> PeftSpec:
+def read_peft(path: str | Path) -> PeftSpec:
     """The spec of an `adapter_config.json`, or of the one in a folder.
 
-    `adapter_dtype` is "float32" for adapters as `peft` loads them by default. Raises ValueError naming the file for
-    another type of configuration, an option in REFUSED, or a target that is no linear layer.
+    Raises ValueError naming the file for another type of configuration, an option in REFUSED, or a target that is
+    no linear layer.
     """
     path = Path(path)
     if path.is_dir():
         path /= "adapter_config.json"
     config = read_object(path, "not a PEFT adapter")
     try:
-        return _spec({**DEFAULTS, **config}, adapter_dtype)
+        return _spec({**DEFAULTS, **config})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _spec(config: Mapping[str, Any], adapter_dtype: str) -> PeftSpec:
+def _spec(config: Mapping[str, Any]) -> PeftSpec:
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in REFUSED:
         raise ValueError(f"peft_type must be one of {', '.join(REFUSED)}, got {kind!r}")
@@ -74,7 +74,7 @@ def _spec(config: Mapping[str, Any], adapter_dtype: str) -> PeftSpec:
             raise ValueError(
                 f"feedforward_modules must be {wanted} beside these targets, got {feedforward!r}"
             )
-        return PeftSpec(method="ia3", targets=targets, adapter_dtype=adapter_dtype)
+        return PeftSpec(method="ia3", targets=targets)
     return PeftSpec(
         method="lora",
         targets=targets,
@@ -82,7 +82,6 @@ def _spec(config: Mapping[str, Any], adapter_dtype: str) -> PeftSpec:
         alpha=float(_number(config, "lora_alpha", int, float)),
         rslora=_flag(config, "use_rslora"),
         dropout=float(_number(config, "lora_dropout", int, float)),
-        adapter_dtype=adapter_dtype,
     )
 
 

@@ -65,14 +65,13 @@ class Table:
         cls,
         columns: dict[str, Floats],
         seconds: Floats,
-        overlap_contention: float = 1.0,
         host_s: float | None = None,
     ) -> Table:
         """Fit rows: `columns` has every name of WORK_COLUMNS, each of shape (rows,), like `seconds`.
 
-        `overlap_contention` is used when no row has `overlap`. `host_s`, where it was measured apart, is the
-        constant term; None fits that too. ValueError for missing columns, unequal
-        lengths, values that are not finite, or seconds that are not positive.
+        Where no row has `overlap`, nothing hides. `host_s`, where it was measured apart, is the constant term;
+        None fits that too. ValueError for missing columns, unequal lengths, values that are not finite, or
+        seconds that are not positive.
         """
         rows = _checked(columns, seconds)
         alone = rows["overlap"] == 0
@@ -87,7 +86,7 @@ class Table:
         x = nnls(terms / seconds[alone, None], target)
         if host_s is not None:
             x[LINEAR.index("host")] = host_s
-        curves = _curves(x, blocks, overlap_contention)
+        curves = _curves(x, blocks, overlap_contention=1.0)
         if not alone.all():
             beside = {name: values[~alone] for name, values in rows.items()}
             curves = _curves(x, blocks, _contention(curves, beside, seconds[~alone]))

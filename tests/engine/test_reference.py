@@ -16,6 +16,7 @@ from engine.assemble import TrainingJob, assemble_engine
 from engine.config import ModelConfig
 from engine.finetune import Sample
 from engine.launching import Launching, LaunchSettings, SecondStream
+from engine.lora import peft_tensors
 from engine.model import Model
 from engine.optimizer import OptimizerSettings
 from engine.reference import main
@@ -67,11 +68,14 @@ def test_peft_and_engine_compute_the_same_loss_and_gradient(
     family: str, targets: tuple[str, ...], checkpointing: bool
 ) -> None:
     """On the same weights, adapter and sample; so their times are those of the same work."""
+    from peft import set_peft_model_state_dict
+
     model, adapter = tiny_model(family), adapter_of(family, 4, targets)
     (sample,) = random_samples(1, 24, model.config.shape.vocab)
     loss, norm = _engine_step(model, adapter, sample)
     lora = LoraSpec(rank=4, alpha=adapter.alpha, targets=targets)
-    made = peft_model(model, lora, Setup(checkpointing=checkpointing), adapter)
+    made = peft_model(model, lora, Setup(checkpointing=checkpointing))
+    set_peft_model_state_dict(made, dict(peft_tensors(adapter)))
     trained = [p for p in made.parameters() if p.requires_grad]
     assert sum(p.numel() for p in trained) == lora.params(model.config.shape)
     theirs = loss_of(made, sample, autocast=False)
