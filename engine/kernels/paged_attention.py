@@ -181,39 +181,17 @@ def _parts(
     if splits is not None and (splits < 1 or splits > MAX_SPLITS or splits & (splits - 1)):
         raise ValueError(f"splits must be a power of two of 1..{MAX_SPLITS}, got {splits}")
     group = heads // kv_heads
-    tiled: list[tuple[Tile, int, int, int]] = []  # tile, tokens of a tile, first sequence, programs
-    if decodes:
-        tiled.append((decode_tile(q.dtype, group), 1, 0, decodes))
-    if decodes < sequences and decodes < tokens:
-        tile = chunk_tile(q.dtype)
-        if group > tile.rows:
-            raise ValueError(f"query heads per key head must be at most {tile.rows}, got {group}")
-        tile_tokens = tile.rows // group
-        programs = (tokens - decodes) // tile_tokens + sequences - decodes
-        tiled.append((tile, tile_tokens, decodes, programs))
-    parts = []
-    for tile, tile_tokens, first, programs in tiled:
-        decode = first == 0 and decodes > 0
-        count = splits or choose_splits(
-            programs * kv_heads, (4 if decode else 1) * multiprocessors(q.device), max_keys
-        )
+
+    def part(tile: Tile, tile_tokens: int, programs: int, first: int, decode: bool) -> _Part:
+        """Of the sequences from `first` on, which is their first token too: all before them decode."""
         width = decodes if decode else tokens
+        wanted_programs = (4 if decode else 1) * multiprocessors(q.device)
+        count = splits or choose_splits(programs * kv_heads, wanted_programs, max_keys)
+        strides = (q.stride(0), *k_pages.stride()[:3], block_tables.stride(0))
         attend = Launch(
             _attend,
             (programs, kv_heads, count),
-            (
-                scale * LOG2_E,
-                first,
-                sequences,
-                width,
-                q.stride(0),
-                k_pages.stride(0),
-                k_pages.stride(1),
-                k_pages.stride(2),
-                block_tables.stride(0),
-                heads,
-                count,
-            ),
+            (scale * LOG2_E, first, sequences, width, *strides, heads, count),
             {
                 "group": group,
                 "block_size": k_pages.shape[1],
@@ -228,10 +206,20 @@ def _parts(
             tile.warps,
             tile.stages,
         )
-        offset = 0 if decode else decodes
-        grid, numbers = (width - offset, heads), (offset, width, heads)
+        grid, numbers = (width - first, heads), (first, width, heads)
         join = Launch(_join, grid, numbers, {"head_dim": head_dim, "splits": count}, 1, 1)
-        parts.append(_Part(attend, join if count > 1 else None, (count, width, heads, head_dim)))
+        return _Part(attend, join if count > 1 else None, (count, width, heads, head_dim))
+
+    parts = []
+    if decodes:
+        parts.append(part(decode_tile(q.dtype, group), 1, decodes, first=0, decode=True))
+    if decodes < sequences and decodes < tokens:
+        tile = chunk_tile(q.dtype)
+        if group > tile.rows:
+            raise ValueError(f"query heads per key head must be at most {tile.rows}, got {group}")
+        tile_tokens = tile.rows // group
+        programs = (tokens - decodes) // tile_tokens + sequences - decodes
+        parts.append(part(tile, tile_tokens, programs, first=decodes, decode=False))
     return parts
 
 
