@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from engine.assemble import TrainingJob
 from engine.before import Before
 from engine.bench_jobs import FIRST
-from engine.bench_spec import BenchSpec, policy_node
+from engine.bench_spec import BenchSpec
 from engine.engine import Engine
 from engine.machine import model_of, release
 from engine.measure import finetune_peak_tok_s, first_uses, measure
@@ -22,7 +22,6 @@ from engine.pipelines import Setting, Single, Split
 from engine.replica import Replica
 from engine.room import limits_and_plans
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.assemble import policy_of
 from sim.compile.plan import CompilePlan
 from sim.core.finetune import Job
 from sim.core.plan import Limits, Policy
@@ -30,6 +29,7 @@ from sim.core.specs import DeviceSpec, LoraSpec
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
+from sim.policy_node import policy_node, policy_of
 
 MEASURED = (
     "model",

@@ -18,13 +18,15 @@ from engine.machine import place_of, shape_of
 from engine.model import Model
 from engine.pipelines import Share, share_of
 from engine.text import passes
-from sim.assemble import LimitSettings, checked_labels, seed_of, slos_of
+from sim.assemble import checked_labels
 from sim.checked import build, check, locate
 from sim.compile.plan import CompilePlan
 from sim.core.loop import Horizon
 from sim.core.request import Slo
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.errors import warnings_as_notes
+from sim.policy_node import policy_node
+from sim.settings import LimitSettings, seed_of, slos_of
 from sim.workload.workload import Workload
 
 A_DAY_S = 86_400
@@ -159,11 +161,6 @@ def spec_of(config: DictConfig) -> BenchSpec:
             }
         ),
     )
-
-
-def policy_node(node: Any) -> dict[str, Any]:
-    """A `policy` node without its name, which tables show and no policy takes."""
-    return {str(key): value for key, value in node.items() if key != "name"}
 
 
 def seconds_of(config: DictConfig, key: str) -> float:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from engine.assemble import TrainingJob, plan_jobs
 from engine.machine import free_bytes
 from engine.model import Model
-from sim.assemble import LimitSettings
 from sim.compile.plan import CompilePlan
 from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
@@ -20,6 +19,7 @@ from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.cost.memory import free_bytes as room_bytes
 from sim.errors import OutOfReach, keys_as
 from sim.finetune_plans import AUTO_SHARE, FinetunePlans
+from sim.settings import LimitSettings
 
 ROOM_STEP_TOKENS = 4096
 

@@ -27,7 +27,7 @@ from typing import Any, TextIO
 from omegaconf import DictConfig, OmegaConf
 
 from engine.bench_loaded import table_of
-from engine.bench_spec import policy_node, seconds_of
+from engine.bench_spec import seconds_of
 from engine.config import read_config
 from engine.driver import Driver, EngineArrivals, WallClock
 from engine.engine import Engine, StepRecord
@@ -46,7 +46,6 @@ from engine.training import CONFIGS as PROGRAMS
 from engine.training import Training
 from engine.training_settings import DTYPES
 from engine.training_settings import Settings as TrainingSettings
-from sim.assemble import LimitSettings, policy_of, slos_of
 from sim.checked import build, check, locate
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Policy
@@ -56,6 +55,8 @@ from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.errors import USER_ERROR, FailedInPart, keys_as
 from sim.hydra_app import hydra_main
+from sim.policy_node import policy_node, policy_of
+from sim.settings import LimitSettings, slos_of
 from sim.unread import check_bounds, refuse_needless, refuse_unread
 
 CONFIGS = Path(__file__).parent / "configs"

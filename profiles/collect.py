@@ -45,7 +45,6 @@ from engine.room import limits_and_plans
 from profiles.collected import BROKEN, DISTURBED, TOO_LARGE, ProfileFile, points_line
 from profiles.fit import LEAST_ROWS
 from profiles.schema import TABLES, Provenance, contradiction, read_profile
-from sim.assemble import LimitSettings
 from sim.checked import build, check
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.plan import Limits
@@ -55,6 +54,7 @@ from sim.errors import keys_as
 from sim.hydra_app import hydra_main
 from sim.native import ROOT, sources
 from sim.results import make_manifest
+from sim.settings import LimitSettings
 from sim.unread import refuse_needless, refuse_unread
 
 MOST_REPEATS = 32

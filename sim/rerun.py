@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from sim.assemble import policy_of, seed_of, slos_of
 from sim.checked import build, check
 from sim.cluster import PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
@@ -37,8 +36,10 @@ from sim.cost.iteration import IterationCost
 from sim.cost.saved import from_plain, to_plain
 from sim.errors import keys_as, message
 from sim.json_file import read_object, taken_apart
+from sim.policy_node import policy_of
 from sim.results import CONFIG, Run
 from sim.routing import LeastTokens
+from sim.settings import seed_of, slos_of
 from sim.workload.workload import Workload
 
 FILE = "rerun.json"

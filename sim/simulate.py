@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from sim.assemble import CONFIGS, Assembly, RunSettings, assemble
+from sim.assemble import CONFIGS, Assembly, assemble
 from sim.checked import build
 from sim.cluster import simulate_cluster
 from sim.core.rows import Recorder
@@ -34,6 +34,7 @@ from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
 from sim.notes import print_notes, print_unfinished, request_notes, slo_notes, step_notes
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
+from sim.settings import RunSettings
 from sim.unread import check_bounds
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from sim.assemble import policy_of, slos_of
 from sim.core.finetune import Job, JobSpec
 from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Plan
@@ -21,6 +20,8 @@ from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.fitted import FittedCost
+from sim.policy_node import policy_of
+from sim.settings import slos_of
 from tests.support import ListArrivals
 
 Loop = Generator[Command, Done, None]

@@ -24,12 +24,12 @@ from engine.bench_spec import spec_of
 from engine.driver import Driver, EngineArrivals, WallClock
 from engine.parallel import ALONE
 from engine.replica import Replica
-from sim.assemble import policy_of
 from sim.core.loop import run_loop
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 from sim.cost.curves import LISTS, Curves
 from sim.cost.fitted import FittedCost
+from sim.policy_node import policy_of
 from tests.engine.composed import bench_config
 from tests.engine.golden_log import FOLDER, recorded, write_log
 

@@ -25,12 +25,12 @@ from engine.optimizer import OptimizerSettings
 from engine.parallel import ALONE
 from engine.text import BUNDLED, byte_tokens, packed_samples, read_text
 from sim.assemble import CONFIGS as SIMULATOR
-from sim.assemble import LimitSettings
 from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
 from sim.results import Run, read_run
+from sim.settings import LimitSettings
 from tests.engine.composed import bench_config
 from tests.engine.saved import save_model
 
