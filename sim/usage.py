@@ -16,8 +16,10 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 _GROUPS = "Any key of a chosen file can be set too: `{prog} --cfg job` prints them all with their values."
-_FOOT = """\
+_FOOT_SWEEPS = """\
   -m                         run every combination of values: KEY=A,B  KEY=range(1,6)
+"""
+_FOOT = """\
   --cfg job                  print the config and run nothing; --info for where it comes from
 """
 _FOOT_FOLDERS = """\
@@ -25,6 +27,8 @@ _FOOT_FOLDERS = """\
 """
 _FOOT_GROUPS = """\
   --config-dir FOLDER        choices of your own beside these: FOLDER/GROUP/NAME.yaml
+"""
+_FOOT_LAUNCHER = """\
   hydra/launcher=NAME        how a sweep runs: processes (hydra.launcher.workers=N), basic, ...
 """
 WIDTH = 100
@@ -37,14 +41,16 @@ OmegaConf.register_new_resolver("simulator_configs", lambda: str(SIMULATOR), rep
 
 def usage(prog: str, about: str, path: Path, example: str | None = None) -> str:
     """The text: `about` says what the command does, the header of its config, which is at `path`, what else there is
-    to say, unless an `example` tells that the header is another command's."""
+    to say, unless an `example` tells that the header is another command's. A config that names a sweeper is one of
+    sweeps."""
     config = OmegaConf.load(path)
     assert isinstance(config, DictConfig)
     chosen = _chosen(config)
     groups = all_groups(path.parent, path.stem)
     said, commands = _header(path, prog) if example is None else ([], [example])
     options = "[GROUP=NAME | KEY=VALUE]..." if groups else "[KEY=VALUE]..."
-    lines = [f"usage: {prog} {options} [-m]", "", about, *said, ""]
+    sweeps = "sweeper" in path.read_text(encoding="utf-8")
+    lines = [f"usage: {prog} {options}{' [-m]' if sweeps else ''}", "", about, *said, ""]
     if groups:
         width = max(map(len, groups))
         lines.append("Groups (* is the default):")
@@ -62,7 +68,8 @@ def usage(prog: str, about: str, path: Path, example: str | None = None) -> str:
         *(line for key, text in keys for line in _key_lines(text, comments.get(key), width)),
         "",
     ]
-    foot = _FOOT + (_FOOT_GROUPS if groups else "")
+    foot = (_FOOT_SWEEPS if sweeps else "") + _FOOT + (_FOOT_GROUPS if groups else "")
+    foot += _FOOT_LAUNCHER if groups and sweeps else ""
     plain = OmegaConf.to_container(config, resolve=False)
     assert isinstance(plain, dict)
     if plain.get("hydra", {}).get("run", {}).get("dir", ".") != ".":
