@@ -180,16 +180,10 @@ class Training:
             tensorboard=self.folder / "runs" if settings.report_to == "tensorboard" else None,
         )
 
-        eval_steps = settings.save_steps if settings.eval_steps is None else settings.eval_steps
-
         def on_step(record: StepRecord) -> None:
             samples = min(self._all_samples, record.step * job.accumulation)
             try:
                 log.add(record, samples, self._feed.tokens(samples - self._done))
-                if self.held_out and (record.step % eval_steps == 0 or record.step == self.total):
-                    with log.pause():
-                        loss = engine.mean_loss(job.id, self.held_out)
-                    log.add_eval(record.step, samples, loss)
             finally:
                 if record.step % settings.save_steps == 0 or record.step == self.total:
                     progress = Progress(
@@ -198,10 +192,23 @@ class Training:
                     base = settings.model_name_or_path
                     write = save_checkpoint if save is None else save
                     write(self.folder, engine, job.id, progress, base, settings.save_total_limit)
+            # Last: who stops it loses no training, and ranks that are stopped in it are asked for nothing more.
+            self._evaluate(engine, log, record.step, samples)
 
         engine.on_step = on_step
         with log:
+            if self._before is not None and not log.evaluated:
+                self._evaluate(engine, log, self._before.step, self._done)
             yield log
+
+    def _evaluate(self, engine: Engine, log: TrainingLog, step: int, samples: int) -> None:
+        """Log the loss of what nothing is trained on, after the steps at which it is measured."""
+        settings = self.settings
+        eval_steps = settings.save_steps if settings.eval_steps is None else settings.eval_steps
+        if self.held_out and (step % eval_steps == 0 or step == self.total):
+            with log.pause():
+                loss = engine.mean_loss(self.job.id, self.held_out)
+            log.add_eval(step, samples, loss)
 
     def write(self, engine: Trained) -> None:
         """The adapter as it stands, to `output_dir`."""

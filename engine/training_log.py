@@ -49,6 +49,8 @@ class TrainingLog:
         """Losses of the steps since the last row."""
         self.last_loss: float | None = None
         self.last_eval_loss: float | None = None
+        self.evaluated = False
+        """Whether there is a row for what was measured after the `done` steps, as a stop may have come before."""
 
     def __enter__(self) -> TrainingLog:
         from tqdm import tqdm
@@ -56,7 +58,9 @@ class TrainingLog:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # What was logged after the checkpoint is trained again.
         with taken_apart(self._path, "coserve finetune"):
-            kept = [line for line in self._lines() if parse(line)["step"] <= self._done]
+            rows = [(line, parse(line)) for line in self._lines()]
+            kept = [line for line, row in rows if row["step"] <= self._done]
+            self.evaluated = any(row["step"] == self._done and "eval_loss" in row for _, row in rows)
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._events = None if self._tensorboard is None else _events(self._tensorboard, self._done)

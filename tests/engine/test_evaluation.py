@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from engine import evaluation, training
+from engine.engine import Engine
 from engine.training import main as finetune
 from engine.training_settings import Settings
 from tests.engine.tiny import log_of
@@ -98,6 +99,34 @@ def test_a_resumed_run_has_the_log_of_one_that_was_not_stopped(arguments: list[s
     steps = [row["step"] for row in log_of(Path("out")) if "eval_loss" in row]
     assert steps == [3, 6, 9], "with the checkpoints, unless eval_steps says otherwise"
     assert all(math.isfinite(row["eval_loss"]) for row in log_of(Path("out")) if "eval_loss" in row)
+
+
+@pytest.mark.parametrize("stopped_at", [3, 9])
+def test_a_run_that_is_stopped_while_it_measures_loses_neither_training_nor_the_measurement(
+    stopped_at: int, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And asks its engine for nothing more: ranks may be anywhere in the measurement."""
+    evaluated = [*arguments, "max_steps=9", "val_size=0.25"]
+    assert finetune([*evaluated, "output_dir=whole"]) == 0
+    measure, stopped = Engine.mean_loss, []
+
+    def stop(engine: Engine, *given: Any) -> float:
+        if engine.steps[-1].step < stopped_at:
+            return measure(engine, *given)
+        stopped.append(True)
+        raise KeyboardInterrupt
+
+    def adapter(engine: Engine, job: str) -> Any:
+        assert not stopped
+        return engine.trainers[job].adapter()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "mean_loss", stop)
+        patch.setattr(Engine, "adapter", adapter)
+        assert finetune(evaluated) == 130
+    assert Path(f"out/checkpoint-{stopped_at}").is_dir()
+    assert finetune([*evaluated, "resume=true"]) == 0
+    assert log_of(Path("out")) == log_of(Path("whole"))
 
 
 def test_the_time_of_measuring_is_no_training_time(
