@@ -182,11 +182,20 @@ def _swept_with_groups(argv: Sequence[str], config_dir: Path, config_name: str) 
     the group's default, which need not have them, before it chooses from the group."""
     groups = all_groups(config_dir, config_name)
     pairs = [arg.partition("=")[::2] for arg in argv]
-    swept = tuple(f"{key.replace('/', '.')}." for key, value in pairs if key in groups and "," in value)
+    swept = tuple(
+        f"{key.replace('/', '.')}."
+        for arg, (key, _) in zip(argv, pairs, strict=True)
+        if key in groups and _is_sweep(arg)
+    )
     return [
-        f"{key}=choice({value})" if key.startswith(swept) and value and not _is_sweep(arg) else arg
+        f"{key}=choice({_one_of(value)})" if key.startswith(swept) and value and not _is_sweep(arg) else arg
         for arg, (key, value) in zip(argv, pairs, strict=True)
     ]
+
+
+def _one_of(value: str) -> str:
+    """The value as `choice` takes it: null as a text, which is null again in the run."""
+    return "'null'" if value.strip().lower() == "null" else value
 
 
 def _is_sweep(arg: str) -> bool:

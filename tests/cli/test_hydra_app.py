@@ -223,14 +223,21 @@ def test_a_sweep_runs_every_combination_and_sums_up_in_order(
     assert "HYDRA" not in out + err
 
 
+@pytest.mark.parametrize(
+    ("choices", "names"),
+    [("eager,keen", ["eager", "keen"]), ("choice(keen,eager)", ["keen", "eager"]), ("glob(ke*)", ["keen"])],
+)
+@pytest.mark.parametrize(
+    ("given", "margin"), [("2.5", 2.5), ("null", None), ("'a b'", "a b"), ("${seed}", 3)]
+)
 def test_a_key_that_all_choices_of_a_sweep_have_is_set_though_the_default_has_it_not(
-    app_folder: Path,
+    choices: str, names: list[str], given: str, margin: object, app_folder: Path
 ) -> None:
     path = app_folder / "configs" / "policy" / "keen.yaml"
     path.write_text("name: keen\nmargin: 0.5\n")
-    assert main(["-m", "policy=eager,keen", "policy.margin=2.5"]) == 0
-    runs = [OmegaConf.load(app_folder / f"out/{n}/.hydra/config.yaml") for n in (0, 1)]
-    assert [(run.policy.name, run.policy.margin) for run in runs] == [("eager", 2.5), ("keen", 2.5)]
+    assert main(["-m", f"policy={choices}", f"policy.margin={given}", "seed=3"]) == 0
+    runs = [OmegaConf.load(app_folder / f"out/{n}/.hydra/config.yaml") for n in range(len(names))]
+    assert [(run.policy.name, run.policy.margin) for run in runs] == [(name, margin) for name in names]
 
 
 def test_failed_runs_of_a_sweep_stop_no_other(app_folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
