@@ -8,8 +8,10 @@ from its config file, so that it can be read where torch is not installed.
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
@@ -87,12 +89,23 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
     module, _, function = target.partition(":")
     try:
-        command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+        with _interrupted_later():
+            command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
         return command(arguments)
     except KeyboardInterrupt as stop:
         return report(prog, stop, None)
     except Exception as error:
         return report(prog, error, message(error))
+
+
+@contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Ctrl-C inside is delivered at the end: an import may swallow it, and leave half of itself behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _help() -> str:

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -89,6 +91,23 @@ def test_an_error_of_a_command_gives_its_line_and_exit_code(
     err = capsys.readouterr().err
     assert told in err
     assert ("Traceback" in err) == (code == 1)
+
+
+def test_a_stop_while_a_command_is_imported_is_one_whatever_the_import_swallows(tmp_path: Path) -> None:
+    """Packages try imports of others, and take a stop in them for what is not installed."""
+    (tmp_path / "swallowing.py").write_text(
+        "import signal\n"
+        "try:\n    signal.raise_signal(signal.SIGINT)\n    whole = True\nexcept BaseException:\n    pass\n"
+        "def main(argv):\n    return 0\n"
+    )
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from sim import cli;"
+        "cli.COMMANDS['swallowing'] = ('', 'swallowing:main'); code = cli.main(['swallowing']);"
+        "print(sys.modules['swallowing'].whole); sys.exit(code)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "True\n", "coserve swallowing: interrupted\n")
 
 
 @pytest.mark.parametrize("command", ["--help", "report --definitions", "profile --help", "profile show"])
