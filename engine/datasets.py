@@ -99,6 +99,8 @@ def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ValueError(f"dataset {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"dataset {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"dataset {path} is not UTF-8 at byte {error.start}") from None
     if path.suffix == ".jsonl":

@@ -364,9 +364,14 @@ def _training(settings: Settings, place: str) -> Training | None:
     if settings.train is None:
         return None
     path = settings.train
-    if not Path(path).is_file():
-        raise ValueError(f"train: {path} does not exist")
-    given = OmegaConf.load(path)
+    try:
+        given = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise ValueError(f"train: {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"train: {path} cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"train: {path} is not UTF-8 at byte {error.start}") from None
     if not isinstance(given, DictConfig):
         raise ValueError(f"train: {path} must hold keys of coserve finetune")
     for key in OWN:

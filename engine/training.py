@@ -138,7 +138,7 @@ class Training:
         shape.check_tp(settings.tp)
         for sample in (*data, *self.held_out):
             check_tokens(sample.tokens.tolist(), shape.vocab, settings.model_name_or_path)
-        longest = max(len(sample.tokens) for sample in data)
+        longest = max(len(sample.tokens) for sample in (*data, *self.held_out))
         if longest > shape.max_context_tokens:
             context = f"the model's context of {shape.max_context_tokens}"
             _note(
@@ -154,7 +154,7 @@ class Training:
         self.job = TrainingJob(
             id=self.folder.resolve().name,
             samples=self._feed,
-            max_sample_tokens=longest,
+            max_sample_tokens=max(len(sample.tokens) for sample in data),
             adapter=fresh if self._found is None else read_adapter(self._found, shape),
             optimizer=settings.optimizer(self.total),
             seed=settings.seed,

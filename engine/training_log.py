@@ -7,6 +7,7 @@ run writes the rows that it would have written in one go.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -112,7 +113,9 @@ class TrainingLog:
     def add_eval(self, step: int, samples: int, loss: float) -> None:
         """The loss of samples that nothing is trained on, after a step."""
         self.last_eval_loss = loss
-        self._write({"step": step, "eval_loss": loss, "epoch": samples / self._epoch_samples})
+        # JSON has no NaN: large weights that are finite may give one.
+        told = loss if math.isfinite(loss) else None
+        self._write({"step": step, "eval_loss": told, "epoch": samples / self._epoch_samples})
 
     def _write(self, row: dict[str, Any]) -> None:
         try:
@@ -122,7 +125,7 @@ class TrainingLog:
             raise OSError(error.errno, error.strerror, str(self._path)) from error
         if self._events is not None:
             for name, tag in SCALARS.items():
-                if name in row:
+                if row.get(name) is not None:
                     self._events.add_scalar(tag, row[name], row["step"])
 
     def _lines(self) -> list[str]:

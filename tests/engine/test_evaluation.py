@@ -149,3 +149,12 @@ def test_the_time_of_measuring_is_no_training_time(
     assert [row["elapsed_s"] >= n for n, row in enumerate(row for row in rows if "tok_s" in row)] == [
         True
     ] * 4
+
+
+def test_a_loss_that_is_no_number_is_null_in_the_log(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.engine.mean_loss", lambda *given: math.nan)
+    assert finetune([*arguments, "max_steps=1", "val_size=2"]) == 0
+    last = Path("out/trainer_log.jsonl").read_text().splitlines()[-1]
+    assert json.loads(last, parse_constant=lambda name: pytest.fail(name))["eval_loss"] is None

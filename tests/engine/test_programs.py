@@ -330,7 +330,7 @@ REFUSED = {
     "max_samples": ["0", "1.5"],
     "packing": ["2"],
     "train_on_prompt": ["answers"],
-    "eval_dataset": ["3", "nowhere.jsonl", ""],
+    "eval_dataset": ["3", "nowhere.jsonl", ".", ""],
     "val_size": ["-0.1", "1.5", "24", "1e300", ".nan", "all"],
     "eval_steps": ["0", "1.5", "3"],
     "lora_rank": ["0", "eight"],

@@ -275,6 +275,8 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["dtype=int8"], "dtype must be null or one of float32, bfloat16"),
         (["train=nowhere.yaml"], "train: nowhere.yaml does not exist"),
         (["train=list.yaml"], "train: list.yaml must hold keys of coserve finetune"),
+        (["train=bytes.yaml"], "train: bytes.yaml is not UTF-8 at byte 9"),
+        (["train=."], "train: . cannot be read: Is a directory"),
         (["train=less.yaml"], "less.yaml: output_dir is missing"),
         (["train=own.yaml"], "own.yaml: device is for coserve finetune; a server has its own"),
         (["train=measured.yaml"], "val_size is for coserve finetune; a server would answer nobody meanwhile"),
@@ -313,6 +315,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     Path("list.yaml").write_text("- x\n")
     Path("less.yaml").write_text("dataset: d.jsonl\n")
     Path("own.yaml").write_text("dataset: d.jsonl\noutput_dir: o\ndevice: cuda\n")
+    Path("bytes.yaml").write_bytes(b"dataset: \xff")
     Path("measured.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nval_size: 0.1\n")
     Path("odd.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nlora_rnak: 4\n")
     Path("late.py").write_text(

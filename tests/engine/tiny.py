@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -114,6 +116,7 @@ def tiny_model(
 @functools.cache
 def _saved(family: str, dtype: torch.dtype) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="coserve-tiny-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     save_model(tiny_model(family, dtype), folder)
     return folder
 
