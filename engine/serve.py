@@ -271,6 +271,7 @@ def _trained(training: Training, engine: Engine, saver: Saver) -> Iterator[None]
             engine.steps.clear()  # a server has no end at which they would be read
             if record.step == training.total:
                 saver.submit(training.write, Frozen(engine, training.job.id))
+                _note(f"job {training.job.id}: all {training.total} steps are done")
 
         engine.on_step = on_step
         if engine.trainers[training.job.id].optimizer.steps == training.total:

@@ -130,7 +130,7 @@ class Training:
         self._epoch_samples = len(data)
         self._all_samples = len(data) * settings.num_train_epochs
         if settings.max_steps is not None:
-            self._all_samples = min(self._all_samples, settings.max_steps * accumulation)
+            self._all_samples = settings.max_steps * accumulation
         self.total = -(-self._all_samples // accumulation)
         """Optimizer steps to the end."""
 

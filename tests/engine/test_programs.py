@@ -308,6 +308,15 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
     assert [row["step"] for row in log_of(Path("out"))] == [1]
 
 
+def test_steps_are_counted_beyond_the_epochs(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in transformers, where max_steps stands instead of epochs; the rows come again in another order."""
+    assert finetune([*arguments, "num_train_epochs=1", "max_steps=15"]) == 0
+    assert "out: 15 steps, loss" in capsys.readouterr().out
+    assert log_of(Path("out"))[-1]["epoch"] == 30 / 24
+
+
 def test_an_adapter_says_its_dropout_and_its_scale(arguments: list[str]) -> None:
     assert finetune([*arguments, "max_steps=1", "lora_rank=4", "use_rslora=true", "lora_dropout=0.25"]) == 0
     for folder in ("out", "out/checkpoint-1"):

@@ -128,6 +128,7 @@ def test_a_job_beside_requests_ends_as_it_does_alone_and_its_adapter_answers(
         torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=2e-5)
     names = [{path.name for path in folder.glob("checkpoint-*")} for folder in (trained, Path("alone"))]
     assert names[0] == names[1]
+    server.await_told(f"note: job trained: all {STEPS} steps are done")
 
     assert [model["id"] for model in server.ask("/v1/models")[1]["data"]] == ["base", "trained"]
     found = generated(capsys, f"model_name_or_path={model_folder}", f"adapter_name_or_path={trained}")
