@@ -15,8 +15,9 @@ import torch.nn.functional as F  # noqa: N812
 from engine import evaluation, training
 from engine.engine import Engine
 from engine.training import main as finetune
+from engine.training_log import TrainingLog
 from engine.training_settings import Settings
-from tests.engine.tiny import log_of
+from tests.engine.tiny import log_of, without_notes
 
 
 @pytest.fixture(params=[40, 2048], ids=["windows", "one pass"])
@@ -158,3 +159,23 @@ def test_a_loss_that_is_no_number_is_null_in_the_log(
     assert finetune([*arguments, "max_steps=1", "val_size=2"]) == 0
     last = Path("out/trainer_log.jsonl").read_text().splitlines()[-1]
     assert json.loads(last, parse_constant=lambda name: pytest.fail(name))["eval_loss"] is None
+
+
+def test_a_disk_that_is_full_when_the_loss_is_written_is_one_line_and_costs_no_checkpoint(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    enter = TrainingLog.__enter__
+
+    def full(self: TrainingLog) -> TrainingLog:
+        enter(self)
+        self._file.close()
+        self._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the log
+        return self
+
+    monkeypatch.setattr(TrainingLog, "__enter__", full)
+    own = ["max_steps=5", "save_steps=1", "val_size=2", "logging_steps=100", "eval_steps=2"]
+    assert finetune([*arguments, *own]) == 2
+    assert without_notes(capsys.readouterr().err) == [
+        "coserve finetune: error: No space left on device: out/trainer_log.jsonl"
+    ]
+    assert {path.name for path in Path("out").glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
