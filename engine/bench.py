@@ -36,7 +36,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.before import before_runs
 from engine.bench_jobs import FIRST, adapter_folder
 from engine.bench_loaded import load_bench
-from engine.bench_spec import BenchSpec, RunSettings, spec_of
+from engine.bench_spec import BenchRunSettings, BenchSpec, spec_of
 from engine.lora import write_adapter
 from engine.machine import release
 from engine.pipelines import Single
@@ -74,7 +74,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
-    run = build(RunSettings, config.run, "run")
+    run = build(BenchRunSettings, config.run, "run")
     done = finished_run(folder, resolved, resume=run.resume, sweep=hydra.mode == RunMode.MULTIRUN)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}

@@ -33,7 +33,7 @@ A_DAY_S = 86_400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RunSettings:
+class BenchRunSettings:
     """The `run` node."""
 
     name: str | None
@@ -58,7 +58,7 @@ class BenchSpec:
     shape: ModelShape
     weights: str | None
     seed: int
-    run: RunSettings
+    run: BenchRunSettings
     measure_s: float
     peak_s: float
     predictor: str | None
@@ -114,7 +114,7 @@ def spec_of(config: DictConfig) -> BenchSpec:
     shape = shape_of(config.model, config.weights)
     place = place_of(device)
     seed = seed_of(config)
-    run = build(RunSettings, config.run, "run")
+    run = build(BenchRunSettings, config.run, "run")
     measure_s, peak_s = seconds_of(config, "measure_s"), seconds_of(config, "peak_s")
     jobs = jobs_of(config)
     launch = build(LaunchSettings, config.launch, "launch")

@@ -21,7 +21,7 @@ from engine.replica import Replica
 from sim.checked import build, check
 from sim.core.specs import DeviceSpec, ModelShape
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
+DTYPE_BY_BYTES = {2: torch.bfloat16, 4: torch.float32}
 LLAMA_3_1 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
 )
@@ -75,7 +75,7 @@ def shape_of(node: object, weights: str | None) -> ModelShape:
     check(weights, str | None, "weights")
     shape: ModelShape = build(ModelShape, node, "model")
     shape.check_tp(shape.tp)
-    if shape.dtype_bytes not in DTYPES:
+    if shape.dtype_bytes not in DTYPE_BY_BYTES:
         raise ValueError(f"model.dtype_bytes must be 2 (bfloat16) or 4 (float32), got {shape.dtype_bytes}")
     if weights is not None:
         read = read_config(weights).shape
@@ -94,7 +94,7 @@ def model_of(
 
     On several ranks it is made anew each time, since the other ranks end with their replica.
     """
-    place, dtype = place_of(device), DTYPES[shape.dtype_bytes]
+    place, dtype = place_of(device), DTYPE_BY_BYTES[shape.dtype_bytes]
     own = Replica(ALONE, torch.device(place)) if ranks is None else ranks
 
     def make() -> Model:

@@ -52,7 +52,7 @@ class Memory(NamedTuple):
     """None is the whole sample."""
 
 
-class Rig(NamedTuple):
+class Setup(NamedTuple):
     """An engine, and its jobs as a loop would count them: they draw the samples."""
 
     engine: Engine
@@ -60,7 +60,7 @@ class Rig(NamedTuple):
 
 
 def run(
-    rig: Rig, plans: Iterator[Planned], after: Callable[[], object] = lambda: None
+    setup: Setup, plans: Iterator[Planned], after: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
     """Seconds of each named iteration: from the end of the one before to its own, as one is always ahead.
 
@@ -72,7 +72,7 @@ def run(
 
     def collect() -> None:
         nonlocal last_s
-        rig.engine.collect()
+        setup.engine.collect()
         after()
         now_s = time.perf_counter()
         name = waiting.pop(0)
@@ -81,9 +81,9 @@ def run(
         last_s = now_s
 
     for planned in plans:
-        rig.engine.launch(planned.plan)
+        setup.engine.launch(planned.plan)
         for piece in planned.plan.finetune:
-            rig.jobs[0].advance(piece)
+            setup.jobs[0].advance(piece)
         waiting.append(planned.name)
         if len(waiting) == 2:
             collect()
@@ -94,26 +94,26 @@ def run(
 
 def decode_times(model: Model, sequences: int, context: int, seconds: float) -> Times:
     """An iteration in which so many sequences at this context get their next token."""
-    rig = _rig(model, [context + ROOM] * sequences)
-    place(rig.engine, sequences, context)
+    setup = _setup(model, [context + ROOM] * sequences)
+    place(setup.engine, sequences, context)
     plans = (Planned(Plan(decode=True), "decode") for _ in itertools.islice(enough(seconds), ROOM - 2))
-    return Times.of(run(rig, plans)["decode"][WARM_UP:])
+    return Times.of(run(setup, plans)["decode"][WARM_UP:])
 
 
 def prefill_times(model: Model, tokens: int, seconds: float) -> Times:
     """An iteration that computes one prompt of so many tokens and its first token."""
-    rig = _rig(model, [tokens + 1] * 3, max_tokens=tokens)
+    setup = _setup(model, [tokens + 1] * 3, max_tokens=tokens)
     ids = itertools.count()
     running: list[int] = []
 
     def plans() -> Iterator[Planned]:
         for _ in enough(seconds):
             id = next(ids)
-            _arrive(rig.engine, id, tokens, 1)
+            _arrive(setup.engine, id, tokens, 1)
             running.append(id)
             yield Planned(Plan(prefills=((id, tokens),)), "prefill")
 
-    times = run(rig, plans(), lambda: rig.engine.ended(running.pop(0)))
+    times = run(setup, plans(), lambda: setup.engine.ended(running.pop(0)))
     return Times.of(times["prefill"][WARM_UP:])
 
 
@@ -122,8 +122,8 @@ def window_times(
 ) -> dict[str, Times]:
     """`window`: the forward of a whole sample of so many tokens; `fused`: beside so many decodes, if any."""
     job = training_job(model, lora, tokens, Memory("layer_major", "stash", None))
-    rig = _rig(model, [context + ROOM] * sequences, job=job)
-    place(rig.engine, sequences, context)
+    setup = _setup(model, [context + ROOM] * sequences, job=job)
+    place(setup.engine, sequences, context)
     back = Backward(JOB, tokens * model.config.shape.layers)
 
     def plans() -> Iterator[Planned]:
@@ -136,7 +136,7 @@ def window_times(
                 )
                 yield Planned(Plan(finetune=(back,)), None)
 
-    return {name: Times.of(times[WARM_UP:]) for name, times in run(rig, plans()).items()}
+    return {name: Times.of(times[WARM_UP:]) for name, times in run(setup, plans()).items()}
 
 
 def stream_times(
@@ -149,8 +149,8 @@ def stream_times(
         return {}
     layers = model.config.shape.layers
     job = training_job(model, lora, tokens, Memory("layer_major", "stash", None))
-    rig = _rig(model, [context + ROOM] * sequences, job=job, launching=launching)
-    place(rig.engine, sequences, context)
+    setup = _setup(model, [context + ROOM] * sequences, job=job, launching=launching)
+    place(setup.engine, sequences, context)
     quarter = -(-layers // 4)
 
     def plans() -> Iterator[Planned]:
@@ -167,12 +167,12 @@ def stream_times(
                     ("beside" if beside else "after") if whole else None,
                 )
 
-    return {name: Times.of(times[WARM_UP:]) for name, times in run(rig, plans()).items()}
+    return {name: Times.of(times[WARM_UP:]) for name, times in run(setup, plans()).items()}
 
 
 def finetune_times(model: Model, lora: LoraSpec, tokens: int, how: Memory, seconds: float) -> Times:
     """A sample of so many tokens with its optimizer step, all iterations of it together."""
-    rig = _rig(model, [], job=training_job(model, lora, tokens, how))
+    setup = _setup(model, [], job=training_job(model, lora, tokens, how))
     layers = model.config.shape.layers
     each = tokens if how.backward_tokens is None else how.backward_tokens
     pieces: list[Slice] = [Forward(JOB, tokens)]
@@ -180,7 +180,7 @@ def finetune_times(model: Model, lora: LoraSpec, tokens: int, how: Memory, secon
     plans = (
         Planned(Plan(finetune=(piece,)), str(n)) for n in enough(seconds) for piece in (*pieces, Step(JOB))
     )
-    taken = run(rig, plans)
+    taken = run(setup, plans)
     return Times.of([sum(taken[str(n)]) for n in range(WARM_UP, len(taken))])
 
 
@@ -212,13 +212,13 @@ def _arrive(engine: Engine, id: int, prompt_tokens: int, output_tokens: int) -> 
     engine.arrive(Request(id, 0.0, prompt_tokens, output_tokens), prompt, Sampling())
 
 
-def _rig(
+def _setup(
     model: Model,
     sequences: list[int],
     max_tokens: int = 1,
     job: TrainingJob | None = None,
     launching: Launching | None = None,
-) -> Rig:
+) -> Setup:
     """An engine with room for sequences of these lengths, its pages filled with random numbers."""
     release()
     blocks = sum(-(-tokens // BLOCK_TOKENS) for tokens in sequences) or 1
@@ -236,7 +236,7 @@ def _rig(
     engine, jobs = assemble_engine(model, limits, [] if job is None else [job], launching=launching)
     # The one shape that is decoded is captured in the repeats that are left out.
     engine.fill()
-    return Rig(engine, jobs)
+    return Setup(engine, jobs)
 
 
 def decode_floor_s(shape: ModelShape, sequences: int, context: int, copy_bytes_s: float) -> float:

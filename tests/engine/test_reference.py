@@ -168,13 +168,13 @@ def test_a_sample_is_trained_whole_and_stepped(how: Memory, monkeypatch: pytest.
     seen: list[Any] = []
     run = reference_iterations.run
     monkeypatch.setattr(
-        reference_iterations, "run", lambda rig, plans: (seen.append(rig), run(rig, plans))[1]
+        reference_iterations, "run", lambda setup, plans: (seen.append(setup), run(setup, plans))[1]
     )
     finetune_times(tiny_model("llama"), LoraSpec(rank=2, targets=("o_proj",)), 20, how, 0.0)
-    (rig,) = seen
-    steps = len(rig.engine.steps)
-    assert steps == rig.jobs[0].steps == 5
-    assert rig.jobs[0].virtual_s == pytest.approx(steps * 2 * 20), "each token goes forward and back once"
+    (setup,) = seen
+    steps = len(setup.engine.steps)
+    assert steps == setup.jobs[0].steps == 5
+    assert setup.jobs[0].virtual_s == pytest.approx(steps * 2 * 20), "each token goes forward and back once"
 
 
 @pytest.mark.parametrize("family", list(CONFIGS))
@@ -184,8 +184,8 @@ def test_backward_is_timed_beside_decodes_and_after_them(
     seen: list[Plan] = []
     run = reference_iterations.run
 
-    def watched(rig: Any, plans: Any) -> Any:
-        return run(rig, (seen.append(planned.plan) or planned for planned in plans))
+    def watched(setup: Any, plans: Any) -> Any:
+        return run(setup, (seen.append(planned.plan) or planned for planned in plans))
 
     monkeypatch.setattr(reference_iterations, "run", watched)
     lora = LoraSpec(rank=2, targets=("o_proj", "down_proj"))
