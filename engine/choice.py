@@ -36,9 +36,15 @@ class Choice:
         self._most = most
         self._stop_tokens = stop_tokens
 
+    @property
+    def ended(self) -> bool:
+        """Whether its last token has come."""
+        return self.count == self._most or self.reason == "stop"
+
     async def texts(self) -> AsyncIterator[str]:
-        """Its text, piece by piece. Raises Refused where the engine gives up on it."""
-        while self.count < self._most and self.reason == "length":
+        """Its text, a piece for each token: of some none, and of the last what was held back too. Raises Refused where
+        the engine gives up on it."""
+        while not self.ended:
             token = await self._queue.get()
             if token is None:
                 self.done = True
@@ -49,12 +55,8 @@ class Choice:
             self.count += 1
             self.done = self.count == self._most or token in self._stop_tokens
             text = self._text.add(token)
-            if text:
-                yield text
+            if self.done:
+                text += self._text.end()
             if self._text.stopped or token in self._stop_tokens:
                 self.reason = "stop"
-        rest = self._text.end()
-        if self._text.stopped:
-            self.reason = "stop"
-        if rest:
-            yield rest
+            yield text

@@ -147,8 +147,11 @@ class Front:
             return JSONResponse({"status": "ok"})
 
         async def metrics(request: Request) -> Response:
-            lines = [f"{name} {value:.17g}" for name, value in self._gauges.items()]
-            return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+            lines = []
+            for name, value in self._gauges.items():
+                kind = "counter" if name.endswith("_total") else "gauge"
+                lines.append(f"# TYPE {name} {kind}\n{name} {value:.17g}\n")
+            return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
 
         async def unknown(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
@@ -258,10 +261,8 @@ class Front:
                     if first is not None:
                         tell(index, first, 0)
                         first = None
-                    tell(index, answer.more(index, text, None), choice.count)
-                if first is not None:
-                    tell(index, first, 0)
-                tell(index, answer.more(index, "", choice.reason), choice.count)
+                    reason = choice.reason if choice.ended else None
+                    tell(index, answer.more(index, text, reason), choice.count)
             except Refused as refused:
                 ready.put_nowait(refused.body())
             self._end([choice])
@@ -351,7 +352,7 @@ class Front:
         for tokens in given:
             if not tokens:
                 raise Refused(400, "the prompt must have at least one token", "prompt")
-            if not all(0 <= token < self._serving.vocab for token in tokens):
+            if min(tokens) < 0 or max(tokens) >= self._serving.vocab:
                 raise Refused(400, f"tokens must be in 0..{self._serving.vocab - 1}", "prompt")
         return given
 
@@ -409,4 +410,5 @@ async def _disconnected(request: Request) -> None:
 
 
 def _event(event: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+    # ASCII: many a client ends a line at U+0085 and U+2028 as well.
+    return f"data: {json.dumps(event)}\n\n"

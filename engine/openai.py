@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MOST_STOPS = 4
+MOST_STOPS = 16
+"""Of one request, as the next; OpenAI has 4, and programs are ended at more places than these."""
 MOST_PROMPTS = 64
-"""Of one request."""
 NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -37,9 +37,27 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "min_tokens": (0,),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "stop_token_ids": ([],),
+    "include_stop_str_in_output": (False,),
+    "bad_words": ([],),
+    "priority": (0,),
+    "return_token_ids": (False,),
+    "chat_template_kwargs": ({},),
+    "add_generation_prompt": (True,),
+    "continue_final_message": (False,),
+    "modalities": (["text"],),
+    "verbosity": ("medium",),
 }
 """Keys that are not supported, and the values at which they change nothing, as null does."""
-IGNORED = ("user", "metadata", "parallel_tool_calls", "safety_identifier", "prompt_cache_key")
+IGNORED = (
+    "user",
+    "metadata",
+    "parallel_tool_calls",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+)
 """Keys that change nothing in an answer."""
 BOTH = (
     "model",
@@ -104,12 +122,20 @@ def wanted(body: object, chat: bool) -> Wanted:
         if key not in NEUTRAL and key not in IGNORED and key not in KEYS[chat]:
             raise Refused(400, f"unknown key {key!r}", key)
     if "max_completion_tokens" in given:
-        given.setdefault("max_tokens", given["max_completion_tokens"])
+        most = given["max_completion_tokens"]
+        if given.setdefault("max_tokens", most) != most:
+            raise Refused(
+                400, "max_tokens and max_completion_tokens must be the same, or one absent", "max_tokens"
+            )
     options = {
         key: value for key, value in _typed(given, "stream_options", dict, {}).items() if value is not None
     }
-    if unknown := options.keys() - {"include_usage", "continuous_usage_stats"}:
+    if unknown := options.keys() - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
         raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
+    if _typed(options, "include_obfuscation", bool, False):
+        raise Refused(
+            400, "include_obfuscation is not supported: it must be absent or False", "stream_options"
+        )
     include_usage = _typed(options, "include_usage", bool, False)
     continuous = _typed(options, "continuous_usage_stats", bool, False)
     top_k = _whole(given, "top_k", None, -1)
@@ -157,9 +183,7 @@ class Answer:
 
     def more(self, index: int, text: str, reason: str | None) -> dict[str, Any]:
         """Text of a choice; `reason` is why it ends with it."""
-        if self._chat:
-            return self._chunk(index, {"delta": {"content": text} if text else {}}, reason)
-        return self._chunk(index, {"text": text}, reason)
+        return self._chunk(index, {"delta": {"content": text}} if self._chat else {"text": text}, reason)
 
     def last(self, usage: Mapping[str, int]) -> dict[str, Any]:
         """The chunk of the counts, after all choices."""
@@ -207,6 +231,9 @@ def _message(n: int, given: object) -> dict[str, str]:
     where = f"messages[{n}]"
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
         raise Refused(400, f"{where} must be an object with a role and content", "messages")
+    for key in ("tool_calls", "function_call", "audio"):
+        if given.get(key):
+            raise Refused(400, f"{where}.{key} is not supported: a message is its role and text", "messages")
     content = given.get("content")
     if isinstance(content, list):
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]

@@ -122,7 +122,8 @@ class Server:
 
     def gauge(self, name: str) -> float:
         _, text = self.ask("/metrics")
-        return float(dict(line.split() for line in text.splitlines()).get(f"coserve_{name}", 0))
+        values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
+        return float(values.get(f"coserve_{name}", 0))
 
     def await_gauge(self, name: str, least: float) -> None:
         end_s = time.monotonic() + PATIENCE_S

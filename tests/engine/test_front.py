@@ -17,7 +17,7 @@ import pytest
 
 import engine.front
 from engine.front import Front
-from engine.messages import LOST, Ask, Enough, Gone, Serving, Stop, Tokens
+from engine.messages import LOST, Ask, Enough, Gauges, Gone, Serving, Stop, Tokens
 
 PATIENCE_S = 60
 
@@ -234,11 +234,34 @@ def test_each_chunk_has_the_counts_of_its_choice_so_far_and_the_last_has_those_o
     *events, last = events_of(connection)
     for index, prompt_tokens in enumerate(lengths):
         counts = [event["usage"] for event in events if event["choices"][0]["index"] == index]
-        assert [count["completion_tokens"] for count in counts] == [1, 2, 2]
+        assert [count["completion_tokens"] for count in counts] == [1, 2]
         assert {count["prompt_tokens"] for count in counts} == {prompt_tokens}
         assert all(c["total_tokens"] == prompt_tokens + c["completion_tokens"] for c in counts)
     assert last["choices"] == []
     assert (last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]) == (sum(lengths), 4)
+
+
+def test_each_token_is_a_chunk_and_the_last_has_the_reason(engine_end: Engine, tokenizer: Any) -> None:
+    """Clients take the times of chunks for those of tokens: half a character and an end token have theirs too."""
+    tokens = [*tokenizer.encode("\u00e9"), *tokenizer.encode("h"), 0]
+    connection = engine_end.post({**LONG, "stream": True})
+    id = engine_end.got().id
+    engine_end.say(*((id, token) for token in tokens), (id, None))
+    choices = [event["choices"][0] for event in events_of(connection)]
+    assert [choice["text"] for choice in choices] == ["", "\u00e9", "h", ""]
+    assert [choice["finish_reason"] for choice in choices] == [None, None, None, "stop"]
+
+
+def test_no_line_ends_within_an_event(engine_end: Engine, tokenizer: Any) -> None:
+    """Wherever a client sees the end of one: U+2028 is one to many."""
+    text = "a\u2028b\u0085c"
+    tokens = tokenizer.encode(text)
+    connection = engine_end.post({**LONG, "max_tokens": len(tokens), "stream": True})
+    id = engine_end.got().id
+    engine_end.say(*((id, token) for token in tokens), (id, None))
+    *lines, done = filter(None, connection.getresponse().read().decode().splitlines())
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert done == "data: [DONE]" and "".join(event["choices"][0]["text"] for event in events) == text
 
 
 def test_a_chat_begins_with_its_first_token(engine_end: Engine) -> None:
@@ -303,6 +326,25 @@ def test_models_are_told_one_by_one_too(engine_end: Engine) -> None:
     connection.request("GET", "/v1/models/law")
     answer = json.loads(connection.getresponse().read())
     assert (answer["id"], answer["object"]) == ("law", "model") and answer["created"] > 0
+
+
+def test_metrics_say_which_of_them_only_grow(engine_end: Engine) -> None:
+    engine_end.link.send(Gauges({"coserve_running": 2, "coserve_iterations_total": 1e9}))
+    end_s = time.monotonic() + PATIENCE_S
+    while not (text := _metrics(engine_end)):
+        assert time.monotonic() < end_s
+    assert text.splitlines() == [
+        "# TYPE coserve_running gauge",
+        "coserve_running 2",
+        "# TYPE coserve_iterations_total counter",
+        "coserve_iterations_total 1000000000",
+    ]
+
+
+def _metrics(end: Engine) -> str:
+    connection = end.connection()
+    connection.request("GET", "/metrics")
+    return connection.getresponse().read().decode()
 
 
 @pytest.mark.parametrize(

@@ -38,12 +38,18 @@ def test_what_changes_nothing_is_taken() -> None:
         "user": "me",
         "tools": [],
         "logprobs": None,
+        "stop_token_ids": [],
+        "include_stop_str_in_output": False,
+        "priority": 0,
     }
     assert wanted({"prompt": "x", **none}, chat=False) == wanted({"prompt": "x"}, chat=False)
-    unsaid = {"prompt": "x", "stream_options": {"include_usage": None}, "logprobs": False}
+    unsaid: dict[str, Any] = {"prompt": "x", "logprobs": False}
+    unsaid["stream_options"] = {"include_usage": None, "include_obfuscation": False}
     assert wanted(unsaid, chat=False) == wanted({"prompt": "x"}, chat=False)
     parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
     assert wanted({"messages": [{"role": "user", "content": parts}]}, chat=True) == wanted(CHAT, chat=True)
+    filled = {"role": "user", "content": "hi", "tool_calls": [], "function_call": None, "refusal": None}
+    assert wanted({"messages": [filled], "modalities": ["text"]}, chat=True) == wanted(CHAT, chat=True)
 
 
 def test_counts_in_every_chunk_are_for_streams_that_end_with_them() -> None:
@@ -92,9 +98,11 @@ def test_prompts_are_texts_or_tokens_one_or_several() -> None:
         ({"prompt": "x", "top_p": 0}, "top_p must be a number from"),
         ({"prompt": "x", "top_p": float("nan")}, "top_p must be a number from"),
         ({"prompt": "x", "stop": [""]}, "stop must be text that is not empty"),
-        ({"prompt": "x", "stop": list("abcde")}, "stop must be at most 4 texts"),
+        ({"prompt": "x", "stop": list("abcdefghijklmnopq")}, "stop must be at most 16 texts, got 17"),
+        ({"prompt": "x", "stop_token_ids": [5]}, "stop_token_ids is not supported"),
         ({"prompt": "x", "stream": 1}, "stream must be true or false"),
         ({"prompt": "x", "stream_options": []}, "stream_options must be an object"),
+        ({"prompt": "x", "stream_options": {"include_obfuscation": True}}, "include_obfuscation is not"),
         ({"prompt": "x", "model": 3}, "model must be text"),
     ],
 )
@@ -114,13 +122,27 @@ def test_messages_have_roles_and_text(messages: Any) -> None:
         wanted({"messages": messages}, chat=True)
 
 
+@pytest.mark.parametrize("key", ["tool_calls", "function_call", "audio"])
+def test_what_a_message_holds_beside_its_text_is_not_dropped(key: str) -> None:
+    for content in ("x", None):
+        message = {"role": "assistant", "content": content, key: {"id": "a"}}
+        with pytest.raises(Refused, match=rf"messages\[1\]\.{key} is not supported"):
+            wanted({"messages": [*CHAT["messages"], message]}, chat=True)
+
+
+def test_two_names_of_one_bound_may_not_differ() -> None:
+    assert wanted({**CHAT, "max_tokens": 5, "max_completion_tokens": 5}, chat=True).max_tokens == 5
+    with pytest.raises(Refused, match="must be the same, or one absent"):
+        wanted({**CHAT, "max_tokens": 5, "max_completion_tokens": 7}, chat=True)
+
+
 def test_chunks_of_a_chat_begin_with_the_role_and_end_with_the_reason() -> None:
     answer = Answer(3, "m", chat=True)
     first = answer.first(0)
     assert first is not None and first["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert answer.more(0, "x", None)["choices"][0]["delta"] == {"content": "x"}
-    last = answer.more(0, "", "stop")["choices"][0]
-    assert (last["delta"], last["finish_reason"]) == ({}, "stop")
+    last = answer.more(0, "y", "stop")["choices"][0]
+    assert (last["delta"], last["finish_reason"]) == ({"content": "y"}, "stop")
     assert Answer(3, "m", chat=False).first(0) is None
 
 
