@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 MOST_BYTES = 16 * 2**20
 """Of a request's body."""
 POLL_S = 0.2
+KEEP_ALIVE_S = 75
+"""For which a connection may lie idle, longer than clients keep theirs: a request must not meet the hanging up."""
 HANG_UP_S = 2.0
 """For clients to take what they are told at the end; those that do not are hung up on."""
 GONE = 499
@@ -81,7 +83,9 @@ class Front:
         self._waiting: dict[int, asyncio.Queue[int | None]] = {}
         self._gauges: Mapping[str, float] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        config = uvicorn.Config(self.app(), log_level="warning", lifespan="off")
+        config = uvicorn.Config(
+            self.app(), log_level="warning", lifespan="off", timeout_keep_alive=KEEP_ALIVE_S
+        )
         config.load()
         self._server: Any = uvicorn.Server(config)
         self._stopping = False

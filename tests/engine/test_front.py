@@ -146,6 +146,18 @@ def test_a_client_between_two_requests_is_hung_up_on(engine_end: Engine) -> None
             pass
 
 
+def test_a_connection_outlives_the_pauses_of_clients(engine_end: Engine) -> None:
+    """Clients keep an idle one for 5 s and more, and take its end under a request for a failure."""
+    connection = engine_end.connection()
+    for pause_s in (6, 0):
+        connection.request("GET", "/health")
+        answer = connection.getresponse()
+        assert answer.status == 200 and answer.read()
+        kept = connection.sock
+        time.sleep(pause_s)
+    assert connection.sock is kept is not None
+
+
 def test_a_body_that_comes_byte_by_byte_is_taken_and_holds_nobody_up(engine_end: Engine) -> None:
     body = json.dumps({**LONG, "max_tokens": 1}).encode()
     with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as slow:
