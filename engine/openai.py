@@ -34,7 +34,6 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "repetition_penalty": (1,),
     "length_penalty": (1,),
     "min_p": (0,),
-    "min_tokens": (0,),
     "use_beam_search": (False,),
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
@@ -62,6 +61,7 @@ IGNORED = (
 BOTH = (
     "model",
     "max_tokens",
+    "min_tokens",
     "temperature",
     "top_p",
     "top_k",
@@ -121,38 +121,24 @@ def wanted(body: object, chat: bool) -> Wanted:
             raise Refused(400, f"{key} is not supported: it must be absent or {allowed}", key)
         if key not in NEUTRAL and key not in IGNORED and key not in KEYS[chat]:
             raise Refused(400, f"unknown key {key!r}", key)
-    if "max_completion_tokens" in given:
-        most = given["max_completion_tokens"]
-        if given.setdefault("max_tokens", most) != most:
-            raise Refused(
-                400, "max_tokens and max_completion_tokens must be the same, or one absent", "max_tokens"
-            )
-    options = {
-        key: value for key, value in _typed(given, "stream_options", dict, {}).items() if value is not None
-    }
-    if unknown := options.keys() - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
-        raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
-    if _typed(options, "include_obfuscation", bool, False):
-        raise Refused(
-            400, "include_obfuscation is not supported: it must be absent or False", "stream_options"
-        )
-    include_usage = _typed(options, "include_usage", bool, False)
-    continuous = _typed(options, "continuous_usage_stats", bool, False)
+    include_usage, continuous_usage = _usages(given)
     top_k = _whole(given, "top_k", None, -1)
+    stop = _stop(given.get("stop", ()))
+    ignore_eos = _typed(given, "ignore_eos", bool, False)
     return Wanted(
         model=_typed(given, "model", str, None),
         prompts=() if chat else _prompts(given.get("prompt")),
         messages=_messages(given.get("messages")) if chat else (),
-        max_tokens=_whole(given, "max_tokens", None if chat else 16, 1),
+        max_tokens=_max_tokens(given, None if chat else 16, ends=bool(stop) or not ignore_eos),
         temperature=_number(given, "temperature", 1.0, 0.0, 2.0),
         top_p=_number(given, "top_p", 1.0, 1e-9, 1.0),
         top_k=None if top_k in (-1, 0) else top_k,
         seed=_whole(given, "seed", None, -(2**63)),
-        stop=_stop(given.get("stop", ())),
-        ignore_eos=_typed(given, "ignore_eos", bool, False),
+        stop=stop,
+        ignore_eos=ignore_eos,
         stream=_typed(given, "stream", bool, False),
         include_usage=include_usage,
-        continuous_usage=include_usage and continuous,
+        continuous_usage=continuous_usage,
     )
 
 
@@ -204,6 +190,37 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def _max_tokens(given: Mapping[str, Any], default: int | None, ends: bool) -> int | None:
+    """Under either name; `ends` is whether an answer may end before it."""
+    most = _whole(given, "max_tokens", default, 1)
+    if "max_completion_tokens" in given:
+        other = _whole(given, "max_completion_tokens", None, 1)
+        if given.get("max_tokens", other) != other:
+            raise Refused(
+                400, "max_tokens and max_completion_tokens must be the same, or one absent", "max_tokens"
+            )
+        most = other
+    least = _whole(given, "min_tokens", 0, 0)
+    if least and (ends or most is None or least > most):
+        line = "min_tokens is supported up to max_tokens, with ignore_eos and no stop"
+        raise Refused(400, line, "min_tokens")
+    return most
+
+
+def _usages(given: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Whether a stream ends with the counts of tokens, and whether each chunk has them too."""
+    options = _typed(given, "stream_options", dict, {})
+    options = {key: value for key, value in options.items() if value is not None}
+    if unknown := options.keys() - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
+        raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
+    if _typed(options, "include_obfuscation", bool, False):
+        line = "include_obfuscation is not supported: it must be absent or False"
+        raise Refused(400, line, "stream_options")
+    include = _typed(options, "include_usage", bool, False)
+    continuous = _typed(options, "continuous_usage_stats", bool, False)
+    return include, include and continuous
 
 
 def _prompts(given: object) -> tuple[str | tuple[int, ...], ...]:

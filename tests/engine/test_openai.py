@@ -41,6 +41,7 @@ def test_what_changes_nothing_is_taken() -> None:
         "stop_token_ids": [],
         "include_stop_str_in_output": False,
         "priority": 0,
+        "min_tokens": 0,
     }
     assert wanted({"prompt": "x", **none}, chat=False) == wanted({"prompt": "x"}, chat=False)
     unsaid: dict[str, Any] = {"prompt": "x", "logprobs": False}
@@ -134,6 +135,16 @@ def test_two_names_of_one_bound_may_not_differ() -> None:
     assert wanted({**CHAT, "max_tokens": 5, "max_completion_tokens": 5}, chat=True).max_tokens == 5
     with pytest.raises(Refused, match="must be the same, or one absent"):
         wanted({**CHAT, "max_tokens": 5, "max_completion_tokens": 7}, chat=True)
+
+
+def test_the_fewest_tokens_are_those_that_come_anyway() -> None:
+    ignoring = {"prompt": "x", "max_tokens": 5, "ignore_eos": True}
+    assert wanted({**ignoring, "min_tokens": 5}, chat=False) == wanted(ignoring, chat=False)
+    for changed in ({"min_tokens": 6}, {"ignore_eos": False}, {"stop": "a"}):
+        with pytest.raises(Refused, match="min_tokens is supported up to max_tokens, with ignore_eos and no"):
+            wanted({**ignoring, "min_tokens": 5, **changed}, chat=False)
+    with pytest.raises(Refused, match="min_tokens is supported up to max_tokens"):
+        wanted({**CHAT, "ignore_eos": True, "min_tokens": 5}, chat=True)
 
 
 def test_chunks_of_a_chat_begin_with_the_role_and_end_with_the_reason() -> None:
