@@ -2,7 +2,7 @@
 
 Completions and chat completions, streamed or not (platform.openai.com/docs/api-reference). What would change the
 answer and is not supported is refused by name; what would not, is taken. `top_k`, `seed`, `ignore_eos` and
-`continuous_usage_stats` are as vLLM has them.
+`continuous_usage_stats` are as vLLM has them, and so is `min_tokens` where an answer has them anyway.
 """
 
 from __future__ import annotations
