@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
 from engine.choice import STOPPING, Choice
-from engine.messages import Ask, Enough, Failed, Gauges, Gone, Ready, Serving, Stop, Tokens
+from engine.messages import Ask, Enough, Failed, Gone, Metrics, Ready, Serving, Stop, Tokens
 from engine.openai import Answer, Refused, Wanted, usage, wanted
 from engine.streamed_text import StreamedText, silent_tokens
 from engine.tokenizer import read_tokenizer, stop_tokens, template
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
 
-MOST_BYTES = 16 * 2**20
+MOST_BYTES = 4 * 2**20
 """Of a request's body."""
 POLL_S = 0.2
 KEEP_ALIVE_S = 75
@@ -81,7 +81,7 @@ class Front:
         self._silent = silent_tokens(self._tokenizer)
         self._ids = itertools.count()
         self._waiting: dict[int, asyncio.Queue[int | None]] = {}
-        self._gauges: Mapping[str, float] = {}
+        self._metrics = ""
         self._loop: asyncio.AbstractEventLoop | None = None
         config = uvicorn.Config(
             self.app(), log_level="warning", lifespan="off", timeout_keep_alive=KEEP_ALIVE_S
@@ -117,7 +117,7 @@ class Front:
         finally:
             self._ready.set()
 
-    def _take(self, message: Tokens | Gauges | Stop) -> None:
+    def _take(self, message: Tokens | Metrics | Stop) -> None:
         """What the engine says; from another thread than the server's."""
         with suppress(RuntimeError):  # the server has ended meanwhile
             assert self._loop is not None
@@ -151,11 +151,7 @@ class Front:
             return JSONResponse({"status": "ok"})
 
         async def metrics(request: Request) -> Response:
-            lines = []
-            for name, value in self._gauges.items():
-                kind = "counter" if name.endswith("_total") else "gauge"
-                lines.append(f"# TYPE {name} {kind}\n{name} {value:.17g}\n")
-            return PlainTextResponse("".join(lines), media_type="text/plain; version=0.0.4")
+            return PlainTextResponse(self._metrics, media_type="text/plain; version=0.0.4")
 
         async def unknown(request: Request, error: Exception) -> Response:
             assert isinstance(error, HTTPException)
@@ -179,9 +175,9 @@ class Front:
             exception_handlers={HTTPException: unknown, Exception: failed},
         )
 
-    def _give(self, message: Tokens | Gauges | Stop) -> None:
-        if isinstance(message, Gauges):
-            self._gauges = message.values
+    def _give(self, message: Tokens | Metrics | Stop) -> None:
+        if isinstance(message, Metrics):
+            self._metrics = message.text
             return
         if isinstance(message, Stop):
             assert self._loop is not None

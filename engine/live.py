@@ -21,30 +21,19 @@ from typing import TextIO
 import numpy as np
 
 from engine.driver import Clock, Driver
-from engine.messages import LOST, Ask, Enough, Gauges, Gone, Stop, Tokens
+from engine.live_metrics import LiveMetrics
+from engine.messages import LOST, Ask, Enough, Gone, Metrics, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
-from sim.core.request import Request
-from sim.core.rows import Outcome, Recorder
+from sim.core.request import Request, Slo
+from sim.core.rows import Recorder
 from sim.core.state import PipelineState
 
-GAUGES_S = 1.0
+METRICS_S = 1.0
 TRACE_COLUMNS = ("arrival_s", "prompt_tokens", "output_tokens", "slo", "adapter")
 """Those of a trace of one's own (`workload=csv`)."""
 SLO = "default"
 """Class of all requests."""
-OUTCOMES = {outcome: f"coserve_requests_{outcome.name.lower()}_total" for outcome in Outcome}
-COUNTERS = (
-    *OUTCOMES.values(),
-    "coserve_prompt_tokens_total",
-    "coserve_generated_tokens_total",
-    "coserve_finetune_forward_tokens_total",
-    "coserve_finetune_trained_tokens_total",
-    "coserve_finetune_steps_total",
-    "coserve_finetune_jobs_failed_total",
-    "coserve_iterations_total",
-)
-GAUGES = ("coserve_running", "coserve_waiting", "coserve_kv_blocks_used")
 
 
 class LiveArrivals:
@@ -55,11 +44,12 @@ class LiveArrivals:
         link: Connection,
         horizon: Horizon,
         recorder: Recorder,
+        slo: Slo,
         fail: Callable[[str], None],
         trace: TextIO | None = None,
     ) -> None:
-        """`horizon` is ended when the pipe is; requests that end go to `trace`, a CSV file with its columns, and
-        `fail` gets a line when that cannot be written."""
+        """`horizon` is ended when the pipe is. `slo` is that of all requests; those that end go to `trace`, a CSV file
+        with its columns, and `fail` gets a line when that cannot be written."""
         self._link = link
         self._horizon = horizon
         self._recorder = recorder
@@ -72,11 +62,11 @@ class LiveArrivals:
         self._out: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._gone: set[int] = set()
         """Of those that the loop has not seen yet."""
-        self.counts: dict[str, float] = dict.fromkeys((*COUNTERS, *GAUGES), 0)
-        """Prometheus metric -> value, as of the last call of `tell`."""
+        self.metrics = LiveMetrics(slo)
+        """As of the last call of `tell`."""
         self._traced = 0
         self._traced_bytes = 0 if trace is None else trace.tell()
-        self._told_s = -GAUGES_S
+        self._told_s = -METRICS_S
 
     def start(self, clock: Clock, driver: Driver, state: PipelineState) -> None:
         """Begin to take messages. `clock` has the loop's time, `driver` and `state` are the loop's."""
@@ -92,13 +82,13 @@ class LiveArrivals:
     # As the loop sees it
 
     def next_s(self) -> float:
-        # The loop asks before it idles: clients and gauges get the last that there is.
+        # The loop asks before it idles: clients and metrics get the last that there is.
         self.tell()
         return self._asked[0].arrival_s if self._asked else math.inf
 
     def due(self, now_s: float) -> Sequence[Request]:
         self._answer()
-        if now_s - self._told_s >= GAUGES_S:
+        if now_s - self._told_s >= METRICS_S:
             self._told_s = now_s
             self.tell()
         requests = []
@@ -167,7 +157,7 @@ class LiveArrivals:
         """Send what there is, and take what was recorded since."""
         self._answer()
         if self._count():
-            self._out.put(Gauges(dict(self.counts)))
+            self._out.put(Metrics(self.metrics.text()))
 
     def _answer(self) -> None:
         """Send the tokens that the last iteration made."""
@@ -177,26 +167,12 @@ class LiveArrivals:
 
     def _count(self) -> bool:
         """Whether anything was recorded."""
-        recorder, counts = self._recorder, self.counts
+        recorder = self._recorder
         if not (len(recorder.iterations) or len(recorder.requests)):
             return False
-        requests, iterations, steps = (
-            table.arrays() for table in (recorder.requests, recorder.iterations, recorder.steps)
-        )
-        for outcome, name in OUTCOMES.items():
-            counts[name] += int((requests["outcome"] == outcome).sum())
-        counts["coserve_prompt_tokens_total"] += int(iterations["prefill_tokens"].sum())
-        counts["coserve_generated_tokens_total"] += int(iterations["sampled_tokens"].sum())
-        counts["coserve_finetune_forward_tokens_total"] += int(iterations["forward_tokens"].sum())
-        counts["coserve_finetune_trained_tokens_total"] += int(steps["tokens"].sum())
-        counts["coserve_finetune_steps_total"] += int((steps["failed"] == 0).sum())
-        counts["coserve_finetune_jobs_failed_total"] += int(steps["failed"].sum())
-        counts["coserve_iterations_total"] += len(iterations["end_s"])
         assert self._state is not None
-        kv = self._state.kv
-        now = len(self._state.running), self._state.waiting.count, kv.total - kv.free
-        counts.update(zip(GAUGES, now, strict=True))
-        self._write(requests)
+        self.metrics.add(recorder, self._state)
+        self._write(recorder.requests.arrays())
         for table in (
             recorder.requests,
             recorder.iterations,

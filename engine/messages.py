@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,10 +66,10 @@ class Tokens(NamedTuple):
     tokens: list[tuple[int, int | None]]
 
 
-class Gauges(NamedTuple):
-    """From the engine now and then: Prometheus metric -> value."""
+class Metrics(NamedTuple):
+    """From the engine now and then: what Prometheus is told."""
 
-    values: Mapping[str, float]
+    text: str
 
 
 class Stop(NamedTuple):

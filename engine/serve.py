@@ -190,7 +190,7 @@ class _Server:
         settings, training, front = self._settings, self._training, self._front
         recorder, horizon = Recorder(), Horizon()
         saver = Saver(_note)
-        live = LiveArrivals(front.link, horizon, recorder, saver.fail, trace)
+        live = LiveArrivals(front.link, horizon, recorder, self._slos[SLO], saver.fail, trace)
         engine, counted = self._assemble(
             self._model, self._limits, self._jobs, self._adapters, on_token=live.on_token
         )
@@ -213,7 +213,8 @@ class _Server:
         saver.finish()
         if not stop.asked:
             raise ChildProcessError(f"the HTTP process ended by itself, with code {front.exit_code}")
-        row: dict[str, Any] = {"counts": dict(live.counts), "ways_on": None}
+        metrics = live.metrics
+        row: dict[str, Any] = {"counts": metrics.counts, "latency": metrics.describe(), "ways_on": None}
         if training is not None:
             ended = engine.trainers[training.job.id].optimizer.steps == training.total
             row["ways_on"] = None if ended else f"{training.folder}: {training.ways_on()}"
@@ -417,5 +418,6 @@ def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
         )
         if cut := sum(counts[f"coserve_requests_{how}_total"] for how in ("aborted", "unfinished")):
             print(f"{cut:,.0f} requests cut short by their clients or by the end")
-        if row["ways_on"] is not None:
-            print(row["ways_on"])
+        for key in ("latency", "ways_on"):
+            if row[key] is not None:
+                print(row[key])

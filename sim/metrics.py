@@ -171,22 +171,13 @@ class _Judged:
         self._tokens = tokens
         self._duration_s = duration_s
         self._finished = requests["outcome"] == Outcome.FINISHED
-        self._latency_s = _latencies(requests)
+        self._latency_s = latencies(requests)
         self._segment_request = _positions(requests["request"], tokens.request)
         self._tokens_by = tokens.counts_by(duration_s)
 
-        codes = requests["slo"].astype(np.int64)
-        ttft_s, tpot_s, e2e_s = (
-            np.array([getattr(slo, key) for slo in slos])[codes] if slos else np.empty(0)
-            for key in ("ttft_s", "tpot_s", "e2e_s")
-        )
         lat = self._latency_s
-        self._attained = (
-            self._finished
-            & (lat["ttft"] <= ttft_s)
-            & ((lat["tpot"] <= tpot_s) | (requests["generated_tokens"] == 1))
-            & (lat["e2e"] <= e2e_s)
-        )
+        ttft_s, tpot_s, _ = _bounds(requests, slos)
+        self._attained = attained(requests, lat, slos)
         self._attained_paper = self._finished & (lat["ttft"] < ttft_s) & (lat["tpot_paper"] < tpot_s)
 
     def row(self, chosen: Bools) -> dict[str, object]:
@@ -195,7 +186,7 @@ class _Judged:
         attained = int(self._attained[chosen].sum())
         finished = chosen & self._finished
         of_segment = self._segment_request
-        latencies: dict[str, object] = {}
+        of_latencies: dict[str, object] = {}
         for key in LATENCIES:
             if key == "itl":
                 values, weights = self._tokens.gaps(finished[of_segment])
@@ -203,7 +194,7 @@ class _Judged:
                 values = self._latency_s[key][finished]
                 values = values[~np.isnan(values)]
                 weights = np.ones(values.size, dtype=np.int64)
-            latencies |= _statistics(key, values, weights)
+            of_latencies |= _statistics(key, values, weights)
         return {
             "requests": arrived,
             **{o.name.lower(): int((outcomes == o).sum()) for o in Outcome},
@@ -212,11 +203,33 @@ class _Judged:
             "goodput_rps": attained / self._duration_s,
             "inference_tok_s": int(self._tokens_by[chosen[of_segment]].sum()) / self._duration_s,
             "preemptions": int(self._requests["preemptions"][chosen].sum()),
-            **latencies,
+            **of_latencies,
         }
 
 
-def _latencies(requests: dict[str, Floats]) -> dict[str, Floats]:
+def attained(requests: dict[str, Floats], latency_s: dict[str, Floats], slos: Sequence[Slo]) -> Bools:
+    """Which requests finished within every bound of their SLO. `slos` by the code that the rows carry, `latency_s` as
+    `latencies` has them; shape (requests,)."""
+    ttft_s, tpot_s, e2e_s = _bounds(requests, slos)
+    met: Bools = (
+        (requests["outcome"] == Outcome.FINISHED)
+        & (latency_s["ttft"] <= ttft_s)
+        & ((latency_s["tpot"] <= tpot_s) | (requests["generated_tokens"] == 1))
+        & (latency_s["e2e"] <= e2e_s)
+    )
+    return met
+
+
+def _bounds(requests: dict[str, Floats], slos: Sequence[Slo]) -> tuple[Floats, Floats, Floats]:
+    """TTFT, TPOT and end to end, of each request."""
+    if not slos:
+        return np.empty(0), np.empty(0), np.empty(0)
+    bounds = np.array([(slo.ttft_s, slo.tpot_s, slo.e2e_s) for slo in slos])
+    ttft_s, tpot_s, e2e_s = bounds[requests["slo"].astype(np.int64)].T
+    return ttft_s, tpot_s, e2e_s
+
+
+def latencies(requests: dict[str, Floats]) -> dict[str, Floats]:
     """Latency name -> seconds per request, NaN where it is undefined or never came."""
     arrival_s, first_s, last_s = (requests[k] for k in ("arrival_s", "first_token_s", "last_token_s"))
     n = requests["generated_tokens"]

@@ -122,7 +122,7 @@ class Server:
 
     def gauge(self, name: str) -> float:
         _, text = self.ask("/metrics")
-        values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))
+        values = dict(line.rsplit(maxsplit=1) for line in text.splitlines() if not line.startswith("#"))
         return float(values.get(f"coserve_{name}", 0))
 
     def await_gauge(self, name: str, least: float) -> None:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from engine.live import COUNTERS, GAUGES, TRACE_COLUMNS, LiveArrivals
-from engine.messages import LOST, Ask, Enough, Gauges, Gone, Stop, Tokens
+from engine.live import TRACE_COLUMNS, LiveArrivals
+from engine.messages import LOST, Ask, Enough, Gone, Metrics, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
-from sim.core.request import Request
+from sim.core.request import Request, Slo
 from sim.core.rows import ITERATION_COLUMNS, STEP_COLUMNS, Outcome, Recorder, Table
 
 PATIENCE_S = 30
@@ -38,7 +38,7 @@ class Loop:
         self.kv = SimpleNamespace(total=50, free=40)
         self.recorder, self.horizon = Recorder(), Horizon()
         ours, self.client = multiprocessing.Pipe()
-        self.live = LiveArrivals(ours, self.horizon, self.recorder, self.failures.append, trace)
+        self.live = LiveArrivals(ours, self.horizon, self.recorder, Slo(), self.failures.append, trace)
         self.live.start(self, self, self)  # type: ignore[arg-type]
 
     def now_s(self) -> float:
@@ -175,17 +175,16 @@ def test_what_was_recorded_is_counted_and_let_go(loop: Loop) -> None:
     loop.recorder.ticks.append((0, 1.0))
     loop.recorder.segments.append((1, 0, 0, 0.0, 1, 2))
     loop.live.tell()
-    found = (4, 3, 2, 1, 7, 9, 11, 20, 2, 1, 2, 2, 3, 10)
     (heard,) = loop.told_last()
-    assert heard == Gauges(dict(zip((*COUNTERS, *GAUGES), found, strict=True)))
+    assert type(heard) is Metrics and heard.text == loop.live.metrics.text()
     recorder = loop.recorder
     tables = recorder.requests, recorder.iterations, recorder.segments, recorder.ticks, recorder.steps
     assert not any(map(len, tables))
     loop.iterate(sampled_tokens=1)
     loop.live.tell()
     (heard,) = loop.told_last()
-    assert heard.values["coserve_generated_tokens_total"] == 10
-    assert heard.values["coserve_requests_finished_total"] == 4
+    assert "\ncoserve_generated_tokens_total 10\n" in heard.text
+    assert "\ncoserve_requests_finished_total 4\n" in heard.text
     loop.live.tell()
     assert loop.told_last() == []  # nothing is new
 
@@ -194,7 +193,7 @@ def test_a_request_that_nothing_ran_for_is_counted_too(loop: Loop) -> None:
     loop.recorder.add_request(Request(1, 0.0, 3, 9, "default", None), 0, Outcome.ABORTED)
     loop.live.tell()
     (heard,) = loop.told_last()
-    assert heard.values["coserve_requests_aborted_total"] == 1
+    assert "\ncoserve_requests_aborted_total 1\n" in heard.text
 
 
 def test_counts_are_told_at_once_then_every_second_and_before_the_loop_idles(loop: Loop) -> None:
@@ -280,7 +279,7 @@ def test_a_full_disk_ends_the_trace_after_its_last_whole_line_and_nothing_else(t
     assert loop.failures == ["trace: No space left on device; it ends after 2 requests"] and full.closed
     lines = "0.333333,11,5,default,\n0.666667,12,5,default,\n"
     assert Path(trace.name).read_text() == HEAD + lines
-    assert loop.live.counts["coserve_requests_finished_total"] == 4
+    assert loop.live.metrics.counts["coserve_requests_finished_total"] == 4
 
 
 def test_a_disk_that_is_full_from_the_start_leaves_the_names_of_the_columns(trace: Any) -> None:

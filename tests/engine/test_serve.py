@@ -210,7 +210,11 @@ def test_answers_under_way_are_finished_when_the_server_stops(
         assert events[-2] == "data: [DONE]"
         assert json.loads(events[-3].removeprefix("data: "))["usage"]["completion_tokens"] == 240
         code, out = server.end(None)
-        assert code == 0 and out == "1 requests answered, 240 tokens generated, 0 trained\n"
+        done, latency = out.splitlines()
+        assert code == 0 and done == "1 requests answered, 240 tokens generated, 0 trained"
+        share, ttft, tpot = latency.split("; ")
+        assert share in [f"{met}.0 % of the requests met the SLO" for met in (0, 100)]
+        assert ttft.startswith("TTFT p50 ") and tpot.startswith("TPOT p50 ")
         assert "note: stopping: up to 20 s for the answers under way" in server.told()
     assert adapter.read_bytes() == trained
     assert (
