@@ -116,7 +116,8 @@ class Engine:
     ) -> None:
         """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
         of `adapters`, whose slots in the bank are the engine's from now on, or a trainer's job.
-        `on_token(id, token)` is called for each token in order, `on_step(record)` for each optimizer step."""
+        `on_token(id, token)` is called for each token in order, `on_step(record)` for each optimizer step, and
+        finds `adapter` and `optimizer_state` as this left them."""
         self.model = model
         self.tables = BlockTables(limits)
         self.trainers = {trainer.spec.id: trainer for trainer in trainers}
@@ -167,16 +168,17 @@ class Engine:
     # What training leaves
 
     def adapter(self, job: str) -> Adapter:
-        """A job's newest masters, whole; not a copy."""
+        """A job's masters after a step that has been collected, although the next may be under way; whole, not a
+        copy."""
         return self.trainers[job].adapter()
 
     def optimizer_state(self, job: str) -> dict[str, Any]:
         """What `restore` needs besides the adapter."""
-        return self.trainers[job].optimizer.state()
+        return self.trainers[job].optimizer_state()
 
     def restore(self, job: str, state: dict[str, Any], steps: int) -> None:
         """Go on after `steps` steps of the job, which was made with the adapter of then."""
-        self.trainers[job].optimizer.restore(state, steps)
+        self.trainers[job].restore(state, steps)
 
     @torch.no_grad()
     def mean_loss(self, job: str, samples: Sequence[Sample]) -> float:
@@ -415,6 +417,7 @@ class Engine:
         failed = []
         for result, (loss, norm, sound) in zip(steps, numbers, strict=True):
             record = StepRecord(result.job, result.step, loss, norm, result.learning_rate)
+            self.trainers[result.job].told(result.step)
             if not sound:
                 self._bank.drop(result.slot)
                 # The next step of a job may have been launched before the loop gave it up.

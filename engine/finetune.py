@@ -14,7 +14,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,14 @@ class StepResult(NamedTuple):
     """The bank's slot of the weights after it, held for whoever publishes them."""
 
 
+class _Before(NamedTuple):
+    """A job as a step left it, when the next is taken."""
+
+    step: int
+    masters: Adapter
+    optimizer: dict[str, Any]
+
+
 class Trainer:
     """One job's adapter, activations and optimizer on the device."""
 
@@ -155,6 +163,10 @@ class Trainer:
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         assert self.held_bytes == plan.held_bytes
         self._sound = torch.ones((), dtype=torch.bool, device=device)
+        self._told = 0
+        """The last step whose result is out."""
+        self._before: _Before | None = None
+        """Its weights and moments, if the next step has been taken meanwhile."""
 
         self._seed = seed
         self._dropout: Dropout | None = None
@@ -174,8 +186,19 @@ class Trainer:
         return pages + kept + self._dk.nbytes + self._dv.nbytes + self._dx.nbytes
 
     def adapter(self) -> Adapter:
-        """The newest masters, whole; not a copy. A collective."""
-        return self.masters if self._shares is None else self._shares.whole(self.masters)
+        """The masters after a step whose result is out, although the next may have been taken meanwhile; whole, not
+        a copy. A collective."""
+        masters = self.masters if self._before is None else self._before.masters
+        return masters if self._shares is None else self._shares.whole(masters)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """What `restore` needs besides `adapter`. A collective."""
+        return self.optimizer.state(None if self._before is None else self._before.optimizer)
+
+    def restore(self, state: dict[str, Any], steps: int) -> None:
+        """Go on after `steps` steps."""
+        self.optimizer.restore(state, steps)
+        self._told = steps
 
     def _new_kept(self) -> Kept:
         return Kept(self.plan, self._model.config.shape.head_dim, self._model.dtype, self._model.device)
@@ -326,14 +349,16 @@ class Trainer:
         """
         rate = self.optimizer.settings.rate(self.optimizer.steps)
         masters = [*self.masters.tensors()]
-        before_step = [master.clone() for master in masters]
+        before_step = _map(self.masters, torch.clone)
+        if self._told < self.optimizer.steps:
+            self._before = _Before(self.optimizer.steps, before_step, self.optimizer.copied_state())
         norm = self.optimizer.step(self._count)
         loss = self._loss / self._count
         largest = torch.stack(torch._foreach_norm(masters, math.inf)).sum()
         finite = torch.isfinite(loss) & torch.isfinite(norm) & torch.isfinite(largest)
         # All ranks decide the same: what one of them cannot use, none does.
         self._sound &= self._model.group.all_reduce((~finite).to(loss.dtype)) == 0
-        for master, old in zip(masters, before_step, strict=True):
+        for master, old in zip(masters, before_step.tensors(), strict=True):
             torch.where(self._sound, master, old, out=master)
         self._loss.zero_()
         self._count.zero_()
@@ -344,6 +369,12 @@ class Trainer:
         return StepResult(
             self.spec.id, self.optimizer.steps, loss, norm, self._sound.clone(), rate, published
         )
+
+    def told(self, step: int) -> None:
+        """The result of this step is out: `adapter` and `optimizer_state` are what it left."""
+        self._told = step
+        if self._before is not None and self._before.step < step:
+            self._before = None
 
     def stand(self, sample: Sample, forward_tokens: int, backward_layer_tokens: int, fresh: bool) -> None:
         """Be so far in `sample`, as if all before had been computed. For timing: what comes out means nothing.

@@ -134,10 +134,19 @@ class MasterOptimizer:
         self._optimizer = settings.build(masters)
         self.steps = 0
 
-    def state(self) -> dict[str, Any]:
-        """What `restore` needs, besides the masters, whole. A collective."""
-        state = self._optimizer.state_dict()
+    def state(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What `restore` needs, besides the masters, whole: now, or when `own` was copied. A collective."""
+        state = self._optimizer.state_dict() if own is None else own
         return state if self._shares is None else self._shares.whole_state(state)
+
+    def copied_state(self) -> dict[str, Any]:
+        """This rank's part of `state`, which no step changes any more."""
+        state = self._optimizer.state_dict()
+        copied = {
+            n: {key: v.clone() if torch.is_tensor(v) else v for key, v in values.items()}
+            for n, values in state["state"].items()
+        }
+        return {**state, "state": copied}
 
     def restore(self, state: dict[str, Any], steps: int) -> None:
         """Go on after `steps` steps, which may have been taken on another device."""

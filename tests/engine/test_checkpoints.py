@@ -21,11 +21,21 @@ import torch
 
 from engine import checkpoint, saver, training
 from engine.checkpoint import Progress, last_checkpoint
-from engine.engine import Engine
+from engine.engine import Engine, StepRecord
 from engine.lora import Adapter
 from engine.saver import Frozen, Saver
 from engine.training import main as finetune
-from tests.engine.tiny import adapter_of, log_of, without_notes
+from sim.core.finetune import Step
+from tests.engine.tiny import (
+    EngineRun,
+    JobSetup,
+    adapter_of,
+    log_of,
+    sample_of,
+    tiny_model,
+    without_notes,
+)
+from tests.support import build_policy, limits_of
 
 
 @pytest.fixture(autouse=True)
@@ -256,6 +266,44 @@ def test_without_a_whole_checkpoint_nothing_goes_on(
     assert finetune([*arguments, "max_steps=3", "resume=true"]) == 2
     assert "out has no whole checkpoint to go on from" in capsys.readouterr().err
     assert adapter_bytes(Path("out")) == before
+
+
+# What a checkpoint holds
+
+
+def steps_of(lookahead: int) -> dict[int, Frozen]:
+    """Every step as a checkpoint would have it, of a job whose samples fit an iteration."""
+    job = JobSetup(
+        samples=[sample_of(9, seed=n) for n in range(5)],
+        adapter=adapter_of("llama", 2, ("q_proj", "down_proj")),
+        accumulation=1,
+    )
+    found = {}
+
+    def watch(engine: Engine) -> None:
+        def on_step(record: StepRecord) -> None:
+            found[record.step] = Frozen(engine, "job")
+
+        engine.on_step = on_step
+
+    policy, limits = build_policy("finetune_only"), limits_of(lookahead=lookahead)
+    run = EngineRun(tiny_model("llama"), policy, limits, {}, jobs=[job], watch=watch)
+    ahead = [type(plan.finetune[0]) is Step for plan in run.policy.plans]
+    assert ahead == [False, *[True] * 5], "a step in every iteration"
+    return found
+
+
+def test_a_checkpoint_is_of_its_step_although_the_next_is_under_way() -> None:
+    """With a lookahead the next step is launched before the result of the last is out."""
+    plain, ahead = steps_of(0), steps_of(1)
+    assert [*ahead] == [*plain] == [1, 2, 3, 4, 5]
+    for step, wanted in plain.items():
+        adapters = (frozen.adapter("job").tensors() for frozen in (ahead[step], wanted))
+        assert all(torch.equal(own, other) for own, other in zip(*adapters, strict=True)), step
+        states, other_states = (frozen.optimizer_state("job") for frozen in (ahead[step], wanted))
+        assert states["param_groups"] == other_states["param_groups"]
+        for n, values in other_states["state"].items():
+            assert all(torch.equal(states["state"][n][key], value) for key, value in values.items()), step
 
 
 # Another run's folder
