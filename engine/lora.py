@@ -28,7 +28,7 @@ from engine.parallel import Group
 from engine.placement import Placement
 from engine.shelf import Segments, Shelf
 from sim.checked import check
-from sim.core.specs import LoraSpec, ModelShape
+from sim.core.specs import LINEARS, LoraSpec, ModelShape
 from sim.errors import keys_as
 from sim.json_file import read_object
 
@@ -78,15 +78,16 @@ class Adapter:
 
     @property
     def targets(self) -> tuple[str, ...]:
-        return tuple(self.a)
+        """In the order of a block, however they were named: the optimizer counts tensors, and a folder has no order."""
+        return tuple(target for target in LINEARS if target in self.a)
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """All A and B, in a fixed order."""
-        for target in self.a:
+        """All A and B, in the order of `targets`."""
+        for target in self.targets:
             yield self.a[target]
             yield self.b[target]
 

@@ -22,7 +22,7 @@ import torch
 from engine import checkpoint, saver, training
 from engine.checkpoint import Progress, last_checkpoint
 from engine.engine import Engine, StepRecord
-from engine.lora import Adapter
+from engine.lora import Adapter, read_adapter, write_adapter
 from engine.saver import Frozen, Saver
 from engine.training import main as finetune
 from sim.core.finetune import Step
@@ -30,6 +30,7 @@ from tests.engine.tiny import (
     EngineRun,
     JobSetup,
     adapter_of,
+    config_of,
     log_of,
     sample_of,
     tiny_model,
@@ -304,6 +305,16 @@ def test_a_checkpoint_is_of_its_step_although_the_next_is_under_way() -> None:
         assert states["param_groups"] == other_states["param_groups"]
         for n, values in other_states["state"].items():
             assert all(torch.equal(states["state"][n][key], value) for key, value in values.items()), step
+
+
+def test_an_adapter_comes_back_in_the_order_in_which_its_moments_are_kept(tmp_path: Path) -> None:
+    """Whatever the order in which its layers were named."""
+    adapter = adapter_of("llama", 2, ("up_proj", "v_proj", "gate_proj", "k_proj"))
+    write_adapter(adapter, tmp_path)
+    again = read_adapter(tmp_path, config_of("llama").shape)
+    assert again.targets == adapter.targets
+    for own, other in zip(again.tensors(), adapter.tensors(), strict=True):
+        assert torch.equal(own, other)
 
 
 # Another run's folder
