@@ -216,8 +216,9 @@ def _add_lora(
         if len(runs) == 1 and low.shape[0] == x.shape[0]:
             made[f"low {target}"] = low
         elif not run.shelf.placement.rows_up:
-            # Adapters that are placed otherwise have other rows; where tokens are split, nothing is kept.
+            # Rows of adapters that are placed otherwise may lie between, where this is 0. Where tokens are split,
+            # nothing is kept.
             width = max(each.shelf.b.shape[3] for each in runs)
-            whole = made.setdefault(f"low {target}", low.new_empty((x.shape[0], width)))
+            whole = made.setdefault(f"low {target}", low.new_zeros((x.shape[0], width)))
             own = whole if run.rows is None else whole[run.rows]
-            own[:, : low.shape[1]] = low
+            own[:, : low.shape[1]] += low

@@ -28,6 +28,7 @@ from sim.compile.parallel import Composition, compositions
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import CompilePlan
 from sim.compile.roles import ROW_PARALLEL
+from sim.core.plan import Plan, View
 from sim.core.request import Request
 from sim.core.specs import DeviceSpec, ModelShape
 from tests.engine.test_finetune_gradients import ALL, MODES, Splits, traffic
@@ -74,7 +75,7 @@ def labels(tp: int, layouts: bool = False) -> list[tuple[str, str]]:
     return list(zip(column, cycle(row), strict=False))
 
 
-def forced(tp: int, column: str, row: str, number: int) -> CompilePlan:
+def forced(tp: int, column: str, row: str, number: int, spec: PeftSpec = SPEC) -> CompilePlan:
     """The plan for which these compositions are the cheapest; what it keeps varies with the number."""
 
     def price(bypass: Bypass, *given: Any) -> list[Composition]:
@@ -86,7 +87,7 @@ def forced(tp: int, column: str, row: str, number: int) -> CompilePlan:
     share = (None, 0.0, math.inf, 0.1)[number % 4]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compiler, "compositions", price)
-        plan = Analysis(SHAPE, SPEC, seq_tokens=TOKENS, tp=tp, window_tokens=7).plan(mode, share, order)
+        plan = Analysis(SHAPE, spec, seq_tokens=TOKENS, tp=tp, window_tokens=7).plan(mode, share, order)
     assert {b.composition for b in plan.bypasses} == {column, row}
     return plan
 
@@ -181,6 +182,38 @@ def test_every_composition_goes_on_from_one_rank_and_one_rank_from_it(ranks: Rep
             trained = (r.engine.adapter("job").tensors() for r in (end, whole))
             for own, reference in zip(*trained, strict=True):
                 assert error(own, reference) < 1e-9, (column, row)
+
+
+class ByName(Splits):
+    """Windows of the jobs in the order of their names."""
+
+    def plan(self, view: View) -> Plan:
+        return super().plan(view._replace(jobs=tuple(sorted(view.jobs))))
+
+
+def mixed_ranks_run(ranks: Replica | None) -> RanksRun:
+    """Windows of jobs "a", "b" and "c" in one batch, of which "b", the first in the bank, has a rank of its own."""
+    jobs = []
+    for name, rank in (("b", 3), ("a", RANK), ("c", RANK)):
+        spec, tp = replace(SPEC, rank=rank), 1 if ranks is None else ranks.group.size
+        adapter = adapter_of("llama", rank, ALL, seed=len(jobs))
+        plan = None if ranks is None else forced(tp, "1 4", "S1>S0 3 S0>R 1 R>P", 0, spec)
+        sample = sample_of(TOKENS, seed=rank)
+        own = {"samples": [sample], "adapter": adapter, "plan": plan, "optimizer": SGD, "accumulation": 1}
+        jobs.append(JobSetup(id=name, max_tokens=TOKENS, **own))
+    model = model_on(ranks, "llama", torch.float64, {})
+    return RanksRun(
+        ranks, model, ByName([TOKENS], [SHAPE.layers * TOKENS]), limits_of(block_tokens=4), {}, jobs=jobs
+    )
+
+
+def test_what_is_kept_of_a_bypass_is_its_own_whatever_lies_beside_it(ranks: Replica) -> None:
+    """A change between the products takes adapters of one rank, whose rows may have others among them."""
+    own, alone = mixed_ranks_run(ranks), mixed_ranks_run(None)
+    for name in "abc":
+        after = (run.engine.adapter(name).tensors() for run in (own, alone))
+        for tensor, wanted in zip(*after, strict=True):
+            assert error(tensor, wanted) < 1e-9, name
 
 
 class Sent:
