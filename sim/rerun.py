@@ -97,6 +97,7 @@ def rerun_of(
                 "progress": {name: getattr(job, name) for name in _PROGRESS},
             }
             for job in jobs
+            if not job.finished
         ],
         "predictor": to_plain(predictor),
     }

@@ -193,12 +193,14 @@ class Job:
         self.steps = 0
         self.virtual_s = 0.0
         """Work received over weight, in token passes; the job with the least is served first."""
+        self.given_up = False
+        """Its step failed: nothing of it counts any more, in this run or a later one."""
         self._data_ended = False
         self._next_sample()
 
     @property
     def finished(self) -> bool:
-        return self._data_ended and self.accumulated_samples == 0
+        return self.given_up or (self._data_ended and self.accumulated_samples == 0)
 
     @property
     def sample_tokens(self) -> int:

@@ -113,7 +113,8 @@ class Jobs:
     def give_up(self, ids: Iterable[str]) -> None:
         """Jobs whose step failed: no policy sees them any more. One that has just finished is gone already."""
         for id in ids:
-            self.active.pop(id, None)
+            if id in self.active:
+                self.active.pop(id).given_up = True
         self._refresh()
 
     def _refresh(self) -> None:

@@ -96,6 +96,15 @@ def test_no_policy_sees_a_failed_job_and_the_rest_goes_on(name: str, lookahead: 
     assert summary["finetune_tok_s"] == pytest.approx(steps["tokens"][counted].sum() / 3.0)
 
 
+def test_a_job_that_was_given_up_is_in_no_later_run() -> None:
+    """As a bench goes on with the jobs of its warm-up."""
+    jobs, later = two_jobs(), Recorder()
+    Failing("finetune_only", 0, jobs)
+    _, loop = Failing.fresh("finetune_only", 0, jobs, later)
+    drive(loop, lambda _, work: LinearCost().iteration_s(work))
+    assert later.jobs.names == ["good"] and len(later.steps) > 0
+
+
 @pytest.mark.parametrize("lookahead", [0, 1])
 @pytest.mark.parametrize("name", FINETUNING)
 def test_the_rows_of_a_run_with_a_failure_replay_it(name: str, lookahead: int) -> None:
