@@ -37,11 +37,16 @@ def pytest_runtest_logfinish(nodeid: str, location: object) -> None:
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_model_folder(folder)
+    return folder
+
+
+def write_model_folder(folder: Path) -> None:
     """A Hugging Face folder: random weights, a byte-pair tokenizer trained on the bundled text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    folder = tmp_path_factory.mktemp("model")
     special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -63,7 +68,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_context_tokens=256,
     )
     save_model(random_model(ModelConfig(family="llama", shape=shape), torch.float32, "cpu", 3, 0.1), folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -76,9 +80,14 @@ def tokenizer(model_folder: Path) -> Any:
 @pytest.fixture
 def arguments(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
+    return finetune_arguments(model_folder, tmp_path)
+
+
+def finetune_arguments(model_folder: Path, folder: Path) -> list[str]:
+    """Of a short run on sentences, which are written to `folder`."""
     sentences = [s for s in read_text(BUNDLED).replace("\n", " ").split(". ") if s]
     rows = [json.dumps({"text": s}) + "\n" for s in sentences[:24]]
-    (tmp_path / "d.jsonl").write_text("".join(rows))
+    (folder / "d.jsonl").write_text("".join(rows))
     return [
         f"model_name_or_path={model_folder}",
         "dataset=d.jsonl",

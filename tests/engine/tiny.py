@@ -249,6 +249,8 @@ class JobSetup:
     max_tokens: int = 64
     seed: int = 0
     id: str = "job"
+    weight: float = 1.0
+    start_s: float = 0.0
     plan: CompilePlan | None = None
 
     def of(self) -> TrainingJob:
@@ -259,6 +261,8 @@ class JobSetup:
             adapter=self.adapter,
             optimizer=self.optimizer,
             accumulation=self.accumulation,
+            weight=self.weight,
+            start_s=self.start_s,
             order=self.order,
             memory=self.memory,
             seed=self.seed,
