@@ -38,7 +38,11 @@ from sim.usage import SIMULATOR, all_groups, is_group, usage
 
 VERSION_BASE = "1.3"
 
+FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
+"""Keys of what Hydra makes before anything runs."""
+
 Task = Callable[[DictConfig], Mapping[str, Any]]
+Check = Callable[[DictConfig], object]
 AtStart = Callable[[DictConfig, int], None]
 AtEnd = Callable[[Sequence[Mapping[str, Any]], Path], None]
 
@@ -52,6 +56,7 @@ def hydra_main(
     config_dir: Path = SIMULATOR,
     at_start: AtStart | None = None,
     at_end: AtEnd | None = None,
+    check: Check | None = None,
     about: str | None = None,
     example: str | None = None,
 ) -> int:
@@ -60,7 +65,8 @@ def hydra_main(
     `task` is a function of a module (worker processes import it). It gets the resolved config
     without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
     run's folder. `at_start` gets the first config of a sweep and how many runs it has, `at_end` the rows
-    of all runs that finished, in order, also after Ctrl-C, and the folder of the run or sweep. `about` and
+    of all runs that finished, in order, also after Ctrl-C, and the folder of the run or sweep. `check` raises what
+    a config can be refused for before anything runs: a sweep asks it of every value. `about` and
     `example` are what `--help` says of a command that shares its config with another.
     """
     if "--help" in argv or "-h" in argv:
@@ -69,7 +75,7 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start)
+    collected = _Task(task, at_start, check)
     try:
         _check_flags(argv)
         _check_choices(argv, config_dir, config_name)
@@ -99,9 +105,10 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task, at_start: AtStart | None) -> None:
+    def __init__(self, task: Task, at_start: AtStart | None, check: Check | None) -> None:
         functools.update_wrapper(self, task)
         self.task = task
+        self.check = check
         self.at_start = at_start
         self.kept: Collection[Path] | None = None
         """Folders that stay, even if nothing comes of a single run; None: all."""
@@ -239,7 +246,7 @@ def _check_flags(argv: Sequence[str]) -> None:
     parser.parse_args(list(argv))
     for arg in argv:
         key, _, folder = arg.partition("=")
-        if key in ("hydra.run.dir", "hydra.sweep.dir") and not folder.strip("'\""):
+        if key in FOLDERS and not folder.strip("'\""):
             raise ValueError(f"{key} must be a folder, got nothing")
 
 
@@ -311,7 +318,7 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
             if elsewhere:
                 return f"{key!r} is a key of {elsewhere} alone"
             keys = [known for known in keys if not known.endswith("_target_")]
-            return f"no key or group named {key!r}{nearest(key, keys) or '; --cfg job lists them'}"
+            return f"no key or group named {key!r}{_nearest_key(key, keys)}"
         if "Ambiguous value" in text or "requires --multirun" in text:
             given = text.split("'")[1]
             return f"{given!r} gives several values: add -m to run each, or write KEY=[A,B] for a list"
@@ -327,9 +334,26 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
                 wanted = "must be a list" if "object_type=list" in cause else "must be a group of keys"
             return f"{key} {wanted}, got {value}"
         return one_line(text)
+    if isinstance(error, OSError) and error.filename is not None:
+        at = Path(error.filename).absolute()
+        for key, _, given in (arg.partition("=") for arg in argv):
+            folder = Path(given.strip("'\"")).absolute()
+            if key in FOLDERS and at in (folder, *folder.parents):
+                return f"{key}: {given} cannot be written: {error.strerror}"
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, ValueError):
         return message(error.__cause__)
     return message(error)
+
+
+def _nearest_key(key: str, keys: Sequence[str]) -> str:
+    """The key that was meant. What it shares with all of its node is no likeness: of a node that is there, its own
+    keys are the ones to choose from."""
+    node, _, name = key.rpartition(".")
+    own = [known for known in keys if node and known.rpartition(".")[0] == node]
+    if not own:
+        return nearest(key, keys) or "; --cfg job lists them"
+    alike = [known for known in own if nearest(name, [known.rpartition(".")[2]])]
+    return nearest(key, alike) or f"; known: {', '.join(own)}"
 
 
 def _refused_key(text: str, argv: Sequence[str]) -> str | None:

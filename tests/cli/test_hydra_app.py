@@ -66,8 +66,14 @@ NOT_OF_ALL = "'policy.margin' is no key of policy=plain, broken; of those in thi
         (["--multrun", "seed=1"], "unrecognized arguments: --multrun; did you mean '--multirun'?"),
         (["--cfg", "jobs", "hydra.run.dir=${seed}"], "argument --cfg/-c: invalid choice: 'jobs'"),
         (["policy=broken"], "policy broken cannot run"),
-        (["hydra.run.dir=configs/config.yaml/out"], "Not a directory: "),
-        (["-m", "seed=1,2", "hydra.sweep.dir=configs/config.yaml/out"], "Not a directory: "),
+        (
+            ["hydra.run.dir=configs/config.yaml/out"],
+            "hydra.run.dir: configs/config.yaml/out cannot be written: Not a directory",
+        ),
+        (
+            ["-m", "seed=1,2", "hydra.sweep.dir=configs/config.yaml/out"],
+            "hydra.sweep.dir: configs/config.yaml/out cannot be written: Not a directory",
+        ),
         (
             ["seed=${nothing}"],
             "seed is taken from nothing, which is not there; give it with +nothing=..., or seed=... itself",
@@ -81,7 +87,11 @@ NOT_OF_ALL = "'policy.margin' is no key of policy=plain, broken; of those in thi
         (["-m", "policy=plain,broken,eager", "policy.margin=1,2"], NOT_OF_ALL),
         (["-m", "policy=plain,eager,broken", "+policy.margin=1"], NOT_OF_ALL),
         (["-m", "policy=plain,broken", "policy.margin=1"], "'policy.margin' is a key of policy=eager alone"),
-        (["policy=eager", "policy.target_=1"], f"{NO_KEY} 'policy.target_'; did you mean 'policy.margin'?"),
+        (["policy=eager", "policy.marin=1"], f"{NO_KEY} 'policy.marin'; did you mean 'policy.margin'?"),
+        (
+            ["policy=eager", "policy.target_=1"],
+            f"{NO_KEY} 'policy.target_'; known: policy.name, policy.margin",
+        ),
         (
             ["hydra.launcher.workers=0", "-m", "seed=1,2"],
             "hydra.launcher.workers must be null or a whole number of at least 1, got 0",
@@ -268,6 +278,30 @@ def test_a_sweep_whose_ends_fail_alike_is_told_once_and_not_run(
     out, err = capfd.readouterr()
     assert out == "rows: " + " ".join(f"plain/{seed}" for seed in range(1, 9)) + "\n"
     assert err.count("failed: policy broken cannot run") == 8
+
+
+@pytest.mark.parametrize("launcher", ["processes", "basic"])
+def test_a_value_that_no_run_can_have_is_refused_before_any_begins(
+    app_folder: Path, capfd: pytest.CaptureFixture[str], launcher: str
+) -> None:
+    config = app_folder / "configs" / "config.yaml"
+    config.write_text(config.read_text().replace("  launcher: {workers: 2}\n", ""))
+    sweep = ["-m", f"hydra/launcher={launcher}", "policy=plain,eager"]
+    refused = "coserve small: error: workload.rate_rps must be at least 0, got -1"
+    for rates, runs in (("1,-1", 4), ("-1,1,2", 6), ("-1", 2)):
+        assert main([*sweep, f"workload.rate_rps={rates}"]) == 2
+        out, err = capfd.readouterr()
+        assert (out, err) == ("", f"{refused}; none of {runs} runs was begun\n")
+    assert not (app_folder / "out").exists()
+
+
+def test_what_only_some_runs_or_devices_refuse_is_left_to_the_runs(
+    app_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["-m", "policy=plain,eager", "wait_s=-1,0"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "rows: plain/0 eager/0\n" and "2 of 4 runs failed" in err
+    assert main(["-m", "policy=plain", "workload.rate_rps=5,101"]) == 0
 
 
 def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
