@@ -29,6 +29,7 @@ from sim.core.specs import DeviceSpec, LoraSpec
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 from sim.cost.iteration import IterationCost
+from sim.errors import keys_as
 from sim.policy_node import policy_node, policy_of
 
 MEASURED = (
@@ -136,7 +137,8 @@ def table_of(path: str, device: DeviceSpec, model: Model, lora: LoraSpec, limits
         seed=0,
         lookahead=limits.lookahead,
     )
-    return TableFile(path=path).build(context)
+    with keys_as({"no profile ": "predictor: no profile "}):
+        return TableFile(path=path).build(context)
 
 
 def load_bench(spec: BenchSpec, ranks: Replica) -> Loaded:

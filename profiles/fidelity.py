@@ -28,7 +28,7 @@ from profiles.against import Against, Metric, against, differences, noise_of
 from profiles.diagnosis import LEAST_CUT, OFF, Finding, diagnose, grouped
 from profiles.schema import Profile, find_profile, read_profile
 from profiles.settings import settings_of, whole_number
-from sim.errors import BUG
+from sim.errors import BUG, keys_as
 from sim.rerun import Rerun, read_rerun
 from sim.results import Run, find_runs, read_run
 
@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> int:
     if not named or "profile" not in settings:
         raise ValueError("fidelity needs folders of engine runs and profile=FILE")
     seeds = whole_number(settings, "seeds", 5)
-    profile = read_profile(find_profile(settings["profile"]))
+    with keys_as({"no profile ": "profile: no profile "}):
+        file = find_profile(settings["profile"])
+    profile = read_profile(file)
     runs = [read_rerun(run) for run in _engine_runs(named)]
     names = _names(runs)
     found = [against(run, profile, name, seeds) for run, name in zip(runs, names, strict=True)]

@@ -150,7 +150,7 @@ def find_profile(name: str) -> Path:
     there = f"there are {', '.join(known)}" if known else "no profile of whole iterations is shipped"
     raise ValueError(
         f"no profile named {name!r}{nearest(name, known)}; {there}; `coserve profile collect` measures one "
-        f"on the device itself (needs a GPU), {PATHS} takes it; cost=roofline needs none"
+        "on the device itself (needs a GPU)"
     )
 
 

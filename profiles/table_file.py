@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
 from profiles.fit import fit, hides
-from profiles.schema import Profile, find_profile, read_profile
+from profiles.schema import PATHS, Profile, find_profile, read_profile
 from sim.cost.context import CostContext
 from sim.cost.fitted import FittedCost
 
@@ -29,12 +30,19 @@ class TableFile:
             raise ValueError(f"seed must be at least 0, got {self.seed}")
 
     def build(self, context: CostContext) -> FittedCost:
-        name = self.path if self.path is not None else f"{context.device.name}-{context.model.name}"
-        profile = read_profile(find_profile(name))
+        profile = read_profile(self._file(context))
         _check_match(profile, context)
         table = fit(self._part(profile), context).table
         curves = table.curves.with_again(context.model.layers, context.again_gemm, context.again_attention)
         return replace(table, curves=curves).model(0 if hides(profile) else context.lookahead)
+
+    def _file(self, context: CostContext) -> Path:
+        if self.path is not None:
+            return find_profile(self.path)
+        try:
+            return find_profile(f"{context.device.name}-{context.model.name}")
+        except ValueError as error:
+            raise ValueError(f"{error}, {PATHS} takes it; cost=roofline needs none") from None
 
     def _part(self, profile: Profile) -> Profile:
         count = len(profile.seconds)

@@ -182,7 +182,7 @@ def test_mistakes_are_told_in_one_line(
     assert "needs folders of engine runs and profile=FILE" in refused(profile)
     assert "does not exist" in refused(str(tmp_path / "nowhere"), profile)
     assert "no run there" in refused(str(profile_file.parent), profile)
-    assert "no profile named 'absent'" in refused(str(run_folder), "profile=absent")
+    assert "profile: no profile named 'absent'" in refused(str(run_folder), "profile=absent")
     assert "no setting named 'seed'; did you mean 'seeds'?" in refused(str(run_folder), profile, "seed=3")
 
     copy = tmp_path / "copy"

@@ -223,6 +223,13 @@ GOOD = {
             "TIMESTAMP,ContextToken,GeneratedTokens",
             "row 1: no column 'ContextTokens'.*mean ContextToken",
         ),
+        ("plain", 1, "arrival_s,input_tokens,output_tokens", "no column 'prompt_tokens'.*mean input_tokens"),
+        (
+            "plain",
+            1,
+            "arrival_s,prompt_tokens,made",
+            "no column 'output_tokens', got arrival_s, prompt_tokens, made$",
+        ),
         ("burst", 3, "-6,ChatGPT,4,1,5,API log", "row 3, column Timestamp: .*at least 0, got -6"),
         ("burst", 3, "nan,ChatGPT,4,1,5,API log", "row 3, column Timestamp: .*at least 0, got"),
         ("burst", 3, "6,ChatGPT,0,1,5,API log", "row 3, column Request tokens: .*got 0"),

@@ -55,7 +55,8 @@ def read_csv(
     for name in columns:
         if name not in header:
             got = _cut(", ".join(header), LONGEST_HEADER) or "an empty file"
-            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, header)}")
+            others = [other for other in header if other not in (*columns, *optional)]
+            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, others)}")
     _check_widths(path, content, len(header))
     known = [*columns, *optional]
     for name in header if closed else ():
