@@ -53,7 +53,7 @@ from sim.core.rows import Recorder
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
-from sim.errors import USER_ERROR, FailedInPart, keys_as
+from sim.errors import USER_ERROR, FailedInPart, keys_as, nearest, writing
 from sim.hydra_app import hydra_main
 from sim.policy_node import policy_node, policy_of
 from sim.settings import LimitSettings, slos_of
@@ -346,10 +346,11 @@ def _url(listening: socket.socket) -> str:
 def _trace(path: str) -> Iterator[TextIO]:
     """A new trace. Its times count from when the server listens, so one that is there cannot go on. One without
     requests is taken away."""
-    try:
-        file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - closed below
-    except FileExistsError:
-        raise ValueError(f"trace: {path} exists; choose another file") from None
+    with writing("trace", path):
+        try:
+            file = Path(path).open("x", encoding="utf-8")  # noqa: SIM115 - closed below
+        except FileExistsError:
+            raise ValueError(f"trace: {path} exists; choose another file") from None
     with file:
         file.write(",".join(TRACE_COLUMNS) + "\n")
         file.flush()
@@ -386,6 +387,10 @@ def _training(settings: Settings, place: str) -> Training | None:
     assert isinstance(node, dict)
     for key in ("defaults", "hydra", "policy"):
         del node[key]
+    own = [key for key in map(str, node) if key not in (*OWN, *MEASURES)]
+    for key in map(str, given):
+        if key not in own:
+            raise ValueError(f"{path} has no key {key!r}{nearest(key, own)}; known: {', '.join(own)}")
     node |= {str(key): value for key, value in given.items()}
     node |= {"model_name_or_path": settings.weights, "tp": settings.tp, "device": place}
     node["dtype"] = _dtype_on(settings, place)

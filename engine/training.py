@@ -11,6 +11,7 @@ a full disk, is said in one line, and the checkpoints before it stay.
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
@@ -49,7 +52,7 @@ from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
 from sim.core.state import PipelineState
-from sim.errors import keys_as
+from sim.errors import USER_ERROR, keys_as, writing
 from sim.hydra_app import hydra_main
 
 CONFIGS = Path(__file__).parent / "programs"
@@ -61,13 +64,46 @@ Save = Callable[[Path, Engine, str, Progress, str, "int | None"], object]
 
 def main(argv: Sequence[str]) -> int:
     """`coserve finetune`."""
+    if {"-m", "--multirun"} & set(argv):
+        if (line := _shared_folder(argv)) is not None:
+            print(f"coserve finetune: error: {line}", file=sys.stderr)
+            return USER_ERROR
+    else:
+        # As LLaMA-Factory writes them; to Hydra they are several values.
+        argv = [re.sub(r"^(lora_target=)(\w+(,\w+)+)$", r"\1[\2]", arg) for arg in argv]
     return hydra_main(
-        finetune, argv, prog="coserve finetune", config_name="finetune", config_dir=CONFIGS, at_end=_show
+        finetune,
+        argv,
+        prog="coserve finetune",
+        config_name="finetune",
+        config_dir=CONFIGS,
+        at_end=_show,
+        check=_settings,
     )
+
+
+def _shared_folder(argv: Sequence[str]) -> str | None:
+    """What is to be given where several runs of a sweep would have one output_dir."""
+    try:
+        read = OverridesParser.create().parse_overrides([arg for arg in argv if re.match(r"[^-]+=", arg)])
+    except OverrideParseException:
+        return None  # Hydra tells what is wrong
+    given = {one.key_or_group: one for one in read}
+    swept = [f"${{{key}}}" for key, one in given.items() if one.is_sweep_override()]
+    if "output_dir" not in given or given["output_dir"].is_sweep_override():
+        return None
+    folder = str(given["output_dir"].value())
+    if "${hydra" in folder or all(key in folder for key in swept):
+        return None
+    return f"the runs of a sweep need folders of their own, such as 'output_dir={folder}/{'-'.join(swept)}'"
 
 
 def finetune(config: DictConfig) -> dict[str, Any]:
     """Train a LoRA adapter on a dataset and write it as PEFT has it."""
+    return train(*_settings(config))
+
+
+def _settings(config: DictConfig) -> tuple[Settings, Policy]:
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     policy: Policy = build(None, node.pop("policy"), "policy")
@@ -75,11 +111,11 @@ def finetune(config: DictConfig) -> dict[str, Any]:
         raise ValueError(f"policy must be one that finetunes, got {type(policy).__name__}")
     with keys_as({"finetune.": ""}):
         settings: Settings = build(Settings, node, "finetune")
-    return train(settings, policy)
+    return settings, policy
 
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:
-    """Train to the end; `steps`, `loss` of the last step, `folder` and the compile plan in a line."""
+    """Train to the end; `steps`, `loss` of the last step, `eval_loss` and `folder`."""
     training = Training(settings)
     # There are no requests: their pages are for the samples that are evaluated.
     kv_tokens = room_for(training.held_out, BLOCK_TOKENS) if training.held_out else BLOCK_TOKENS
@@ -89,6 +125,8 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
     with replica(settings.tp, settings.device) as ranks:
         model = ranks.load(load_model, settings.model_name_or_path, DTYPES[settings.dtype])
         engine, jobs = ranks.assemble(model, limits, [training.job])
+        trainer = engine.trainers[training.job.id]
+        print(f"{training.describe()}\nmemory: {trainer.plan.describe()}", file=sys.stderr, flush=True)
         state = PipelineState(limits=limits, slos={}, recorder=Recorder(), jobs=jobs)
         try:
             with training.on(engine) as log:
@@ -100,14 +138,11 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
             kept = ", ".join(path.name for path in checkpoints(training.folder)[:1]) or "no checkpoint"
             raise ValueError(f"{failure.failure}; {training.folder} has {kept}")
         training.write(engine)
-        trainer = engine.trainers[training.job.id]
-        steps, plan = trainer.optimizer.steps, trainer.plan.describe()
         return {
-            "steps": steps,
+            "steps": trainer.optimizer.steps,
             "loss": log.last_loss,
             "eval_loss": log.last_eval_loss,
             "folder": str(training.folder),
-            "plan": plan,
         }
 
 
@@ -128,6 +163,7 @@ class Training:
             _note(note)
         accumulation = settings.gradient_accumulation_steps
         self._epoch_samples = len(data)
+        self._epoch_tokens = sum(len(sample.tokens) for sample in data)
         self._all_samples = len(data) * settings.num_train_epochs
         if settings.max_steps is not None:
             self._all_samples = settings.max_steps * accumulation
@@ -161,6 +197,19 @@ class Training:
             accumulation=accumulation,
             order=settings.order,
             memory=settings.memory,
+        )
+        with writing("output_dir", self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+
+    def describe(self) -> str:
+        """The job in a line: data, steps, what is trained, and where."""
+        settings = self.settings
+        params = sum(tensor.numel() for tensor in self.job.adapter.tensors())
+        done = "" if self._before is None else f" ({self._before.step} done)"
+        devices = settings.device if settings.tp == 1 else f"{settings.tp} x {settings.device}"
+        return (
+            f"{self.folder}: {self._epoch_samples:,} samples of {self._epoch_tokens:,} tokens, {self.total:,} steps "
+            f"of {self.job.accumulation} samples{done}, {params:,} trainable parameters, {settings.dtype} on {devices}"
         )
 
     @contextmanager
@@ -257,4 +306,3 @@ def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
         loss = "nothing was left to do" if row["loss"] is None else f"loss {row['loss']:.4f}"
         held_out = "" if row["eval_loss"] is None else f", eval loss {row['eval_loss']:.4f}"
         print(f"{row['folder']}: {row['steps']} steps, {loss}{held_out}")
-        print(f"memory: {row['plan']}")

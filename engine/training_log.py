@@ -1,4 +1,5 @@
-"""What a finetuning run tells of itself: JSON lines, a bar for a person who waits, and TensorBoard.
+"""What a finetuning run tells of itself: JSON lines, TensorBoard, and a bar for a person who waits; where standard
+error is no terminal, rows as text.
 
 A row stands for the steps since the one before: its loss is their mean, as transformers logs it. A resumed
 run writes the rows that it would have written in one go.
@@ -10,8 +11,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from sim.json_file import parse, taken_apart
 SCALARS = {key: f"train/{key}" for key in ("loss", "grad_norm", "learning_rate", "epoch", "tok_s")}
 SCALARS["eval_loss"] = "eval/loss"
 """What TensorBoard gets of a row -> its name there."""
+PRINTED_S = 10.0
+"""Seconds in which at most one row of training is printed; the first, the last and those of eval_loss always are."""
 
 
 class TrainingLog:
@@ -56,7 +60,6 @@ class TrainingLog:
     def __enter__(self) -> TrainingLog:
         from tqdm import tqdm
 
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         # What was logged after the checkpoint is trained again.
         with taken_apart(self._path, "coserve finetune"):
             rows = [(line, parse(line)) for line in self._lines()]
@@ -65,10 +68,11 @@ class TrainingLog:
         self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
         self._events = None if self._tensorboard is None else _events(self._tensorboard, self._done)
-        quiet = not sys.stderr.isatty()
-        self._bar = tqdm(total=self._total, initial=self._done, unit="step", leave=False, disable=quiet)
+        self._plain = not sys.stderr.isatty()
+        self._bar = tqdm(total=self._total, initial=self._done, unit="step", leave=False, disable=self._plain)
         self._started_s = self._row_s = time.perf_counter()
         self._row_tokens = 0
+        self._printed_s = -math.inf
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -102,6 +106,10 @@ class TrainingLog:
         self._write(row)
         self.unlogged.clear()
         self._row_s, self._row_tokens = now_s, tokens
+        if self._plain and (record.step == self._total or now_s - self._printed_s >= PRINTED_S):
+            self._printed_s = now_s
+            left_s = (now_s - self._started_s) / (record.step - self._done) * (self._total - record.step)
+            self._print(row, f", {tok_s:,.0f} tok/s, {timedelta(seconds=round(left_s))} left")
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -115,7 +123,15 @@ class TrainingLog:
         self.last_eval_loss = loss
         # JSON has no NaN: large weights that are finite may give one.
         told = loss if math.isfinite(loss) else None
-        self._write({"step": step, "eval_loss": told, "epoch": samples / self._epoch_samples})
+        row = {"step": step, "eval_loss": told, "epoch": samples / self._epoch_samples}
+        self._write(row)
+        if self._plain:
+            self._print(row)
+
+    def _print(self, row: Mapping[str, Any], rest: str = "") -> None:
+        known = [(key, row[key]) for key in SCALARS if key in row and key != "tok_s"]
+        numbers = ", ".join(f"{key} {math.nan if value is None else value:.4g}" for key, value in known)
+        print(f"step {row['step']} of {self._total}: {numbers}{rest}", file=sys.stderr, flush=True)
 
     def _write(self, row: dict[str, Any]) -> None:
         try:

@@ -179,7 +179,8 @@ class Settings:
         given = self.lora_target
         if given == "all":
             return LINEARS
-        return (given,) if isinstance(given, str) else tuple(dict.fromkeys(given))
+        names = [name.strip() for name in given.split(",")] if isinstance(given, str) else given
+        return tuple(dict.fromkeys(names))
 
     @property
     def evaluates(self) -> bool:

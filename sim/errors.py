@@ -77,6 +77,15 @@ def keys_as(keys: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
+def writing(key: str, path: object) -> Iterator[None]:
+    """An OSError inside is a ValueError that names the key whose file or folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{key}: {path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
 def warnings_as_notes(*, shown: bool) -> Iterator[None]:
     """Warnings inside as lines on stderr, each once; not `shown` where they have been told already."""
     with warnings.catch_warnings(record=True) as caught:

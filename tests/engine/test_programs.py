@@ -16,7 +16,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from engine import training
+from engine import training, training_log
 from engine.config import read_config
 from engine.datasets import read_dataset
 from engine.generate import main as generate
@@ -204,7 +204,7 @@ def test_a_malformed_row_stops_a_run_before_the_model_is_loaded(
     shutil.copytree(model_folder, "model")
     Path("model/model.safetensors").write_bytes(b"")
     arguments = [*arguments, "model_name_or_path=model"]
-    assert finetune(arguments) == 2
+    assert finetune([*arguments, "output_dir=other"]) == 2
     assert "model.safetensors" in capsys.readouterr().err
     with Path("d.jsonl").open("a") as file:
         file.write(row + "\n")
@@ -248,6 +248,40 @@ def test_a_row_of_the_log_stands_for_its_steps(arguments: list[str]) -> None:
     warmup = 6  # of 24 steps, 0.22 rounded up
     rates = [5e-3 * (n / warmup if n < warmup else (24 - n) / (24 - warmup)) for n in range(24)]
     assert [row["learning_rate"] for row in each] == pytest.approx(rates)
+
+
+@pytest.mark.parametrize("printed_s", [0.0, math.inf])
+def test_without_a_terminal_the_job_and_its_course_are_lines(
+    printed_s: float,
+    arguments: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(training_log, "PRINTED_S", printed_s)
+    own = ["val_size=4", "eval_steps=8", "logging_steps=3"]
+    assert finetune([*arguments, *own, "max_steps=14"]) == 0
+    job, memory, *course = [
+        line for line in capsys.readouterr().err.splitlines() if not line.startswith("note")
+    ]
+    assert job.startswith("out: 20 samples of ") and "14 steps of 2 samples, 7,424 trainable" in job
+    assert job.endswith("float32 on cpu") and memory.startswith("memory: stash")
+    steps = [int(line.split()[1]) for line in course]
+    assert steps == ([3, 6, 8, 9, 12, 14, 14] if printed_s == 0 else [3, 8, 14, 14]), "also those measured"
+    rows = log_of(Path("out"))
+    last = next(row for row in rows if row["step"] == 14)
+    assert course[-2].startswith(f"step 14 of 14: loss {last['loss']:.4g}, grad_norm ")
+    assert course[-1].endswith(f"eval_loss {rows[-1]['eval_loss']:.4g}")
+    assert finetune([*arguments, *own, "max_steps=14", "resume=true"]) == 0
+    assert "14 steps of 2 samples (14 done)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("folder", ["d.jsonl", "d.jsonl/out", "/dev/null/out"])
+def test_a_folder_that_cannot_be_is_told_by_its_key(
+    folder: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training, "load_model", pytest.fail)
+    assert finetune([*arguments, f"output_dir={folder}"]) == 2
+    assert f"error: output_dir: {folder} cannot be written: " in capsys.readouterr().err
 
 
 def test_tensorboard_gets_the_rows_of_the_log(arguments: list[str]) -> None:
@@ -308,6 +342,23 @@ def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(
     assert [row["step"] for row in log_of(Path("out"))] == [1]
 
 
+def test_runs_of_a_sweep_have_folders_of_their_own(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = [*arguments, "-m", "max_steps=1", "lora_rank=2,4", "seed=1,2"]
+    assert finetune(sweep) == 2
+    written = "'output_dir=out/${lora_rank}-${seed}'"
+    assert capsys.readouterr().err.endswith(f"need folders of their own, such as {written}\n")
+    assert finetune([*sweep, written.strip("'")]) == 0
+    assert {path.name for path in Path("out").iterdir()} == {"2-1", "2-2", "4-1", "4-2"}
+
+
+@pytest.mark.parametrize("given", ["q_proj,v_proj", "'q_proj, v_proj'", "[q_proj,v_proj]"])
+def test_layers_may_be_listed_as_llamafactory_lists_them(given: str, arguments: list[str]) -> None:
+    assert finetune([*arguments, "max_steps=1", f"lora_target={given}"]) == 0
+    assert json.loads(Path("out/adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+
+
 def test_steps_are_counted_beyond_the_epochs(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,7 +395,7 @@ REFUSED = {
     "eval_steps": ["0", "1.5", "3"],
     "lora_rank": ["0", "eight"],
     "lora_alpha": ["0", ".nan", "1e300"],
-    "lora_target": ["[]", "[q_proj,qkv]", "3"],
+    "lora_target": ["[]", "[q_proj,qkv]", "3", "'q_proj,'"],
     "lora_dropout": ["1", "-0.1", ".nan", "some"],
     "use_rslora": ["2"],
     "gradient_accumulation_steps": ["0", "0.5"],
@@ -521,7 +572,7 @@ def test_memory_auto_lets_the_free_memory_choose_the_plan(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert finetune([*arguments, "memory=auto", "max_steps=2"]) == 0
-    assert "memory: stash" in capsys.readouterr().out, "a tiny model fits whole"
+    assert "memory: stash" in capsys.readouterr().err, "a tiny model fits whole"
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,12 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["train=less.yaml"], "less.yaml: output_dir is missing"),
         (["train=own.yaml"], "own.yaml: device is for coserve finetune; a server has its own"),
         (["train=measured.yaml"], "val_size is for coserve finetune; a server would answer nobody meanwhile"),
-        (["train=odd.yaml"], "odd.yaml has no key 'lora_rnak'; did you mean 'lora_rank'"),
+        (
+            ["train=odd.yaml"],
+            "odd.yaml has no key 'lora_rnak'; did you mean 'lora_rank'?; known: dataset, output_dir",
+        ),
+        (["train=first.yaml"], "first.yaml has no key 'datset'; did you mean 'dataset'?"),
+        (["trace=list.yaml/t.csv"], "trace: list.yaml/t.csv cannot be written: Not a directory"),
         (["+adapters.base=x", "name=base"], "names of their own, got base, base"),
         (["+adapters.law=x"], "not a PEFT adapter"),
         (
@@ -299,7 +304,7 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["train=job.yaml", "policy=inference_only"], "policy must be one that finetunes, got InferenceOnly"),
         (["peak_s=3"], "peak_s changes nothing here: peak_s is read by coserve bench alone"),
         (["job.accumulation=3"], "job.accumulation changes nothing here"),
-        (["predictor=nowhere.parquet", "trace=t.csv"], "nowhere.parquet"),
+        (["predictor=nowhere.parquet", "trace=t.csv"], "predictor: no profile named 'nowhere.parquet'"),
         (["predictor=p.parquet", "measure_s=3"], "measure_s changes nothing here: predictor is p.parquet"),
         (["memory_utilization=0.5"], "memory_utilization changes nothing here: limits.kv_tokens is "),
         (["slo=flexllm", "+slo.tpot_s.other=1"], "model.name"),
@@ -323,6 +328,7 @@ def test_a_mistake_is_told_in_one_line_before_anything_listens(
     Path("bytes.yaml").write_bytes(b"dataset: \xff")
     Path("measured.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nval_size: 0.1\n")
     Path("odd.yaml").write_text("dataset: d.jsonl\noutput_dir: o\nlora_rnak: 4\n")
+    Path("first.yaml").write_text("datset: d.jsonl\noutput_dir: o\n")
     Path("late.py").write_text(
         "from sim.policies.inference_only import InferenceOnly\n\n"
         "class Late(InferenceOnly):\n    def __init__(self, token_budget):\n        self.serves = False\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -203,8 +204,9 @@ def log_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def without_notes(text: str) -> list[str]:
-    """Lines of standard error that are not notes."""
-    return [line for line in text.splitlines() if not line.startswith("note: ")]
+    """Lines of standard error that are not notes, and do not tell how training goes."""
+    told = re.compile("note: |memory: |step \\d+ of |.* trainable parameters, ")
+    return [line for line in text.splitlines() if not told.match(line)]
 
 
 class RecordingModel(Model):
