@@ -18,6 +18,7 @@ Hopper. Exit code 2 with one line for a broken file or setting, 1 when a bound i
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(
                 usage("coserve profile collect", COLLECT, COLLECT_CONFIG)
                 if name == "collect"
-                else one_usage()
+                else f"usage: {inspect.getdoc(programs[name])}"
             )
             return 0
         with warnings.catch_warnings(record=True) as caught:
@@ -114,6 +115,14 @@ def _one_file(names: Sequence[str], program: str) -> Path:
 
 
 def _check(arguments: Sequence[str]) -> int:
+    """coserve profile check FILE device=NAME [model=NAME] [tp=N] [gemm=layer|table|curve]
+        [cost=roofline|table] [unit=ms|us|s] [bound_median=8] [bound_p90=20] [device.NUMBER=VALUE ...]
+
+    Compare measured rows, of operators or of whole iterations, with what the cost model predicts for them: median,
+    90th percentile, worst and mean error of each operator in per cent. `unit` is that of times in FILE whose
+    columns do not say it. Exit code 1 when a bound, in per cent, is exceeded. What device.NUMBER may be, and
+    what NAME, is said by `coserve profile --help`.
+    """
     known = ("device", "device.", "model", "tp", "cost", "gemm", "unit", "bound_median", "bound_p90")
     names, settings = settings_of(arguments, known)
     path = _one_file(names, "check")
@@ -158,6 +167,12 @@ def _collect(arguments: Sequence[str]) -> int:
 
 
 def _fit(arguments: Sequence[str]) -> int:
+    """coserve profile fit FILE|NAME [device=NAME model=NAME tp=N]
+
+    Fit a profile of whole iterations as cost=table does, and print how well it fits (5-fold cross-validated), what
+    range was measured and what was not. Kinds of work without rows are derived from the roofline for the
+    device and the model that the file names, or that are given.
+    """
     names, settings = settings_of(arguments, ("device", "model", "tp"))
     path = _one_file(names, "fit")
     if path.exists() and has_operators(list(read_frame(path).columns)):
@@ -203,6 +218,11 @@ def _context(profile: Profile, settings: dict[str, str]) -> CostContext | None:
 
 
 def _show(arguments: Sequence[str]) -> int:
+    """coserve profile show [FILE|NAME]
+
+    What a profile or a file of measured operators holds: rows, where they come from, the range of each column.
+    Without a name, what is shipped.
+    """
     names, _ = settings_of(arguments, ())
     if not names:
         _show_all()
@@ -261,6 +281,12 @@ def _show_measured(measured: Measured) -> None:
 
 
 def _curves(arguments: Sequence[str]) -> int:
+    """coserve profile curves DATA_FOLDER
+
+    Errors of the roofline on the public kernel measurements in DATA_FOLDER, operators and whole layers, median and
+    90th percentile in per cent: with constants fitted on the same rows, on other shapes, on other devices, and
+    on all devices at once.
+    """
     names, _ = settings_of(arguments, ())
     folder = _one_file(names, "curves")
     if folder.resolve().name == KERNELS and not (folder / KERNELS).is_dir():

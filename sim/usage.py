@@ -55,7 +55,10 @@ def usage(prog: str, about: str, path: Path, example: str | None = None) -> str:
         width = max(map(len, groups))
         lines.append("Groups (* is the default):")
         for group, names in groups.items():
-            marked = [f"{name}*" if name == chosen.get(group) else name for name in names]
+            stands_for = _stands_for(_folders(config, path.parent), group, names)
+            marked = [
+                name + ("*" if name == chosen.get(group) else "") + stands_for.get(name, "") for name in names
+            ]
             lines += textwrap.wrap(
                 f"  {group:<{width}}  {', '.join(marked)}", WIDTH, subsequent_indent=" " * (width + 4)
             )
@@ -90,6 +93,18 @@ def all_groups(config_dir: Path, config_name: str) -> dict[str, list[str]]:
             if not foreign and (group in used or group.partition("/")[0] in used):
                 groups[group] = list(dict.fromkeys([*groups.get(group, ()), *names]))
     return dict(sorted(groups.items()))
+
+
+def _stands_for(folders: Sequence[Path], group: str, names: Sequence[str]) -> dict[str, str]:
+    """Choice -> ' (NAME)' where it is called as another one, which is its own case: temporal is temporal_64."""
+    found = {}
+    for name in names:
+        if any(other.startswith(f"{name}_") for other in names):
+            file = next(path for folder in folders if (path := folder / group / f"{name}.yaml").is_file())
+            called = OmegaConf.select(OmegaConf.load(file), "name")
+            if called != name and called in names:
+                found[name] = f" ({called})"
+    return found
 
 
 def is_group(key: str, config_dir: Path, config_name: str) -> bool:

@@ -239,9 +239,13 @@ def marked_columns(plan: CompilePlan) -> list[str]:
 
 
 MEMORY_HEADS = (
-    ("", "PEFT"), ("check-", "points"), ("", "stash"), ("extra", "%"), ("far", "stash"), ("extra", "%"),
+    ("", "PEFT"), ("PEFT", "ckpt"), ("", "stash"), ("extra", "%"), ("least", "stash"), ("extra", "%"),
     ("", "recompute"), ("extra", "%"),
 )  # fmt: skip
+MEMORY_LEGEND = """\
+finetuning memory of one sample in GiB per device: PEFT as it comes and with
+gradient checkpointing; here as stash, as the stash that keeps least, and as
+recompute; extra: FLOPs of what runs again, as a share of a training step"""
 
 
 def print_memory_table(rows: Iterable[MemoryRow]) -> None:
@@ -253,7 +257,7 @@ def print_memory_table(rows: Iterable[MemoryRow]) -> None:
         marked = zip(cells, widths, ["", *marks, *[""] * len(widths)], strict=False)
         return f"  {first:<10}" + "".join(f"{mark:<2}{cell:>{width}}" for cell, width, mark in marked)
 
-    lines = ["finetuning memory of one sample: GiB per device, extra FLOPs in %"]
+    lines = [MEMORY_LEGEND]
     lines += [line(("", "method")[level], [head[level] for head in MEMORY_HEADS]) for level in (0, 1)]
     before, beyond = None, False
     for r in rows:

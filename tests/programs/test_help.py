@@ -12,6 +12,7 @@ from hydra import compose, initialize_config_dir
 
 from sim import cli
 from sim.assemble import CONFIGS
+from sim.compile_program import SHOWS
 from sim.usage import all_groups
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,7 +55,9 @@ def test_every_choice_and_key_of_the_help_can_be_given(
         if line.startswith("  ") and "=" not in line
     }
     assert {
-        group: text.replace("*", "").split(", ") for group, text in shown.items() if group in groups
+        group: re.sub(r"\*| \(\w+\)", "", text).split(", ")
+        for group, text in shown.items()
+        if group in groups
     } == groups
     keys = [
         line.split()[0]
@@ -107,6 +110,23 @@ def test_commands_that_share_a_config_say_what_they_do_themselves(
     lines = help_of(command, capsys)
     assert not any("coserve simulate" in line for line in lines)
     assert lines[2] != help_of("simulate", capsys)[2]
+
+
+@pytest.mark.parametrize("program", ["collect", "show", "fit", "check", "curves"])
+def test_each_program_of_profile_has_help_of_its_own(
+    program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    usages = [line for line in help_of(f"profile {program}", capsys) if "coserve profile" in line]
+    assert usages[0].startswith(f"usage: coserve profile {program} ")
+
+
+def test_a_policy_with_two_names_is_told_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "temporal (temporal_64)," in "\n".join(help_of("compare", capsys))
+
+
+def test_the_help_of_compile_names_its_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {line.split()[0] for line in help_of("compile", capsys) if line.startswith("  --")}
+    assert {f"--{name}" for name in SHOWS if name != "plan"} <= flags
 
 
 WITHOUT_TORCH = """
