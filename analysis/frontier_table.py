@@ -23,8 +23,12 @@ def frontier_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> s
     letters = router_letters(rows)
     beside = "  " if letters else ""
     width = max([18, *(len(policy) + 2 for policy in lines)])
+    title = f"{scene_title(rows)}{settings_title(rows)}"
+    if not lines:
+        met = f"{kept_share * 100:g} % of arrived requests meet it"
+        return f"{title}\nno policy keeps the SLO ({met}) at any of the rates{alone}"
     table = [
-        f"{scene_title(rows)}{settings_title(rows)}",
+        title,
         f"trained tok/s where the SLO is kept{alone}",
         f"{'policy':{width}}" + "".join(f"{f'{rate:g}{beside}':>10}" for rate in rates) + "   req/s",
     ]

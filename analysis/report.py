@@ -48,12 +48,15 @@ def write_figure(runs: Sequence[Run], path: str | Path, *, kept_share: float = S
 
 def _report(options: argparse.Namespace) -> None:
     from analysis.figures.frontier import write_frontier
+    from analysis.figures.style import check_suffix
     from analysis.frontier_table import POINTS, frontier_table
     from analysis.table import plain_table, print_table
     from sim.notes import print_unfinished
 
     if not options.runs:
         raise ValueError("name at least one run folder")
+    if options.figure is not None:
+        check_suffix(options.figure)
     kept_share = options.keep / 100
     runs = [read_run(folder) for folder in find_runs(options.runs)]
     rows = [row_of(run) for run in runs]

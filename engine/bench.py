@@ -132,7 +132,9 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
     notes = request_notes(recorder, [loaded.limits] if pipelines.serves else [], "limits")
     if pipelines.finetunes:
         first = spec.jobs[FIRST]
-        notes += step_notes(summary, f"{first.accumulation} samples of {first.sample_tokens} tokens")
+        notes += step_notes(
+            recorder, summary, 1, f"{first.accumulation} samples of {first.sample_tokens} tokens"
+        )
     notes += _peak_notes(summary, before.peak_tok_s, spec.peak_s)
     notes += [ON_A_CPU] if spec.device.name == "cpu" else []
     own = {

@@ -14,6 +14,8 @@ from sim.core.plan import Limits
 from sim.core.rows import Outcome, Recorder
 from sim.metrics import column_views
 
+FEW_STEPS = 10
+"""Of which one more or less changes what was trained by a tenth and more."""
 MOST_NAMES = 4
 """More runs of a sweep with the same note are counted, not named."""
 
@@ -38,11 +40,17 @@ def request_notes(recorder: Recorder, limits: Sequence[Limits], keys: str) -> li
     ]
 
 
-def step_notes(summary: Mapping[str, Any], step: str) -> list[str]:
-    """Of a run that finetunes; `step` says what an optimizer step is."""
-    if summary["finetune_tok_s"] > 0:
-        return []
-    return [f"no optimizer step ended within {summary['duration_s']:g} s (a step is {step})"]
+def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, step: str) -> list[str]:
+    """Of a run in which so many `pipelines` finetune; `step` says what an optimizer step is."""
+    if not summary["finetune_tok_s"] > 0:
+        return [f"no optimizer step ended within {summary['duration_s']:g} s (a step is {step})"]
+    ended = int((column_views(recorder.steps)["end_s"] <= summary["duration_s"]).sum())
+    if ended < FEW_STEPS * pipelines:
+        return [
+            f"fewer than {FEW_STEPS} optimizer steps of a pipeline ended, and tokens are trained when theirs ends: "
+            "finetune tok/s is coarse (longer: workload.duration_s)"
+        ]
+    return []
 
 
 def slo_notes(

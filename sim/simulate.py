@@ -190,7 +190,8 @@ def _run(
     notes = request_notes(
         recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
     )
-    notes += [] if step is None else step_notes(summary, step)
+    finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
+    notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
     return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
 
 

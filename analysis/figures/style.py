@@ -157,12 +157,19 @@ def tidy(axes: Any, grid: str) -> None:
     axes.set_axisbelow(True)
 
 
+def check_suffix(path: str | Path) -> None:
+    """ValueError for a kind of file that no figure can be written as."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = FigureCanvasAgg.get_supported_filetypes()
+    if Path(path).suffix.lstrip(".") not in kinds:
+        raise ValueError(f"figure {path}: the suffix must be one of {', '.join(sorted(kinds))}")
+
+
 def save(figure: Figure, path: str | Path) -> Path:
     """Write the figure, kind by suffix (png, pdf, svg); one clear line if that cannot be."""
+    check_suffix(path)
     path = Path(path)
-    kinds = figure.canvas.get_supported_filetypes()
-    if path.suffix.lstrip(".") not in kinds:
-        raise ValueError(f"figure {path}: the suffix must be one of {', '.join(sorted(kinds))}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)

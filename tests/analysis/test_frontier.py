@@ -9,7 +9,7 @@ import pytest
 from matplotlib.text import Text
 
 from analysis.figures.frontier import frontier, frontier_figure, peak_tok_s
-from analysis.frontier_table import router_letters
+from analysis.frontier_table import frontier_table, router_letters
 from sim.cli import main
 from sim.frontier import _show
 
@@ -54,6 +54,15 @@ def test_each_policy_has_its_best_router_at_the_rates_where_it_keeps_the_slo() -
     ]
     assert "b" not in lines  # it misses the SLO at one of its seeds
     assert peak_tok_s(ROWS) == 100.0
+
+
+def test_a_table_without_a_policy_that_keeps_the_slo_says_so() -> None:
+    missed = [{**one, "attainment": 0.5} for one in ROWS]
+    title, line = frontier_table(missed).split("\n")
+    assert title == "w, m, d" and line.startswith(
+        "no policy keeps the SLO (95 % of arrived requests meet it)"
+    )
+    assert "policy   " in frontier_table(ROWS)
 
 
 def test_the_figure_draws_every_point_and_the_bounds() -> None:

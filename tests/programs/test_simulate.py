@@ -260,7 +260,15 @@ def test_finetuning_without_an_optimizer_step_is_told_once(capfd: pytest.Capture
     )
     assert len(told) == 1 and re.fullmatch(pattern, told[0])
     assert "coserving" in told[0] and "temporal_64" in told[0] and "inference_only" not in told[0]
-    assert main(["simulate", *SHORT, "hydra.run.dir=out"]) == 0
+
+
+def test_finetuning_of_few_optimizer_steps_is_told_once(capfd: pytest.CaptureFixture[str]) -> None:
+    own = [*SHORT, "policy=coserving,temporal,inference_only"]
+    assert main(["compare", *own, "hydra.sweep.dir=sweep"]) == 0
+    told = [line for line in capfd.readouterr().err.splitlines() if "optimizer step" in line]
+    assert len(told) == 1 and told[0].startswith("note: fewer than 10 optimizer steps of a pipeline ended")
+    assert told[0].endswith("(longer: workload.duration_s): coserving, temporal_64")
+    assert main(["simulate", *SHORT, "finetune.jobs.sky_t1.accumulation=1", "hydra.run.dir=out"]) == 0
     assert "optimizer step" not in capfd.readouterr().err
 
 
