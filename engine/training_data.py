@@ -32,12 +32,12 @@ def read_data(settings: Settings) -> Data:
     tokenizer = read_tokenizer(settings.model_name_or_path)
     notes = []
 
-    def read(path: str, max_samples: int | None) -> Sequence[Sample]:
+    def read(path: str) -> Sequence[Sample]:
         data = read_dataset(
             path,
             tokenizer,
             cutoff_len=settings.cutoff_len,
-            max_samples=max_samples,
+            max_samples=settings.max_samples,
             train_on_prompt=settings.train_on_prompt,
             packing=settings.packing,
         )
@@ -45,10 +45,10 @@ def read_data(settings: Settings) -> Data:
             notes.append(data.note)
         return data.samples
 
-    samples = read(settings.dataset, settings.max_samples)
+    samples = read(settings.dataset)
     if settings.eval_dataset is not None:
         with keys_as({"dataset ": "eval_dataset "}):
-            return Data(samples, read(settings.eval_dataset, None), notes)
+            return Data(samples, read(settings.eval_dataset), notes)
     if not settings.val_size:
         return Data(samples, (), notes)
     size = settings.val_size

@@ -77,6 +77,14 @@ def test_what_is_evaluated_is_not_trained_on(size: str, count: int, arguments: l
     assert {sample.tokens.tobytes() for sample in other.held_out} != set(held_out) or count == 23
 
 
+def test_as_many_rows_are_evaluated_as_are_trained_on(arguments: list[str]) -> None:
+    """As in LLaMA-Factory, where max_samples is of each data set."""
+    for most in (5, 30):
+        given = settings_of(arguments, eval_dataset="d.jsonl", max_samples=most, num_train_epochs=1)
+        made = training.Training(Settings(**given))
+        assert len(made.held_out) == len(list(made.job.samples)) == min(most, 24)
+
+
 def settings_of(arguments: list[str], **changes: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 

@@ -304,7 +304,7 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["train=job.yaml", "policy=inference_only"], "policy must be one that finetunes, got InferenceOnly"),
         (["peak_s=3"], "peak_s changes nothing here: peak_s is read by coserve bench alone"),
         (["job.accumulation=3"], "job.accumulation changes nothing here"),
-        (["predictor=nowhere.parquet", "trace=t.csv"], "predictor: no profile named 'nowhere.parquet'"),
+        (["predictor=nowhere.parquet", "trace=t.csv"], "nowhere.parquet"),
         (["predictor=p.parquet", "measure_s=3"], "measure_s changes nothing here: predictor is p.parquet"),
         (["memory_utilization=0.5"], "memory_utilization changes nothing here: limits.kv_tokens is "),
         (["slo=flexllm", "+slo.tpot_s.other=1"], "model.name"),
