@@ -14,7 +14,7 @@ from pathlib import Path
 
 from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, collect, row_of, varied
 from sim.arguments import Parser
-from sim.errors import message, report
+from sim.errors import message, report, writing
 from sim.metrics import DEFINITIONS
 from sim.results import Run, find_runs, read_run
 
@@ -71,10 +71,8 @@ def _report(options: argparse.Namespace) -> None:
         print(plain_table(rows, kept_share))
     print_unfinished([row for row in rows if "unfinished" in row])
     if options.csv is not None:
-        try:
+        with writing("--csv", options.csv):
             collect(runs).to_csv(options.csv, index=False)
-        except OSError as error:
-            raise OSError(f"cannot write {options.csv}: {error.strerror or error}") from error
         print(f"table: {options.csv}")
     if options.figure is not None:
         if is_frontier:

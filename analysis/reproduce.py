@@ -39,6 +39,7 @@ from analysis.paper import (
     spreads,
 )
 from sim.arguments import Parser
+from sim.errors import writing
 from sim.workload.files import data_dir
 
 SEEDS = (0, 1)
@@ -48,10 +49,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run all, write the folder and print the verdict. 0, or 1 with a line for each case that failed."""
     options = _parser().parse_args(argv)
     out: Path = options.out
-    try:
+    with writing("--out", out):
         out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise OSError(f"cannot write into {out}: {problem.strerror or problem}") from problem
     published = read_published(data_dir() / "flexllm" / "published.csv")
     todo = cases(SEEDS)
     rows = run_all(todo, options.workers)

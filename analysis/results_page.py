@@ -18,7 +18,7 @@ from typing import Any
 
 from analysis.targets import DEVICE, MODEL, TARGETS, Evidence, Row, means, metric_error
 from sim.arguments import Parser
-from sim.errors import message, report
+from sim.errors import message, report, writing
 from sim.json_file import read_object, taken_apart
 
 WORKLOAD = "builtin"
@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.page is None:
             print(text, end="")
         else:
-            Path(options.page).write_text(text, encoding="utf-8")
+            with writing("--page", options.page):
+                Path(options.page).write_text(text, encoding="utf-8")
             print(f"page:   {options.page}")
     except (ValueError, OSError) as error:
         return report("coserve results", error, message(error))

@@ -44,7 +44,7 @@ from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes
 from engine.text import random_samples
 from sim.checked import build
 from sim.core.specs import LINEARS, DeviceSpec, LoraSpec
-from sim.errors import FailedInPart, keys_as
+from sim.errors import FailedInPart, keys_as, writing
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest, shown_path
 
@@ -123,7 +123,8 @@ def reference(config: DictConfig) -> dict[str, Any]:
         settings = build(Settings, node, "reference")
     model = model_of(shape, device, settings.weights)
     folder = Path(settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     measurement = _Measurement(model, sizes, settings)
     with tqdm(unit="row", leave=False, disable=None) as bar, warnings.catch_warnings():

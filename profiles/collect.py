@@ -50,7 +50,7 @@ from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.plan import Limits
 from sim.core.rows import WORK_COLUMNS, work_row
 from sim.core.specs import DeviceSpec, LoraSpec
-from sim.errors import keys_as
+from sim.errors import keys_as, writing
 from sim.hydra_app import hydra_main
 from sim.native import ROOT, sources
 from sim.results import make_manifest
@@ -134,6 +134,8 @@ def collect(config: DictConfig) -> dict[str, Any]:
     launch = build(LaunchSettings, config.launch, "launch")
     place_of(device)
     path = Path(settings.out) if settings.out is not None else TABLES / f"{device.name}-{shape.name}.parquet"
+    with writing("out", path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     model = model_of(shape, device, config.weights)
     utilization = check(config.memory_utilization, float, "memory_utilization")
     given = build(LimitSettings, config.limits, "limits")

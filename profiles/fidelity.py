@@ -28,7 +28,7 @@ from profiles.against import Against, Metric, against, differences, noise_of
 from profiles.diagnosis import LEAST_CUT, OFF, Finding, diagnose, grouped
 from profiles.schema import Profile, find_profile, read_profile
 from profiles.settings import settings_of, whole_number
-from sim.errors import BUG, keys_as
+from sim.errors import BUG, keys_as, writing
 from sim.rerun import Rerun, read_rerun
 from sim.results import Run, find_runs, read_run
 
@@ -190,7 +190,8 @@ def _common(named: Sequence[str]) -> Path:
 
 
 def _write(folder: Path, found: Sequence[Against], findings: Sequence[Finding]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing("out", folder):
+        folder.mkdir(parents=True, exist_ok=True)
     metrics = pd.DataFrame([{**m._asdict(), "error": m.error} for one in found for m in one.metrics])
     plans = pd.DataFrame(
         [{"run": o.name, "replayed": o.replayed, "alike": o.alike, "outside": o.outside} for o in found]

@@ -480,7 +480,7 @@ def test_report_prints_and_writes(
         (["EMPTY"], "no summary.json in or below"),
         (["RUN", "--figure", "x.nothing"], "the suffix must be one of"),
         (["RUN", "--figure", "FILE/x.png"], "cannot write figure"),
-        (["RUN", "--csv", "FILE/x.csv"], "cannot write"),
+        (["RUN", "--csv", "FILE/x.csv"], "error: --csv: "),
         (["DAMAGED"], "summary.json is not JSON"),
         (["RUN", "OTHER", "--figure", "x.png"], "a figure shows one model"),
     ],

@@ -54,6 +54,23 @@ def test_every_command_says_error_in_the_same_form(
     assert error.startswith(f"coserve {argv[0]}: error: ") and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("command", "key"), [("reproduce --out file/x", "--out"), ("results --page file/x", "--page")]
+)
+def test_an_output_that_cannot_be_written_is_told_by_its_key(
+    command: str,
+    key: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    assert cli.main(command.split()) == 2
+    error = capsys.readouterr().err
+    assert error.endswith(f"error: {key}: file/x cannot be written: Not a directory\n")
+
+
 def raising(error: BaseException) -> object:
     def command(argv: list[str]) -> int:
         raise error

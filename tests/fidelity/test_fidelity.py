@@ -226,5 +226,8 @@ def test_mistakes_are_told_in_one_line(
     summary = json.loads((copy / "summary.json").read_text())
     (copy / "summary.json").write_text(json.dumps({**summary, "source": "sim"}))
     assert "no run of the engine" in refused(str(copy), profile)
+    assert coserve(["fidelity", str(run_folder), profile, "seeds=1", f"out={profile_file}/x"]) == 2
+    told = f"error: out: {profile_file}/x cannot be written: Not a directory\n"
+    assert capsys.readouterr().err.endswith(told)
     assert coserve(["fidelity", "--help"]) == 0
     assert "measured and predicted side by side" in capsys.readouterr().out
