@@ -214,14 +214,14 @@ class GridSweeper(BasicSweeper):
     def _check_values(self, runs: Sequence[Sequence[str]]) -> None:
         """ValueError for a value that `task_function.check` refuses with the same line in the first and in the last
         run that has it. What a group chooses is left to the runs, and so is what another device could hold."""
+        if getattr(self.task_function, "check", None) is None:
+            return
         assert self.hydra_context is not None
-        assert self.config is not None
         loader = self.hydra_context.config_loader
         having: dict[str, list[int]] = {}
         for number, run in enumerate(runs):
             for override in run:
-                if not loader.get_group_options(override.lstrip("+~").partition("=")[0]):
-                    having.setdefault(override, []).append(number)
+                having.setdefault(override, []).append(number)
 
         @functools.cache
         def refusal(number: int) -> str | None:
@@ -240,9 +240,9 @@ class GridSweeper(BasicSweeper):
                 return message(error)
             return None
 
-        if getattr(self.task_function, "check", None) is None:
-            return
-        for numbers in having.values():
+        for override, numbers in having.items():
+            if loader.get_group_options(override.lstrip("+~").partition("=")[0]):
+                continue
             line = refusal(numbers[0])
             if line is not None and line == refusal(numbers[-1]):
                 raise ValueError(f"{line}; none of {len(runs)} runs was begun")
