@@ -64,7 +64,6 @@ def main(argv: Sequence[str]) -> int:
         config_dir=CONFIGS,
         at_start=_tell_plan,
         at_end=_show,
-        check=spec_of,
     )
 
 

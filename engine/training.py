@@ -72,13 +72,7 @@ def main(argv: Sequence[str]) -> int:
         # As LLaMA-Factory writes them; to Hydra they are several values.
         argv = [re.sub(r"^(lora_target=)(\w+(,\w+)+)$", r"\1[\2]", arg) for arg in argv]
     return hydra_main(
-        finetune,
-        argv,
-        prog="coserve finetune",
-        config_name="finetune",
-        config_dir=CONFIGS,
-        at_end=_show,
-        check=_settings,
+        finetune, argv, prog="coserve finetune", config_name="finetune", config_dir=CONFIGS, at_end=_show
     )
 
 
@@ -100,10 +94,6 @@ def _shared_folder(argv: Sequence[str]) -> str | None:
 
 def finetune(config: DictConfig) -> dict[str, Any]:
     """Train a LoRA adapter on a dataset and write it as PEFT has it."""
-    return train(*_settings(config))
-
-
-def _settings(config: DictConfig) -> tuple[Settings, Policy]:
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     policy: Policy = build(None, node.pop("policy"), "policy")
@@ -111,7 +101,7 @@ def _settings(config: DictConfig) -> tuple[Settings, Policy]:
         raise ValueError(f"policy must be one that finetunes, got {type(policy).__name__}")
     with keys_as({"finetune.": ""}):
         settings: Settings = build(Settings, node, "finetune")
-    return settings, policy
+    return train(settings, policy)
 
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:

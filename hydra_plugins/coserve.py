@@ -3,20 +3,17 @@
 Hydra's own sweeper composes every run's config in the parent before the first one starts, and its
 launcher runs them one after the other. Here a run is composed in the worker that runs it; the parent
 composes the first and looks up the names that the others choose, so that a misspelt one is told at
-once; a value that is refused beside the others of the first and of the last run that has it is told
-before anything runs. The first and the last run of a grid share no value of any key that varies: when
-both fail with the same line, its cause lies in what all runs share, and the sweep ends with it.
+once. The first and the last run of a grid share no value of any key that varies: when both fail with the
+same line, its cause lies in what all runs share, and the sweep ends with it.
 
 The package has to be called `hydra_plugins`: Hydra makes launchers and sweepers of no other.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import pickle
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -36,7 +33,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from sim.errors import OutOfReach, message
+from sim.errors import message
 from sim.outcome import Outcome, caught
 from sim.pool import WorkerDied, run_calls
 from sim.run_folder import remove_unused, there
@@ -123,7 +120,6 @@ class GridSweeper(BasicSweeper):
         batches = self.split_arguments(overrides, self.max_batch_size)
         runs = [run for batch in batches for run in batch]
         self.validate_batch_is_legal(runs)
-        self._check_values(runs)
         folder = Path(self.config.hydra.sweep.dir)
         if runs:
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
@@ -210,42 +206,6 @@ class GridSweeper(BasicSweeper):
                     raise ValueError(
                         f"{key!r} is no key of {group}={without}; of those in this sweep, {group}={having} alone"
                     )
-
-    def _check_values(self, runs: Sequence[Sequence[str]]) -> None:
-        """ValueError for a value that `task_function.check` refuses with the same line in the first and in the last
-        run that has it. What a group chooses is left to the runs, and so is what another device could hold."""
-        if getattr(self.task_function, "check", None) is None:
-            return
-        assert self.hydra_context is not None
-        loader = self.hydra_context.config_loader
-        having: dict[str, list[int]] = {}
-        for number, run in enumerate(runs):
-            for override in run:
-                having.setdefault(override, []).append(number)
-
-        @functools.cache
-        def refusal(number: int) -> str | None:
-            assert self.hydra_context is not None
-            assert self.config is not None
-            try:
-                config = _job_config(self.hydra_context, self.config, number, runs[number])
-                HydraConfig.instance().set_config(config)
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    own = [str(key) for key in config if key != "hydra"]
-                    self.task_function.check(OmegaConf.masked_copy(config, own))  # type: ignore[attr-defined]
-            except OutOfReach:
-                return None
-            except Exception as error:
-                return message(error)
-            return None
-
-        for override, numbers in having.items():
-            if loader.get_group_options(override.lstrip("+~").partition("=")[0]):
-                continue
-            line = refusal(numbers[0])
-            if line is not None and line == refusal(numbers[-1]):
-                raise ValueError(f"{line}; none of {len(runs)} runs was begun")
 
     def _collect(self, returns: Sequence[JobReturn]) -> None:
         collect: Callable[[Any], None] = self.task_function.collect  # type: ignore[attr-defined]

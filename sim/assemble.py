@@ -52,13 +52,13 @@ class Assembly:
 
 
 def assemble(config: DictConfig) -> Assembly:
-    """Build a run from the config. Raises ValueError naming the key, the value and what is allowed; OutOfReach where
-    it is too much for the devices, with what would not be."""
+    """Build a run from the config. Raises ValueError naming the key, the value and what is allowed; where it is too
+    much for the devices, with what would not be."""
     try:
         return _assembly(config)
     except OutOfReach as error:
         ways = ways_out(config, _check_reach, CONFIGS / "model", error.bound)
-        raise OutOfReach(f"{error}; {ways}") from None
+        raise ValueError(f"{error}; {ways}") from None
 
 
 def _assembly(config: DictConfig) -> Assembly:

@@ -79,14 +79,7 @@ def main(argv: Sequence[str]) -> int:
         [flags.get(arg, arg) for arg in argv],
         prog="coserve compile",
         config_name="compile",
-        check=_check,
     )
-
-
-def _check(config: DictConfig) -> None:
-    """Raise what a plan is refused for, of those that do not take long."""
-    if config.show == "plan":
-        _compiled(config)
 
 
 def compile_plan(config: DictConfig) -> dict[str, Any]:

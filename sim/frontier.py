@@ -17,7 +17,7 @@ from typing import Any
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes, print_unfinished
 from sim.results import shown_path
-from sim.simulate import all_policies, check, simulate, swept
+from sim.simulate import all_policies, simulate, swept
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -35,7 +35,6 @@ def main(argv: Sequence[str]) -> int:
         swept(argv),
         prog="coserve frontier",
         at_end=_show,
-        check=check,
         about="Simulate every policy over arrival rates and routers: how much finetuning at how much goodput.",
         example="coserve frontier device=h100 slo=mlperf_server workload=azure_conv workload.duration_s=600",
     )

@@ -42,7 +42,6 @@ FOLDERS = ("hydra.run.dir", "hydra.sweep.dir")
 """Keys of what Hydra makes before anything runs."""
 
 Task = Callable[[DictConfig], Mapping[str, Any]]
-Check = Callable[[DictConfig], object]
 AtStart = Callable[[DictConfig, int], None]
 AtEnd = Callable[[Sequence[Mapping[str, Any]], Path], None]
 
@@ -56,7 +55,6 @@ def hydra_main(
     config_dir: Path = SIMULATOR,
     at_start: AtStart | None = None,
     at_end: AtEnd | None = None,
-    check: Check | None = None,
     about: str | None = None,
     example: str | None = None,
 ) -> int:
@@ -65,8 +63,7 @@ def hydra_main(
     `task` is a function of a module (worker processes import it). It gets the resolved config
     without Hydra's part and returns its summary row; `HydraConfig.get().runtime.output_dir` is the
     run's folder. `at_start` gets the first config of a sweep and how many runs it has, `at_end` the rows
-    of all runs that finished, in order, also after Ctrl-C, and the folder of the run or sweep. `check` raises what
-    a config can be refused for before anything runs: a sweep asks it of every value. `about` and
+    of all runs that finished, in order, also after Ctrl-C, and the folder of the run or sweep. `about` and
     `example` are what `--help` says of a command that shares its config with another.
     """
     if "--help" in argv or "-h" in argv:
@@ -75,7 +72,7 @@ def hydra_main(
         return 0
     # Hydra's parser takes overrides after a flag as unknown when others came before it.
     argv = sorted(argv, key=lambda arg: "=" in arg and not arg.startswith("-"))
-    collected = _Task(task, at_start, check)
+    collected = _Task(task, at_start)
     try:
         _check_flags(argv)
         _check_choices(argv, config_dir, config_name)
@@ -105,10 +102,9 @@ def hydra_main(
 class _Task:
     """The task as Hydra calls it: errors become outcomes, so that one failed run stops no other."""
 
-    def __init__(self, task: Task, at_start: AtStart | None, check: Check | None) -> None:
+    def __init__(self, task: Task, at_start: AtStart | None) -> None:
         functools.update_wrapper(self, task)
         self.task = task
-        self.check = check
         self.at_start = at_start
         self.kept: Collection[Path] | None = None
         """Folders that stay, even if nothing comes of a single run; None: all."""

@@ -40,7 +40,7 @@ from sim.unread import check_bounds
 
 def main(argv: Sequence[str]) -> int:
     """`coserve simulate`."""
-    return hydra_main(simulate, argv, prog="coserve simulate", at_end=_show, check=check)
+    return hydra_main(simulate, argv, prog="coserve simulate", at_end=_show)
 
 
 GENERAL = ("separate", "temporal")
@@ -62,7 +62,6 @@ def compare(argv: Sequence[str]) -> int:
         swept(argv),
         prog="coserve compare",
         at_end=_show,
-        check=check,
         about="Simulate every policy, or those of policy=A,B, on the same traffic: a table and a figure.",
         example="coserve compare workload=azure_conv workload.rate_rps=16 workload.duration_s=600",
     )
@@ -73,12 +72,6 @@ def swept(argv: Sequence[str]) -> list[str]:
     if {"--cfg", "-c", "--info", "-i"} & set(argv):
         return [arg.partition(",")[0] if re.match(r"[\w./@+~-]+=[^\[{('\"]*$", arg) else arg for arg in argv]
     return ["-m", *argv]
-
-
-def check(config: DictConfig) -> None:
-    """Raise what a configuration is refused for before it is simulated."""
-    check_bounds(config)
-    assemble(config)
 
 
 def simulate(config: DictConfig) -> dict[str, Any]:

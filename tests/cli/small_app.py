@@ -12,7 +12,6 @@ import numpy as np
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from sim.errors import OutOfReach
 from sim.hydra_app import hydra_main
 from sim.results import SUMMARY
 
@@ -36,24 +35,12 @@ def task(config: DictConfig) -> dict[str, Any]:
     return {"policy": config.policy.name, "seed": config.seed, "folder": str(folder)}
 
 
-def check(config: DictConfig) -> None:
-    """Refuse a rate, and one that only eager does not take."""
-    if config.workload.rate_rps < 0:
-        raise ValueError(f"workload.rate_rps must be at least 0, got {config.workload.rate_rps}")
-    if config.workload.rate_rps > 100:
-        raise OutOfReach("too much for this device")
-    if config.wait_s < 0 and config.policy.name == "eager":
-        raise ValueError("eager must wait")
-
-
 def show(rows: Sequence[Any], _: Path) -> None:
     print("rows:", *(f"{row['policy']}/{row['seed']}" for row in rows))
 
 
 def main(argv: list[str]) -> int:
-    return hydra_main(
-        task, argv, prog="coserve small", config_dir=Path("configs").resolve(), at_end=show, check=check
-    )
+    return hydra_main(task, argv, prog="coserve small", config_dir=Path("configs").resolve(), at_end=show)
 
 
 if __name__ == "__main__":

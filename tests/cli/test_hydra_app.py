@@ -280,30 +280,6 @@ def test_a_sweep_whose_ends_fail_alike_is_told_once_and_not_run(
     assert err.count("failed: policy broken cannot run") == 8
 
 
-@pytest.mark.parametrize("launcher", ["processes", "basic"])
-def test_a_value_that_no_run_can_have_is_refused_before_any_begins(
-    app_folder: Path, capfd: pytest.CaptureFixture[str], launcher: str
-) -> None:
-    config = app_folder / "configs" / "config.yaml"
-    config.write_text(config.read_text().replace("  launcher: {workers: 2}\n", ""))
-    sweep = ["-m", f"hydra/launcher={launcher}", "policy=plain,eager"]
-    refused = "coserve small: error: workload.rate_rps must be at least 0, got -1"
-    for rates, runs in (("1,-1", 4), ("-1,1,2", 6), ("-1", 2)):
-        assert main([*sweep, f"workload.rate_rps={rates}"]) == 2
-        out, err = capfd.readouterr()
-        assert (out, err) == ("", f"{refused}; none of {runs} runs was begun\n")
-    assert not (app_folder / "out").exists()
-
-
-def test_what_only_some_runs_or_devices_refuse_is_left_to_the_runs(
-    app_folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["-m", "policy=plain,eager", "wait_s=-1,0"]) == 1
-    out, err = capfd.readouterr()
-    assert out == "rows: plain/0 eager/0\n" and "2 of 4 runs failed" in err
-    assert main(["-m", "policy=plain", "workload.rate_rps=5,101"]) == 0
-
-
 def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
     """The command as a process of its own."""
     return subprocess.Popen(
