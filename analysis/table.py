@@ -186,9 +186,9 @@ def _title(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
     shared = [*(text(rows[0], key) for key in SCENE), *unusual(rows)]
     rates = came_at(rows)
     if "rate_rps" not in labels:
-        shared += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
+        shared += [f"{asked:.4g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     elif any(rates.values()):
-        shared.append("req/s " + "; ".join(f"{asked:g}: {came}" for asked, came in rates.items() if came))
+        shared.append("req/s " + "; ".join(f"{asked:.4g}: {came}" for asked, came in rates.items() if came))
     scene = ", ".join(part for part in shared if part)
     settings = ", ".join(shared_settings(rows))
     lines = textwrap.wrap(settings, WIDTH, break_long_words=False, break_on_hyphens=False)
