@@ -28,6 +28,7 @@ import torch
 
 from engine.kernels.checks import (
     FLOATS,
+    check_contiguous,
     check_device,
     check_dtype,
     check_heads,
@@ -244,8 +245,7 @@ def check_window(
         check_dtype(name, tensor, (q.dtype,))
         check_rows(name, tensor)
     check_shape("lse", lse, tuple(q.shape[:2]))
-    if not lse.is_contiguous():
-        raise ValueError(f"lse must be contiguous, got strides {lse.stride()}")
+    check_contiguous("lse", lse)
     check_index("block_table", block_table, (None,))
     keys = start + q.shape[0]
     if start < 0 or keys > block_table.shape[0] * k_pages.shape[1]:

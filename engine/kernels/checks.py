@@ -37,6 +37,12 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
 
+def check_contiguous(name: str, tensor: torch.Tensor) -> None:
+    """Raise ValueError unless `tensor` is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
 def check_rows(name: str, tensor: torch.Tensor) -> None:
     """Raise ValueError unless everything after the first dimension is contiguous."""
     if tensor.is_contiguous():
@@ -70,16 +76,14 @@ def check_out(
     check_shape(name, tensor, shape)
     check_dtype(name, tensor, (like.dtype if dtype is None else dtype,))
     check_device(name, tensor, like.device)
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_contiguous(name, tensor)
 
 
 def check_index(name: str, tensor: torch.Tensor, shape: tuple[int | None, ...]) -> None:
     """Raise ValueError unless `tensor` is a contiguous int32 tensor of `shape`."""
     check_shape(name, tensor, shape)
     check_dtype(name, tensor, (torch.int32,))
-    if not tensor.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+    check_contiguous(name, tensor)
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:

@@ -14,7 +14,14 @@ from typing import NamedTuple
 
 import torch
 
-from engine.kernels.checks import check_device, check_dtype, check_index, check_rows, check_shape
+from engine.kernels.checks import (
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_index,
+    check_rows,
+    check_shape,
+)
 from engine.kernels.jit import jit, power_of_2_from, tl
 
 MAX_RANK = 128
@@ -91,6 +98,7 @@ def check_scales(scales: torch.Tensor, factor: torch.Tensor) -> None:
     """Raise ValueError unless `scales` are one for each adapter."""
     check_shape("scales", scales, (factor.shape[0],))
     check_dtype("scales", scales, (torch.float32,))
+    check_contiguous("scales", scales)
     check_device("scales", scales, factor.device)
 
 

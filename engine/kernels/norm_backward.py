@@ -11,7 +11,15 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.checks import FLOATS, check_device, check_dtype, check_out, check_rows, check_shape
+from engine.kernels.checks import (
+    FLOATS,
+    check_contiguous,
+    check_device,
+    check_dtype,
+    check_out,
+    check_rows,
+    check_shape,
+)
 from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl
 
 
@@ -39,6 +47,7 @@ def _launch(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, dx: torch.T
     for name, tensor in (("x", x), ("dy", dy), ("weight", weight)):
         check_dtype(name, tensor, FLOATS)
         check_device(name, tensor, x.device)
+    check_contiguous("weight", weight)
     check_rows("x", x)
     check_rows("dy", dy)
     check_out("dx", dx, tuple(x.shape), x)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.kernels.checks import FLOATS, check_device, check_dtype, check_rows, check_shape
+from engine.kernels.checks import FLOATS, check_contiguous, check_device, check_dtype, check_rows, check_shape
 from engine.kernels.jit import Launch, by_layout, jit, power_of_2_from, tl
 
 
@@ -49,8 +49,7 @@ def _launch(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, out: torch.Te
         check_shape(name, tensor, (tokens, 1, head_dim // 2))
         check_dtype(name, tensor, (torch.float32,))
         check_device(name, tensor, x.device)
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+        check_contiguous(name, tensor)
     size = heads * head_dim // 2
     return Launch(
         _rotate,

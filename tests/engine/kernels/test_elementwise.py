@@ -121,12 +121,13 @@ def test_gates_that_do_not_fit_are_refused(which: str) -> None:
         swiglu_backward_launch(*wrong, torch.empty(4, 32))
 
 
-@pytest.mark.parametrize("which", ["rows", "weight", "type"])
+@pytest.mark.parametrize("which", ["rows", "weight", "columns", "type"])
 def test_norms_that_do_not_fit_are_refused(which: str) -> None:
     x, weight = torch.zeros(4, 16), torch.ones(16)
     wrong = {
         "rows": (x[:3], x, weight),
         "weight": (x, x, weight[:8]),
+        "columns": (x, x, torch.ones(32)[::2]),
         "type": (x, x.double(), weight),
     }[which]
     with pytest.raises(ValueError, match="must"):

@@ -250,6 +250,7 @@ def test_results_repeat_to_the_bit(native: str) -> None:
         ({"b": lambda z: z.repeat(1, 2, 2)[:, ::2, ::2]}, "one side"),
         ({"ranks": lambda z: z.long()}, "ranks must be of type"),
         ({"scales": lambda z: z.double()}, "scales must be of type"),
+        ({"scales": lambda z: z.repeat(2)[::2]}, "scales must be contiguous"),
         ({"segment_start": lambda z: z[:-1]}, "segment_start must have shape"),
         (
             {"segment_start": lambda z: z[:1], "segment_adapter": lambda z: z[:0]},
