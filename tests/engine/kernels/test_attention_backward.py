@@ -189,6 +189,16 @@ def test_results_repeat_to_the_bit(native: str) -> None:
         ({"block_table": lambda x: x.long()}, "block_table must be of type"),
         ({"dk": lambda x: x[:-1], "dv": lambda x: x[:-1]}, "must hold 20 tokens"),
         ({"dv": lambda x: x[:, :1]}, "dv must have shape"),
+        (
+            dict.fromkeys(
+                ("dout", "q", "out", "k_pages", "v_pages", "dk", "dv"), lambda x: x[..., :24].contiguous()
+            ),
+            "head_dim must be one of",
+        ),
+        (
+            dict.fromkeys(("dout", "q", "out", "lse"), lambda x: x.repeat(1, 17, *[1] * (x.dim() - 2))),
+            "per key head must be at most 32, got 34",
+        ),
         ({"dk": lambda x: x.half(), "dv": lambda x: x.half()}, "dk must be of type"),
         ({"k_pages": lambda x: x.half(), "v_pages": lambda x: x.half()}, "k_pages must be of type"),
     ],

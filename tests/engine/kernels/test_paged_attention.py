@@ -216,6 +216,11 @@ def test_results_repeat_to_the_bit(native: str) -> None:
         ({"q": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1)}, "q must be contiguous"),
         ({"q": lambda x: x.half()}, "k_pages must be of type"),
         (
+            dict.fromkeys(("q", "k_pages", "v_pages"), lambda x: x[..., :24].contiguous()),
+            "head_dim must be one of",
+        ),
+        ({"q": lambda x: x.repeat(1, 17, 1)}, "per key head must be at most 32, got 34"),
+        (
             {"q": lambda x: x.double(), "k_pages": lambda x: x.double(), "v_pages": lambda x: x.double()},
             "q must be of type",
         ),
