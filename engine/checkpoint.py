@@ -67,9 +67,9 @@ def save_checkpoint(
     base_model: str | None,
     keep: int | None = None,
 ) -> Path:
-    """Write `folder`/checkpoint-N of a job, then leave only the `keep` latest (None: all).
+    """Write `folder`/checkpoint-N of a job, then leave only it and the `keep` - 1 before it (None: all).
 
-    On an OSError nothing of it is left, and older ones are untouched.
+    Later ones, which were passed over when training went on, do not count. On an OSError nothing of it is left, and older ones are untouched.
     """
     folder = Path(folder)
     final = folder / _name(progress.step)
@@ -101,7 +101,8 @@ def save_checkpoint(
             error.errno, f"checkpoint of step {progress.step}: {error.strerror}", str(final)
         ) from error
     if keep is not None:
-        for old in checkpoints(folder)[keep:]:
+        found = checkpoints(folder)
+        for old in found[found.index(final) + keep :]:
             _remove(old)
     return final
 

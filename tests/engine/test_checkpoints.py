@@ -258,6 +258,25 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_line(
         assert last_checkpoint("out", pytest.fail) == Path("out/checkpoint-6"), "made anew"
 
 
+def test_a_damaged_checkpoint_takes_no_place_of_a_whole_one(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """save_total_limit counts from the one that was written last."""
+    arguments = [*arguments, "max_steps=9", "save_total_limit=1", "resume=true"]
+    assert finetune(arguments[:-2]) == 0
+    for damaged in ("checkpoint-6", "checkpoint-9"):
+        DAMAGES["optimizer.pt is damaged"](Path("out", damaged))
+    save = checkpoint.save_checkpoint
+
+    def saved(*given: Any) -> None:
+        save(*given)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "save_checkpoint", saved)
+    assert finetune([*arguments, "save_steps=4"]) != 0
+    assert last_checkpoint("out", lambda _: None) == Path("out/checkpoint-4")
+
+
 def test_without_a_whole_checkpoint_nothing_goes_on(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
