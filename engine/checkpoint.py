@@ -69,7 +69,8 @@ def save_checkpoint(
 ) -> Path:
     """Write `folder`/checkpoint-N of a job, then leave only it and the `keep` - 1 before it (None: all).
 
-    Later ones, which were passed over when training went on, do not count. On an OSError nothing of it is left, and older ones are untouched.
+    Later ones, which were passed over when training went on, do not count. On an OSError nothing of it is left, and
+    older ones are untouched.
     """
     folder = Path(folder)
     final = folder / _name(progress.step)

@@ -23,7 +23,7 @@ import numpy as np
 
 from engine.finetune import Sample
 from engine.kernels.loss import IGNORE_LABEL
-from engine.tokenizer import Tokenizer, template
+from engine.tokenizer import Tokenizer, prompt_tokens, template
 from sim.json_file import parse
 
 FORMATS = {
@@ -35,6 +35,14 @@ FORMATS = {
 }
 """Format -> the columns that it is known by; the first that fits."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+UNREAD: dict[str, tuple[Any, ...]] = {
+    "tools": (None, [], "", "[]"),
+    "functions": (None, []),
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "weight": (None, 1),
+}
+"""What a conversation or a turn may hold that would change its tokens or their loss -> values that change nothing."""
 
 Message = dict[str, str]
 
@@ -138,10 +146,10 @@ def _encode(
 ) -> tuple[list[int], list[bool]]:
     """Tokens, and which of them are trained on."""
     if kind == "text":
-        tokens = _with_end(tokenizer.encode(_text(record, "text", where), add_special_tokens=True), tokenizer)
+        tokens = _with_end(prompt_tokens(tokenizer, _text(record, "text", where)), tokenizer)
         return tokens, [True] * len(tokens)
     if kind == "prompt":
-        prompt = tokenizer.encode(_text(record, "prompt", where), add_special_tokens=True)
+        prompt = prompt_tokens(tokenizer, _text(record, "prompt", where))
         answer = tokenizer.encode(_text(record, "completion", where), add_special_tokens=False)
         answer = _with_end(answer, tokenizer)
         return prompt + answer, [False] * len(prompt) + [True] * len(answer)
@@ -149,10 +157,12 @@ def _encode(
 
 
 def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]:
+    _check_read(record, where)
     if kind == "alpaca":
         user = _text(record, "instruction", where)
         if record.get("input"):
-            user += "\n" + _text(record, "input", where)
+            given = _text(record, "input", where)
+            user = f"{user}\n{given}" if user else given
         found = [*_history(record, where), {"role": "user", "content": user}]
         found.append({"role": "assistant", "content": _text(record, "output", where)})
     else:
@@ -162,6 +172,8 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
         turns = record.get(column)
         if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
             raise ValueError(f"{where}: {column} must be a list of records, got {turns!r}")
+        for turn in turns:
+            _check_read(turn, where)
         found = [
             {"role": _role(turn.get(role), where), "content": _text(turn, content, where)} for turn in turns
         ]
@@ -170,6 +182,12 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
     if not any(message["role"] == "assistant" for message in found):
         raise ValueError(f"{where}: has no answer to train on")
     return found
+
+
+def _check_read(record: Mapping[str, Any], where: str) -> None:
+    for key, neutral in UNREAD.items():
+        if record.get(key) not in neutral:
+            raise ValueError(f"{where}: conversations cannot have {key} here, got {record[key]!r}")
 
 
 def _history(record: Mapping[str, Any], where: str) -> list[Message]:

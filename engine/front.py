@@ -26,7 +26,7 @@ from engine.choice import STOPPING, Choice
 from engine.messages import Ask, Enough, Failed, Gone, Metrics, Ready, Serving, Stop, Tokens
 from engine.openai import Answer, Refused, Wanted, usage, wanted
 from engine.streamed_text import StreamedText, silent_tokens
-from engine.tokenizer import read_tokenizer, stop_tokens, template
+from engine.tokenizer import prompt_tokens, read_tokenizer, stop_tokens, template
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
@@ -340,7 +340,7 @@ class Front:
         """The tokens of each prompt."""
         if not asked.messages:
             given = [
-                list(self._tokenizer.encode(p)) if isinstance(p, str) else list(p) for p in asked.prompts
+                prompt_tokens(self._tokenizer, p) if isinstance(p, str) else list(p) for p in asked.prompts
             ]
         else:
             if self._tokenizer.chat_template is None:

@@ -27,7 +27,7 @@ from engine.load import check_model_folder, load_model
 from engine.lora import read_adapter
 from engine.replica import replica
 from engine.sampling import Sampling
-from engine.tokenizer import check_tokens, read_tokenizer, stop_tokens, template
+from engine.tokenizer import check_tokens, prompt_tokens, read_tokenizer, stop_tokens, template
 from engine.training import CONFIGS
 from engine.training_settings import DTYPES
 from sim.checked import build
@@ -200,7 +200,7 @@ def _prompts(settings: Settings) -> list[str]:
 def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
     chat = tokenizer.chat_template is not None if settings.chat is None else settings.chat
     if not chat:
-        return list(tokenizer.encode(prompt))
+        return prompt_tokens(tokenizer, prompt)
     if tokenizer.chat_template is None:
         raise ValueError("chat=true needs a tokenizer with a chat template")
     turn = {"role": "user", "content": prompt}

@@ -35,6 +35,15 @@ def read_tokenizer(folder: str | Path) -> Any:
         raise ValueError(f"{folder}: its tokenizer cannot be read: {one_line(str(error))[:200]}") from error
 
 
+def prompt_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text that something follows: after what the tokenizer begins a text with, and without what it would
+    end one with."""
+    tokens = tokenizer.encode(text, add_special_tokens=True)
+    framed, own = (tokenizer.encode("a", add_special_tokens=added) for added in (True, False))
+    end = next(n for n in range(len(framed)) if framed[n : n + len(own)] == own) + len(own)
+    return tokens[: len(tokens) - (len(framed) - end)]
+
+
 def check_tokens(tokens: Iterable[int], vocab: int, folder: str | Path) -> None:
     """Raise ValueError for a token for which the model of the tokenizer's folder has no embedding."""
     largest = max(tokens, default=0)

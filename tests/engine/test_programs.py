@@ -21,6 +21,7 @@ from engine.config import read_config
 from engine.datasets import read_dataset
 from engine.generate import main as generate
 from engine.lora import new_adapter, read_adapter, write_adapter
+from engine.tokenizer import prompt_tokens
 from engine.training import main as finetune
 from sim.core.specs import LoraSpec
 from tests.engine.tiny import log_of, without_notes
@@ -77,6 +78,39 @@ def test_an_alpaca_row_has_a_system_text_and_a_history(tokenizer: Any, tmp_path:
     assert tokenizer.decode(sample.tokens[sample.labels != -100]) == f"Marta.<|end|>{ANSWER}<|end|>"
 
 
+def test_an_alpaca_row_without_an_instruction_asks_its_input(tokenizer: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", [{"instruction": "", "input": QUESTION, "output": ANSWER}])
+    (sample,) = read_dataset(path, tokenizer, cutoff_len=100).samples
+    assert tokenizer.decode(sample.tokens) == f"<|user|>{QUESTION}<|end|><|assistant|>{ANSWER}<|end|>"
+
+
+@pytest.fixture
+def framing(tokenizer: Any) -> Any:
+    """The tokenizer of a model whose texts begin and end with tokens of their own."""
+    from tokenizers import processors
+
+    framing = copy.deepcopy(tokenizer)
+    framing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|system|> $A <|end|>", special_tokens=[("<|system|>", 3), ("<|end|>", 0)]
+    )
+    assert framing.decode(framing.encode("a")) == "<|system|>a<|end|>"
+    return framing
+
+
+@pytest.mark.parametrize("kind", ["text", "prompt", "alpaca"])
+def test_a_sample_begins_and_ends_once(kind: str, framing: Any, tmp_path: Path) -> None:
+    (sample,) = read_dataset(write(tmp_path / "d.jsonl", [ROWS[kind]]), framing, cutoff_len=100).samples
+    asked = {"text": "<|system|>", "prompt": f"<|system|>{QUESTION}"}.get(
+        kind, f"<|user|>{QUESTION}<|end|><|assistant|>"
+    )
+    assert framing.decode(sample.tokens) == f"{asked}{ANSWER}<|end|>"
+
+
+@pytest.mark.parametrize("text", [QUESTION, "", "a", "a<|end|>"])
+def test_a_prompt_is_not_ended(text: str, framing: Any) -> None:
+    assert framing.decode(prompt_tokens(framing, text)) == f"<|system|>{text}"
+
+
 def test_long_rows_are_cut_and_packed_ones_lose_nothing(tokenizer: Any, tmp_path: Path) -> None:
     path = write(
         tmp_path / "d.jsonl", [ROWS["text"], {"text": "The harbour at Lowmouth has two clocks."}] * 3
@@ -120,6 +154,18 @@ def test_rows_without_an_answer_within_the_cutoff_are_left_out_and_counted(
         (['{"text": "fine"}', '{"text": "half \\ud83d"}'], "row 2 is not JSON: half a surrogate pair"),
         (["[" * 10_000], "row 1 is not JSON: nested too deep"),
         (['{"instruction": "x", "output": "y", "history": [["x"]]}'], "row 1: history must be a list"),
+        (
+            ['{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}'],
+            r"row 1: conversations cannot have tool_calls here, got \[\{\}\]",
+        ),
+        (
+            ['{"conversations": [{"from": "gpt", "value": "x", "weight": 0}]}'],
+            "row 1: conversations cannot have weight here, got 0",
+        ),
+        (
+            ['{"instruction": "x", "output": "y", "tools": "[{}]"}'],
+            "row 1: conversations cannot have tools here",
+        ),
         (['{"messages": "x"}'], "row 1: messages must be a list of records"),
         (['["x"]'], "row 1 must be a record"),
         (["\udcff"], "is not UTF-8 at byte 0"),
