@@ -146,12 +146,15 @@ class Training:
         self.settings = settings
         self.folder = Path(settings.output_dir)
         self._found = _start(self.folder, settings)
-        self._before = None if self._found is None else _checked_progress(self._found, settings)
-        self._done = 0 if self._before is None else self._before.samples
         data, self.held_out, notes = read_data(settings)
         for note in notes:
             _note(note)
+        # Which sample is next, and which are held out, follows from their number.
+        self._fixed = settings.fixed | {"dataset_samples": len(data)}
         accumulation = settings.gradient_accumulation_steps
+        found = self._found
+        self._before = None if found is None else _checked_progress(found, self._fixed, accumulation)
+        self._done = 0 if self._before is None else self._before.samples
         self._epoch_samples = len(data)
         self._epoch_tokens = sum(len(sample.tokens) for sample in data)
         self._all_samples = len(data) * settings.num_train_epochs
@@ -226,7 +229,7 @@ class Training:
             finally:
                 if record.step % settings.save_steps == 0 or record.step == self.total:
                     progress = Progress(
-                        step=record.step, samples=samples, settings=settings.fixed, unlogged=log.unlogged
+                        step=record.step, samples=samples, settings=self._fixed, unlogged=log.unlogged
                     )
                     base = settings.model_name_or_path
                     write = save_checkpoint if save is None else save
@@ -274,16 +277,16 @@ def _note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
-def _checked_progress(checkpoint: Path, settings: Settings) -> Progress:
-    """Where the checkpoint stands; ValueError when other settings made it."""
+def _checked_progress(checkpoint: Path, fixed: Mapping[str, Any], accumulation: int) -> Progress:
+    """Where the checkpoint stands; ValueError when it was made with other values than `fixed`."""
     progress = read_progress(checkpoint)
-    for key, value in settings.fixed.items():
+    for key, value in fixed.items():
         had = progress.settings.get(key)
         if had != value:
             raise ValueError(
                 f"{checkpoint} was made with {key}={had!r}, got {value!r}; training cannot go on"
             )
-    most = progress.step * settings.gradient_accumulation_steps
+    most = progress.step * accumulation
     if progress.samples > most:
         raise ValueError(
             f"{checkpoint / STATE}: samples must be at most {most} after {progress.step} steps, got {progress.samples}"
