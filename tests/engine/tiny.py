@@ -128,10 +128,15 @@ def twin(family: str, dtype: torch.dtype = torch.float32) -> Any:
 
     model = AutoModelForCausalLM.from_pretrained(_saved(family, dtype), dtype=dtype)
     if dtype == torch.float64:
-        for module in model.modules():
-            if type(module).__name__.endswith("RMSNorm"):
-                module.forward = functools.partial(_exact_norm, module)
+        exact_norms(model)
     return model.eval()
+
+
+def exact_norms(model: Any) -> None:
+    """Changes a model of transformers: its norms compute in the type that they are given."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = functools.partial(_exact_norm, module)
 
 
 def on_cuda(model: Model) -> Model:
