@@ -361,7 +361,8 @@ class Engine:
         lora = None
         if self._bank is not None and (packed.segment_adapter >= 0).any():
             segments = Segments(segment_start, segment_adapter)
-            lora = self._bank.batch(segments, packed.segment_start, packed.segment_adapter)
+            kept = [window.rows for window in keeping]
+            lora = self._bank.batch(segments, packed.segment_start, packed.segment_adapter, kept)
             lora = lora._replace(dropped=dropped)
         batch = Batch(
             tokens=tokens,

@@ -187,6 +187,8 @@ class LoraRun(NamedTuple):
     """None: all."""
     segments: Segments
     """Of these rows."""
+    windows: Sequence[slice] = ()
+    """Rows of the batch that are windows of its adapters; known where runs are chosen by the rows."""
 
 
 class LoraBatch(NamedTuple):
@@ -276,12 +278,15 @@ class AdapterBank:
         segments: Segments,
         starts: NDArray[np.int32] | None = None,
         slots: NDArray[np.int32] | None = None,
+        windows: Sequence[slice] = (),
     ) -> LoraBatch:
-        """What runs for a batch. `starts` and `slots` are `segments` on the host; without them everything runs."""
+        """What runs for a batch. `starts` and `slots` are `segments` on the host, without which everything runs;
+        `windows` are the rows of finetuning windows."""
         if not self._chooses or starts is None or slots is None:
             runs = {t: [LoraRun(s, None, segments) for s in shelves] for t, shelves in self.shelves.items()}
             return LoraBatch(runs, self.scales)
         chosen: dict[str, list[LoraRun]] = {}
+        trained = slots[np.searchsorted(starts, [rows.start for rows in windows], side="right") - 1].tolist()
         for target, shelves in self.shelves.items():
             for shelf in shelves:
                 used = [n for n, slot in enumerate(slots.tolist()) if slot in shelf.slots]
@@ -290,7 +295,8 @@ class AdapterBank:
                 first, end = used[0], used[-1] + 1
                 rows = slice(int(starts[first]), int(starts[end]))
                 own = Segments(segments.start[first : end + 1] - rows.start, segments.slot[first:end])
-                chosen.setdefault(target, []).append(LoraRun(shelf, rows, own))
+                kept = [window for window, slot in zip(windows, trained, strict=True) if slot in shelf.slots]
+                chosen.setdefault(target, []).append(LoraRun(shelf, rows, own, kept))
         return LoraBatch(chosen, self.scales)
 
     def hold(self, slot: int) -> int:

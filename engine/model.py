@@ -216,9 +216,10 @@ def _add_lora(
         if len(runs) == 1 and low.shape[0] == x.shape[0]:
             made[f"low {target}"] = low
         elif not run.shelf.placement.rows_up:
-            # Rows of adapters that are placed otherwise may lie between, where this is 0. Where tokens are split,
-            # nothing is kept.
+            # Rows of adapters that are placed otherwise may lie between, where this is undefined. Where tokens are
+            # split, nothing is kept.
             width = max(each.shelf.b.shape[3] for each in runs)
-            whole = made.setdefault(f"low {target}", low.new_zeros((x.shape[0], width)))
-            own = whole if run.rows is None else whole[run.rows]
-            own[:, : low.shape[1]] += low
+            whole = made.setdefault(f"low {target}", low.new_empty((x.shape[0], width)))
+            before = 0 if run.rows is None else run.rows.start
+            for rows in run.windows:
+                whole[rows, : low.shape[1]] = low[rows.start - before : rows.stop - before]

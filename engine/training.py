@@ -10,7 +10,9 @@ a full disk, is said in one line, and the checkpoints before it stay.
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,7 +210,7 @@ class Training:
     @contextmanager
     def on(self, engine: Engine, save: Save | None = None) -> Iterator[TrainingLog]:
         """While `engine`, which was made with the job, runs it: its log, and its checkpoints. `save` writes these as
-        `save_checkpoint` does, unless it is None."""
+        `save_checkpoint` does, unless it is None. ValueError where another process trains into the same folder."""
         settings, job = self.settings, self.job
         if self._found is not None:
             restore(self._found, engine, job.id)
@@ -238,7 +240,7 @@ class Training:
             self._evaluate(engine, log, record.step, samples)
 
         engine.on_step = on_step
-        with log:
+        with _alone_in(self.folder), log:
             if self._before is not None and not log.evaluated:
                 self._evaluate(engine, log, self._before.step, self._done)
             yield log
@@ -271,6 +273,23 @@ def _start(folder: Path, settings: Settings) -> Path | None:
             f"output_dir {folder} has {found.name}; resume=true goes on, or choose another folder"
         )
     return None
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """A lock on the folder that ends with the process, however that ends. Where there are no locks, nobody is kept
+    out."""
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"output_dir: another process trains into {folder}") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(held)
 
 
 def _note(line: str) -> None:

@@ -229,7 +229,8 @@ def _check_ends(first: JobReturn, last: JobReturn, runs: int, begun: int) -> Non
     alike = one.user_caused and one.error == other.error and one.row is None and other.row is None
     if runs > 2 and alike:
         left = max(0, runs - begun)
-        raise ValueError(f"{one.error}; the first and the last run fail so, {left} of {runs} were not begun")
+        rest = f", {left} of {runs} were not begun" if left else ""
+        raise ValueError(f"{one.error}; the first and the last run fail so{rest}")
 
 
 class _ParsedOnce(CachingConfigRepository):

@@ -92,7 +92,7 @@ def hydra_main(
         at_end(rows, collected.folder)
     if rows and code == INTERRUPTED and (Path(rows[0].get("folder", "")) / SUMMARY).is_file():
         print(
-            f"{prog}: coserve report {collected.folder} shows the {len(rows)} finished runs again; "
+            f"{prog}: coserve report {collected.folder} shows again what is finished ({len(rows)}); "
             f"the same command with run.resume=true hydra.sweep.dir={collected.folder} runs the others",
             file=sys.stderr,
         )

@@ -142,7 +142,7 @@ def grouped_lora_reference(
     segment_start: torch.Tensor,
     segment_adapter: torch.Tensor,
 ) -> torch.Tensor:
-    """`grouped_lora` in torch, segment by segment; s is 0 where it is undefined."""
+    """`grouped_lora` in torch, segment by segment; s is NaN where it is undefined."""
     check_lora(y, x, a, b, ranks, scales, segment_start, segment_adapter)
     s = lora_shrink_reference(x, a, ranks, segment_start, segment_adapter)
     lora_expand_reference(y, s, b, ranks, scales, segment_start, segment_adapter)

@@ -8,6 +8,8 @@ Shapes as in `engine.kernels.grouped_lora`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from engine.kernels.checks import FLOATS, check_dtype, check_shape
@@ -191,11 +193,11 @@ def lora_shrink_reference(
     segment_start: torch.Tensor,
     segment_adapter: torch.Tensor,
 ) -> torch.Tensor:
-    """`lora_shrink` in torch; s is 0 where it is undefined."""
+    """`lora_shrink` in torch; s is NaN where it is undefined."""
     check_shrink(x, a, ranks, segment_start, segment_adapter)
     check_dtype("x", x, (*FLOATS, torch.float64))
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s = torch.zeros((x.shape[0], a.shape[1]), dtype=compute, device=x.device)
+    s = torch.full((x.shape[0], a.shape[1]), math.nan, dtype=compute, device=x.device)
     for own, n, r in adapted(ranks, segment_start, segment_adapter):
         s[own, :r] = x[own].to(compute) @ a[n, :r].to(compute).T
     return s

@@ -166,10 +166,11 @@ class Trace:
     def _copies(self, needed: float, table: RequestTable) -> int:
         if needed > 1 and not self.repeat:
             have = f"{len(table)} requests in {table.duration_s:.6g} s from start_s {self.start_s:g}"
+            asked = {"rate_rps": self.rate_rps, "duration_s": self.duration_s}
+            wanted = " and ".join(f"{key} {value:g}" for key, value in asked.items() if value is not None)
             raise ValueError(
-                f"workload {table.name}: the trace has {have}, {needed:.3g} times too few for rate_rps "
-                f"{self.rate_rps} and duration_s {self.duration_s}; ask for less, or let it start again "
-                "at its end with workload.repeat=true"
+                f"workload {table.name}: the trace has {have}, {needed:.3g} times too few for {wanted}; "
+                "ask for less, or let it start again at its end with workload.repeat=true"
             )
         return max(1, ceil(needed))
 

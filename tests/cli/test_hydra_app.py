@@ -319,7 +319,7 @@ def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> Non
     stopped, how_to_go_on = err.splitlines()[-2:]
     assert stopped.endswith("coserve small: interrupted")
     folder = app_folder / "out"
-    assert how_to_go_on.startswith(f"coserve small: coserve report {folder} shows the")
+    assert how_to_go_on.startswith(f"coserve small: coserve report {folder} shows again what is finished (")
     assert how_to_go_on.endswith(f"with run.resume=true hydra.sweep.dir={folder} runs the others")
     told = [int(row.split("/")[1]) for row in out.removeprefix("rows: ").split()]
     assert 2 <= len(told) < 40

@@ -67,7 +67,7 @@ def test_a_bench_serves_every_request_and_trains_an_adapter_that_loads(
     assert (requests["generated_tokens"] == requests["output_tokens"]).all()
     assert (iterations["end_s"] > iterations["start_s"]).all()
     assert np.isfinite(iterations["predicted_s"]).any()
-    assert run.summary["finetune_tok_s"] > 0 and len(steps) > 0
+    assert len(steps) > 0 and steps["tokens"].sum() > 0
     together = (iterations["forward_tokens"] > 0) & (iterations["decode_count"] > 0)
     assert together.any(), "windows and decodes shared iterations"
     shape = _model_shape()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
 import json
 import os
@@ -286,6 +287,22 @@ def test_without_a_whole_checkpoint_nothing_goes_on(
     assert finetune([*arguments, "max_steps=3", "resume=true"]) == 2
     assert "out has no whole checkpoint to go on from" in capsys.readouterr().err
     assert adapter_bytes(Path("out")) == before
+
+
+def test_two_processes_do_not_train_into_one_folder(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").mkdir()
+    other = os.open("out", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    assert finetune([*arguments, "max_steps=1"]) == 2
+    assert "output_dir: another process trains into out\n" in capsys.readouterr().err
+    assert not names("out")
+    os.close(other)
+    assert finetune([*arguments, "max_steps=1"]) == 0
+    other = os.open("out", os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the run has left nothing that holds it
+    os.close(other)
 
 
 # What a checkpoint holds
