@@ -362,7 +362,10 @@ class Front:
         if room < 1 or (max_tokens or 1) > room:
             asked = f"{len(tokens)} of the prompt and {max_tokens or 1} of the answer"
             raise Refused(
-                400, f"at most {self._serving.longest_tokens} tokens fit together, got {asked}", "max_tokens"
+                400,
+                f"at most {self._serving.longest_tokens} tokens fit together here (the model's context, "
+                f"limits.max_sequence_tokens and limits.kv_tokens of the server), got {asked}",
+                "max_tokens",
             )
         return room if max_tokens is None else max_tokens
 

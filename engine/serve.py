@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ MEASURES = ("eval_dataset", "val_size", "eval_steps")
 """Keys of `coserve finetune` for what takes as long as its samples are."""
 OWN = ("model_name_or_path", "device", "tp", "dtype", "policy")
 """Keys of it that are the server's here."""
+TWICE_S = 0.5
+"""In which two signals are one: supervisors send it to the process, and to its group."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,19 +299,22 @@ class _Stop:
     """Whether somebody asked the server to stop."""
 
     asked = False
+    at_s = 0.0
 
 
 @contextmanager
 def _stopping(live: LiveArrivals, front: FrontProcess, drain_s: int) -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once. The HTTP process that has
-    not hung up long after it should have is ended."""
+    """The first Ctrl-C or SIGTERM inside lets running answers end, the second ends at once, unless it is the first once
+    more. The HTTP process that has not hung up long after it should have is ended."""
     stop = _Stop()
     late = threading.Timer(drain_s + 2 * GRACE_S, front.kill)
 
     def asked(number: int, frame: object) -> None:
         if stop.asked:
+            if time.monotonic() - stop.at_s < TWICE_S:
+                return
             raise KeyboardInterrupt
-        stop.asked = True
+        stop.asked, stop.at_s = True, time.monotonic()
         _note(f"stopping: up to {drain_s} s for the answers under way, again to stop now")
         live.stop(drain_s)
         late.start()

@@ -279,8 +279,8 @@ def _labelled(
 
 
 def _check_classes(table: RequestTable, slo_names: Sequence[str]) -> None:
-    used = np.unique(table.slo)
-    for code in used.tolist():
+    used, first = np.unique(table.slo, return_index=True)
+    for code in used[np.argsort(first)].tolist():
         name = table.slo_names[code]
         if name not in slo_names:
             place = f"{table.slo_places[code]}, column slo" if table.slo_places else table.name

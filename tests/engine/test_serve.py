@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 
 from engine.checkpoint import checkpoints, read_progress
 from engine.generate import main as generate
+from engine.serve import TWICE_S
 from engine.serve import main as serve
 from engine.training import main as finetune
 from sim.cli import main as coserve
@@ -145,7 +146,7 @@ def test_a_job_beside_requests_ends_as_it_does_alone_and_its_adapter_answers(
         ("completions", b"[" * 100_000, 400, "the body must be JSON"),
         ("completions", {"prompt": "x", "n": 3}, 400, "n is not supported"),
         ("completions", {"prompt": "x", "model": "other"}, 404, "no model 'other'; there are base, trained"),
-        ("completions", {"prompt": "x", "max_tokens": 300}, 400, "at most 256 tokens fit together, got 1 of"),
+        ("completions", {"prompt": "x", "max_tokens": 300}, 400, "at most 256 tokens fit together here"),
         ("completions", {"prompt": "x " * 400}, 400, "at most 256 tokens fit together"),
         ("completions", {"prompt": ""}, 400, "at least one token"),
         ("completions", {"prompt": [0, 400]}, 400, "tokens must be in 0..399"),
@@ -396,6 +397,7 @@ def test_an_end_before_the_answers_is_told_to_their_clients(
         for _ in range(signals):
             server.send(signal.SIGINT)
             server.await_told("stopping")
+            time.sleep(TWICE_S)
         *_, error, done, rest = answer.read().decode().split("\n\n")
         assert json.loads(error.removeprefix("data: "))["error"]["message"] == "the server stops"
         assert (done, rest) == ("data: [DONE]", "")

@@ -16,7 +16,7 @@ import pytest
 import engine.serve
 from engine.front_process import GRACE_S
 from engine.saver import Saver
-from engine.serve import Settings, _bound, _check_policy, _stopping, _trained, _training
+from engine.serve import TWICE_S, Settings, _bound, _check_policy, _stopping, _trained, _training
 from engine.serve import main as serve
 from tests.engine.serving import SHORT, prepared
 
@@ -49,12 +49,17 @@ def test_the_first_signal_drains_and_the_second_interrupts(
     monkeypatch.setattr(engine.serve.threading, "Timer", timer)
     live: Any = SimpleNamespace(stop=drains.append)
     front: Any = SimpleNamespace(kill=lambda: None)
+    now_s = 5.0
+    monkeypatch.setattr(engine.serve.time, "monotonic", lambda: now_s)
     numbers = signal.SIGINT, signal.SIGTERM
     before = [signal.getsignal(number) for number in numbers]
     with _stopping(live, front, 7) as stop:
         assert not stop.asked and not timers[0].events
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.asked and drains == [7] and timers[0].events == ["started"]
+        now_s += TWICE_S / 2
+        os.kill(os.getpid(), signal.SIGTERM)  # the same once more
+        now_s += TWICE_S
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert drains == [7] and timers[0].events == ["started", "cancelled"]
