@@ -8,7 +8,7 @@ the same time that the policy is pure and that every plan has work.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
@@ -190,6 +190,8 @@ class Reference:
             if item.cached == item.known:
                 self._sample(item, sampled)
         assert work.prefill == tuple(chunks)
+        computed = [*decoded, *(self.items[id] for id, _ in plan.prefills)]
+        assert work.adapters == len({item.request.adapter for item in computed} - {None})
         assert work.sampled_tokens == len(sampled)
         assert self.used_blocks <= self.total_blocks, "more K/V blocks in use than there are"
         assert len(self.running) <= self.limits.max_sequences
@@ -298,6 +300,7 @@ class Referee:
         decoding = reference.decoding
         assert view.decode_count == len(decoding)
         assert view.decode_context_tokens == sum(item.cached for item in decoding)
+        assert view.adapters == Counter(i.request.adapter for i in decoding if i.request.adapter is not None)
         assert view.growth_blocks == sum(item.cached % block == 0 for item in decoding)
         assert view.free_blocks == reference.total_blocks - reference.used_blocks
         assert view.running == len(reference.running)
@@ -328,6 +331,7 @@ class Referee:
                 item.decoding,
                 item.cached,
                 item.decoding and item.cached % block == 0,
+                item.request.adapter,
             )
             for item in running
             if not item.full

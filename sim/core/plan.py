@@ -7,7 +7,7 @@ NamedTuples because one of each is made per iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -67,6 +67,7 @@ class Victim(NamedTuple):
     context_tokens: int
     grows: bool
     """It would take another block in the coming decode."""
+    adapter: str | None
 
 
 class Feedback(NamedTuple):
@@ -98,7 +99,8 @@ class View(NamedTuple):
     waiting: AdmissionQueue
     jobs: tuple[JobView, ...]
     """Jobs with work to do, the one furthest behind its share first."""
-    adapters: int
+    adapters: Mapping[str, int]
+    """Adapter -> decoding sequences that use it."""
     token_deadline_s: float
     """Earliest time at which some decoding sequence must have its next token to keep its mean TPOT;
     `inf` when none decodes or none has a bound."""

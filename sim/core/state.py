@@ -93,6 +93,7 @@ class PipelineState:
         self._finish_tick: dict[int, int] = {}
         self._deadlines = TokenDeadlines()
         self._adapter_users: dict[str, int] = {}
+        """Adapter -> decoding sequences that use it."""
         self._launched: deque[Launched] = deque()
         self._iterations = 0
         self._last_end_s = -math.inf
@@ -128,7 +129,7 @@ class PipelineState:
         """What a policy sees; jobs whose time has come are active from now on."""
         if self.jobs.next_start_s <= now_s:
             self.jobs.start(now_s)
-        tick, count, adapters = self.tick + 1, self.decode_count, len(self._adapter_users)
+        tick, count, adapters = self.tick + 1, self.decode_count, self._adapter_users
         kv = self.kv
         return _new(
             View,
@@ -147,7 +148,7 @@ class PipelineState:
                         _NONE,
                         _NONE,
                         0,
-                        adapters,
+                        len(adapters),
                         False,
                     ),
                 ),
@@ -187,7 +188,8 @@ class PipelineState:
     def victim(self, sequence: Sequence) -> Victim:
         cached = self._cached_tokens(sequence)
         grows = sequence.decoding and cached % self.kv.block_tokens == 0
-        return Victim(sequence.id, self.kv.blocks_for(cached), sequence.decoding, cached, grows)
+        blocks = self.kv.blocks_for(cached)
+        return Victim(sequence.id, blocks, sequence.decoding, cached, grows, sequence.adapter)
 
     # Arrivals
 
@@ -219,11 +221,15 @@ class PipelineState:
         decode, prefills, preempted, slices, overlap, predicted_s, self.memory = plan
         segments = self._preempt(preempted) if preempted else _NONE
 
-        count = context = 0
+        count = context = adapters = 0
+        named: Iterable[str] = _NONE
         finishing: list[Sequence] | tuple[Any, ...] = _NONE
         kv = self.kv
         if decode and self.decode_count:
             count, context = self.decode_count, self.decode_context_tokens
+            adapters = len(self._adapter_users)
+            if prefills:
+                named = tuple(self._adapter_users)
             self.tick = tick = self.tick + 1
             kv.free -= kv.growth(tick)
             self.decode_context_tokens = context + count
@@ -238,11 +244,12 @@ class PipelineState:
         sampled: list[Sequence] | tuple[Any, ...] = _NONE
         if prefills:
             chunks, scheduled, sampled = self._prefill(prefills)
+            used = {*named, *[self.running[id].adapter for id, _ in prefills]}
+            adapters = len(used) - (None in used)
             if sampled:
                 finishing = [*finishing, *self._join_decode(sampled)]
 
         forward, backward, recompute, params, steps = self.jobs.run(moves) if moves else _NO_FINETUNING
-        adapters = len(self._adapter_users) if count or chunks else 0
         work = _new(
             Work,
             (
@@ -288,10 +295,8 @@ class PipelineState:
         sequence = self.waiting.take()
         self.running[sequence.id] = self.prefilling[sequence.id] = sequence
         adapter = sequence.adapter
-        if adapter is not None:
-            self._adapter_users[adapter] = self._adapter_users.get(adapter, 0) + 1
-            if sequence.preemptions == 0:
-                sequence.adapter_version = self.adapter_versions.get(adapter, 0)
+        if adapter is not None and sequence.preemptions == 0:
+            sequence.adapter_version = self.adapter_versions.get(adapter, 0)
         return sequence
 
     def _join_decode(self, sampled: list[Sequence]) -> list[Sequence]:
@@ -309,6 +314,8 @@ class PipelineState:
             self.decode_count += 1
             self.decode_context_tokens += sequence.computed_tokens
             self.kv.join(sequence.computed_tokens, self.tick)
+            if sequence.adapter is not None:
+                self._adapter_users[sequence.adapter] = self._adapter_users.get(sequence.adapter, 0) + 1
             self._finish_tick[sequence.id] = finish = self.tick + left
             self._finish_at.setdefault(finish, []).append(sequence)
         return ended
@@ -323,6 +330,11 @@ class PipelineState:
         sequence.decoding = False
         self.decode_count -= 1
         self.decode_context_tokens -= sequence.computed_tokens
+        adapter = sequence.adapter
+        if adapter is not None:
+            self._adapter_users[adapter] -= 1
+            if self._adapter_users[adapter] == 0:
+                del self._adapter_users[adapter]
 
     def _preempt(self, ids: tuple[int, ...]) -> list[tuple[Sequence, int, int]]:
         """Put back at the queue's front; return the decode segments that end with it."""
@@ -348,11 +360,6 @@ class PipelineState:
     def _release(self, sequence: Sequence) -> None:
         del self.running[sequence.id]
         self.kv.free += self.kv.blocks_for(sequence.computed_tokens)
-        adapter = sequence.adapter
-        if adapter is not None:
-            self._adapter_users[adapter] -= 1
-            if self._adapter_users[adapter] == 0:
-                del self._adapter_users[adapter]
 
     # Ending
 

@@ -8,6 +8,7 @@ whole prompt fits into the blocks that no admitted prompt still needs, so prefil
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from itertools import chain, islice
 from typing import NamedTuple
@@ -73,13 +74,16 @@ def pack_inference(view: View, token_budget: int | None = None, latency: Latency
     if free < 0:
         return _with_preemptions(view, max_tokens, latency)
     room = view.limits.max_sequences - view.running if waiting else 0
-    return _with_prefills(view, view.decode_work, view.prefilling, room, max_tokens, free, latency)
+    return _with_prefills(
+        view, view.decode_work, view.adapters, view.prefilling, room, max_tokens, free, latency
+    )
 
 
 def _with_preemptions(view: View, max_tokens: int, latency: Latency | None) -> Inference:
     free = view.free_blocks - view.growth_blocks
     count, context = view.decode_count, view.decode_context_tokens
     preempted: list[int] = []
+    users = dict(view.adapters)
     for victim in view.victims():
         if free >= 0:
             break
@@ -89,25 +93,30 @@ def _with_preemptions(view: View, max_tokens: int, latency: Latency | None) -> I
             count -= 1
             context -= victim.context_tokens
             free += victim.grows
-    work = Work((), count, context, count, (), (), (), 0, view.adapters)
+            if victim.adapter is not None:
+                users[victim.adapter] -= 1
+    users = {adapter: left for adapter, left in users.items() if left}
+    work = Work((), count, context, count, (), (), (), 0, len(users))
     kept = [s for s in view.prefilling if s.id not in preempted]
-    inference = _with_prefills(view, work, kept, 0, max_tokens, free, latency)
+    inference = _with_prefills(view, work, users, kept, 0, max_tokens, free, latency)
     if not inference.busy:
         # Only with a lookahead: sequences that finish in the running iteration still hold their blocks.
-        return Inference(False, (), (), Work(adapters=view.adapters))
+        return Inference(False, (), (), Work())
     return inference._replace(preempted=tuple(preempted))
 
 
 def _with_prefills(
     view: View,
     work: Work,
+    users: Collection[str],
     prefilling: Seq[Sequence],
     room: int,
     max_tokens: int,
     free_blocks: int,
     latency: Latency | None,
 ) -> Inference:
-    """Chunks of the admitted sequences `prefilling`, then of up to `room` waiting ones, after `work`."""
+    """Chunks of the admitted sequences `prefilling`, then of up to `room` waiting ones, after `work`, whose
+    decodes use the adapters `users`."""
     block = view.limits.block_tokens
     tokens_left = max_tokens - work.decode_count
     sampled = work.sampled_tokens
@@ -115,8 +124,10 @@ def _with_prefills(
     chunks: list[Chunk] = []
     promised_blocks = 0  # what admitted prompts will still need after this iteration
     admitted = len(prefilling)
+    added: set[str | None] = set()  # adapters of chunks that no decode uses
     for index, sequence in enumerate(chain(prefilling, islice(view.waiting, room))):
-        known = sequence.known_tokens
+        known, adapter = sequence.known_tokens, sequence.adapter
+        another = adapter is not None and adapter not in users and adapter not in added
         need = -(-known // block)
         if index >= admitted and (tokens_left <= 0 or need > free_blocks - promised_blocks):
             break
@@ -124,7 +135,8 @@ def _with_prefills(
         held = -(-done // block)
         tokens = min(known - done, tokens_left, (held + free_blocks) * block - done)
         if latency is not None and tokens > 0:
-            so_far = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, work[8])
+            adapters = len(users) + len(added) + another
+            so_far = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, adapters)
             within = latency.predictor.largest_prefill(so_far, done, tokens, latency.budget_s)
             if within < tokens:
                 tokens_left = 0  # the budget is used up: nothing comes after this chunk
@@ -135,10 +147,13 @@ def _with_prefills(
             free_blocks -= taken
             tokens_left -= tokens
             sampled += done + tokens == known
+            if another:
+                added.add(adapter)
             prefills.append((sequence.id, tokens))
             chunks.append(Chunk(tokens, done))
         elif index >= admitted:
             break
         promised_blocks += need - held
-    packed = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, work[8])
+    adapters = len(users) + len(added)
+    packed = Work(tuple(chunks), work[1], work[2], sampled, (), (), (), 0, adapters)
     return Inference(True, tuple(prefills), (), packed)

@@ -53,7 +53,9 @@ class CachedState(PipelineState):
                 if self._runs_on(sequence):
                     yield self.victim(sequence)._replace(blocks=blocks)
                 else:
-                    yield Victim(sequence.id, blocks, False, sequence.computed_tokens, False)
+                    yield Victim(
+                        sequence.id, blocks, False, sequence.computed_tokens, False, sequence.adapter
+                    )
 
     def _runs_on(self, sequence: Sequence) -> bool:
         return sequence.decoding or sequence.id in self.prefilling

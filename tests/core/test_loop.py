@@ -242,6 +242,13 @@ def test_an_iteration_without_inference_uses_no_adapters() -> None:
     assert alone and all(work.adapters == 0 for work in alone)
 
 
+def test_a_request_whose_last_token_is_on_its_way_uses_no_adapter_any_more() -> None:
+    """With a lookahead it is still here while the next iteration is planned; one beside it goes on."""
+    requests = [Request(0, 0.0, 4, 3, "default", "a"), Request(1, 0.0, 4, 9)]
+    result = run(build_policy("inference_only"), requests, limits=limits_of(lookahead=1))
+    assert [work.adapters for work in result.log.works] == [1] * 3 + [0] * 6
+
+
 def test_policies_cannot_see_how_long_an_answer_will_be() -> None:
     """Nothing that ordinary attributes of a view lead to has `output_tokens` or the request itself."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -53,6 +54,28 @@ def minimum_s(result: Run, index: int) -> float:
     work = result.log.works[index].inference._replace(overlap=False)
     chunk = tuple(c._replace(tokens=min(c.tokens, 16)) for c in work.prefill[:1])
     return COST.iteration_s(work._replace(prefill=chunk, adapters=0))
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+@pytest.mark.parametrize("name", [*BUDGETED, "coserving_slack"])
+def test_adapters_are_predicted_from_the_first_chunk_to_the_last_token(name: str, lookahead: int) -> None:
+    cost = replace(COST, adapter_s=2.0**-10)
+    requests = requests_of(
+        90, rate_rps=30, prompt_tokens=(10, 300), output_tokens=(1, 90), adapters=(None, "a", "b", "c")
+    )
+    limits = limits_of(lookahead=lookahead, kv_tokens=700, max_sequence_tokens=600)
+    result = run(
+        build_policy(name, predictor=cost),
+        requests,
+        jobs=[job_of(300)],
+        limits=limits,
+        world=cost,
+        horizon=BUSY,
+    )
+    assert any(plan.preempted for plan in result.log.plans)
+    assert {work.adapters for work in result.log.works} == {0, 1, 2, 3}
+    for plan, work in zip(result.log.plans, result.log.works, strict=True):
+        assert plan.predicted_s == pytest.approx(cost.iteration_s(work), rel=1e-9)
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])
