@@ -46,8 +46,7 @@ class _Inbox:
 
     def put(self, request: Request) -> None:
         self._requests.append(request)
-        self.load.inbox_requests += 1
-        self.load.inbox_tokens += request.prompt_tokens
+        self.load.add(request.prompt_tokens)
 
     def next_s(self) -> float | None:
         return self._dispatcher.next_s
@@ -59,7 +58,7 @@ class _Inbox:
         if not self._requests:
             return ()
         requests, self._requests = self._requests, []
-        self.load.inbox_requests = self.load.inbox_tokens = 0
+        self.load.clear()
         return requests
 
     def ended(self, request_id: int, now_s: float) -> None:

@@ -14,7 +14,7 @@ from sim.core.request import Slo
 from sim.core.state import PipelineState
 from sim.core.work import Chunk, Work
 
-LEAST_CHUNK_TOKENS = 16
+LEAST_CHUNK_TOKENS = 64
 """The least chunk that is expected of a policy without `min_chunk_tokens`: it never cuts a prompt for the sake of
 a bound, and is compared as if it did."""
 
@@ -38,8 +38,19 @@ class Load:
         self.state = state
         self.predictor = predictor
         self.min_chunk_tokens = min_chunk_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """The pipeline has taken what was routed to it."""
         self.inbox_requests = 0
         self.inbox_tokens = 0
+        self.inbox_pairs = 0.0
+
+    def add(self, prompt_tokens: int) -> None:
+        """A request was routed to it."""
+        self.inbox_requests += 1
+        self.inbox_tokens += prompt_tokens
+        self.inbox_pairs += Chunk(prompt_tokens, 0).attention_pairs
 
     @property
     def requests(self) -> int:
@@ -209,8 +220,12 @@ def _steady_token_s(request: Incoming, load: Load, prefill_per_decode: float) ->
     decode = _all_decoding(request, load)
     count = decode.decode_count
     alone_s = load.iteration_s(decode)
-    chunk = max(1, load.state.limits.max_tokens - count)
-    both_s = load.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),)))
+    state = load.state
+    chunk = max(1, state.limits.max_tokens - count)
+    context = 0
+    if state.ended_prompt_tokens:
+        context = _context(chunk, state.ended_prompt_pairs / state.ended_prompt_tokens)
+    both_s = load.iteration_s(decode._replace(prefill=(Chunk(chunk, context),)))
     return alone_s + (both_s - alone_s) * count * prefill_per_decode / chunk
 
 
@@ -233,21 +248,42 @@ class _Prediction(NamedTuple):
 
 
 def _predict(request: Incoming, load: Load) -> _Prediction:
-    """A prompt has only the time that decoding leaves within the TPOT bound, so a long one takes many chunks."""
+    """A prompt has only the time that decoding leaves within the TPOT bound, so a long one takes many chunks.
+
+    They are taken to be alike, and their tokens to attend to as many as those of the backlog do in the mean.
+    """
     state = load.state
     decode = _all_decoding(request, load)
     backlog = state.waiting.tokens + load.inbox_tokens + request.prompt_tokens
-    backlog += sum([s.remaining_tokens for s in state.prefilling.values()])
+    pairs = state.waiting.attention_pairs + load.inbox_pairs + Chunk(request.prompt_tokens, 0).attention_pairs
+    for sequence in state.prefilling.values():
+        left = Chunk(sequence.remaining_tokens, sequence.computed_tokens)
+        backlog += left.tokens
+        pairs += left.attention_pairs
     most = max(1, min(backlog, state.limits.max_tokens - decode.decode_count))
     budget_s = request.slo.tpot_s / load.slowness
-    within = load.predictor.largest_prefill(decode, 0, most, budget_s)
-    chunk = max(within, min(most, load.min_chunk_tokens))
+    attended = pairs / backlog
+    chunk, context = _chunk(load, decode, _context(most, attended), most, budget_s)
+    before = _context(chunk, attended)
+    if before > context:  # the smaller the chunk, the more of what it attends to lies before it
+        chunk, context = _chunk(load, decode, before, most, budget_s)
     return _Prediction(
         max(0.0, state.free_s - request.arrival_s),
         math.ceil(backlog / chunk),
-        load.iteration_s(decode._replace(prefill=(Chunk(chunk, 0),))),
+        load.iteration_s(decode._replace(prefill=(Chunk(chunk, context),))),
         load.iteration_s(decode),
     )
+
+
+def _chunk(load: Load, decode: Work, context: int, most: int, budget_s: float) -> tuple[int, int]:
+    """Tokens that a policy computes of a prompt, beside `decode`, after `context`; and these."""
+    within = load.predictor.largest_prefill(decode, context, most, budget_s)
+    return max(within, min(most, load.min_chunk_tokens)), context
+
+
+def _context(tokens: int, attended: float) -> int:
+    """Tokens before a chunk of `tokens` that attend to `attended` tokens each in the mean."""
+    return max(0, round(attended - (tokens + 1) / 2))
 
 
 def _all_decoding(request: Incoming, load: Load) -> Work:

@@ -46,6 +46,8 @@ class LinearCost:
 
     host_s: float = 2.0**-8
     prefill_s: float = 2.0**-14
+    pair_s: float = 0.0
+    """Per query-key pair of prompts."""
     decode_s: float = 2.0**-14
     context_s: float = 0.0
     forward_s: float = 2.0**-14
@@ -61,7 +63,11 @@ class LinearCost:
         scale = self.scale
         return {
             "host": scale * self.host_s,
-            "prefill": scale * self.prefill_s * work.prefill_tokens,
+            "prefill": scale
+            * (
+                self.prefill_s * work.prefill_tokens
+                + self.pair_s * sum(chunk.attention_pairs for chunk in work.prefill)
+            ),
             "decode": scale
             * (self.decode_s * work.decode_count + self.context_s * work.decode_context_tokens),
             "forward": scale * self.forward_s * work.forward_tokens,

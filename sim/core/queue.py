@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
 from sim.core.sequence import Sequence
+from sim.core.work import Chunk
 
 ORDERS: dict[str, Callable[[Sequence], float]] = {
     "fcfs": lambda s: s.arrival_s,
@@ -39,6 +40,8 @@ class AdmissionQueue:
         """How many wait; an attribute, since it is asked several times per iteration."""
         self.tokens = 0
         """Known tokens of all waiting sequences."""
+        self.attention_pairs = 0.0
+        """Query-key pairs of computing them all."""
 
     def __len__(self) -> int:
         return self.count
@@ -59,14 +62,12 @@ class AdmissionQueue:
         heappush(self._heap, entry)
         if self._last is None or entry > self._last:
             self._last = entry
-        self.count += 1
-        self.tokens += sequence.known_tokens
+        self._count(sequence)
 
     def put_back(self, sequence: Sequence) -> None:
         """Insert at the very front."""
         self._returned.append(sequence)
-        self.count += 1
-        self.tokens += sequence.known_tokens
+        self._count(sequence)
 
     def first(self) -> Sequence:
         return self._returned[-1] if self._returned else self._heap[0][2]
@@ -82,8 +83,7 @@ class AdmissionQueue:
             sequence = heappop(self._heap)[2]
             if not self._heap:
                 self._last = None
-        self.count -= 1
-        self.tokens -= sequence.known_tokens
+        self._discount(sequence)
         return sequence
 
     def remove(self, sequence: Sequence) -> None:
@@ -94,5 +94,14 @@ class AdmissionQueue:
             self._heap = [entry for entry in self._heap if entry[2] is not sequence]
             heapify(self._heap)
             self._last = max(self._heap, default=None)
+        self._discount(sequence)
+
+    def _count(self, sequence: Sequence) -> None:
+        self.count += 1
+        self.tokens += sequence.known_tokens
+        self.attention_pairs += Chunk(sequence.known_tokens, 0).attention_pairs
+
+    def _discount(self, sequence: Sequence) -> None:
         self.count -= 1
         self.tokens -= sequence.known_tokens
+        self.attention_pairs -= Chunk(sequence.known_tokens, 0).attention_pairs

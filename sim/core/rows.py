@@ -1,6 +1,6 @@
 """Result rows: what the loop records, column by column.
 
-A table is one flat array of bytes, a row one packed string appended to it, so millions of iterations fit: 127
+A table is one flat array of bytes, a row one packed string appended to it, so millions of iterations fit: 131
 bytes each, since whole numbers of a known range take as few bytes as that range needs. Strings are stored as
 codes into `labels`. Simulator and engine fill the same tables; `sim.results` turns them into Parquet.
 """
@@ -21,6 +21,7 @@ from sim.core.work import Work
 WORK_COLUMNS = (
     "prefill_chunks",
     "prefill_tokens",
+    "prefill_context_tokens",
     "prefill_pairs",
     "decode_count",
     "decode_context_tokens",
@@ -37,8 +38,8 @@ WORK_COLUMNS = (
     "adapters",
     "overlap",
 )
-"""`Work`, flat. `backward_layers` counts the layers of all backward rectangles; pairs are query-key pairs of
-causal attention (`Chunk.attention_pairs`)."""
+"""`Work`, flat. `prefill_context_tokens` sums the contexts of the chunks, `backward_layers` counts the layers of
+all backward rectangles; pairs are query-key pairs of causal attention (`Chunk.attention_pairs`)."""
 
 ITERATION_COLUMNS = (
     "pipeline",
@@ -99,6 +100,7 @@ WHOLE: Mapping[str, str] = {
     "iteration": "I",
     "prefill_chunks": "H",
     "prefill_tokens": "I",
+    "prefill_context_tokens": "I",
     "decode_count": "I",
     "decode_context_tokens": "I",
     "sampled_tokens": "I",
@@ -235,12 +237,15 @@ class Recorder:
 def work_row(work: Work) -> tuple[float, ...]:
     """`work` in WORK_COLUMNS order."""
     prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
-    prefill_tokens = forward_tokens = backward_layers = backward_tokens = recompute_tokens = 0
+    prefill_tokens = prefill_context = forward_tokens = backward_layers = backward_tokens = (
+        recompute_tokens
+    ) = 0
     # Twice the pairs, which are whole numbers: those are multiplied faster.
     prefill_pairs = forward_pairs = backward_pairs = recompute_pairs = 0
     if prefill:
         for tokens, before in prefill:
             prefill_tokens += tokens
+            prefill_context += before
             prefill_pairs += tokens * (before + before + tokens + 1)
     if forward:
         for tokens, before in forward:
@@ -259,6 +264,7 @@ def work_row(work: Work) -> tuple[float, ...]:
     return (
         len(prefill),
         prefill_tokens,
+        prefill_context,
         0.5 * prefill_pairs,
         count,
         context,

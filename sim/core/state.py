@@ -74,8 +74,10 @@ class PipelineState:
         self.tick = 0
         self.arrived = 0
         self.ended_prompt_tokens = 0
+        self.ended_prompt_pairs = 0.0
         self.ended_output_tokens = 0
-        """Of all requests that have ended; a router learns from them how long requests are."""
+        """Of all requests that were taken and have ended, with the query-key pairs of their prompts; a router
+        learns from them how long requests are."""
         self.predicted_s = 0.0
         self.measured_s = 0.0
         """Of all iterations that were predicted; a router learns from them how wrong predictions are."""
@@ -508,8 +510,10 @@ class PipelineState:
         self, sequence: Sequence, outcome: Outcome, last_token_s: float | None = None
     ) -> None:
         request = self._requests.pop(sequence.id)
-        self.ended_prompt_tokens += request.prompt_tokens
-        self.ended_output_tokens += sequence.generated_tokens
+        if outcome is not Outcome.REJECTED:
+            self.ended_prompt_tokens += request.prompt_tokens
+            self.ended_prompt_pairs += Chunk(request.prompt_tokens, 0).attention_pairs
+            self.ended_output_tokens += sequence.generated_tokens
         self._recorder.add_request(
             request,
             self.pipeline,

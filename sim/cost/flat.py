@@ -81,15 +81,19 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
     return {
         "forward_pass": _at(c.token_s, tokens + windows),
         "attention_prefill": _chunks(
-            c.prefill, row["prefill_chunks"], row["prefill_tokens"], row["prefill_pairs"]
+            c.prefill,
+            row["prefill_chunks"],
+            row["prefill_tokens"],
+            row["prefill_pairs"],
+            row["prefill_context_tokens"] + row["prefill_tokens"],
         ),
         "attention_decode": decodes + row["decode_context_tokens"] * c.decode.context_s,
-        "attention_forward": _chunks(c.forward, row["forward_windows"], windows, row["forward_pairs"]),
+        "attention_forward": _alike(c.forward, row["forward_windows"], windows, row["forward_pairs"]),
         "logits": _at(c.sampled_s, row["sampled_tokens"]),
         "loss": _at(c.loss_s, windows),
         "backward": c.backward_start_s * (layer_tokens > 0)
         + layers * _at(c.backward_layer_s, each)
-        + _chunks(c.backward, layers, layer_tokens, row["backward_pairs"]),
+        + _alike(c.backward, layers, layer_tokens, row["backward_pairs"]),
         "recompute": _at(c.recompute_s, row["recompute_tokens"])
         + row["recompute_tokens"] * c.recompute.token_s
         + row["recompute_pairs"] * c.recompute.pair_s,
@@ -105,15 +109,18 @@ def _windows_lora_s(c: Curves, windows: Floats) -> Floats:
     return seconds if c.window_collective_s is None else seconds + _at(c.window_collective_s, windows)
 
 
-def _chunks(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:
-    some = tokens > 0
+def _alike(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:
+    """Of chunks as long as their mean: one of n tokens after c has n (c + (n + 1) / 2) pairs, and c + n keys."""
+    each = np.divide(tokens, count, out=np.zeros_like(pairs), where=tokens > 0)
+    behind = np.divide(pairs, tokens, out=np.zeros_like(pairs), where=tokens > 0)
+    return _chunks(cost, count, tokens, pairs, count * (behind + (each - 1) / 2))
+
+
+def _chunks(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats, keys: Floats) -> Floats:
     compute_s = tokens * cost.token_s + pairs * cost.pair_s
-    # One chunk of n tokens after c has n (c + (n + 1) / 2) pairs, and c + n keys.
-    each = np.divide(tokens, count, out=np.zeros_like(pairs), where=some)
-    behind = np.divide(pairs, tokens, out=np.zeros_like(pairs), where=some)
-    reading_s = count * (behind + (each - 1) / 2) * cost.read_s
+    reading_s = keys * cost.read_s
     shorter_s = cost.unhidden * np.minimum(compute_s, reading_s)
-    seconds: Floats = (count * cost.fixed_s + np.maximum(compute_s, reading_s) + shorter_s) * some
+    seconds: Floats = (count * cost.fixed_s + np.maximum(compute_s, reading_s) + shorter_s) * (tokens > 0)
     return seconds
 
 

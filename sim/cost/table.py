@@ -5,8 +5,9 @@
 
 The C are piecewise linear and never decrease: they are sums of ramps between log-spaced knots with
 non-negative coefficients, fitted by non-negative least squares of the relative error. Attention is
-linear per axis, decode attention linear in the sum of contexts. The rectangles of a backward are seen as
-their sums: layers, layer-tokens and pairs.
+linear per axis: decodes in the sum of contexts, prompts in chunks, query-key pairs and keys, whose reading few
+tokens after a long context wait for. The rectangles of a backward are seen as their sums: layers, layer-tokens
+and pairs.
 
 Host time is the constant term: given where it was measured apart, else fitted. It is what the rows' own loop
 did not hide, so a table stands for loops with the lookahead that its rows were measured with.
@@ -35,6 +36,7 @@ COARSE_KNOTS = (0, 1, 64, 256, 1024, 4096, 8192)
 LINEAR = (
     "host",
     "prefill_chunks",
+    "prefill_keys",
     "prefill_pairs",
     "any_decode",
     "decode_count",
@@ -143,6 +145,7 @@ def _design(rows: dict[str, Floats]) -> tuple[Floats, dict[str, tuple[int, ...]]
     linear = {
         **rows,
         "host": np.ones_like(windows),
+        "prefill_keys": rows["prefill_context_tokens"] + rows["prefill_tokens"],
         "any_decode": rows["decode_count"] > 0,
         "any_backward": rows["backward_layer_tokens"] > 0,
         "any_lora": uses * 1.0 + (windows > 0),
@@ -179,7 +182,7 @@ def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: f
         backward_layer_s=[c["backward_layer_tokens"] * n for n in range(known + 1)],
         backward_collective_s=None,
         backward_start_s=c["any_backward"],
-        prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], 0.0),
+        prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], c["prefill_keys"], unhidden=1.0),
         forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], 0.0),
         recompute=ChunkCost(0.0, 0.0, c["recompute_pairs"], 0.0),
         backward=ChunkCost(c["backward_layers"], 0.0, c["backward_pairs"], 0.0),

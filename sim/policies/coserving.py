@@ -26,7 +26,7 @@ class CoServing:
         budget_s: float,
         margin: float = 0.05,
         max_forward_tokens: int = 8192,
-        min_chunk_tokens: int = 16,
+        min_chunk_tokens: int = 64,
     ) -> None:
         """`budget_s`: bound on the time of an iteration, the tightest TPOT bound of the traffic; `margin`:
         share of it that is kept free, because predictions are not exact."""
@@ -39,6 +39,8 @@ class CoServing:
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        decode, prefills, preempted, work = pack_inference(view, latency=self._latency)
+        decode, prefills, preempted, work = pack_inference(
+            view, latency=self._latency if view.decode_count else None
+        )
         slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         return Plan(decode, prefills, preempted, slices, predicted_s=predicted_s)

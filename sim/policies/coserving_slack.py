@@ -65,7 +65,7 @@ class CoServingSlack:
         smoothing: float = 0.05,
         margin_deviations: float = 3.0,
         max_forward_tokens: int = 8192,
-        min_chunk_tokens: int = 16,
+        min_chunk_tokens: int = 64,
     ) -> None:
         """`budget_s`, `ttft_s`: the tightest TPOT and TTFT bounds of the traffic.
 

@@ -21,7 +21,7 @@ class SpatialLimited:
         budget_s: float,
         margin: float = 0.05,
         max_forward_tokens: int = 8192,
-        min_chunk_tokens: int = 16,
+        min_chunk_tokens: int = 64,
     ) -> None:
         """`budget_s`: bound on the time of an iteration; `margin`: share of it that is kept free."""
         if not 0 <= margin < 1:
@@ -33,7 +33,7 @@ class SpatialLimited:
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        inference = pack_inference(view, latency=self._latency)
+        inference = pack_inference(view, latency=self._latency if view.decode_count else None)
         work = inference.work._replace(overlap=inference.busy)
         slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
         return inference.plan()._replace(

@@ -26,7 +26,7 @@ class TemporalLimited:
         budget_s: float,
         margin: float = 0.05,
         max_forward_tokens: int = 8192,
-        min_chunk_tokens: int = 16,
+        min_chunk_tokens: int = 64,
     ) -> None:
         """`budget_s`: bound on an inference iteration and the finetuning slice after it, together;
         `margin`: share of it that is kept free."""
@@ -44,7 +44,7 @@ class TemporalLimited:
             plan = self._finetune(view, self._budget_s - spent_s)
             if plan.finetune:
                 return plan
-        inference = pack_inference(view, latency=self._latency)
+        inference = pack_inference(view, latency=self._latency if view.decode_count else None)
         if not inference.busy:
             return self._finetune(view, self._budget_s)
         predicted_s = self._predictor.iteration_s(inference.work)

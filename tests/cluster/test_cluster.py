@@ -54,7 +54,8 @@ def load_of(
     for id, prompt in enumerate(prompts):
         state.arrive(Request(id, 0.0, prompt, 5))
     load = Load(state, predictor or LinearCost())
-    load.inbox_requests, load.inbox_tokens = inbox, 10 * inbox
+    for _ in range(inbox):
+        load.add(10)
     return load
 
 
@@ -214,9 +215,37 @@ def test_consolidate_knows_that_a_prompt_has_only_the_time_that_decodes_leave() 
     On the idle one they take 84 and 50 ms."""
     cost = LinearCost(host_s=0.001, decode_s=0.001, prefill_s=0.0001)
     loads = [load_of(*[1] * 8, predictor=cost), load_of(predictor=cost)]
+    for load in loads:
+        load.min_chunk_tokens = 16
     for ttft_s, tpot_s, chosen in ((0.1, 0.021, 0), (0.2, 0.0125, 1), (0.3, 0.0125, 0)):
         slo = Slo(ttft_s=ttft_s, tpot_s=tpot_s)
         assert Consolidate(headroom=1.0).choose(Incoming(400, slo, None), loads) == chosen
+
+
+def in_prefill(prompt: int, done: int, cost: LinearCost) -> Load:
+    """A pipeline that has computed `done` tokens of its only prompt."""
+    load = load_of(prompt, predictor=cost)
+    for _ in range(done // 200):
+        load.state.apply(Plan(prefills=((0, 200),)), 0.0)
+        load.state.commit(0.0)
+    return load
+
+
+@pytest.mark.parametrize("router", [SloAware, Consolidate])
+def test_the_tokens_of_a_long_prompt_attend_to_more(router: type) -> None:
+    """As many tokens are to come before the request's on both; 300 of 900, or 900, attend to more than nine or
+    three times 100 do. By tokens alone the first, in order, would do as well."""
+    slo = Slo(ttft_s=0.04, tpot_s=0.02)
+    for pair_s, chosen in ((0.0, 0), (2.0**-23, 1)):
+        cost = LinearCost(pair_s=pair_s)
+        routed, short = load_of(predictor=cost), load_of(*[100] * 9, predictor=cost)
+        routed.add(900)
+        for deep, shallow in (
+            (load_of(900, predictor=cost), short),
+            (routed, short),
+            (in_prefill(900, 600, cost), load_of(*[100] * 3, predictor=cost)),
+        ):
+            assert router().choose(Incoming(5, slo, None), [deep, shallow]) == chosen
 
 
 def test_consolidate_expects_iterations_as_long_as_the_tpot_bound_allows() -> None:

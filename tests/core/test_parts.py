@@ -60,7 +60,9 @@ def test_the_queue_is_returned_ones_then_a_stable_sort(
         assert list(islice(queue, number)) == (returned + ordered)[:number]
         assert not len(queue) or queue.last() is (returned + ordered)[-1]
         assert len(queue) == len(returned) + len(ordered)
-        assert queue.tokens == sum(s.known_tokens for s in returned + ordered)
+        known = [s.known_tokens for s in returned + ordered]
+        assert queue.tokens == sum(known)
+        assert queue.attention_pairs == sum(n * (n + 1) // 2 for n in known)
 
 
 def test_a_long_queue_gives_equal_keys_in_their_order_of_arrival() -> None:

@@ -191,6 +191,16 @@ def test_a_sampled_model_is_a_few_per_cent_off(device: str, model: str) -> None:
     assert fitted.curves.host_s == pytest.approx(truth.curves.host_s, rel=0.3)
 
 
+@pytest.mark.parametrize(("device", "model"), PAIRS)
+def test_a_sampled_model_knows_what_few_tokens_after_a_long_context_wait_for(device: str, model: str) -> None:
+    """Reading the keys, not the products; 32,768 of them are eight times what its rows had."""
+    context = load(device, model)
+    truth, fitted = Roofline().build(context), Sampled(of=Roofline()).build(context)
+    for before, most in ((4096, 0.10), (32_768, 0.35)):
+        work = Work((Chunk(16, before),), 4, 4000, 5)
+        assert fitted.iteration_s(work) == pytest.approx(truth.iteration_s(work), rel=most)
+
+
 def test_a_sampled_model_knows_the_loop_it_predicts() -> None:
     now = Sampled(of=Roofline()).build(HERE)
     ahead = Sampled(of=Roofline()).build(load(DEVICES[0], MODELS[0], lookahead=1))

@@ -50,8 +50,11 @@ def is_inference(plan: Plan) -> bool:
 
 
 def minimum_s(result: Run, index: int) -> float:
-    """Seconds of iteration `index` with its decodes and one minimum chunk, by prediction."""
+    """Seconds of iteration `index` with its decodes and one minimum chunk, by prediction; of all its chunks where
+    nobody decodes."""
     work = result.log.works[index].inference._replace(overlap=False)
+    if not work.decode_count:
+        return COST.iteration_s(work._replace(adapters=0))
     chunk = tuple(c._replace(tokens=min(c.tokens, 16)) for c in work.prefill[:1])
     return COST.iteration_s(work._replace(prefill=chunk, adapters=0))
 
@@ -86,7 +89,7 @@ def test_the_predicted_time_exceeds_the_budget_only_with_the_least_inference(
 ) -> None:
     requests = requests_of(150, rate_rps=30, prompt_tokens=(10, 800), output_tokens=(1, 80), seed=2)
     for budget_s in (0.012, 0.03):
-        policy = build_policy(name, predictor=COST, budget_s=budget_s)
+        policy = build_policy(name, predictor=COST, budget_s=budget_s, min_chunk_tokens=16)
         limits = limits_of(lookahead=lookahead, kv_tokens=6000)
         jobs = [job_of(700, order=order)]
         result = run(policy, requests, jobs=jobs, limits=limits, world=COST, horizon=Horizon(duration_s=6.0))
@@ -100,6 +103,20 @@ def test_the_predicted_time_exceeds_the_budget_only_with_the_least_inference(
             if together_s > budget_s * (1 + 1e-9):
                 assert not plan.finetune and predicted_s <= minimum_s(result, i) * (1 + 1e-9)
             spent_s = predicted_s if is_inference(plan) else 0.0
+
+
+@pytest.mark.parametrize("name", [*BUDGETED, "coserving_slack"])
+def test_a_prompt_is_not_cut_for_the_sake_of_tokens_that_nobody_waits_for(name: str) -> None:
+    """5000 tokens of 0.5 ms, of a bound of 50 ms: alone in chunks as large as the limit, beside a decode not."""
+    cost = LinearCost(prefill_s=2.0**-11)
+    settings = {"max_burst": 1.0} if name == "coserving_slack" else {}
+    policy = build_policy(name, predictor=cost, budget_s=0.05, **settings)
+    requests = [Request(0, 0.0, 5000, 4000, slo="chat"), Request(1, 3.0, 5000, 2, slo="chat")]
+    works = run(policy, requests, limits=ROOMY, world=cost, horizon=Horizon(duration_s=20.0)).log.works
+    chunks = [(work.decode_count, work.prefill[0].tokens) for work in works if work.prefill]
+    alone = [tokens for count, tokens in chunks if not count]
+    assert sum(alone) == 5000 and set(alone[:-1]) == {ROOMY.max_tokens}
+    assert max(tokens for count, tokens in chunks if count) < 100
 
 
 @pytest.mark.parametrize("budget_s", [0.01, 0.05])
@@ -405,7 +422,9 @@ def test_slack_brings_first_tokens_in_time_that_finetuning_would_make_late() -> 
 def test_slack_sizes_prompt_chunks_by_what_iterations_really_take() -> None:
     """A world twice as slow as predicted: chunks of a prompt beside decodes take the budget, not twice that."""
     believed = LinearCost(prefill_s=2.0**-11)
-    policy = build_policy("coserving_slack", predictor=believed, budget_s=0.05, max_burst=1.0)
+    policy = build_policy(
+        "coserving_slack", predictor=believed, budget_s=0.05, max_burst=1.0, min_chunk_tokens=16
+    )
     requests = [*long_requests(), Request(8, 10.0, 5000, 2)]
     world = LinearCost(prefill_s=2.0**-11, scale=2.0)
     result = run(policy, requests, limits=ROOMY, world=world, horizon=Horizon(duration_s=20.0, drain_s=0.0))
