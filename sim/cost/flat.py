@@ -1,8 +1,8 @@
 """Seconds of flat rows of work (`WORK_COLUMNS`) by parts, many rows at once.
 
 What `IterationCost.parts` says of one `Work`, for the rows that tables and run folders hold. A row has the
-sums of its chunks and rectangles only: they are all taken to be as long as their mean, which is exact where
-curves are linear, as fitted ones are but for the reading of keys.
+sums of its chunks and rectangles only, which is exact where curves are linear, as fitted ones are. What windows
+and rectangles read of keys is not among the sums: they are taken to be as long as their mean.
 """
 
 from __future__ import annotations
@@ -109,11 +109,17 @@ def _windows_lora_s(c: Curves, windows: Floats) -> Floats:
     return seconds if c.window_collective_s is None else seconds + _at(c.window_collective_s, windows)
 
 
-def _alike(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:
-    """Of chunks as long as their mean: one of n tokens after c has n (c + (n + 1) / 2) pairs, and c + n keys."""
+def keys_of_alike(count: Floats, tokens: Floats, pairs: Floats) -> Floats:
+    """Keys that chunks as long as their mean attend to: one of n tokens after c has n (c + (n + 1) / 2) pairs, and
+    c + n keys."""
     each = np.divide(tokens, count, out=np.zeros_like(pairs), where=tokens > 0)
     behind = np.divide(pairs, tokens, out=np.zeros_like(pairs), where=tokens > 0)
-    return _chunks(cost, count, tokens, pairs, count * (behind + (each - 1) / 2))
+    keys: Floats = count * (behind + (each - 1) / 2) * (tokens > 0)
+    return keys
+
+
+def _alike(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats) -> Floats:
+    return _chunks(cost, count, tokens, pairs, keys_of_alike(count, tokens, pairs))
 
 
 def _chunks(cost: ChunkCost, count: Floats, tokens: Floats, pairs: Floats, keys: Floats) -> Floats:

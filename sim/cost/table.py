@@ -5,9 +5,9 @@
 
 The C are piecewise linear and never decrease: they are sums of ramps between log-spaced knots with
 non-negative coefficients, fitted by non-negative least squares of the relative error. Attention is
-linear per axis: decodes in the sum of contexts, prompts in chunks, query-key pairs and keys, whose reading few
-tokens after a long context wait for. The rectangles of a backward are seen as their sums: layers, layer-tokens
-and pairs.
+linear per axis: decodes in the sum of contexts, prompts and windows in chunks, query-key pairs and keys, whose
+reading few tokens after a long context wait for. The rectangles of a backward are seen as their sums: layers,
+layer-tokens and pairs.
 
 Host time is the constant term: given where it was measured apart, else fitted. It is what the rows' own loop
 did not hide, so a table stands for loops with the lookahead that its rows were measured with.
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from sim.core.rows import WORK_COLUMNS
 from sim.cost.curves import ChunkCost, Curves, DecodeCost
 from sim.cost.fitted import FittedCost
-from sim.cost.flat import device_seconds, streams
+from sim.cost.flat import device_seconds, keys_of_alike, streams
 from sim.cost.nnls import nnls
 
 Floats = NDArray[np.float64]
@@ -42,6 +42,7 @@ LINEAR = (
     "decode_count",
     "decode_context_tokens",
     "forward_windows",
+    "forward_keys",
     "forward_pairs",
     "any_backward",
     "backward_layers",
@@ -146,6 +147,7 @@ def _design(rows: dict[str, Floats]) -> tuple[Floats, dict[str, tuple[int, ...]]
         **rows,
         "host": np.ones_like(windows),
         "prefill_keys": rows["prefill_context_tokens"] + rows["prefill_tokens"],
+        "forward_keys": keys_of_alike(rows["forward_windows"], windows, rows["forward_pairs"]),
         "any_decode": rows["decode_count"] > 0,
         "any_backward": rows["backward_layer_tokens"] > 0,
         "any_lora": uses * 1.0 + (windows > 0),
@@ -183,7 +185,7 @@ def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: f
         backward_collective_s=None,
         backward_start_s=c["any_backward"],
         prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], c["prefill_keys"], unhidden=1.0),
-        forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], 0.0),
+        forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], c["forward_keys"], unhidden=1.0),
         recompute=ChunkCost(0.0, 0.0, c["recompute_pairs"], 0.0),
         backward=ChunkCost(c["backward_layers"], 0.0, c["backward_pairs"], 0.0),
         decode=DecodeCost(c["any_decode"], c["decode_count"], c["decode_context_tokens"]),

@@ -197,8 +197,8 @@ def test_a_sampled_model_knows_what_few_tokens_after_a_long_context_wait_for(dev
     context = load(device, model)
     truth, fitted = Roofline().build(context), Sampled(of=Roofline()).build(context)
     for before, most in ((4096, 0.10), (32_768, 0.35)):
-        work = Work((Chunk(16, before),), 4, 4000, 5)
-        assert fitted.iteration_s(work) == pytest.approx(truth.iteration_s(work), rel=most)
+        for work in (Work((Chunk(16, before),), 4, 4000, 5), Work(forward=(Chunk(16, before),))):
+            assert fitted.iteration_s(work) == pytest.approx(truth.iteration_s(work), rel=most)
 
 
 def test_a_sampled_model_knows_the_loop_it_predicts() -> None:
