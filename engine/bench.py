@@ -75,7 +75,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     folder = Path(hydra.runtime.output_dir)
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     run = build(BenchRunSettings, config.run, "run")
-    done = finished_run(folder, resolved, resume=run.resume, sweep=hydra.mode == RunMode.MULTIRUN)
+    done = finished_run(folder, resolved, resume=run.resume)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config, "losses": {}, "plans": {}}
     spec = spec_of(config)
@@ -121,9 +121,7 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
     manifest = make_manifest(seed=spec.seed, device=spec.device.name, wall_s=wall_s, command=sys.argv)
     if rerun is not None:
         write_rerun(folder, rerun)
-    write_run(
-        folder, recorder, summary, config=spec.config, manifest=manifest, source="engine", overwrite=True
-    )
+    write_run(folder, recorder, summary, config=spec.config, manifest=manifest, source="engine")
     trainer = pipelines.trainer
     for id in spec.jobs:
         write_adapter(trainer.adapter(id), folder / adapter_folder(id), spec.weights)

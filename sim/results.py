@@ -87,13 +87,11 @@ def write_run(
     config: Mapping[str, object],
     manifest: Mapping[str, object],
     source: str,
-    overwrite: bool = False,
 ) -> Path:
     """Write one run and return its folder, made if needed.
 
-    `config` and `manifest` are plain containers. A folder that already holds a run is refused; with
-    `overwrite` it is replaced, except that measured rows (`engine`) never give way to simulated ones.
-    Raises ValueError for those and OSError, with the folder in its one line, if it cannot be written.
+    `config` and `manifest` are plain containers. Raises ValueError if the folder already holds a run, and OSError,
+    with the folder in its one line, if it cannot be written.
     """
     if source not in SOURCES:
         raise ValueError(f"source must be one of {', '.join(SOURCES)}, got {source!r}")
@@ -101,6 +99,8 @@ def write_run(
     if stated != source:
         raise ValueError(f"summary says source {stated!r}, the run is written as {source!r}")
     folder = Path(folder)
+    if (folder / SUMMARY).exists():
+        raise ValueError(f"{folder} already holds a run; choose another folder")
     texts = {
         CONFIG: _yaml(config),
         "manifest.json": _json(manifest),
@@ -108,7 +108,6 @@ def write_run(
     last = _json({**summary, "source": source})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _make_way(folder, source, overwrite)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
         for name in TABLES:
@@ -144,21 +143,25 @@ def read_run(folder: str | Path) -> Run:
     return Run(folder=folder, summary=summary, config=config, manifest=manifest)
 
 
-def finished_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool, sweep: bool) -> Run | None:
-    """The complete run that a folder holds already, if it is to be resumed: a sweep goes on where it was cut short.
+def finished_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool) -> Run | None:
+    """The complete run that a folder holds already, to be resumed: a sweep goes on where it was cut short.
 
-    Raises ValueError when it is a run of other settings and would be resumed, or is one of a `sweep`, of which others
-    would stay beside the new ones; `run.resume` itself may differ.
+    Raises ValueError when it is not to be resumed, or is a run of other settings; `run.resume` itself may differ.
     """
-    if not (resume or sweep) or not (Path(folder) / SUMMARY).is_file():
+    if not (Path(folder) / SUMMARY).is_file():
         return None
+    if not resume:
+        raise ValueError(
+            f"{shown_path(folder)} holds a run already: choose another folder, or, where it is the same run, "
+            "run.resume=true takes it as it is"
+        )
     found = read_run(folder)
     absent = [key for key in DEFINITIONS if key not in found.summary and not key.endswith("_bound_s")]
     if absent:
         raise ValueError(f"{found.folder / SUMMARY} has no {absent[0]}: damaged, or of another version")
     if _settings(config) != _settings(found.config):
-        raise ValueError(f"{folder} holds a run of other settings; choose another folder")
-    return found if resume else None
+        raise ValueError(f"{shown_path(folder)} holds a run of other settings; choose another folder")
+    return found
 
 
 def _settings(config: Mapping[str, Any]) -> str:
@@ -233,17 +236,6 @@ def make_manifest(
         "wall_s": wall_s,
         "command": list(sys.argv if command is None else command),
     }
-
-
-def _make_way(folder: Path, source: str, overwrite: bool) -> None:
-    """Refuse to replace a run that must stay, else take its summary away so that it is incomplete."""
-    if not (folder / SUMMARY).exists():
-        return
-    if not overwrite:
-        raise ValueError(f"{folder} already holds a run; choose another folder")
-    if source != "engine" and read_run(folder).summary.get("source") == "engine":
-        raise ValueError(f"{folder} holds a measured run (source engine); a simulated one may not replace it")
-    (folder / SUMMARY).unlink()
 
 
 def _write_table(path: Path, table: Table, recorder: Recorder, source: str) -> None:

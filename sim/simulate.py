@@ -85,7 +85,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     single = hydra.mode == RunMode.RUN
     resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
     run = build(RunSettings, config.run, "run")
-    done = finished_run(folder, resolved, resume=run.resume, sweep=not single)
+    done = finished_run(folder, resolved, resume=run.resume)
     if done is not None:
         return {**done.summary, "folder": str(folder), "config": done.config}
     with warnings_as_notes(shown=single):
@@ -179,7 +179,7 @@ def _run(
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
-    write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim", overwrite=True)
+    write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim")
     notes = request_notes(
         recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
     )

@@ -268,7 +268,8 @@ def _data_set(folder: Path, name: str) -> Path:
 
 
 def _coserve(python: str, out: Path, chunk: int) -> Program:
-    run = ["workload=csv", "run.bounds=false", "run.drain_s=1000000", f"hydra.run.dir={out / 'coserve'}"]
+    folder = f"hydra.run.dir={out}/coserve/${{now:%H-%M-%S-%f}}"
+    run = ["workload=csv", "run.bounds=false", "run.drain_s=1000000", folder]
     command = [python, "-c", RUN_COSERVE, "simulate", *SCENE, *_limits(chunk), *run]
     built = _succeeds(python, "import sim.core.state; sim.core.state.__file__.index('.so')")
     name = "coserve, machine code" if built else "coserve"

@@ -38,12 +38,12 @@ def recorder(iterations: int = 3) -> Recorder:
     return rows
 
 
-def write(folder: Path, source: str = "sim", rows: Recorder | None = None, **options: bool) -> Path:
+def write(folder: Path, source: str = "sim", rows: Recorder | None = None) -> Path:
     rows = recorder() if rows is None else rows
     slos = {"chat": Slo(ttft_s=2.0), "batch": Slo()}
     summary = summarize(rows, slos=slos, duration_s=3.0, labels={"policy": "coserving", "rate_rps": None})
     manifest = make_manifest(seed=0, device="a100_80gb", wall_s=0.25, command=["coserve", "simulate"])
-    return write_run(folder, rows, summary, config=CONFIG, manifest=manifest, source=source, **options)
+    return write_run(folder, rows, summary, config=CONFIG, manifest=manifest, source=source)
 
 
 def test_a_run_reads_back_as_it_was_written(tmp_path: Path) -> None:
@@ -210,25 +210,11 @@ def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path: Path) -> No
     assert not (blocked / "summary.json").exists()
 
 
-def test_a_run_is_replaced_only_when_asked_and_measured_rows_never_by_simulated(tmp_path: Path) -> None:
-    write(tmp_path / "sim")
+def test_a_run_is_never_replaced(tmp_path: Path) -> None:
+    write(tmp_path)
     with pytest.raises(ValueError, match="already holds a run"):
-        write(tmp_path / "sim")
-    write(tmp_path / "sim", rows=recorder(9), overwrite=True)
-    assert len(read_run(tmp_path / "sim").table("iterations")) == 9
-    write(tmp_path / "engine", source="engine")
-    with pytest.raises(ValueError, match="measured run"):
-        write(tmp_path / "engine", overwrite=True)
-    assert read_run(tmp_path / "engine").summary["source"] == "engine"
-
-
-def test_a_replacement_that_fails_leaves_no_complete_run(tmp_path: Path) -> None:
-    folder = write(tmp_path / "run")
-    (folder / "steps.parquet").unlink()
-    (folder / "steps.parquet").mkdir()
-    with pytest.raises(OSError, match="cannot write"):
-        write(folder, overwrite=True)
-    assert not (folder / "summary.json").exists()
+        write(tmp_path, source="engine", rows=recorder(9))
+    assert len(read_run(tmp_path).table("iterations")) == 3
 
 
 def test_runs_are_found_once_and_sorted(tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ def test_the_policy_of_the_readme_runs_from_a_folder_of_its_own(
     own = ["cluster=single", "workload=poisson", "workload.rate_rps=2", "workload.duration_s=30"]
     trained = []
     for few in (0, 1000):
-        assert main([*command, *own, "run.bounds=false", "hydra.run.dir=out", f"policy.few={few}"]) == 0
-        summary = read_run("out").summary
+        assert main([*command, *own, "run.bounds=false", f"hydra.run.dir={few}", f"policy.few={few}"]) == 0
+        summary = read_run(str(few)).summary
         assert summary["policy"] == f"quiet_{few}" and summary["attainment"] > 0.9
         trained.append(summary["finetune_fwd_tok_s"])
     assert 0 < 2 * trained[0] < trained[1]

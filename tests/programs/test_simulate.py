@@ -145,7 +145,7 @@ def test_a_sweep_shows_what_it_is_of_in_its_own_folder_even_of_one_run(
     subdir: str, inside: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     sweep = ["simulate", "-m", *SHORT, "hydra.sweep.dir=sweep", f"hydra.sweep.subdir={subdir}"]
-    for policies, code in (("coserving", 0), ("coserving,separate,inference_only", 1)):
+    for policies, code in (("inference_only", 0), ("coserving,separate,inference_only", 1)):
         # Of a sweep with a run that is refused, the others are left.
         assert main([*sweep, f"policy={policies}", "cluster.pipelines=3"]) == code
         assert capfd.readouterr().out.endswith("runs:   sweep\nfigure: sweep/compare.png\n")
@@ -284,11 +284,41 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFix
     assert capfd.readouterr().out == out
     assert main([*sweep, "run.resume=true", "seed=1"]) == 1
     assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
-    assert main([*sweep, "seed=1"]) == 1, "nor does it mix runs of two sweeps"
-    assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
-    assert main(sweep) == 0 and first.stat().st_mtime_ns > kept
+    assert main(sweep) == 1 and first.stat().st_mtime_ns == kept
+    assert "sweep/0 holds a run already" in capfd.readouterr().err
     assert main([*sweep, "run.resume=maybe"]) == 1
     assert "run.resume must be true or false, got 'maybe'" in capfd.readouterr().err
+
+
+def test_a_run_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
+    folder = simulate()
+    out = capfd.readouterr().out
+    kept = contents(folder)
+    command = ["simulate", *SHORT, f"hydra.run.dir={folder}"]
+    for argv, why in (
+        (
+            command,
+            "already: choose another folder, or, where it is the same run, run.resume=true takes it as it is",
+        ),
+        (
+            [*command, "seed=1"],
+            "already: choose another folder, or, where it is the same run, run.resume=true",
+        ),
+        ([*command, "seed=1", "run.resume=true"], "of other settings; choose another folder"),
+    ):
+        assert main(argv) == 2
+        assert f"coserve simulate: error: out holds a run {why}" in capfd.readouterr().err
+        assert contents(folder) == kept
+    assert main([*command, "run.resume=true"]) == 0
+    assert capfd.readouterr().out == out
+    assert contents(folder) == kept
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    """Of the files of a run and its bounds, without what Hydra writes."""
+    return {
+        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts
+    }
 
 
 def test_a_least_chunk_beyond_what_an_iteration_takes_is_the_whole_iteration() -> None:
