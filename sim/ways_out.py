@@ -85,7 +85,7 @@ def _candidates(config: DictConfig, models: Path, bound: Changes) -> Iterator[li
         for part in PARTS
         if longest >= part
     ]
-    smaller = _smaller(own, models)
+    smaller = _smaller(config, models)
     yield [*smaller, *({**changes, **least} for changes in smaller)]
     if bound:
         yield [bound]
@@ -100,17 +100,20 @@ def _candidates_to_fit(config: DictConfig, models: Path) -> Iterator[list[Change
     if recompute:
         yield [recompute, *({**changes, **recompute} for changes in wider)]
     yield [{"finetune.seq_len": config.finetune.seq_len // part} for part in PARTS]
-    smaller = _smaller(own, models)
+    smaller = _smaller(config, models)
     yield [*smaller, *({**changes, **recompute} for changes in smaller)]
 
 
-def _smaller(own: ModelShape, models: Path) -> list[Changes]:
-    """Those of `models` that are smaller than `own`, the largest first."""
-    nodes = [OmegaConf.load(path) for path in models.glob("*.yaml")]
-    params = {str(node.name): build(ModelShape, node, "model").params for node in nodes}
-    less = [node for node in nodes if params[node.name] < own.params]
-    less.sort(key=lambda node: (-params[node.name], node.name))
-    return [{"model": node} for node in less]
+def _smaller(config: DictConfig, models: Path) -> list[Changes]:
+    """Those of `models` that are smaller than the config's, the largest first. What was changed in the config's model,
+    as by `model.tp=16`, is changed in them too: it stays when another is chosen."""
+    nodes = {str(node.name): node for node in map(OmegaConf.load, models.glob("*.yaml"))}
+    params = {name: build(ModelShape, node, "model").params for name, node in nodes.items()}
+    file = nodes.get(config.model.name, config.model)
+    changed = {key: value for key, value in config.model.items() if key not in file or value != file[key]}
+    own = build(ModelShape, config.model, "model").params
+    less = sorted((name for name in nodes if params[name] < own), key=lambda name: (-params[name], name))
+    return [{"model": OmegaConf.merge(nodes[name], changed)} for name in less]
 
 
 def _for_jobs(key: str, value: object, names: Sequence[str]) -> Changes:

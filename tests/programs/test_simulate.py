@@ -656,6 +656,16 @@ def test_keys_of_a_policy_in_a_folder_of_its_own_are_known(
                 "model=llama_3_2_3b",
             ],
         ),
+        (
+            # The degree stays when another model is chosen: Llama 3.2 3B, which fits on one device, has 24 heads.
+            "device=l4 model=llama_3_1_70b model.tp=16 finetune.jobs.sky_t1.memory=stash",
+            "finetuning 26.0 GiB",
+            [
+                "finetune.jobs.sky_t1.memory=auto finetune.jobs.sky_t1.order=window_major",
+                "finetune.jobs.sky_t1.cutoff_len=2048",
+                "model=codellama_34b",
+            ],
+        ),
         ("device.memory_bytes=3e8", "need 15.6 GiB more per device", []),
     ],
 )
