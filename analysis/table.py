@@ -2,8 +2,8 @@
 
 One section per workload, model and device; within it a line per run. Runs that differ only in the seed
 are one line, their mean, with the standard deviation below it. The line with most finetuning among those
-that keep the SLO is marked, unless they are of unlike seeds, as in a sweep that was cut short. A line fits in
-110 columns and is never wrapped.
+that keep the SLO is marked, unless they are of unlike seeds, as in a sweep that was cut short. Requests of several SLO
+classes have a table of their attainment below it. A line of usual columns fits in 110 letters and none is wrapped.
 """
 
 from __future__ import annotations
@@ -45,10 +45,21 @@ class Column(NamedTuple):
     head: tuple[str, str]
     scale: float
     decimals: int
+    down: bool = False
+    """Rounded down, so that 100.0 is all of them and a bound just missed is not shown as kept."""
+
+    def cell(self, value: float) -> str:
+        if math.isnan(value):
+            return "-"
+        value *= self.scale
+        if self.down:
+            unit = 10**self.decimals
+            value = math.floor(round(value * unit, 6)) / unit
+        return f"{value:,.{self.decimals}f}"
 
 
 COLUMNS = (
-    Column("attainment", ("SLO", "met %"), 100, 1),
+    Column("attainment", ("SLO", "met %"), 100, 1, down=True),
     Column("goodput_rps", ("goodput", "req/s"), 1, 2),
     Column("ttft_p99_s", ("TTFT", "p99 s"), 1, 2),
     Column("tpot_p99_s", ("TPOT", "p99 ms"), 1000, 1),
@@ -56,6 +67,11 @@ COLUMNS = (
     Column("finetune_tok_s", ("finetune", "tok/s"), 1, 0),
     Column("finetune_share_of_peak", ("% of", "peak"), 100, 1),
 )
+WHERE_KNOWN = (
+    Column("energy_j_per_token", ("energy", "J/token"), 1, 2),
+    Column("cost_per_mtoken", ("cost", "per Mtok"), 1, 2),
+)
+"""Of devices with a price, or the power that they take when idle."""
 
 _LABEL_HEADS = {
     "router": ("", "router"),
@@ -78,11 +94,11 @@ class Section(NamedTuple):
 
 
 def sections(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Section]:
-    """`rows` by scene, in order of first appearance."""
+    """`rows` by scene, in order of first appearance; behind one with requests of several SLO classes, these."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(text(row, key) for key in SCENE), []).append(row)
-    return [_section(group, kept_share) for group in groups.values()]
+    return [section for group in groups.values() for section in _scene(group, kept_share)]
 
 
 def plain_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> str:
@@ -145,7 +161,31 @@ def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
     return list(zip_longest(lines, styles[: len(lines)], fillvalue="dim"))
 
 
-def _section(rows: list[Row], kept_share: float) -> Section:
+def _scene(rows: Sequence[Row], kept_share: float) -> list[Section]:
+    """The table, and where there are several SLO classes one with a column of each."""
+    priced = [c for c in WHERE_KNOWN if any(not math.isnan(number(row, c.key)) for row in rows)]
+    table = _section(rows, [*COLUMNS, *priced], kept_share)
+    classes = [
+        {
+            text(child, "slo"): number(child, "attainment")
+            for child in row.get("classes", ())
+            if number(child, "requests") > 0
+        }
+        for row in rows
+    ]
+    names = dict.fromkeys(name for own in classes for name in own)
+    if len(names) < 2:
+        return [table]
+    columns = [Column(f"attainment of {name}", (name, "met %"), 100, 1, down=True) for name in names]
+    flat = [
+        {**row, **{f"attainment of {name}": met for name, met in own.items()}}
+        for row, own in zip(rows, classes, strict=True)
+    ]
+    by_class = _section(flat, columns, kept_share)
+    return [table, by_class._replace(title=["by SLO class"], winners=set(), unlike_seeds=False)]
+
+
+def _section(rows: Sequence[Row], columns: Sequence[Column], kept_share: float) -> Section:
     repeated = over_seeds(rows)
     means = [one.mean for one in repeated]
     labels = varied(means, list(_LABEL_HEADS))
@@ -157,15 +197,15 @@ def _section(rows: list[Row], kept_share: float) -> Section:
     for i, (one, name) in enumerate(zip(repeated, display_names(means), strict=True)):
         if i in winners:
             marked.add(len(lines))
-        numbers = [cell(column.key, number(one.mean, column.key)) for column in COLUMNS]
+        numbers = [column.cell(number(one.mean, column.key)) for column in columns]
         lines.append([name, *(text(one.mean, key) for key in labels), *numbers])
         kept.append(keeps_slo(one.mean, kept_share))
         if len(one.seeds) > 1:
             lines.append(
-                [f"  {len(one.seeds)} seeds", *("" for _ in labels), *(_spread(c, one) for c in COLUMNS)]
+                [f"  {len(one.seeds)} seeds", *("" for _ in labels), *(_spread(c, one) for c in columns)]
             )
             kept.append(kept[-1])
-    heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in COLUMNS)]
+    heads = [("", "policy"), *(_LABEL_HEADS[key] for key in labels), *(c.head for c in columns)]
     section = Section(
         title=_title(means, labels),
         heads=heads,
@@ -232,14 +272,7 @@ def shorten(name: str, width: int) -> str:
 
 def cell(key: str, value: float) -> str:
     """A number of the column `key`, as table and figure show it."""
-    if math.isnan(value):
-        return "-"
-    column = next(column for column in COLUMNS if column.key == key)
-    value *= column.scale
-    if key == "attainment":
-        # Rounded down, so that 100.0 is all of them and a bound just missed is not shown as kept.
-        value = math.floor(round(value * 10, 6)) / 10
-    return f"{value:,.{column.decimals}f}"
+    return next(column for column in COLUMNS if column.key == key).cell(value)
 
 
 def _widths(section: Section) -> list[int]:

@@ -80,6 +80,39 @@ def write(folder: Path, policy: str, rate: float = 2.0, tokens: int = 50, seed: 
     return write_run(folder, recorder, summary, config=config, manifest={}, source="sim")
 
 
+def test_several_slo_classes_have_a_table_of_their_attainment_and_one_has_none() -> None:
+    def row(policy: str, seed: int, **met: float) -> dict[str, Any]:
+        """`met` of a class that nobody asked for is missing."""
+        classes = [
+            {"slo": name, "attainment": share, "requests": 0 if math.isnan(share) else 10}
+            for name, share in met.items()
+        ]
+        return {"policy": policy, "seed": seed, "workload": "w", "finetune_tok_s": 1.0, "classes": classes}
+
+    one = [row("p", 0, default=NAN, chat=0.5), row("q", 0, default=NAN, chat=1.0)]
+    assert plain_table(one) == plain_table([{k: v for k, v in r.items() if k != "classes"} for r in one])
+    several = [row("p", s, default=NAN, chat=0.99996 - s / 10, batch=s / 10) for s in (0, 1)]
+    below = plain_table([*several, row("q", 0, chat=1.0)]).split("\n\n")[1]
+    assert [line.split() for line in below.split("\n")] == [
+        ["by", "SLO", "class"],
+        ["chat", "batch"],
+        ["policy", "met", "%", "met", "%"],
+        ["-" * 9, "-----", "-----"],
+        ["p", "94.9", "5.0"],
+        ["2", "seeds", "±7.1", "±7.1"],
+        ["q", "100.0", "-"],
+    ]
+
+
+def test_energy_and_cost_are_columns_where_a_run_has_them() -> None:
+    usual = {"policy": "p", "attainment": 1.0, "energy_j_per_token": NAN, "cost_per_mtoken": None}
+    assert "cost" not in plain_table([usual]) and "energy" not in plain_table([usual])
+    heads, units, _, line, other = plain_table([usual | {"cost_per_mtoken": 0.276}, usual]).split("\n")[:5]
+    assert heads.endswith("% of      cost") and units.endswith("peak  per Mtok")
+    assert (line.split()[-1], other.split()[-1]) == ("0.28", "-")
+    assert plain_table([usual | {"energy_j_per_token": 0.118}]).split("\n")[3].endswith("0.12")
+
+
 def test_the_mark_goes_to_most_finetuning_among_those_that_keep_the_slo() -> None:
     lines = [line for line in plain_table(rows()).split("\n") if line.startswith("*")]
     assert lines[0].split()[:2] == ["*", "coserving"]
