@@ -7,6 +7,7 @@ answer and is not supported is refused by name; what would not, is taken. `top_k
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -117,8 +118,8 @@ def wanted(body: object, chat: bool) -> Wanted:
     given = {key: value for key, value in body.items() if value is not None}
     for key, value in given.items():
         if key in NEUTRAL and not any(_same(value, neutral) for neutral in NEUTRAL[key]):
-            allowed = " or ".join(repr(neutral) for neutral in NEUTRAL[key])
-            raise Refused(400, f"{key} is not supported: it must be absent or {allowed}", key)
+            allowed = " or ".join(json.dumps(neutral) for neutral in NEUTRAL[key])
+            raise Refused(400, f"{key} is not supported: it must be absent, null or {allowed}", key)
         if key not in NEUTRAL and key not in IGNORED and key not in KEYS[chat]:
             raise Refused(400, f"unknown key {key!r}", key)
     include_usage, continuous_usage = _usages(given)
@@ -216,7 +217,7 @@ def _usages(given: Mapping[str, Any]) -> tuple[bool, bool]:
     if unknown := options.keys() - {"include_usage", "continuous_usage_stats", "include_obfuscation"}:
         raise Refused(400, f"unknown key {min(unknown)!r} of stream_options", "stream_options")
     if _typed(options, "include_obfuscation", bool, False):
-        line = "include_obfuscation is not supported: it must be absent or False"
+        line = "include_obfuscation is not supported: it must be absent, null or false"
         raise Refused(400, line, "stream_options")
     include = _typed(options, "include_usage", bool, False)
     continuous = _typed(options, "continuous_usage_stats", bool, False)
