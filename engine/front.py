@@ -326,7 +326,14 @@ class Front:
                     self._link.send((Enough if choice.reason == "stop" else Gone)(choice.id))
 
     def _model(self, name: str) -> dict[str, Any]:
-        return {"id": name, "object": "model", "created": self._created, "owned_by": "coserve"}
+        """`max_model_len` is of prompt and answer, as vLLM has it."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "coserve",
+            "max_model_len": self._serving.longest_tokens,
+        }
 
     def _adapter(self, model: str | None) -> str | None:
         if model is None or model == self._serving.name:

@@ -49,7 +49,7 @@ from engine.training_settings import DTYPES
 from engine.training_settings import Settings as TrainingSettings
 from sim.checked import build, check, locate
 from sim.core.loop import Horizon, run_loop
-from sim.core.plan import Policy
+from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.core.state import PipelineState
@@ -180,8 +180,7 @@ class _Server:
         self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
         jobs = [] if training is None else [training.job]
         limits, plans = limits_and_plans(self._model, device, given, jobs, utilization)
-        longest = min(limits.max_sequence_tokens, shape.max_context_tokens)
-        self._limits = replace(limits, max_sequence_tokens=longest)
+        self._limits = replace(limits, max_sequence_tokens=_longest(limits, shape.max_context_tokens))
         self._jobs = [replace(job, plan=plans[job.id]) for job in jobs]
         self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
         front.await_ready()  # it must not share the processor with what is timed
@@ -226,13 +225,12 @@ class _Server:
         return row
 
     def _serving(self) -> Serving:
-        limits, settings = self._limits, self._settings
-        blocks = limits.kv_tokens // limits.block_tokens
+        settings = self._settings
         return Serving(
             name=settings.shown,
             adapters=(*self._adapters, *(job.id for job in self._jobs)),
             vocab=self._model.whole.shape.vocab,
-            longest_tokens=min(limits.max_sequence_tokens, blocks * limits.block_tokens),
+            longest_tokens=self._limits.max_sequence_tokens,
             max_requests=settings.max_requests,
         )
 
@@ -250,6 +248,17 @@ class _Server:
             return measure(self._model, self._limits, self._jobs, measure_s, self._assemble)
         lora = LoraSpec() if self._training is None else self._training.settings.lora
         return table_of(self._settings.predictor, device, self._model, lora, self._limits)
+
+
+def _longest(limits: Limits, context_tokens: int) -> int:
+    """Tokens of a prompt and its answer; what leaves fewer than `max_sequence_tokens` is told."""
+    given = limits.max_sequence_tokens
+    pages = limits.kv_tokens // limits.block_tokens * limits.block_tokens
+    most, why = min((context_tokens, "the model's context"), (pages, "what limits.kv_tokens holds"))
+    if most >= given:
+        return given
+    _note(f"limits.max_sequence_tokens is {given:,}, but a prompt and its answer have {most:,} tokens: {why}")
+    return most
 
 
 def _check_policy(policy: object, target: Any, trains: bool) -> None:

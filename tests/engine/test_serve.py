@@ -131,7 +131,10 @@ def test_a_job_beside_requests_ends_as_it_does_alone_and_its_adapter_answers(
     assert names[0] == names[1]
     server.await_told(f"note: job trained: all {STEPS} steps are done")
 
-    assert [model["id"] for model in server.ask("/v1/models")[1]["data"]] == ["base", "trained"]
+    models = server.ask("/v1/models")[1]["data"]
+    assert [(model["id"], model["max_model_len"]) for model in models] == [("base", 256), ("trained", 256)]
+    less = "note: limits.max_sequence_tokens is 512, but a prompt and its answer have 256 tokens: the model's context"
+    assert server.told().count(less) == 1
     found = generated(capsys, f"model_name_or_path={model_folder}", f"adapter_name_or_path={trained}")
     assert [server.text(greedy(prompt, model="trained")) for prompt in PROMPTS] == found
     assert [server.text(greedy(prompt, model="base")) for prompt in PROMPTS] != found

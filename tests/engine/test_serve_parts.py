@@ -16,8 +16,9 @@ import pytest
 import engine.serve
 from engine.front_process import GRACE_S
 from engine.saver import Saver
-from engine.serve import TWICE_S, Settings, _bound, _check_policy, _stopping, _trained, _training
+from engine.serve import TWICE_S, Settings, _bound, _check_policy, _longest, _stopping, _trained, _training
 from engine.serve import main as serve
+from sim.core.plan import Limits
 from tests.engine.serving import SHORT, prepared
 
 
@@ -159,6 +160,24 @@ def test_a_job_has_the_model_and_the_numbers_of_its_server(
     found = training.settings
     assert (found.model_name_or_path, found.dtype) == (str(model_folder), "bfloat16")
     assert (found.tp, found.device) == (2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("kv_tokens", "given", "most", "why"),
+    [
+        (4096, 256, 256, None),
+        (4096, 512, 256, "the model's context"),
+        (100, 512, 96, "what limits.kv_tokens holds"),
+        (100, 96, 96, None),
+    ],
+)
+def test_a_limit_that_cannot_be_is_told(
+    kv_tokens: int, given: int, most: int, why: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = Limits(kv_tokens=kv_tokens, block_tokens=16, max_sequence_tokens=given)
+    assert _longest(limits, context_tokens=256) == most
+    told = f"note: limits.max_sequence_tokens is {given}, but a prompt and its answer have {most} tokens: {why}\n"
+    assert capsys.readouterr().err == (told if why else "")
 
 
 class Late:
