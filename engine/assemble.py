@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.finetune import Sample, SampleFeed, Trainer
 from engine.launching import Launching
 from engine.lora import Adapter, AdapterBank
-from engine.model import Model
+from engine.model import Model, Pages
 from engine.optimizer import OptimizerSettings
 from engine.placement import Placement, placements_of
 from engine.shares import own_adapter
@@ -29,6 +29,7 @@ from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import kv_bytes_per_token
+from sim.errors import NO_MEMORY
 
 USABLE = 0.9
 """Share of the free memory that `memory: auto` plans with; the rest is for what operators need as they run."""
@@ -69,7 +70,7 @@ def assemble_engine(
     """The engine, and the jobs as the loop counts them; they share their data.
 
     Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
-    Raises ValueError where no plan fits.
+    Raises ValueError where no plan fits, or the pages do not.
     """
     blocks = limits.kv_tokens // limits.block_tokens
     ranges = []
@@ -78,7 +79,7 @@ def assemble_engine(
         ranges.append(range(blocks, blocks + count))
         blocks += count
     plans = plan_jobs(model, limits, jobs)
-    pages = model.new_pages(blocks, limits.block_tokens)
+    pages = _new_pages(model, limits, blocks)
     given = adapters or {}
     served = {name: _served_as(model, limits, adapter) for name, adapter in given.items()}
     trained = [_placed(model, plan.bypasses, job.adapter) for job, plan in zip(jobs, plans, strict=True)]
@@ -121,6 +122,21 @@ def assemble_engine(
     return engine, counted
 
 
+def _new_pages(model: Model, limits: Limits, blocks: int) -> Pages:
+    """Pages for `blocks` blocks, those of inference among them."""
+    tokens, free = blocks * limits.block_tokens, _unused_bytes(model.device)
+    try:
+        return model.new_pages(blocks, limits.block_tokens)
+    except RuntimeError as error:
+        if not any(said in str(error) for said in NO_MEMORY):
+            raise
+        inference = 2 * limits.kv_tokens > tokens
+        what = f"limits.kv_tokens is {limits.kv_tokens:,}" if inference else "samples are too long"
+        asked = f"K/V pages of {tokens:,} tokens need {tokens * _token_bytes(model) / 2**30:,.1f} GiB"
+        unused = "" if free is None else f", free are {free / 2**30:,.1f}"
+        raise ValueError(f"{what}: {asked} on a device{unused}") from None
+
+
 def plan_jobs(
     model: Model,
     limits: Limits,
@@ -147,7 +163,7 @@ def plan_jobs(
     asking = [job for job in jobs if job.id not in plans]
     if asking:
         free = free_memory_bytes(model.device) if memory_bytes is None else memory_bytes
-        free -= limits.kv_tokens * kv_bytes_per_token(_shape(model), model.group.size)
+        free -= limits.kv_tokens * _token_bytes(model)
         free -= sum(plan.total_bytes() + plan.adapter_bytes for plan in plans.values())
         plans |= {
             job.id: _plan(model, limits, job, device, free / len(asking), wanted_share) for job in asking
@@ -157,15 +173,23 @@ def plan_jobs(
 
 def free_memory_bytes(device: torch.device) -> float:
     """What may be planned with of the memory that nobody uses now. ValueError where the system does not say."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-        return USABLE * (free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    try:
-        return USABLE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except ValueError:
+    unused = _unused_bytes(device)
+    if unused is None:
         raise ValueError(
             "memory=auto: this system does not say how much memory is free; choose stash or recompute"
-        ) from None
+        )
+    return USABLE * unused
+
+
+def _unused_bytes(device: torch.device) -> int | None:
+    """None where the system does not say."""
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except ValueError:
+        return None
 
 
 def _plan(
@@ -203,6 +227,11 @@ def _served_as(model: Model, limits: Limits, adapter: Adapter) -> dict[str, Plac
     """Where no job's plan says it: as the compiler places what is only served."""
     plans = serving_bypasses(_shape(model), _spec_of(adapter), model.group.size, limits.max_sequences)
     return _placed(model, plans, adapter)
+
+
+def _token_bytes(model: Model) -> int:
+    """Of the keys and values of a token on a device."""
+    return kv_bytes_per_token(_shape(model), model.group.size)
 
 
 def _shape(model: Model) -> ModelShape:

@@ -511,7 +511,16 @@ def test_every_option_of_finetune_is_checked_and_named(
         ("adapter_name_or_path=nowhere", "nowhere/adapter_config.json is missing"),
         ("prompts=nowhere", "nowhere does not exist"),
         ("prompts=", "prompts must be a file or null, got nothing"),
-        ("limits.kv_tokens=1000000000000000000", "the memory of this machine is not enough"),
+        (
+            "limits.kv_tokens=1000000000000000",
+            "limits.kv_tokens is 1,000,000,000,000,000: K/V pages of 1,000,000,000,000,000 tokens need "
+            "238,418,579.1 GiB on a device, free are ",
+        ),
+        (
+            "limits.kv_tokens=1000000000000000000",
+            "limits.kv_tokens is 1,000,000,000,000,000,000: K/V pages of 1,000,000,000,000,000,000 tokens need "
+            "238,418,579,101.6 GiB on a device, free are ",
+        ),
         ("device=tpu", "device must be cpu or cuda, got 'tpu'"),
     ],
 )
