@@ -299,12 +299,10 @@ def _note(line: str) -> None:
 def _checked_progress(checkpoint: Path, fixed: Mapping[str, Any], accumulation: int) -> Progress:
     """Where the checkpoint stands; ValueError when it was made with other values than `fixed`."""
     progress = read_progress(checkpoint)
-    for key, value in fixed.items():
-        had = progress.settings.get(key)
-        if had != value:
-            raise ValueError(
-                f"{checkpoint} was made with {key}={had!r}, got {value!r}; training cannot go on"
-            )
+    made = progress.settings
+    other = [f"{key}={made.get(key)!r}, got {now!r}" for key, now in fixed.items() if made.get(key) != now]
+    if other:
+        raise ValueError(f"{checkpoint} was made with {'; '.join(other)}; training cannot go on")
     most = progress.step * accumulation
     if progress.samples > most:
         raise ValueError(

@@ -360,7 +360,10 @@ def test_an_adapter_comes_back_in_the_order_in_which_its_moments_are_kept(tmp_pa
     ("changes", "words"),
     [
         ([], "has checkpoint-3; resume=true goes on"),
-        (["resume=true", "learning_rate=1e-3"], "was made with learning_rate=0.005, got 0.001"),
+        (
+            ["resume=true", "learning_rate=1e-3", "lora_rank=2"],
+            "was made with lora_rank=8, got 2; learning_rate=0.005, got 0.001; training cannot go on",
+        ),
     ],
 )
 def test_a_folder_with_a_checkpoint_is_not_overwritten_by_another_run(
