@@ -65,6 +65,8 @@ _KNOWN = (
     "separate_75",
     "separate",
 )
+_OTHERS = ("#7733FF", "#66DD00", "#DD1144", "#776600", "#FF8877", "#9988FF")
+"""Of policies of no family."""
 _BOUNDS = {"inference_only": Look(GREY, "v", ":"), "finetune_only": Look(BLACK, "^", ":")}
 MARKERS = ("o", "s", "D", "P", "X", "*", "<", ">", "p", "h")
 _DASHES: tuple[Dash, ...] = ("-", "--", "-.", (0, (6, 1.5, 1, 1.5, 1, 1.5)))
@@ -78,7 +80,7 @@ def look(policy: str) -> Look:
     shades = _FAMILIES.get(family)
     if shades is None:
         pick = zlib.crc32(policy.encode())
-        return Look((VERMILION, YELLOW, "#A05195")[pick % 3], MARKERS[pick % 10], _DASHES[pick % 4])
+        return Look(_OTHERS[pick % len(_OTHERS)], MARKERS[pick % 10], _DASHES[pick % 4])
     if policy in _KNOWN:
         place = [name for name in _KNOWN if name.split("_")[0] == family].index(policy)
     else:
@@ -88,10 +90,16 @@ def look(policy: str) -> Look:
 
 
 def looks(policies: Mapping[str, str]) -> dict[str, Look]:
-    """Display name -> its policy's look, with the next marker where two would look the same."""
+    """Display name -> its policy's look, with the next colour that is left where policies of no family would have the
+    same, and the next marker where two would look the same."""
+    colors: dict[str, str] = {}
+    for policy in dict.fromkeys(policies.values()):
+        color = look(policy).color
+        left = [other for other in _OTHERS if other not in colors.values()]
+        colors[policy] = left[0] if color in _OTHERS and color not in left and left else color
     out: dict[str, Look] = {}
     for name, policy in policies.items():
-        chosen = look(policy)
+        chosen = look(policy)._replace(color=colors[policy])
         for marker in MARKERS:
             if chosen not in out.values():
                 break

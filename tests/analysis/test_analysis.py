@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import struct
-from itertools import pairwise
+from itertools import chain, combinations, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -454,9 +454,13 @@ def test_every_policy_has_one_look_and_no_two_lines_the_same() -> None:
 
 def luminance(color: str) -> float:
     """Relative luminance of #RRGGBB, 0 to 1 (WCAG 2.1)."""
+    return float(linear(color) @ [0.2126, 0.7152, 0.0722])
+
+
+def linear(color: str) -> Any:
+    """Red, green and blue of #RRGGBB as light, 0 to 1."""
     parts = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
-    return float(linear @ [0.2126, 0.7152, 0.0722])
+    return np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
 
 
 @pytest.mark.parametrize("family", style._FAMILIES)
@@ -464,6 +468,28 @@ def test_shades_of_a_family_differ_in_lightness_which_every_reader_sees(family: 
     light = sorted(luminance(color) + 0.05 for color in style._FAMILIES[family])
     assert all(high / low > 1.5 for low, high in pairwise(light))
     assert light[-1] < (1.0 + 0.05) / 1.5, "or it is lost on white"
+
+
+def test_policies_of_ones_own_have_colours_apart_from_all_others() -> None:
+    shipped = [*chain(*style._FAMILIES.values()), *(bound.color for bound in style._BOUNDS.values())]
+    own = [f"mine_{n}" for n in range(len(style._OTHERS))]
+    looks = style.looks({name: name for name in [*own, "temporal"]})
+    colors = [looks[name].color for name in own]
+    assert len(set(colors)) == len(own) and all(luminance(color) < 0.65 for color in colors)
+    assert min(distance(*pair) for pair in [*combinations(colors, 2), *product(colors, shipped)]) > 30
+    variants = style.looks({"mine_0 (few=4)": "mine_0", "mine_0 (few=8)": "mine_0"})
+    assert len({look.color for look in variants.values()}) == 1 and len(set(variants.values())) == 2
+
+
+def distance(one: str, other: str) -> float:
+    """In CIELAB (1976), where about 2 is just seen."""
+    return float(np.linalg.norm(lab(one) - lab(other)))
+
+
+def lab(color: str) -> Any:
+    xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]] @ linear(color)
+    f = np.cbrt(xyz / [0.9505, 1.0, 1.089])  # without the straight piece near black
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
 
 
 def test_a_timeline_keeps_every_token(tmp_path: Path) -> None:
