@@ -221,9 +221,14 @@ GOOD = {
             "azure",
             1,
             "TIMESTAMP,ContextToken,GeneratedTokens",
-            "row 1: no column 'ContextTokens'.*mean ContextToken",
+            "row 1: no column 'ContextTokens'.*; should 'ContextToken' be 'ContextTokens'",
         ),
-        ("plain", 1, "arrival_s,input_tokens,output_tokens", "no column 'prompt_tokens'.*mean input_tokens"),
+        (
+            "plain",
+            1,
+            "arrival_s,prompt,output_tokens",
+            "no column 'prompt_tokens'.*'prompt' be 'prompt_tokens'",
+        ),
         (
             "plain",
             1,

@@ -15,6 +15,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def read_csv(
         if name not in header:
             got = _cut(", ".join(header), LONGEST_HEADER) or "an empty file"
             others = [other for other in header if other not in (*columns, *optional)]
-            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{nearest(name, others)}")
+            meant = get_close_matches(name, others, n=1)
+            hint = f"; should {meant[0]!r} be {name!r}?" if meant else ""
+            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{hint}")
     _check_widths(path, content, len(header))
     known = [*columns, *optional]
     for name in header if closed else ():
