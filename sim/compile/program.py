@@ -216,7 +216,10 @@ def print_report(report: CompileReport, ways: str = "") -> None:
 
     plan, console = report.plan, wide_console()
     title = f"{plan.model}, {plan.method} on {', '.join(plan.targets)}: KiB per token and layer"
-    table = Table(title=title + (f", per device of {plan.tp}" if plan.tp > 1 else ""))
+    title += f", per device of {plan.tp}" if plan.tp > 1 else ""
+    # A table's own title would be wrapped to its width.
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table()
     table.add_column("tensors")
     for column in marked_columns(plan):
         table.add_column(column, justify="right")

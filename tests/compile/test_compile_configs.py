@@ -45,6 +45,17 @@ def test_a_sample_beyond_the_context_of_the_model_is_noted(
         assert capfd.readouterr().err == told
 
 
+def test_the_title_of_a_plan_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["compile", "model=qwen2_5_14b", "peft=lora_all", "tp=2", "finetune.seq_len=1024"]) == 0
+    assert capfd.readouterr().out.splitlines()[0] == (
+        "qwen2_5_14b, lora on q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: "
+        "KiB per token and layer, per device of 2"
+    )
+
+
 @pytest.mark.parametrize("shown", ["plan", "all", "placements", "published"])
 @pytest.mark.parametrize("group", ["model", "peft", "device", "finetune"])
 def test_unknown_keys_are_refused_whatever_is_shown(
