@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -64,6 +65,16 @@ def test_a_single_run_shows_itself_between_the_bounds(capfd: pytest.CaptureFixtu
     assert shares["inference_only"]["finetune_tok_s"] == 0
     assert 0 < own["finetune_tok_s"] < shares["finetune_only"]["finetune_tok_s"]
     assert shares["finetune_only"]["attainment"] == 0
+
+
+def test_a_single_run_shows_on_a_terminal_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    monkeypatch.setattr(terminal, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", terminal)
+    simulate()
+    for policy in ("coserving", "inference_only", "finetune_only"):
+        assert f"{policy}:   0%|" in terminal.getvalue()
+    assert "/20 simulated s [" in terminal.getvalue()
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not() -> None:
