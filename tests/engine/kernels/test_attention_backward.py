@@ -105,6 +105,11 @@ def test_windows_from_right_to_left_equal_autograd_on_the_whole(
     check(sample, run_windows(sample, cuts, 0.25))
 
 
+def test_torch_has_one_thread() -> None:
+    """With more, the first `exp` of a process need not be exact: tests/conftest.py."""
+    assert torch.get_num_threads() == 1
+
+
 def test_gradients_of_a_windows_own_keys_are_final_once_it_has_passed() -> None:
     sample = make_sample(37, (4, 2), 16, torch.float64, "cpu")
     dk, dv = (torch.zeros(37, 2, 16, dtype=torch.float64) for _ in range(2))
