@@ -65,8 +65,8 @@ DEFINITIONS: dict[str, str] = {
     "finetune_fwd_tok_s": "finetuning tokens whose forward ended by duration_s, per second of duration_s: "
     "the paper's count",
     "jobs_failed": "finetuning jobs given up at any time because a step's loss or gradient was not finite",
-    "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else, counted to the end of "
-    "their last optimizer step",
+    "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else, of each counted to the "
+    "end of its last optimizer step, and at least over duration_s once a job's data has ended",
     "finetune_share_of_peak": "finetune_tok_s / peak_finetune_tok_s",
     "iterations": "iterations that ended by duration_s",
     "iteration_mean_s": "mean time of those iterations in seconds",

@@ -136,7 +136,7 @@ def finetune_peak_tok_s(assembly: Assembly) -> float | None:
     """Trained tokens per second of the same cluster with every pipeline finetuning; None without jobs.
 
     Counted from the start to the end of the last optimizer step, so that it does not depend on where the
-    run is cut; when a job's data ended before the run, over the whole run, as what it is compared with.
+    run is cut; when a job's data ended, over no less than the whole run, as what it is compared with.
     """
     if not any(spec.jobs for spec in assembly.pipelines):
         return None
@@ -147,8 +147,9 @@ def finetune_peak_tok_s(assembly: Assembly) -> float | None:
     for pipeline, spec in enumerate(alone.pipelines):
         own = steps["pipeline"] == pipeline
         if own.any():
-            ended = any(job.finished for job in spec.jobs)
-            until_s = alone.horizon.duration_s if ended else steps["end_s"][own].max()
+            until_s = steps["end_s"][own].max()
+            if any(job.finished for job in spec.jobs):
+                until_s = max(until_s, alone.horizon.duration_s)
             peak += float(steps["tokens"][own].sum() / until_s)
     return peak or None
 

@@ -4,6 +4,7 @@ stands in a run folder's tables and config. Nothing here is shared with `sim.met
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -190,13 +191,29 @@ def _energy_and_cost(run: Tables, busy: list[float], duration_s: float, tokens: 
 
 
 def peak_tok_s(alone: Tables, duration_s: float) -> float | None:
-    """`peak_finetune_tok_s` from the tables of a run that only finetunes, of jobs without an end."""
+    """`peak_finetune_tok_s` from the tables of a run that only finetunes."""
     peak = 0.0
     for pipeline in range(len(alone.pipelines)):
         own = [row for row in alone.steps if row["pipeline"] == pipeline]
         if own:
-            peak += sum(row["tokens"] for row in own) / max(row["end_s"] for row in own)
+            until_s = max(row["end_s"] for row in own)
+            if any(_ended(alone, name, pipeline) for name in alone.config["finetune"]["jobs"]):
+                until_s = max(until_s, duration_s)
+            peak += sum(row["tokens"] for row in own) / until_s
     return peak or None
+
+
+def _ended(alone: Tables, name: str, pipeline: int) -> bool:
+    """Whether a pipeline has trained all that it has of a job."""
+    job = alone.config["finetune"]["jobs"][name]
+    done = sum(r["samples"] for r in alone.steps if (r["pipeline"], r["job"]) == (pipeline, name))
+    return bool(job["epochs"]) and done == job["epochs"] * len(share_of(job, pipeline, len(alone.pipelines)))
+
+
+def share_of(job: Row, pipeline: int, pipelines: int) -> list[int]:
+    """Tokens of the samples of a file that are a pipeline's."""
+    lines = Path(job["data"]["file"]).read_text().splitlines()[pipeline::pipelines]
+    return [min(json.loads(line)["tokens"], job["cutoff_len"]) for line in lines]
 
 
 def _spread(values: list[float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ import yaml
 
 from sim.cli import main
 from tests.engine.mixtures import try_seeds
-from tests.programs.naive_metrics import Row, Tables, expected, peak_tok_s
+from tests.programs.naive_metrics import Row, Tables, expected, peak_tok_s, share_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GENERAL: dict[str, tuple[Any, ...]] = {
@@ -440,8 +440,7 @@ def assert_finetuning(run: Tables, rows: dict[int, list[Row]]) -> None:
 
 def assert_samples(job: Row, steps: list[Row], index: int, pipelines: int) -> None:
     """A pipeline's share of a file, in its order or in some order."""
-    lines = Path(job["data"]["file"]).read_text().splitlines()
-    share = [min(json.loads(line)["tokens"], job["cutoff_len"]) for line in lines][index::pipelines]
+    share = share_of(job, index, pipelines)
     passes = job["epochs"] or math.inf
     done = sum(step["samples"] for step in steps)
     assert done <= passes * len(share)
@@ -603,14 +602,11 @@ def check(seed: int) -> None:
 def compare(drawn: Drawn, run: Tables) -> None:
     duration_s = run_duration_s(run)
     peak = None
-    ends = any(job["epochs"] for job in run.config["finetune"]["jobs"].values())
     if run.config["finetune"]["jobs"]:
         alone = simulated(
             drawn.folder / "alone", *drawn.without_policy, "policy=finetune_only", "run.drain_s=0"
         )
         peak = peak_tok_s(alone, duration_s)
-    if ends:
-        peak = json.loads((run.folder / "summary.json").read_text())["peak_finetune_tok_s"]
     assert_metrics(run, peak)
     assert_laws(run)
     if run.config["cost"]["world"] == run.config["cost"]["predictor"] and run.limits["lookahead"] == 0:

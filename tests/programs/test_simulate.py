@@ -369,6 +369,12 @@ def test_finite_data_counts_against_a_peak_over_the_same_time() -> None:
     own = ("finetune.jobs.sky_t1.epochs=1", "finetune.jobs.sky_t1.data.samples=16")
     run = read_run(simulate(*own, "policy=finetune_only", "workload.duration_s=60"))
     assert run.summary["finetune_share_of_peak"] == pytest.approx(1.0)
+    # Cut inside the last iteration, which goes on to its end.
+    duration_s = run.table("steps")["end_s"].max() - 1e-3
+    run = read_run(simulate(*own, "policy=finetune_only", f"workload.duration_s={duration_s}", folder="cut"))
+    tokens, end_s = (run.table("steps")[key].to_numpy() for key in ("tokens", "end_s"))
+    peak = (tokens / end_s.clip(min=duration_s)).sum()
+    assert end_s.max() > duration_s and run.summary["peak_finetune_tok_s"] == pytest.approx(peak)
 
 
 def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
