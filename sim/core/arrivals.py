@@ -21,5 +21,6 @@ class Arrivals(Protocol):
         ...
 
     def ended(self, request_id: int, now_s: float) -> None:
-        """A request finished, was rejected or was aborted: closed-loop clients think of their next."""
+        """A request finished, was aborted, or was rejected in the moment it arrived: closed-loop clients think of
+        their next. After a rejection the loop asks `due` again, for those that came by now."""
         ...

@@ -118,9 +118,15 @@ def run_loop(
     running = state.running
     while True:
         duration_s = horizon.duration_s
-        for request in due(now_s if now_s < duration_s else duration_s):
-            if not state.arrive(request):
-                arrivals.ended(request.id, now_s)
+        latest_s = now_s if now_s < duration_s else duration_s
+        looking = True
+        while looking:
+            looking = False
+            for request in due(latest_s):
+                if not state.arrive(request):
+                    # Refused the moment it came: by now its client may have asked again.
+                    arrivals.ended(request.id, request.arrival_s)
+                    looking = True
         # With something running before the horizon, the answer needs no call.
         over = False if running and now_s < duration_s else _over(state, arrivals, horizon, now_s)
         work = None

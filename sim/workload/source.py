@@ -60,8 +60,8 @@ class ClosedLoop:
     """`clients` that each send a request, wait until it ended, think, and send the next.
 
     Implements `Arrivals`. Clients send until `duration_s`; their first requests are spread evenly over
-    [0, ramp_s]. A request that ended in the very instant it arrived was refused without any time
-    passing: its client waits at least `retry_s`, or a client without think time would never let time pass.
+    [0, ramp_s]. A request that ended in the very instant it arrived was refused: its client waits at least
+    `retry_s`, or a client without think time would never let time pass.
     """
 
     def __init__(

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import repeat
 
 import pytest
 
-from sim.core.loop import Horizon, PolicyError, StuckPolicy, run_loop
+from sim.core.loop import Done, Horizon, PolicyError, Sleep, StuckPolicy, Wait, run_loop
 from sim.core.plan import Plan, View
 from sim.core.request import Request
 from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
+from sim.workload import source
 from tests.reference import reachable
 from tests.support import (
     SERVING,
@@ -225,6 +228,37 @@ def test_closed_loop_clients_send_all_their_requests(name: str, lookahead: int) 
         loop = run_loop(state, build_policy(name), clients, Horizon())
         drive(loop, lambda _, work: LinearCost().iteration_s(work))
         assert clients.sent == 20 and recorder.requests.arrays()["outcome"].tolist() == [0.0] * 20
+
+
+@pytest.mark.parametrize("late_s", [0.0, 0.01])
+@pytest.mark.parametrize("beside", [0, 1])
+def test_a_client_that_is_refused_asks_again_after_its_pause_whatever_runs_beside_it(
+    beside: int, late_s: float
+) -> None:
+    """A prompt that can never fit ends when it arrives, not when an iteration does or a late clock looks."""
+    recorder = Recorder()
+    state = PipelineState(limits=limits_of(), slos=SLOS, recorder=recorder)
+    clients = source.ClosedLoop(
+        clients=1 + beside,
+        draws=lambda client: repeat((4 if client else 10**6, 100, "default", None, 0.0)),
+        duration_s=5.0,
+        ramp_s=0.0,
+        retry_s=0.375,
+        max_requests=math.inf,
+    )
+    loop = run_loop(state, build_policy("inference_only"), clients, Horizon(duration_s=5.0, drain_s=0.0))
+    now_s, reply = 0.0, None
+    with suppress(StopIteration):
+        while True:
+            command = loop.send(reply)  # type: ignore[arg-type]
+            if isinstance(command, Sleep):
+                now_s = command.until_s + late_s
+            elif isinstance(command, Wait):
+                now_s += 1.0
+            reply = Done(now_s)
+    rows = recorder.requests.arrays()
+    refused_s = rows["arrival_s"][rows["outcome"] == Outcome.REJECTED]
+    assert refused_s.tolist() == [0.375 * n for n in range(14)]
 
 
 @pytest.mark.parametrize("lengths", [(0, 5), (5, 0)])
