@@ -163,6 +163,9 @@ def of_the_system(run: Tables, duration_s: float, peak_tok_s: float) -> Row:
     }
     if all(pipeline.kv_tokens is not None for pipeline in run.pipelines):
         row |= _kv_use(run, ended, took)
+    profile = run.config["cost"]["world"].get("of", {}).get("path")
+    if profile is not None:
+        row["extrapolated_share"] = _outside(pd.read_parquet(profile), ended)
     return row | _energy_and_cost(run, busy, duration_s, generated + trained)
 
 
@@ -171,6 +174,14 @@ def _kv_use(run: Tables, ended: list[Row], took: list[float]) -> Row:
     use = [row["kv_blocks_used"] / blocks[row["pipeline"]] for row in ended]
     weighted = math.fsum(share * seconds for share, seconds in zip(use, took, strict=True))
     return {"kv_use_mean": _ratio(weighted, math.fsum(took)), "kv_use_max": max(use, default=NAN)}
+
+
+def _outside(measured: pd.DataFrame, ended: list[Row]) -> float:
+    """Share of iterations that have less or more of something than every measured one."""
+    names = [name for name in measured if ended and name in ended[0]]
+    low, high = measured[names].min(), measured[names].max()
+    outside = sum(any(not low[name] <= row[name] <= high[name] for name in names) for row in ended)
+    return _ratio(outside, len(ended))
 
 
 def _energy_and_cost(run: Tables, busy: list[float], duration_s: float, tokens: float) -> Row:

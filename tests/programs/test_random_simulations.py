@@ -21,7 +21,14 @@ import numpy as np
 import pytest
 import yaml
 
+from profiles.named import device_named, model_named
+from profiles.schema import Provenance, write_profile
 from sim.cli import main
+from sim.core.rows import WORK_COLUMNS, work_row
+from sim.core.specs import LoraSpec
+from sim.cost.context import CostContext
+from sim.cost.roofline import Roofline
+from sim.cost.sampled import designed_works
 from tests.engine.mixtures import try_seeds
 from tests.programs.naive_metrics import Row, Tables, expected, peak_tok_s, share_of
 
@@ -222,12 +229,50 @@ class Drawn:
         return own
 
     def _cost(self) -> list[str]:
-        name = self.one_of("roofline", "exact", "flexllm_a100", "vllm_eager_a100")
-        if name != "roofline":
+        name = self.one_of("roofline", "table", "exact", "flexllm_a100", "vllm_eager_a100")
+        if name not in ("roofline", "table"):
             return [f"cost={name}"]
         keys = {"world.spread": (0.03, 0.0, 0.3), "predictor.factor": (1.0, 0.5, 1.7)}
-        own = [f"cost.{key}={self.one_of(*values)}" for key, values in keys.items()]
-        return [*own, f"cost.predictor.of.rows={self.one_of(600, 150)}"]
+        own = [f"cost={name}", *(f"cost.{key}={self.one_of(*values)}" for key, values in keys.items())]
+        if name == "roofline":
+            return [*own, f"cost.predictor.of.rows={self.one_of(600, 150)}"]
+        file = self._profile()
+        own += [f"cost.{slot}.of.path={file}" for slot in ("world", "predictor")]
+        return [
+            *own,
+            f"cost.predictor.of.share={self.one_of(0.4, 1.0)}",
+            f"cost.predictor.of.seed={self.among(0, 1)}",
+        ]
+
+    def _profile(self) -> Path:
+        """Iterations of all kinds or some on the drawn device, with noise, and with what collected ones have or not."""
+        named = dict(choice.split("=") for choice in self.device if not choice.startswith("+"))
+        device, model, lora = device_named(named["device"]), model_named(named["model"]), LoraSpec()
+        tp = yaml.safe_load((CONFIGS / "model" / f"{named['model']}.yaml").read_text()).get("tp", 1)
+        roofline = Roofline().build(CostContext(device=device, model=model, tp=tp, lora=lora, seed=0))
+        works = designed_works(model, lora.params(model), self.one_of(300, 900), self.among(0, 1, 2))
+        rows, first = np.unique(
+            np.array([work_row(work) for work in works], float), axis=0, return_index=True
+        )
+        seconds = np.array([roofline.iteration_s(works[index]) for index in first])
+        seconds *= np.exp(0.02 * self.random.standard_normal(len(seconds)))
+        columns = dict(zip(WORK_COLUMNS, rows.T, strict=True))
+        columns |= {f"seconds_p{p}": seconds * more for p, more in ((20, 0.98), (50, 1.0), (80, 1.03))}
+        if self.random.random() < 0.5:
+            host_s = np.minimum(2e-3, 0.2 * seconds)
+            ahead_s = np.where(
+                self.random.random(len(seconds)) < self.among(0.0, 0.5), seconds - host_s, math.nan
+            )
+            columns |= {"host_s": host_s, "ahead_s": ahead_s, "repeats": np.full(len(seconds), 5.0)}
+            columns["point"] = np.arange(len(seconds), dtype=float)
+        without = self.one_of((), ("backward",), ("forward", "backward", "optimizer"), ("prefill",))
+        left_out = [name for name in WORK_COLUMNS if name.startswith(without)] if without else []
+        kept = ~np.any([columns[name] > 0 for name in left_out], axis=0) if left_out else slice(None)
+        said = dict.fromkeys(("source", "date", "how", "licence", "versions"), "a test")
+        path = self.folder / "profile.parquet"
+        provenance = Provenance(device=device.name, model=model.name, tp=tp, **said)
+        write_profile(path, {name: values[kept] for name, values in columns.items()}, provenance)
+        return path
 
 
 class Refused(Exception):
