@@ -156,6 +156,14 @@ def test_a_predictor_twice_too_optimistic_breaks_coserving_and_not_coserving_sla
     assert recovered > 0.95 and trained_tok_s > 1000
 
 
+@pytest.mark.parametrize("factor", [0.4, 2.5])
+@pytest.mark.parametrize("part", ["host_s", "prefill_s", "decode_s", "forward_s", "backward_s"])
+def test_coserving_slack_corrects_a_predictor_that_is_wrong_in_one_part(part: str, factor: float) -> None:
+    """By one ratio for all, which changes with what iterations hold."""
+    kept, trained_tok_s = attainment("coserving_slack", replace(COST, **{part: factor * getattr(COST, part)}))
+    assert kept > 0.95 and trained_tok_s > 0.85 * attainment("coserving_slack", COST)[1]
+
+
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_coserving_slack_with_the_true_predictor_keeps_every_tpot(lookahead: int) -> None:
     kept, trained_tok_s = attainment("coserving_slack", COST, lookahead)
