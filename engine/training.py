@@ -46,7 +46,7 @@ from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.replica import replica
 from engine.text import passes
 from engine.tokenizer import check_tokens
-from engine.training_data import Counted, read_data
+from engine.training_data import Counted, fingerprint, read_data
 from engine.training_log import TrainingLog, check_tensorboard
 from engine.training_settings import DTYPES, Settings
 from sim.checked import build
@@ -151,8 +151,9 @@ class Training:
         data, self.held_out, notes = read_data(settings)
         for note in notes:
             _note(note)
-        # Which sample is next, and which are held out, follows from their number.
-        self._fixed = settings.fixed | {"dataset_samples": len(data)}
+        # Which sample is next, and which are held out, follows from their number; what it says, from the file.
+        own = {"dataset_samples": len(data), "dataset_fingerprint": fingerprint(data)}
+        self._fixed = settings.fixed | own
         accumulation = settings.gradient_accumulation_steps
         found = self._found
         self._before = None if found is None else _checked_progress(found, self._fixed, accumulation)

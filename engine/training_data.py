@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,16 @@ def read_data(settings: Settings) -> Data:
     order = np.random.default_rng(settings.seed).permutation(len(samples)).tolist()
     held_out, trained = ([samples[n] for n in sorted(part)] for part in (order[:count], order[count:]))
     return Data(trained, held_out, notes)
+
+
+def fingerprint(samples: Iterable[Sample]) -> str:
+    """Of all tokens and labels in their order, the same in every process: two that differ are of different data."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(len(sample.tokens).to_bytes(8, "little"))
+        digest.update(sample.tokens.tobytes())
+        digest.update(sample.labels.tobytes())
+    return digest.hexdigest()[:16]
 
 
 class Counted:

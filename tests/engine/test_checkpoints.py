@@ -374,19 +374,28 @@ def test_a_folder_with_a_checkpoint_is_not_overwritten_by_another_run(
     assert words in capsys.readouterr().err
 
 
-def test_a_dataset_that_has_grown_is_another_one(
+def test_a_dataset_that_has_changed_is_another_one(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its rows would come in another order, and others be held out."""
+    """Of one with more rows, these would come in another order, and others be held out."""
     arguments = [*arguments, "val_size=3", "max_steps=6"]
     assert finetune(arguments) == 0
     Path("d.jsonl").rename("moved.jsonl")
     arguments += ["resume=true", "dataset=moved.jsonl"]
     assert finetune(arguments) == 0
-    with Path("moved.jsonl").open("a") as file:
-        file.write('{"text": "Nobody asked the ferryman."}\n')
-    assert finetune(arguments) == 2
-    assert "was made with dataset_samples=21, got 22; training cannot go on" in capsys.readouterr().err
+    moved = Path("moved.jsonl")
+    rows = moved.read_text().splitlines()
+    for changed, told in (
+        (
+            [*rows, '{"text": "Nobody asked the ferryman."}'],
+            "dataset_samples=21, got 22; dataset_fingerprint=",
+        ),
+        ([rows[1], rows[0], *rows[2:]], "dataset_fingerprint="),
+    ):
+        moved.write_text("\n".join(changed))
+        assert finetune(arguments) == 2
+        error = capsys.readouterr().err
+        assert f"was made with {told}" in error and "; training cannot go on" in error
 
 
 def test_a_saver_that_is_behind_leaves_checkpoints_out(
