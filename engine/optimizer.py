@@ -11,7 +11,9 @@ import torch
 
 from engine.shares import Shares
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+CONSTANT = SCHEDULES[:2]
+"""After the warm-up, if there is one."""
 KINDS = ("adamw", "sgd")
 READ_BY = {"betas": "adamw", "eps": "adamw", "momentum": "sgd"}
 """Setting -> the only kind that has it."""
@@ -74,18 +76,23 @@ class OptimizerSettings:
             raise ValueError(f"optimizer.max_grad_norm must be above 0, got {self.max_grad_norm}")
         if self.warmup_steps < 0:
             raise ValueError(f"optimizer.warmup_steps must be at least 0, got {self.warmup_steps}")
-        if self.schedule != "constant" and self.total_steps is None:
-            raise ValueError(f"optimizer.total_steps must be given for schedule {self.schedule}")
-        if self.schedule == "constant" and self.total_steps is not None:
+        if self.warmup_steps and self.schedule == "constant":
             raise ValueError(
-                f"optimizer.total_steps changes nothing with schedule=constant, got {self.total_steps}"
+                "optimizer.warmup_steps changes nothing with the schedule constant, but with constant_with_warmup; "
+                f"got {self.warmup_steps}"
+            )
+        if self.schedule not in CONSTANT and self.total_steps is None:
+            raise ValueError(f"optimizer.total_steps must be given for schedule {self.schedule}")
+        if self.schedule in CONSTANT and self.total_steps is not None:
+            raise ValueError(
+                f"optimizer.total_steps changes nothing with schedule={self.schedule}, got {self.total_steps}"
             )
 
     def rate(self, step: int) -> float:
         """Learning rate of step 0, 1, ...: linear warmup, then the schedule (transformers' get_scheduler)."""
         if step < self.warmup_steps:
             return self.learning_rate * step / max(1, self.warmup_steps)
-        if self.schedule == "constant":
+        if self.schedule in CONSTANT:
             return self.learning_rate
         assert self.total_steps is not None
         left = self.total_steps - self.warmup_steps

@@ -11,7 +11,7 @@ import torch
 
 from engine.load import check_model_folder
 from engine.lora import LARGEST_SCALE
-from engine.optimizer import KINDS, LARGEST_RATE, SCHEDULES, OptimizerSettings
+from engine.optimizer import CONSTANT, KINDS, LARGEST_RATE, SCHEDULES, OptimizerSettings
 from sim.core.finetune import AUTO, MEMORIES, ORDERS
 from sim.core.specs import LINEARS, LoraSpec
 from sim.errors import keys_as
@@ -68,6 +68,12 @@ MOST = {
 }
 ADAMS = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
 """Of AdamW alone, as they are unless given."""
+OPTIMIZER_KEYS = {
+    "optimizer.betas ": "adam_beta1 and adam_beta2 ",
+    "optimizer.eps ": "adam_epsilon ",
+    "optimizer.warmup_steps ": "warmup_steps or warmup_ratio ",
+}
+"""What the optimizer's own errors call a key -> what it is called here."""
 OPTIONAL = ("max_samples", "max_steps", "save_total_limit", "max_grad_norm", "eval_steps")
 """May be null."""
 
@@ -162,7 +168,7 @@ class Settings:
                     raise ValueError(
                         f"{key} changes nothing with optim={self.optim}, got {getattr(self, key)}"
                     )
-        with keys_as({"optimizer.betas ": "adam_beta1 and adam_beta2 ", "optimizer.eps ": "adam_epsilon "}):
+        with keys_as(OPTIMIZER_KEYS):
             self.optimizer(1)
 
     def _require(self, key: str, rule: str, least: float, most: float) -> None:
@@ -203,7 +209,7 @@ class Settings:
             schedule=self.lr_scheduler_type,
             # As transformers rounds the ratio.
             warmup_steps=self.warmup_steps or math.ceil(total_steps * self.warmup_ratio),
-            total_steps=None if self.lr_scheduler_type == "constant" else total_steps,
+            total_steps=None if self.lr_scheduler_type in CONSTANT else total_steps,
         )
 
     @property

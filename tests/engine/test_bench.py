@@ -268,7 +268,14 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
             "job.optimizer.kind=sgd +job.optimizer.eps=1e-6",
             " job.optimizer.eps changes nothing with kind=sgd",
         ),
-        ("+job.optimizer.total_steps=9", " job.optimizer.total_steps changes nothing with schedule=constant"),
+        (
+            "+job.optimizer.total_steps=9",
+            " job.optimizer.total_steps changes nothing with schedule=constant_with_warmup",
+        ),
+        (
+            "job.optimizer.schedule=constant",
+            " job.optimizer.warmup_steps changes nothing with the schedule constant, but",
+        ),
         ("job.data=nowhere.txt", "nowhere.txt does not exist"),
         ("policy.inference_share=0.123 policy=separate", "must be a share of at most 100 equal parts"),
         ("device=h100", "needs a CUDA device"),

@@ -482,6 +482,10 @@ def test_every_option_of_finetune_is_checked_and_named(
     assert "policy must be one that finetunes, got InferenceOnly" in capsys.readouterr().err
     assert finetune([*arguments, "warmup_steps=2", "warmup_ratio=0.1"]) == 2
     assert "only one of warmup_steps and warmup_ratio" in capsys.readouterr().err
+    for warm in ("warmup_steps=2", "warmup_ratio=0.1"):
+        assert finetune([*arguments, warm, "lr_scheduler_type=constant"]) == 2
+        told = "warmup_steps or warmup_ratio changes nothing with the schedule constant"
+        assert told in capsys.readouterr().err
     assert finetune([*arguments, "val_size=2", "eval_dataset=d.jsonl"]) == 2
     assert "only one of eval_dataset and val_size" in capsys.readouterr().err
     assert finetune([*arguments, "optim=sgd", "adam_beta1=0.8"]) == 2

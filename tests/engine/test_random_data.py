@@ -368,11 +368,13 @@ def case_of(draw: Draw, folder: Path) -> Case:
         "num_train_epochs": draw.count(1, 3),
         "max_steps": draw.some(None, None, 1, 3, 17),
         "learning_rate": draw.some(1e-4, 3e-3),
-        "lr_scheduler_type": draw.some("constant", "linear", "cosine"),
+        "lr_scheduler_type": draw.some("constant", "constant_with_warmup", "linear", "cosine"),
         "warmup_steps": draw.some(0, 0, 1, 4, 40),
         "val_size": draw.some(0.0, 0.0, 0.05, 0.3, 0.5, 1, 3),
     }
-    if not keys["warmup_steps"]:
+    if keys["lr_scheduler_type"] == "constant":
+        keys["warmup_steps"], keys["warmup_ratio"] = 0, 0.0
+    elif not keys["warmup_steps"]:
         keys["warmup_ratio"] = draw.some(0.0, 0.03, 0.1, 0.5, 1.0)
     return Case([read for _, read in pairs], keys, (tokenizer, chat, ends != "plain"))
 
@@ -387,7 +389,6 @@ def rates_of(keys: dict[str, Any], total: int) -> list[float]:
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=keys["learning_rate"])
     name = keys["lr_scheduler_type"]
     warmup = keys["warmup_steps"] or math.ceil(total * keys["warmup_ratio"])
-    name = "constant_with_warmup" if name == "constant" else name
     schedule = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total)
     rates = []
     for _ in range(total):

@@ -51,7 +51,7 @@ def settings(random: np.random.Generator) -> list[str]:
         "optim": one_of(random, "adamw", "sgd"),
         "max_grad_norm": one_of(random, "null", 0.5),
         "weight_decay": one_of(random, 0.0, 0.1),
-        "lr_scheduler_type": one_of(random, "constant", "linear", "cosine"),
+        "lr_scheduler_type": one_of(random, "constant_with_warmup", "linear", "cosine"),
         "logging_steps": int(random.integers(1, 4)),
         "save_steps": int(random.integers(1, 5)),
         "save_total_limit": one_of(random, "null", 1, 2),
