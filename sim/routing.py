@@ -248,29 +248,33 @@ class _Prediction(NamedTuple):
 
 
 def _predict(request: Incoming, load: Load) -> _Prediction:
-    """A prompt has only the time that decoding leaves within the TPOT bound, so a long one takes many chunks.
+    """A prompt has only the time that decoding leaves within the TPOT bound, so a long one takes many chunks; where
+    no other request is, it is not cut for the sake of a bound.
 
-    They are taken to be alike, and their tokens to attend to as many as those of the backlog do in the mean.
+    Chunks are taken to be alike, and their tokens to attend to as many as those of the backlog do in the mean, or
+    to those before them in their chunk if these are more.
     """
     state = load.state
     decode = _all_decoding(request, load)
+    beside, budget_s = decode, request.slo.tpot_s / load.slowness
+    if not load.requests:
+        beside, budget_s = Work(), math.inf
     backlog = state.waiting.tokens + load.inbox_tokens + request.prompt_tokens
     pairs = state.waiting.attention_pairs + load.inbox_pairs + Chunk(request.prompt_tokens, 0).attention_pairs
     for sequence in state.prefilling.values():
         left = Chunk(sequence.remaining_tokens, sequence.computed_tokens)
         backlog += left.tokens
         pairs += left.attention_pairs
-    most = max(1, min(backlog, state.limits.max_tokens - decode.decode_count))
-    budget_s = request.slo.tpot_s / load.slowness
+    most = max(1, min(backlog, state.limits.max_tokens - beside.decode_count))
     attended = pairs / backlog
-    chunk, context = _chunk(load, decode, _context(most, attended), most, budget_s)
+    chunk, context = _chunk(load, beside, _context(most, attended), most, budget_s)
     before = _context(chunk, attended)
     if before > context:  # the smaller the chunk, the more of what it attends to lies before it
-        chunk, context = _chunk(load, decode, before, most, budget_s)
+        chunk, context = _chunk(load, beside, before, most, budget_s)
     return _Prediction(
         max(0.0, state.free_s - request.arrival_s),
         math.ceil(backlog / chunk),
-        load.iteration_s(decode._replace(prefill=(Chunk(chunk, context),))),
+        load.iteration_s(beside._replace(prefill=(Chunk(chunk, context),))),
         load.iteration_s(decode),
     )
 
