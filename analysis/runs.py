@@ -90,7 +90,12 @@ def unusual(rows: Sequence[Row]) -> list[str]:
 
 def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
     """Whether attainment is known and at least `kept_share`."""
-    return number(row, "attainment") >= kept_share
+    return kept(number(row, "attainment"), kept_share)
+
+
+def kept(attainment: float, kept_share: float) -> bool:
+    """Whether it is at least `kept_share`, up to the rounding of a mean over seeds and of a percentage."""
+    return attainment >= kept_share - 1e-9
 
 
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import struct
 from itertools import chain, combinations, pairwise, product
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -119,6 +121,24 @@ def test_the_mark_goes_to_most_finetuning_among_those_that_keep_the_slo() -> Non
     stricter = [line for line in plain_table(rows(), 0.99).split("\n") if line.startswith("*")]
     assert stricter[0].split()[:2] == ["*", "coserving_static"]
     assert best(rows(), 1.0) == set()
+
+
+@pytest.mark.parametrize(("share", "seeds", "keep"), [(0.95, 3, "95"), (0.999, 1, "99.9")])
+def test_exactly_the_share_that_is_asked_for_keeps_the_slo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float, seeds: int, keep: str
+) -> None:
+    assert not share * seeds / seeds >= float(keep) / 100  # the rounding of a mean and of a percentage
+    for seed in range(seeds):
+        summary = write(tmp_path / str(seed), "a", seed=seed) / "summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "attainment": share}))
+    assert main([str(tmp_path), "--keep", keep]) == 0
+    assert "\n* a " in capsys.readouterr().out
+    same = [row | {"attainment": share} for seed in range(seeds) for row in rows(seed=seed)]
+    left, right = compare_figure(same, kept_share=float(keep) / 100).axes
+    assert not any(bar.get_hatch() for axes in (left, right) for bar in axes.patches)
+    swept = sweep_figure(same, kept_share=float(keep) / 100)
+    markers = [c for axes in swept.axes for c in axes.collections if isinstance(c, PathCollection)]
+    assert markers and not any(len(hollow.get_offsets()) for hollow in markers)
 
 
 def test_each_rate_has_its_own_best() -> None:
