@@ -56,6 +56,13 @@ def test_each_policy_has_its_best_router_at_the_rates_where_it_keeps_the_slo() -
     assert peak_tok_s(ROWS) == 100.0
 
 
+def test_a_router_counts_where_its_numbers_are_known() -> None:
+    for key in ("finetune_tok_s", "goodput_rps"):
+        missing = [row("a", 1.0, "far", 1.0, 60.0) | {key: None}, *ROWS[:1], ROWS[6] | {key: None}]
+        assert frontier(missing) == {"a": [(1.0, 1.0, 50.0, "near")]}
+        frontier_figure(missing).canvas.draw()
+
+
 def test_a_table_without_a_policy_that_keeps_the_slo_says_so() -> None:
     missed = [{**one, "attainment": 0.5} for one in ROWS]
     title, line = frontier_table(missed).split("\n")
