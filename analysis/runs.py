@@ -98,6 +98,17 @@ def kept(attainment: float, kept_share: float) -> bool:
     return attainment >= kept_share - 1e-9
 
 
+def peaks_tok_s(rows: Sequence[Row]) -> list[float]:
+    """What finetuning alone reaches on the cluster of `rows`, for each seed of those that state it. None where rows of
+    one seed state several: they are of unlike clusters or jobs."""
+    stated: dict[str, set[float]] = {}
+    for row in rows:
+        if (peak := number(row, "peak_finetune_tok_s")) > 0:
+            stated.setdefault(text(row, "seed"), set()).add(peak)
+    alike = all(len(peaks) == 1 for peaks in stated.values())
+    return [peak for peaks in stated.values() for peak in peaks] if alike else []
+
+
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
     """Positions of the rows with most finetuning among those that keep the SLO, one for each scene, SLO, rate and
     source. None where nobody keeps it, nothing was trained, or the rows that train are of unlike seeds; nor one whose

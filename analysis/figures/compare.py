@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, line_names
-from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, text, varied
+from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, peaks_tok_s, text, varied
 from analysis.table import cell, shorten
 
 if TYPE_CHECKING:
@@ -100,10 +100,11 @@ def _spread(rows: Sequence[Row], key: str) -> Spread:
 
 
 def _peak(rows: Sequence[Row]) -> float | None:
-    """What finetuning alone reaches: as the runs state it, else as a finetune-only run among them."""
-    stated = [number(row, "peak_finetune_tok_s") for row in rows]
-    measured = [number(row, "finetune_tok_s") for row in rows if text(row, "policy") == "finetune_only"]
-    known = [value for value in stated if value > 0] or [value for value in measured if value > 0]
+    """What finetuning alone reaches: as the runs state it, if they agree, else as a finetune-only run among them."""
+    known = peaks_tok_s(rows)
+    if not any(number(row, "peak_finetune_tok_s") > 0 for row in rows):
+        measured = [number(row, "finetune_tok_s") for row in rows if text(row, "policy") == "finetune_only"]
+        known = [value for value in measured if value > 0]
     return sum(known) / len(known) if known else None
 
 
@@ -134,6 +135,11 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
         axes.annotate(
             f"finetuning alone: {peak:,.0f} tok/s = 100 %", (peak, 1), xycoords=("data", "axes fraction"),
             xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
+    elif any(line.share_of_peak.mean > 0 for line in lines):
+        axes.annotate(
+            "%: of finetuning alone with the same settings", (span * 1.27, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 4), textcoords="offset points", ha="right", fontsize=9,
         )  # fmt: skip
     style.tidy(axes, "x")
     axes.tick_params(axis="y", length=0)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, display_names
-from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, text
+from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, peaks_tok_s, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +55,8 @@ def frontier(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> dict[st
 
 
 def peak_tok_s(rows: Sequence[Row]) -> float | None:
-    """Finetuning alone on the same cluster, if some row knows it."""
-    known = [value for row in rows if (value := number(row, "peak_finetune_tok_s")) > 0]
-    return max(known, default=None)
+    """Finetuning alone on the same cluster, if some row knows it and all that do are of one cluster."""
+    return max(peaks_tok_s(rows), default=None)
 
 
 def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:

@@ -337,6 +337,22 @@ def test_the_comparison_draws_each_policy_once_with_its_numbers() -> None:
     assert "azure_conv" in figure.get_suptitle()
 
 
+def test_runs_that_finetuning_alone_would_not_do_at_the_same_rate_have_no_common_peak() -> None:
+    def said(peaks: tuple[float, float], seeds: tuple[int, int]) -> str:
+        own = zip(peaks, seeds, strict=True)
+        unlike = [
+            row | {"peak_finetune_tok_s": peak, "finetune_share_of_peak": 0.5, "config": {"pipelines": peak}}
+            for peak, seed in own
+            for row in rows(seed=seed)
+        ]
+        (text,) = [t for t in compare_figure(unlike).axes[0].texts if "finetuning alone" in t.get_text()]
+        return str(text.get_text())
+
+    assert said((15000.0, 30000.0), (0, 0)) == "%: of finetuning alone with the same settings"
+    assert said((15000.0, 15000.0), (0, 0)) == "finetuning alone: 15,000 tok/s = 100 %"
+    assert said((15000.0, 15100.0), (0, 1)) == "finetuning alone: 15,050 tok/s = 100 %"
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.0 / 7, 100.0, 1.46])
 def test_no_text_of_the_comparison_overlaps_another_or_leaves_the_figure(factor: float) -> None:
     figure = compare_figure([{**row, "peak_finetune_tok_s": 15000.0 * factor} for row in rows(factor=factor)])
