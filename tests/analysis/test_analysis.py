@@ -255,6 +255,17 @@ def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders() -> None:
     assert names_of(same) == ["coserving (a/0)", "coserving (b/0)"]
 
 
+def test_lines_of_a_seed_that_comes_twice_are_told_apart_whatever_else_they_are_means_of() -> None:
+    runs = [(0, "one/0"), (1, "one/1"), (1, "two/1")]
+    twice = [
+        row | {"seed": seed, "folder": folder, "config": {}} for seed, folder in runs for row in rows()[2:3]
+    ]
+    names = [line.name for line in ranked(twice)]
+    assert names == ["coserving (0)", "coserving (1)"]
+    assert all(f"  {name} " in plain_table(twice) for name in names)
+    assert list(series(twice, "attainment")) == names
+
+
 def test_a_mean_is_over_the_seeds_that_have_the_number() -> None:
     made = [{**variant(seed=seed), "ttft_p99_s": ttft} for seed, ttft in enumerate((1.0, NAN, 3.0))]
     one = over_seeds(made)[0]
