@@ -22,6 +22,7 @@ class Repeated(NamedTuple):
     """Runs that differ in nothing but the seed, put together."""
 
     mean: Row
+    """Labels and means; of no seed."""
     deviation: Row
     """Sample standard deviations; none of a number that fewer than two runs have."""
     seeds: tuple[str, ...]
@@ -112,11 +113,12 @@ def shared_settings(rows: Sequence[Row]) -> list[str]:
 
 
 def line_names(rows: Sequence[Row], labels: Sequence[str] = ("source", "router")) -> list[str]:
-    """`display_names` for figures, which have no columns: with those of `labels` in which `rows` differ."""
+    """`display_names` for figures, which have no columns: with those of `labels` in which `rows` differ. A row stands
+    for its repeats, so that its seed does not tell it from another."""
     told = varied(rows, labels)
     return [
         name + (f" [{', '.join(text(row, key) or '-' for key in told)}]" if told else "")
-        for name, row in zip(display_names(rows), rows, strict=True)
+        for name, row in zip(display_names([{**row, "seed": None} for row in rows]), rows, strict=True)
     ]
 
 
@@ -199,7 +201,9 @@ def _repeated(rows: Sequence[Row]) -> Repeated:
     mean = {key: math.fsum(v) / len(v) if v else math.nan for key, v in values.items()}
     deviation = {key: float(np.std(v, ddof=1)) for key, v in values.items() if len(v) > 1}
     known = {key: len(v) for key, v in values.items()}
-    return Repeated({**rows[0], **mean}, deviation, tuple(text(row, "seed") for row in rows), known)
+    return Repeated(
+        {**rows[0], **mean, "seed": None}, deviation, tuple(text(row, "seed") for row in rows), known
+    )
 
 
 def _is_number(value: object) -> bool:

@@ -90,7 +90,23 @@ def unusual(rows: Sequence[Row]) -> list[str]:
 
 def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
     """Whether attainment is known and at least `kept_share`."""
-    return number(row, "attainment") >= kept_share
+    return kept(number(row, "attainment"), kept_share)
+
+
+def kept(attainment: float, kept_share: float) -> bool:
+    """Whether it is at least `kept_share`, up to the rounding of a mean over seeds and of a percentage."""
+    return attainment >= kept_share - 1e-9
+
+
+def peaks_tok_s(rows: Sequence[Row]) -> list[float]:
+    """What finetuning alone reaches on the cluster of `rows`, for each seed of those that state it. None where rows of
+    one seed state several: they are of unlike clusters or jobs."""
+    stated: dict[str, set[float]] = {}
+    for row in rows:
+        if (peak := number(row, "peak_finetune_tok_s")) > 0:
+            stated.setdefault(text(row, "seed"), set()).add(peak)
+    alike = all(len(peaks) == 1 for peaks in stated.values())
+    return [peak for peaks in stated.values() for peak in peaks] if alike else []
 
 
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:

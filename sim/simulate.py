@@ -275,7 +275,7 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         shown += [row_of(read_run(path)) for path in sorted(folder.glob("bounds/*"))]
     print_table(shown)
     print_notes(rows)
-    print_unfinished(rows)
+    print_unfinished(shown)
     print(f"runs:   {shown_path(folder)}")
     scenes = varied(shown, SCENE)
     if scenes:

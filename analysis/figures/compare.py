@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, line_names
-from analysis.runs import SLO_KEPT_SHARE, Row, number, text, varied
+from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, peaks_tok_s, text, varied
 from analysis.table import cell, shorten
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def ranked(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> list[Line
     def rank(line: Line) -> tuple[bool, float, float]:
         trained, met = line.finetune.mean, line.attainment.mean
         return (
-            not met >= kept_share,
+            not kept(met, kept_share),
             math.inf if math.isnan(trained) else -trained,
             math.inf if math.isnan(met) else -met,
         )
@@ -100,10 +100,11 @@ def _spread(rows: Sequence[Row], key: str) -> Spread:
 
 
 def _peak(rows: Sequence[Row]) -> float | None:
-    """What finetuning alone reaches: as the runs state it, else as a finetune-only run among them."""
-    stated = [number(row, "peak_finetune_tok_s") for row in rows]
-    measured = [number(row, "finetune_tok_s") for row in rows if text(row, "policy") == "finetune_only"]
-    known = [value for value in stated if value > 0] or [value for value in measured if value > 0]
+    """What finetuning alone reaches: as the runs state it, if they agree, else as a finetune-only run among them."""
+    known = peaks_tok_s(rows)
+    if not any(number(row, "peak_finetune_tok_s") > 0 for row in rows):
+        measured = [number(row, "finetune_tok_s") for row in rows if text(row, "policy") == "finetune_only"]
+        known = [value for value in measured if value > 0]
     return sum(known) / len(known) if known else None
 
 
@@ -118,7 +119,7 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
         if math.isnan(trained):
             axes.text(span * 0.01, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
             continue
-        _bar(axes, line.finetune, y, line.attainment.mean >= kept_share)
+        _bar(axes, line.finetune, y, kept(line.attainment.mean, kept_share))
         axes.text(span * 1.14, y, cell("finetune_tok_s", trained), va="center", ha="right", fontsize=9)
         if trained > 0 and not math.isnan(share):
             shown = f"{cell('finetune_share_of_peak', share)} %"
@@ -134,6 +135,11 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None, kept_s
         axes.annotate(
             f"finetuning alone: {peak:,.0f} tok/s = 100 %", (peak, 1), xycoords=("data", "axes fraction"),
             xytext=(0, 4), textcoords="offset points", ha="center", fontsize=9,
+        )  # fmt: skip
+    elif any(line.share_of_peak.mean > 0 for line in lines):
+        axes.annotate(
+            "%: of finetuning alone with the same settings", (span * 1.27, 1), xycoords=("data", "axes fraction"),
+            xytext=(0, 4), textcoords="offset points", ha="right", fontsize=9,
         )  # fmt: skip
     style.tidy(axes, "x")
     axes.tick_params(axis="y", length=0)
@@ -159,11 +165,11 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
         if math.isnan(value.mean):
             axes.text(1, y, "missing", va="center", fontsize=9, style="italic", color=style.GREY)
             continue
-        kept = value.mean >= kept_share
-        _bar(axes, Spread(*(100 * share for share in value)), y, kept)
+        met = kept(value.mean, kept_share)
+        _bar(axes, Spread(*(100 * share for share in value)), y, met)
         axes.text(
             115, y, cell("attainment", value.mean), va="center", ha="right", fontsize=9,
-            color=style.KEPT if kept else style.MISSED, weight="bold",
+            color=style.KEPT if met else style.MISSED, weight="bold",
         )  # fmt: skip
     axes.set_xlim(0, 116)
     axes.set_xticks([0, 20, 40, 60, 80, 100])
@@ -172,8 +178,8 @@ def _attainment_panel(axes: Any, lines: Sequence[Line], kept_share: float) -> No
     axes.tick_params(axis="y", length=0)
 
 
-def _bar(axes: Any, value: Spread, y: int, kept: bool) -> None:
-    if kept:
+def _bar(axes: Any, value: Spread, y: int, met: bool) -> None:
+    if met:
         axes.barh(y, value.mean, height=0.66, color=style.KEPT)
     else:
         axes.barh(y, value.mean, height=0.62, facecolor="white", edgecolor=style.MISSED, hatch="////")

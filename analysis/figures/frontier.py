@@ -8,13 +8,14 @@ finetuning alone, serving alone, and the ideal sum, both at once at full rate.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, display_names
-from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, text
+from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, peaks_tok_s, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,17 +32,18 @@ class Point(NamedTuple):
 
 def frontier(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> dict[str, list[Point]]:
     """Policy, with what else tells runs of it apart -> points by rising rate. A router counts at a rate when the SLO
-    is kept at every seed."""
+    is kept and both numbers are known at every seed."""
     names = {id(row): name for row, name in zip(rows, display_names(rows), strict=True)}
     best: dict[tuple[str, float], Point] = {}
     for group in alike(rows):
         policy, rate_rps = names[id(group[0])], number(group[0], "rate_rps")
         router = text(group[0], "router")
-        if not all(keeps_slo(row, kept_share) for row in group):
-            continue
         goodput_rps, trained = (
             sum(number(row, key) for row in group) / len(group) for key in ("goodput_rps", "finetune_tok_s")
         )
+        known = not math.isnan(goodput_rps + trained)
+        if not (known and all(keeps_slo(row, kept_share) for row in group)):
+            continue
         point = Point(rate_rps, goodput_rps, trained, router)
         place = (policy, rate_rps)
         if place not in best or trained > best[place].finetune_tok_s:
@@ -53,9 +55,8 @@ def frontier(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> dict[st
 
 
 def peak_tok_s(rows: Sequence[Row]) -> float | None:
-    """Finetuning alone on the same cluster, if some row knows it."""
-    known = [value for row in rows if (value := number(row, "peak_finetune_tok_s")) > 0]
-    return max(known, default=None)
+    """Finetuning alone on the same cluster, if some row knows it and all that do are of one cluster."""
+    return max(peaks_tok_s(rows), default=None)
 
 
 def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:

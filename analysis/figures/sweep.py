@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, line_names
-from analysis.runs import SLO_KEPT_SHARE, Row, number, text
+from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, text
 from analysis.table import shorten
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> 
     looks, routers = _looks(rows)
     for axes, (metric, (title, factor)) in zip(panels, METRICS.items(), strict=True):
         for place, (name, points) in enumerate(lines[metric].items()):
-            kept = [point.mean >= kept_share for point in attained[name]]
-            _draw(axes, shorten(name, 34), looks[name], points, factor, kept, size=8.5 - place % 3 * 1.5)
+            met = [kept(point.mean, kept_share) for point in attained[name]]
+            _draw(axes, shorten(name, 34), looks[name], points, factor, met, size=8.5 - place % 3 * 1.5)
         axes.set_xlabel("arrivals (req/s)")
         axes.set_ylabel(title)
         axes.yaxis.set_major_formatter(_thousands)
@@ -147,14 +147,14 @@ def _point(x: float, values: list[float]) -> Point:
 
 
 def _draw(
-    axes: Any, name: str, look: style.Look, points: Points, factor: float, kept: Sequence[bool], size: float
+    axes: Any, name: str, look: style.Look, points: Points, factor: float, met: Sequence[bool], size: float
 ) -> None:
     """One line; markers of several sizes, so that of two lines that coincide both are seen."""
     x = [point.rate_rps for point in points]
     mean, low, high = ([factor * value for value in v] for v in zip(*(p[1:] for p in points), strict=True))
     line = {"color": look.color, "linestyle": look.dash, "linewidth": 1.8}
     axes.plot(x, mean, label=name, marker=look.marker, markersize=size, **line)
-    missed = [i for i, met in enumerate(kept) if not met]
+    missed = [i for i, at_point in enumerate(met) if not at_point]
     axes.scatter(
         [x[i] for i in missed], [mean[i] for i in missed], s=size**2, marker=look.marker, facecolor="white",
         edgecolor=look.color, linewidth=1.4, zorder=3,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import struct
 from itertools import chain, combinations, pairwise, product
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.collections import PathCollection
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -119,6 +121,24 @@ def test_the_mark_goes_to_most_finetuning_among_those_that_keep_the_slo() -> Non
     stricter = [line for line in plain_table(rows(), 0.99).split("\n") if line.startswith("*")]
     assert stricter[0].split()[:2] == ["*", "coserving_static"]
     assert best(rows(), 1.0) == set()
+
+
+@pytest.mark.parametrize(("share", "seeds", "keep"), [(0.95, 3, "95"), (0.999, 1, "99.9")])
+def test_exactly_the_share_that_is_asked_for_keeps_the_slo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], share: float, seeds: int, keep: str
+) -> None:
+    assert not share * seeds / seeds >= float(keep) / 100  # the rounding of a mean and of a percentage
+    for seed in range(seeds):
+        summary = write(tmp_path / str(seed), "a", seed=seed) / "summary.json"
+        summary.write_text(json.dumps({**json.loads(summary.read_text()), "attainment": share}))
+    assert main([str(tmp_path), "--keep", keep]) == 0
+    assert "\n* a " in capsys.readouterr().out
+    same = [row | {"attainment": share} for seed in range(seeds) for row in rows(seed=seed)]
+    left, right = compare_figure(same, kept_share=float(keep) / 100).axes
+    assert not any(bar.get_hatch() for axes in (left, right) for bar in axes.patches)
+    swept = sweep_figure(same, kept_share=float(keep) / 100)
+    markers = [c for axes in swept.axes for c in axes.collections if isinstance(c, PathCollection)]
+    assert markers and not any(len(hollow.get_offsets()) for hollow in markers)
 
 
 def test_each_rate_has_its_own_best() -> None:
@@ -235,6 +255,17 @@ def test_runs_that_differ_in_nothing_are_told_apart_by_their_folders() -> None:
     assert names_of(same) == ["coserving (a/0)", "coserving (b/0)"]
 
 
+def test_lines_of_a_seed_that_comes_twice_are_told_apart_whatever_else_they_are_means_of() -> None:
+    runs = [(0, "one/0"), (1, "one/1"), (1, "two/1")]
+    twice = [
+        row | {"seed": seed, "folder": folder, "config": {}} for seed, folder in runs for row in rows()[2:3]
+    ]
+    names = [line.name for line in ranked(twice)]
+    assert names == ["coserving (0)", "coserving (1)"]
+    assert all(f"  {name} " in plain_table(twice) for name in names)
+    assert list(series(twice, "attainment")) == names
+
+
 def test_a_mean_is_over_the_seeds_that_have_the_number() -> None:
     made = [{**variant(seed=seed), "ttft_p99_s": ttft} for seed, ttft in enumerate((1.0, NAN, 3.0))]
     one = over_seeds(made)[0]
@@ -315,6 +346,22 @@ def test_the_comparison_draws_each_policy_once_with_its_numbers() -> None:
     assert [text.get_text() for text in right.texts].count("missing") == 2
     assert any("finetuning alone: 15,000" in text.get_text() for text in left.texts)
     assert "azure_conv" in figure.get_suptitle()
+
+
+def test_runs_that_finetuning_alone_would_not_do_at_the_same_rate_have_no_common_peak() -> None:
+    def said(peaks: tuple[float, float], seeds: tuple[int, int]) -> str:
+        own = zip(peaks, seeds, strict=True)
+        unlike = [
+            row | {"peak_finetune_tok_s": peak, "finetune_share_of_peak": 0.5, "config": {"pipelines": peak}}
+            for peak, seed in own
+            for row in rows(seed=seed)
+        ]
+        (text,) = [t for t in compare_figure(unlike).axes[0].texts if "finetuning alone" in t.get_text()]
+        return str(text.get_text())
+
+    assert said((15000.0, 30000.0), (0, 0)) == "%: of finetuning alone with the same settings"
+    assert said((15000.0, 15000.0), (0, 0)) == "finetuning alone: 15,000 tok/s = 100 %"
+    assert said((15000.0, 15100.0), (0, 1)) == "finetuning alone: 15,050 tok/s = 100 %"
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.0 / 7, 100.0, 1.46])

@@ -56,6 +56,20 @@ def test_each_policy_has_its_best_router_at_the_rates_where_it_keeps_the_slo() -
     assert peak_tok_s(ROWS) == 100.0
 
 
+def test_a_router_counts_where_its_numbers_are_known() -> None:
+    for key in ("finetune_tok_s", "goodput_rps"):
+        missing = [row("a", 1.0, "far", 1.0, 60.0) | {key: None}, *ROWS[:1], ROWS[6] | {key: None}]
+        assert frontier(missing) == {"a": [(1.0, 1.0, 50.0, "near")]}
+        frontier_figure(missing).canvas.draw()
+
+
+def test_the_peak_is_told_where_finetuning_alone_does_the_same_in_all_runs() -> None:
+    other = row("a", 1.0, "near", 1.0, 50.0) | {"config": {"pipelines": 2}, "peak_finetune_tok_s": 200.0}
+    assert peak_tok_s([*ROWS, other]) is None
+    assert peak_tok_s([*ROWS, other | {"seed": 2}]) == 200.0  # the seeds have a peak each
+    assert "finetuning alone" not in frontier_table([*ROWS, other])
+
+
 def test_a_table_without_a_policy_that_keeps_the_slo_says_so() -> None:
     missed = [{**one, "attainment": 0.5} for one in ROWS]
     title, line = frontier_table(missed).split("\n")

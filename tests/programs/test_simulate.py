@@ -249,7 +249,13 @@ def test_requests_that_did_not_finish_are_told_in_one_line(capfd: pytest.Capture
     Path("long.csv").write_text("arrival_s,prompt_tokens,output_tokens\n0,100,5\n1,100,20000\n2,100,5\n")
     own = ("workload=csv", "workload.file=long.csv", "run.drain_s=1")
     what = "did not finish: they count as missed, latencies are of finished ones (longer: run.drain_s)"
-    assert told("simulate", *own, "hydra.run.dir=out") == [f"note: 1 of 3 requests {what}"]
+    assert told("simulate", *own, "run.bounds=false", "hydra.run.dir=alone") == [
+        f"note: 1 of 3 requests {what}"
+    ]
+    # The bounds, which the table shows, are told as `coserve report` tells them.
+    with_bounds = [f"note: requests of 2 of 3 runs (most: 1 of 3 of coserving) {what}"]
+    assert told("simulate", *own, "hydra.run.dir=out") == with_bounds
+    assert told("report", "out") == with_bounds
     assert read_run("out").summary["unfinished"] == 1
     assert told("simulate", *own[:2], "run.drain_s=2000", "run.bounds=false", "hydra.run.dir=all") == []
     # Nobody is served by finetune_only: its requests are rejected, not unfinished.
