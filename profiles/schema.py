@@ -43,8 +43,8 @@ METADATA = b"coserve.profile"
 COLLECTED = b"coserve.collected"
 SLACK = 1.0
 """How much longer less work may take than more work before the two rows contradict each other. The
-columns do not say all: a few tokens after a long context have fewer pairs than many after none, and may take
-a third longer."""
+columns do not say all: a window of few tokens after a long context has fewer pairs than one of many after none, and
+may take a third longer."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,8 +1,9 @@
 """Seconds of flat rows of work (`WORK_COLUMNS`) by parts, many rows at once.
 
 What `IterationCost.parts` says of one `Work`, for the rows that tables and run folders hold. A row has the
-sums of its chunks and rectangles only, which is exact where curves are linear, as fitted ones are. What windows
-and rectangles read of keys is not among the sums: they are taken to be as long as their mean.
+sums of its chunks and rectangles only: they are taken to be as long as their mean, and recomputed windows to be one.
+For prompts that is exact where curves are linear, as fitted ones are, and for windows and rectangles where there is
+one: what they read of keys is not among the sums.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
         row["backward_layer_tokens"],
     )
     each = np.divide(layer_tokens, layers, out=np.zeros_like(layers), where=layers > 0)
+    again = row["recompute_tokens"]
     decodes = c.decode.fixed_s * (row["decode_count"] > 0) + row["decode_count"] * c.decode.sequence_s
     lora = c.lora_fixed_s + c.lora_token_s * tokens + c.adapter_s * row["adapters"]
     return {
@@ -94,9 +96,8 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
         "backward": c.backward_start_s * (layer_tokens > 0)
         + layers * _at(c.backward_layer_s, each)
         + _alike(c.backward, layers, layer_tokens, row["backward_pairs"]),
-        "recompute": _at(c.recompute_s, row["recompute_tokens"])
-        + row["recompute_tokens"] * c.recompute.token_s
-        + row["recompute_pairs"] * c.recompute.pair_s,
+        "recompute": _at(c.recompute_s, again)
+        + _alike(c.recompute, 1.0 * (again > 0), again, row["recompute_pairs"]),
         "optimizer": row["optimizer_params"] * c.optimizer_param_s,
         "adapters": lora * (row["adapters"] > 0),
         "adapters_forward": _windows_lora_s(c, windows),
@@ -114,7 +115,7 @@ def keys_of_alike(count: Floats, tokens: Floats, pairs: Floats) -> Floats:
     c + n keys."""
     each = np.divide(tokens, count, out=np.zeros_like(pairs), where=tokens > 0)
     behind = np.divide(pairs, tokens, out=np.zeros_like(pairs), where=tokens > 0)
-    keys: Floats = count * (behind + (each - 1) / 2) * (tokens > 0)
+    keys: Floats = count * (behind + (each - 1) / 2)
     return keys
 
 

@@ -2,7 +2,7 @@
 
 FlexLLM (NSDI 2026): s = max { s : f(c, s) <= SLO } with f the predicted time of an iteration that has c
 inference tokens and s finetuning tokens. The slice is a forward window or a backward slice in
-layers x tokens. Prefill chunks are sized by the same budget.
+layers x tokens. Prefill chunks are sized by the same budget where somebody decodes.
 """
 
 from __future__ import annotations

@@ -38,6 +38,7 @@ from tests.support import (
     job_of,
     limits_of,
     requests_of,
+    run,
 )
 
 HELLO = Incoming(10, Slo(), None)
@@ -116,7 +117,7 @@ def test_routers_expect_the_least_chunk_of_each_policy(
 
 
 def test_a_larger_least_chunk_brings_the_first_token_earlier_where_no_chunk_fits() -> None:
-    loads = [load_of(predictor=LinearCost(host_s=0.1)) for _ in range(3)]
+    loads = [load_of(1, predictor=LinearCost(host_s=0.1)) for _ in range(3)]
     for load, tokens in zip(loads, (1, 64, 16), strict=True):
         load.min_chunk_tokens = tokens
     assert SloAware().choose(Incoming(64, Slo(tpot_s=0.02), None), loads) == 1
@@ -248,6 +249,71 @@ def test_the_tokens_of_a_long_prompt_attend_to_more(router: type) -> None:
             assert router().choose(Incoming(5, slo, None), [deep, shallow]) == chosen
 
 
+@pytest.mark.parametrize(("before", "prompt"), [((), 3000), ((700,) * 4, 700), ((2000,), 100)])
+@pytest.mark.parametrize("max_tokens", [256, 4096])
+def test_a_first_token_is_expected_when_it_comes(
+    max_tokens: int, before: tuple[int, ...], prompt: int
+) -> None:
+    """Beside a decode and behind other prompts, under a policy that fills iterations up to the TPOT bound."""
+    cost = LinearCost(pair_s=2.0**-17, decode_s=2.0**-18)
+    limits = limits_of(max_tokens=max_tokens, max_sequences=64, kv_tokens=400_000, max_sequence_tokens=20_000)
+    slo = SLOS["chat"]
+    prompts = [5, *before, prompt]
+    requests = [Request(i, 0.02 * (i > 0), n, 1000 if i == 0 else 2, "chat") for i, n in enumerate(prompts)]
+    policy = build_policy("coserving", predictor=cost, budget_s=slo.tpot_s, margin=0.0)
+    rows = run(policy, requests, limits=limits, world=cost).table("requests")
+    waited_s = float(rows["first_token_s"][rows["request"] == len(before) + 1][0]) - 0.02
+
+    state = PipelineState(limits=limits, slos=SLOS, recorder=Recorder())
+    state.predicted_s = state.measured_s = 1.0
+    state.arrive(requests[0])
+    state.apply(Plan(prefills=((0, 5),)), 0.0)
+    state.commit(0.02)
+    for request in requests[1:-1]:
+        state.arrive(request)
+    busy = Load(state, cost, policy.min_chunk_tokens)
+    for factor, chosen in ((1.25, 0), (0.8, 1)):
+        incoming = Incoming(prompt, Slo(ttft_s=factor * waited_s, tpot_s=slo.tpot_s), None, 0.02)
+        assert Consolidate().choose(incoming, [busy, load_of()]) == chosen, (waited_s, factor)
+
+
+@pytest.mark.parametrize("router", [SloAware, Consolidate])
+def test_a_request_s_own_prompt_attends_to_itself(router: type) -> None:
+    """Both are busy; the second takes longer for a token and nothing for a pair."""
+    deep = LinearCost(host_s=2.0**-20, decode_s=0.0, pair_s=2.0**-19)
+    flat = LinearCost(host_s=2.0**-20, decode_s=0.0, prefill_s=2.0**-11)
+    loads = [load_of(1, predictor=deep), load_of(1, predictor=flat)]
+    for prompt, chosen in ((10, 0), (900, 1)):
+        request = Incoming(prompt, Slo(ttft_s=1e-6), None)
+        assert router().choose(request, loads) == chosen
+
+
+def test_a_prompt_that_would_be_alone_is_not_cut() -> None:
+    """800 tokens in four iterations of 256 take 1.00 s at 1.2 ms a token; in 50 and more of 16, which is more than
+    25 ms leave, 1.3 s at 1 ms."""
+    fast, slow = (LinearCost(host_s=0.01, prefill_s=s) for s in (0.001, 0.0012))
+    loads = [load_of(1, predictor=fast), load_of(predictor=slow), load_of(1, predictor=slow)]
+    for load in loads:
+        load.min_chunk_tokens = 16
+    request = Incoming(800, Slo(tpot_s=0.025), None)
+    assert SloAware().choose(request, loads[:2]) == 1
+    assert SloAware().choose(request, loads[::2]) == 0
+
+
+def test_what_a_pipeline_has_taken_is_no_longer_on_its_way() -> None:
+    load = load_of(inbox=3)
+    assert (load.inbox_requests, load.inbox_tokens, load.inbox_pairs) == (3, 30, 3 * 55)
+    load.clear()
+    assert (load.inbox_requests, load.inbox_tokens, load.inbox_pairs) == (0, 0, 0)
+
+
+def test_a_router_learns_from_requests_that_were_served() -> None:
+    """Not from one that can never fit. Two prompts of 40 tokens have 2 x 820 pairs."""
+    requests = [Request(0, 0.0, 40, 5), Request(1, 0.0, 5000, 9), Request(2, 0.1, 40, 5)]
+    state = run(build_policy("inference_only"), requests).state
+    assert (state.ended_prompt_tokens, state.ended_prompt_pairs, state.ended_output_tokens) == (80, 1640, 10)
+
+
 def test_consolidate_expects_iterations_as_long_as_the_tpot_bound_allows() -> None:
     """Two chunks of 0.1 s take twice the bound of 0.4 s; without a bound, 0.2 s."""
     cost = LinearCost(host_s=0.0, decode_s=0.0, prefill_s=0.1 / 255)
@@ -296,6 +362,20 @@ def test_consolidate_counts_the_prompts_that_take_the_places_of_ended_requests()
     busy.state.ended_prompt_tokens, busy.state.ended_output_tokens = 1000, 100
     assert Consolidate(headroom=0.96).choose(request, [busy, idle]) == 0
     assert Consolidate(headroom=0.94).choose(request, [busy, idle]) == 1
+
+
+def test_consolidate_knows_that_long_prompts_cost_more_for_a_token_than_short_ones() -> None:
+    """As above, with 10 prompt tokens of 0.1 ms and 1000 pairs of 1 us, or 500 of 0.5 us, for each of nine tokens: a
+    chunk of 247 attends to 124 in the mean at least."""
+    cost = LinearCost(host_s=0.001, decode_s=0.001, prefill_s=0.0001, pair_s=1e-6)
+    for prompt, longest_ms in ((2000, 109), (200, 30.2)):
+        busy, idle = load_of(*[1] * 8, predictor=cost), load_of(predictor=cost)
+        state = busy.state
+        state.ended_prompt_tokens, state.ended_output_tokens = 10 * prompt, prompt
+        state.ended_prompt_pairs = 10 * prompt * (prompt + 1) / 2
+        for factor, chosen in ((1.01, 0), (0.99, 1)):
+            request = Incoming(1, Slo(tpot_s=factor * 1e-3 * longest_ms), None)
+            assert Consolidate().choose(request, [busy, idle]) == chosen, (prompt, factor)
 
 
 @pytest.mark.parametrize("jobs", [False, True])
