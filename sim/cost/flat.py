@@ -97,7 +97,7 @@ def _device_parts(c: Curves, row: Mapping[str, Floats]) -> dict[str, Floats]:
         + layers * _at(c.backward_layer_s, each)
         + _alike(c.backward, layers, layer_tokens, row["backward_pairs"]),
         "recompute": _at(c.recompute_s, again)
-        + _alike(c.recompute, 1.0 * (again > 0), again, row["recompute_pairs"]),
+        + _alike(c.recompute, (again > 0).astype(np.float64), again, row["recompute_pairs"]),
         "optimizer": row["optimizer_params"] * c.optimizer_param_s,
         "adapters": lora * (row["adapters"] > 0),
         "adapters_forward": _windows_lora_s(c, windows),
