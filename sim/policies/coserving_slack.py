@@ -1,11 +1,12 @@
 """Closed-loop co-serving: the budget is the time until the earliest token deadline, not a constant.
 
 What `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more than is
-there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends. The
-predictor is corrected online by measured / predicted, with a margin that follows the error seen, so a
-predictor that is wrong costs throughput or slack for a moment, not the SLO. Where no request is, and the less
-one is to be expected, iterations are long. And finetuning runs on a second stream beside inference where the
-predictor, corrected by what two streams took so far, says that this gets more done.
+there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends, unless
+the least chunk of a prompt beside it takes longer (64 tokens after 50,000 on an A100, for 45 ms). The predictor
+is corrected online by measured / predicted, with a margin that follows the error seen, so a predictor that is
+wrong costs throughput or slack for a moment, not the SLO. Where no request is, and the less one is to be
+expected, iterations are long. And finetuning runs on a second stream beside inference where the predictor,
+corrected by what two streams took so far, says that this gets more done.
 """
 
 from __future__ import annotations
