@@ -237,9 +237,8 @@ class Recorder:
 def work_row(work: Work) -> tuple[float, ...]:
     """`work` in WORK_COLUMNS order."""
     prefill, count, context, sampled, forward, backward, recompute, params, adapters, overlap = work
-    prefill_tokens = prefill_context = forward_tokens = backward_layers = backward_tokens = (
-        recompute_tokens
-    ) = 0
+    prefill_tokens = prefill_context = forward_tokens = 0
+    backward_layers = backward_tokens = recompute_tokens = 0
     # Twice the pairs, which are whole numbers: those are multiplied faster.
     prefill_pairs = forward_pairs = backward_pairs = recompute_pairs = 0
     if prefill:
