@@ -1,12 +1,13 @@
 """Closed-loop co-serving: the budget is the time until the earliest token deadline, not a constant.
 
 What `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more than is
-there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends, unless
-the least chunk of a prompt beside it takes longer (64 tokens after 50,000 on an A100, for 45 ms). The predictor
-is corrected online by measured / predicted, with a margin that follows the error seen, so a predictor that is
-wrong costs throughput or slack for a moment, not the SLO. Where no request is, and the less one is to be
-expected, iterations are long. And finetuning runs on a second stream beside inference where the predictor,
-corrected by what two streams took so far, says that this gets more done.
+there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends.
+Where even the least chunk of a prompt would break that (64 tokens after 50,000 on an A100, for 45 ms), the
+prompt waits for iterations that only decode, and bank the time for it. The predictor is corrected online by
+measured / predicted, with a margin that follows the error seen, so a predictor that is wrong costs throughput
+or slack for a moment, not the SLO. Where no request is, and the less one is to be expected, iterations are
+long. And finetuning runs on a second stream beside inference where the predictor, corrected by what two
+streams took so far, says that this gets more done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from sim.core.cost import Predictor
 from sim.core.finetune import JobView, Slice
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_tokens, pack_inference
+from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, prompt_pace_s
 from sim.policies.slices import add_slices, fill
 
 WORTH_A_STREAM = 1.01
@@ -79,14 +80,6 @@ class CoServingSlack:
         `margin_deviations`: how many mean deviations of measured/predicted are kept as margin; since
         deadlines are absolute, time that it leaves is there for the next iteration.
         """
-        for key, share in (
-            ("smoothing", smoothing),
-            ("first_token_share", first_token_share),
-            ("idle_share", idle_share),
-            ("quiet_share", quiet_share),
-        ):
-            if not 0 < share <= 1:
-                raise ValueError(f"policy.{key} must be in (0, 1], got {share}")
         if not max_burst >= 1 or not 0 <= margin_deviations < math.inf:
             raise ValueError(
                 "policy.max_burst must be at least 1, policy.margin_deviations at least 0 and finite, "
@@ -95,11 +88,11 @@ class CoServingSlack:
         self._predictor = predictor
         self._budget_s = budget_s
         self._max_burst = max_burst
-        self._idle_s = max(budget_s, idle_share * ttft_s)
-        self._quiet_share = quiet_share
+        self._idle_s = max(budget_s, checked_share("idle_share", idle_share) * ttft_s)
+        self._quiet_share = checked_share("quiet_share", quiet_share)
         self._quiet_s = max(budget_s, ttft_s)
-        self._first_token_share = first_token_share
-        self._smoothing = smoothing
+        self._first_token_share = checked_share("first_token_share", first_token_share)
+        self._smoothing = checked_share("smoothing", smoothing)
         self._margin_deviations = margin_deviations
         self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
         self.min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
@@ -108,14 +101,23 @@ class CoServingSlack:
         memory = self._observe(view)
         correction = memory.ratio * (1 + self._margin_deviations * memory.deviation)
         tokens_s = self._token_budget(view, memory)
-        latency = Latency(self._predictor, tokens_s / correction, self.min_chunk_tokens)
+        within_s = tokens_s / correction
+        latency = Latency(self._predictor, within_s, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
-        # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
-        budget_s = min(tokens_s, self._prompt_budget(view)) / correction
+        budget_s = tokens_s
+        if view.prefilling or view.waiting.count:
+            if len(prefills) == 1 and view.decode_count and not preempted:
+                alone_s = self._predictor.iteration_s(view.decode_work)
+                if alone_s <= within_s < self._predictor.iteration_s(work):
+                    # Even the least chunk would break a bound that decoding alone keeps: it waits until time
+                    # for it has been banked.
+                    return Plan(decode, predicted_s=alone_s, memory=memory)
+            # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
+            budget_s = min(tokens_s, self._budget_s, prompt_pace_s(view, self._first_token_share))
         beside = 1.0 if memory.beside is None else memory.beside / memory.ratio
         if memory.in_a_row >= RETRIED:
             beside = math.inf
-        slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s, beside)
+        slices, overlap, predicted_s = self._finetuning(work, view.jobs, budget_s / correction, beside)
         return Plan(decode, prefills, preempted, slices, overlap, predicted_s, memory)
 
     def _finetuning(
@@ -171,24 +173,3 @@ class CoServingSlack:
             return min(view.token_deadline_s - view.start_s, self._max_burst * self._budget_s)
         quiet_s = self._quiet_share * (view.start_s - memory.quiet_from_s)
         return max(self._idle_s, min(quiet_s, self._quiet_s))
-
-    def _prompt_budget(self, view: View) -> float:
-        """Seconds per iteration that let the first prompt in line, and the last, be done in time.
-
-        A deadline that is already lost counts as none: it must not cost the other requests theirs.
-        """
-        if view.prefilling:
-            first = view.prefilling[0]
-        elif len(view.waiting):
-            first = view.waiting.first()
-        else:
-            return math.inf
-        last = view.waiting.last() if len(view.waiting) else view.prefilling[-1]
-        room = max(1, view.limits.max_tokens - view.decode_count)
-        backlog = view.waiting.tokens + sum([s.remaining_tokens for s in view.prefilling])
-        budget_s = self._budget_s
-        for sequence, tokens in ((first, first.remaining_tokens), (last, backlog)):
-            left_s = self._first_token_share * (sequence.first_token_deadline_s - view.start_s)
-            if left_s > 0:
-                budget_s = min(budget_s, left_s / math.ceil(tokens / room))
-        return budget_s

@@ -8,6 +8,7 @@ whole prompt fits into the blocks that no admitted prompt still needs, so prefil
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from collections.abc import Sequence as Seq
 from itertools import chain, islice
@@ -58,6 +59,37 @@ def checked_tokens(key: str, tokens: int) -> int:
     if tokens < 1:
         raise ValueError(f"policy.{key} must be at least 1 token, got {tokens}")
     return tokens
+
+
+def checked_share(key: str, share: float) -> float:
+    """`policy.<key>` as given, or ValueError."""
+    if not 0 < share <= 1:
+        raise ValueError(f"policy.{key} must be in (0, 1], got {share}")
+    return share
+
+
+def prompt_pace_s(view: View, share: float) -> float:
+    """Seconds per iteration that let the first prompt in line, and the last, have its first token within `share`
+    of the time that is left for it, when each iteration is full of prompt tokens; `inf` where no prompt is there.
+
+    A deadline that is already lost counts as none: it must not cost the other requests theirs.
+    """
+    waiting, prefilling = view.waiting, view.prefilling
+    if prefilling:
+        first = prefilling[0]
+    elif waiting.count:
+        first = waiting.first()
+    else:
+        return math.inf
+    last = waiting.last() if waiting.count else prefilling[-1]
+    backlog = waiting.tokens + sum([s.remaining_tokens for s in prefilling])
+    room = max(1, view.limits.max_tokens - view.decode_count)
+    pace_s = math.inf
+    for sequence, tokens in ((first, first.remaining_tokens), (last, backlog)):
+        left_s = share * (sequence.first_token_deadline_s - view.start_s)
+        if left_s > 0:
+            pace_s = min(pace_s, left_s / math.ceil(tokens / room))
+    return pace_s
 
 
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, checked_tokens, pack_inference
+from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, prompt_pace_s
 from sim.policies.slices import fill
 
 
@@ -20,14 +20,17 @@ class SpatialLimited:
         predictor: Predictor,
         budget_s: float,
         margin: float = 0.05,
+        first_token_share: float = 0.5,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 64,
     ) -> None:
-        """`budget_s`: bound on the time of an iteration; `margin`: share of it that is kept free."""
+        """`budget_s`: bound on the time of an iteration; `margin`: share of it that is kept free;
+        `first_token_share`: as of `coserving`."""
         if not 0 <= margin < 1:
             raise ValueError(f"policy.margin must be in [0, 1), got {margin}")
         self._predictor = predictor
         self._budget_s = (1 - margin) * budget_s
+        self._first_token_share = checked_share("first_token_share", first_token_share)
         self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
         self.min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
@@ -35,7 +38,8 @@ class SpatialLimited:
     def plan(self, view: View) -> Plan:
         inference = pack_inference(view, latency=self._latency if view.decode_count else None)
         work = inference.work._replace(overlap=inference.busy)
-        slices, predicted_s = fill(work, view.jobs, self._predictor, self._budget_s, self._max_forward_tokens)
+        budget_s = min(self._budget_s, prompt_pace_s(view, self._first_token_share))
+        slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         return inference.plan()._replace(
             finetune=slices,
             overlap=inference.busy and bool(slices),

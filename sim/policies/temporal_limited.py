@@ -9,7 +9,7 @@ from __future__ import annotations
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_tokens, pack_inference
+from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, prompt_pace_s
 from sim.policies.slices import fill
 
 
@@ -25,28 +25,31 @@ class TemporalLimited:
         predictor: Predictor,
         budget_s: float,
         margin: float = 0.05,
+        first_token_share: float = 0.5,
         max_forward_tokens: int = 8192,
         min_chunk_tokens: int = 64,
     ) -> None:
         """`budget_s`: bound on an inference iteration and the finetuning slice after it, together;
-        `margin`: share of it that is kept free."""
+        `margin`: share of it that is kept free; `first_token_share`: as of `coserving`."""
         if not 0 <= margin < 1:
             raise ValueError(f"policy.margin must be in [0, 1), got {margin}")
         self._predictor = predictor
         self._budget_s = (1 - margin) * budget_s
+        self._first_token_share = checked_share("first_token_share", first_token_share)
         self._max_forward_tokens = checked_tokens("max_forward_tokens", max_forward_tokens)
         self.min_chunk_tokens = checked_tokens("min_chunk_tokens", min_chunk_tokens)
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
         spent_s = view.memory
+        budget_s = min(self._budget_s, prompt_pace_s(view, self._first_token_share))
         if spent_s is not None:
-            plan = self._finetune(view, self._budget_s - spent_s)
+            plan = self._finetune(view, budget_s - spent_s)
             if plan.finetune:
                 return plan
         inference = pack_inference(view, latency=self._latency if view.decode_count else None)
         if not inference.busy:
-            return self._finetune(view, self._budget_s)
+            return self._finetune(view, budget_s)
         predicted_s = self._predictor.iteration_s(inference.work)
         return inference.plan()._replace(predicted_s=predicted_s, memory=predicted_s)
 

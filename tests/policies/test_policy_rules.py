@@ -363,8 +363,8 @@ def test_slack_tries_one_stream_again_after_many_iterations_on_two(factor: float
     assert all(beside[10:400]) and np.mean(beside[410:]) < 0.5
 
 
-def plan_of_slack(requests: list[Request], slos: dict[str, Slo], under_way: Plan, now_s: float) -> Plan:
-    """What `coserving_slack` plans at `now_s` once `under_way` has been done, with a budget of 50 ms."""
+def plan_of(name: str, requests: list[Request], slos: dict[str, Slo], under_way: Plan, now_s: float) -> Plan:
+    """What the policy plans at `now_s` once `under_way` has been done, with a budget of 50 ms."""
     cost = LinearCost(prefill_s=2.0**-16)
     state = PipelineState(limits=limits_of(), slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
     for request in requests:
@@ -372,9 +372,11 @@ def plan_of_slack(requests: list[Request], slos: dict[str, Slo], under_way: Plan
     if under_way.prefills:
         state.apply(under_way, 0.0)
         state.commit(0.0)
-    return build_policy("coserving_slack", predictor=cost, budget_s=0.05).plan(state.view(now_s))
+    settings = {} if name == "coserving_slack" else {"margin": 0.0}
+    return build_policy(name, predictor=cost, budget_s=0.05, **settings).plan(state.view(now_s))
 
 
+@pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
 @pytest.mark.parametrize(
     ("first", "last", "under_way", "now_s", "budget_s"),
     [
@@ -399,7 +401,8 @@ def plan_of_slack(requests: list[Request], slos: dict[str, Slo], under_way: Plan
         pytest.param((56, math.inf), (256, 0.08), {0: 56}, 0.0, 0.08 / 2 / 2, id="beside-a-decode"),
     ],
 )
-def test_slack_leaves_prompts_the_time_that_their_first_tokens_need(
+def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
+    name: str,
     first: tuple[int, float],
     last: tuple[int, float],
     under_way: dict[int, int],
@@ -409,22 +412,41 @@ def test_slack_leaves_prompts_the_time_that_their_first_tokens_need(
     """Finetuning fills the iteration up to the budget by hand, to the last token of its window."""
     requests = [Request(id, 0.0, tokens, 10, str(id)) for id, (tokens, _) in enumerate((first, last))]
     slos = {str(id): Slo(ttft_s=ttft_s) for id, (_, ttft_s) in enumerate((first, last))}
-    plan = plan_of_slack(requests, slos, Plan(prefills=tuple(under_way.items())), now_s)
+    plan = plan_of(name, requests, slos, Plan(prefills=tuple(under_way.items())), now_s)
     assert plan.prefills and [type(piece) for piece in plan.finetune] == [Forward]
     assert plan.predicted_s is not None
     assert budget_s - 2.0**-14 < plan.predicted_s <= budget_s * (1 + 1e-9)
 
 
-def test_slack_brings_first_tokens_in_time_that_finetuning_would_make_late() -> None:
+@pytest.mark.parametrize("name", [*BUDGETED, "coserving_slack"])
+def test_first_tokens_come_in_time_that_finetuning_would_make_late(name: str) -> None:
     """Bursts of 32 prompts of 200 tokens: 25 iterations, 0.5 s of them alone and 1.25 s in iterations of 50 ms."""
     requests = [Request(i, 2.0 * (i // 32), 200, 2, "chat") for i in range(128)]
-    policy = build_policy("coserving_slack", predictor=COST, first_token_share=0.9)
+    policy = build_policy(name, predictor=COST, first_token_share=0.9)
     result = run(policy, requests, jobs=[job_of(900)], world=COST, horizon=Horizon(duration_s=8.0))
     rows = result.table("requests")
     assert len(rows["request"]) == 128
     assert (rows["first_token_s"] - rows["arrival_s"]).max() < 1.0
-    beside = [plan.finetune for plan in result.log.plans if plan.prefills]
-    assert np.mean([len(slices) > 0 for slices in beside]) > 0.9
+    if name != "temporal_limited":
+        beside = [plan.finetune for plan in result.log.plans if plan.prefills]
+        assert np.mean([len(slices) > 0 for slices in beside]) > 0.9
+
+
+def test_a_long_prompt_waits_until_time_for_its_least_chunk_has_been_banked() -> None:
+    """64 tokens after 2,000 take 64 ms and more, of a bound of 50 ms; decoding alone takes 5 ms."""
+    cost = LinearCost(pair_s=2.0**-21)
+    requests = [Request(i, 0.0, 16, 500, slo="chat") for i in range(8)] + [
+        Request(8, 2.0, 4000, 2, slo="chat")
+    ]
+    policy = build_policy("coserving_slack", predictor=cost)
+    result = run(policy, requests, jobs=[job_of(900)], limits=ROOMY, world=cost, horizon=BUSY)
+    chunks = [i for i, plan in enumerate(result.log.plans) if 8 in dict(plan.prefills)]
+    between = result.log.plans[chunks[0] : chunks[-1]]
+    waits = [plan for plan in between if not plan.prefills]
+    assert len(waits) > 10 and not any(plan.finetune for plan in waits)
+    for times_s in token_times(result.recorder).values():
+        since_s = np.array(times_s[1:]) - times_s[0]
+        assert (since_s <= 0.05 * np.arange(1, len(times_s)) * (1 + 1e-9)).all()
 
 
 def test_slack_sizes_prompt_chunks_by_what_iterations_really_take() -> None:
