@@ -53,6 +53,20 @@ def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, s
     return []
 
 
+def class_notes(summary: Mapping[str, Any]) -> list[str]:
+    """SLO classes too small to be seen in the attainment of all requests."""
+    from analysis.runs import keeps_slo
+
+    if not keeps_slo(summary):
+        return []
+    return [
+        f"SLO class {row['slo']} does not keep its bounds: {row['attainment']:.1%} of its {row['requests']:,} requests "
+        "meet them"
+        for row in summary["classes"]
+        if row["attainment"] is not None and not keeps_slo(row)
+    ]
+
+
 def slo_notes(
     summary: Mapping[str, Any], least: tuple[float, int] | None, tpot_s: float, alone: float | None
 ) -> list[str]:
@@ -62,10 +76,9 @@ def slo_notes(
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
     serving alone on the same traffic, None where it was not run.
     """
-    from analysis.runs import SLO_KEPT_SHARE
+    from analysis.runs import SLO_KEPT_SHARE, keeps_slo
 
-    kept = summary["attainment"]
-    if kept is None or kept >= SLO_KEPT_SHARE:
+    if summary["attainment"] is None or keeps_slo(summary):
         return []
     notes = []
     if least is not None and least[0] > tpot_s:

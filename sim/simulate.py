@@ -32,7 +32,7 @@ from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
-from sim.notes import print_notes, print_unfinished, request_notes, slo_notes, step_notes
+from sim.notes import class_notes, print_notes, print_unfinished, request_notes, slo_notes, step_notes
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 from sim.settings import RunSettings
 from sim.unread import check_bounds
@@ -185,6 +185,7 @@ def _run(
         recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
     )
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
+    notes += class_notes(summary)
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
     return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
 

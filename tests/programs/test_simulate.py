@@ -720,6 +720,18 @@ def test_bounds_of_models_are_read_where_these_run(capfd: pytest.CaptureFixture[
     assert "slo.tpot_s.llama_3_2_1 is read by no SLO class" in capfd.readouterr().err
 
 
+def test_a_small_slo_class_that_is_not_kept_is_said_to_be_so(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = ["simulate", "workload=poisson", "workload.duration_s=20", "slo=two_classes", "run.bounds=false"]
+    tight = [*argv, "workload.slo_mix={interactive:0.02,batch:0.98}", "slo.classes.interactive.ttft_s=0.013"]
+    assert main(tight) == 0
+    err = capfd.readouterr().err
+    assert re.search(
+        r"SLO class interactive does not keep its bounds: 0\.0% of its \d+ requests meet them", err
+    )
+    assert main([*argv, "workload.slo_mix={interactive:0.02,batch:0.98}"]) == 0
+    assert "SLO class" not in capfd.readouterr().err
+
+
 def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture[str]) -> None:
     argv = [
         "simulate",
