@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from sim.compile.program import CompileReport, marked_columns
+from sim.compile.program import GRADIENTS, CompileReport, held_bytes, marked_columns
 
 LESS_SHARE = 0.8
 """What FlexLLM says that it saves; the line is that much less than PEFT's default."""
@@ -58,18 +58,20 @@ def _choices(axes: Any, report: CompileReport) -> None:
     points = sorted(plan.pareto, key=lambda p: p.extra_share)
     axes.step(
         [100 * p.extra_share for p in points], [p.kept_bytes / 1024 for p in points], where="post",
-        color=style.BLUE, linewidth=1.8, label="least that can be kept",
+        color=style.BLUE, linewidth=1.8, label="stash: least that can be kept",
     )  # fmt: skip
-    chosen = plan.kept_bytes_per_token_layer / 1024
-    extra = 100 * plan.extra_flops / plan.layer_step_flops
-    where = "" if plan.mode == "stash" else ", of one window at a time"
-    axes.plot([extra], [chosen], "o", color=style.VERMILION, label=f"chosen: {chosen:.1f} KiB{where}")
+    chosen, extra = held_bytes(report) / 1024, plan.extra_flops_share
+    gradients = "" if plan.mode == "stash" else f",\n{GRADIENTS} among it"
+    axes.plot(
+        [100 * extra], [chosen], "o", color=style.VERMILION,
+        label=f"chosen: {chosen:.1f} KiB, {extra:.1%} extra FLOPs{gradients}",
+    )  # fmt: skip
     saved = math.fsum(r.autograd for r in report.rows) / 1024
     axes.axhline(saved, color=style.BLACK, ls="--", linewidth=1.2, label=f"PEFT default: {saved:.1f} KiB")
     less = f"{100 * LESS_SHARE:g} % less than PEFT default: {(1 - LESS_SHARE) * saved:.1f} KiB"
     axes.axhline((1 - LESS_SHARE) * saved, color=style.BLACK, ls=":", linewidth=1.2, label=less)
     axes.set_xlabel("extra FLOPs (% of forward and backward)")
-    axes.set_ylabel("kept (KiB per token and layer)")
+    axes.set_ylabel("held (KiB per token and layer)")
     axes.set_ylim(0, saved * 1.1)
     axes.set_title("recomputing instead of keeping: choices that none beats", fontsize=11)
     axes.legend(fontsize=9, frameon=False, loc="center right")

@@ -241,6 +241,11 @@ def marked_columns(plan: CompilePlan) -> list[str]:
     return [f"{column} *" if column == CHOSEN[plan.mode] else column for column in COLUMNS]
 
 
+def held_bytes(report: CompileReport) -> float:
+    """Per token and layer: the column of the plan, added up."""
+    return math.fsum(row.values[COLUMNS.index(CHOSEN[report.plan.mode])] for row in report.rows)
+
+
 MEMORY_HEADS = (
     ("", "PEFT"), ("PEFT", "ckpt"), ("", "stash"), ("extra", "%"), ("least", "stash"), ("extra", "%"),
     ("", "recompute"), ("extra", "%"),
@@ -248,7 +253,11 @@ MEMORY_HEADS = (
 MEMORY_LEGEND = """\
 finetuning memory of one sample in GiB per device: PEFT as it comes and with
 gradient checkpointing; here as stash, as the stash that keeps least, and as
-recompute; extra: FLOPs of what runs again, as a share of a training step"""
+recompute; extra: FLOPs of what runs again, as a share of a training step;
+recompute goes back window by window and holds dK and dV of all layers in fp32
+and a window's tensors of all layers; the least stash goes back layer by layer
+and holds their inputs, and on several devices what a collective made; either
+can be less than the other"""
 
 
 def print_memory_table(rows: Iterable[MemoryRow]) -> None:

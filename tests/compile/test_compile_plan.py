@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
+from analysis.figures import style
 from sim.compile.compiler import Analysis, autograd_bytes, local_shape
 from sim.compile.families import layer_graph
+from sim.compile.figure import draw
 from sim.compile.ir import PARAMETER, Graph
 from sim.compile.peft import PeftSpec
 from sim.compile.plan import MODES, CompilePlan
 from sim.compile.program import (
+    marked_columns,
     memory_table,
     peft_default,
     print_memory_table,
@@ -144,6 +149,16 @@ def test_where_layer_major_order_is_not_allowed_the_far_end_is_recompute() -> No
     assert [chosen(f * GIB, "window_major").mode for f in (40, 8, 3.2)] == ["stash", "stash", "recompute"]
 
 
+def test_layer_inputs_against_gradients_of_all_layers_and_a_window() -> None:
+    """What the least stash and recompute hold beside K, V, the last gradient and the loss, on one device."""
+    made = analysis(8192)
+    usual, least, recompute = made.plan(), made.plan(budget_share=math.inf), made.plan("recompute")
+    assert least.live_bytes()["kept"] == 8192 * 32 * 8 * KIB
+    assert recompute.live_bytes()["kept"] == 1024 * (usual.kept_bytes_per_token - 32 * usual.kv_bytes)
+    assert recompute.live_bytes()["dK dV"] == 32 * least.live_bytes()["dK dV"]
+    assert least.total_bytes() < recompute.total_bytes()
+
+
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_devices_share_what_tensor_parallelism_splits(tp: int) -> None:
     """The residual stream is whole on each device, everything inside attention and ffn is split; the
@@ -209,6 +224,25 @@ def test_report_adds_up_and_prints(capsys: pytest.CaptureFixture[str], tmp_path:
     assert sum(written) == sums[3]
 
 
+@pytest.mark.parametrize("mode", ["stash", "recompute"])
+def test_figure_and_text_say_the_same_numbers(
+    mode: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(style, "save", lambda figure, path: drawn.append(figure))
+    report = run_compile(LLAMA_8B, PeftSpec(), seq_tokens=4096, device=A100, mode=mode)
+    print_report(report)
+    text = capsys.readouterr().out
+    draw(report, tmp_path / "memory.png")
+    (point,) = [line for line in drawn[0].axes[1].lines if line.get_marker() == "o"]
+    (extra,), (held,) = point.get_data()
+    assert f"{extra:.1f}% extra FLOPs" in text and f"{extra:.1f}% extra FLOPs" in str(point.get_label())
+    at = marked_columns(report.plan).index({"stash": "+remat *", "recompute": "+token-level *"}[mode])
+    (layer,) = [line for line in text.splitlines() if " layer " in line]
+    cells = layer.strip("\u2502").split("\u2502")[1:]
+    assert cells[at].strip() == f"{held:.1f}" and f"{held:.1f} KiB" in str(point.get_label())
+
+
 def test_no_room_is_none() -> None:
     report = run_compile(MODELS[3], PeftSpec(), seq_tokens=4096, device=A100, tp=1)
     assert report.kv_room_tokens is None
@@ -224,6 +258,7 @@ def test_table_over_models_and_methods(capsys: pytest.CaptureFixture[str]) -> No
     print_memory_table(rows)
     out = capsys.readouterr().out
     assert "GiB per device" in out and "gradient checkpointing" in out
+    assert "dK and dV of all layers" in out, "why recompute can hold more than the least stash"
     lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert len({len(line) for line in lines if line.split()[0] in SPECS}) == 1
