@@ -126,7 +126,8 @@ def test_layers_of_an_engine_are_met(data: Path, device: str) -> None:
 
 def test_layers_are_met_by_constants_that_have_not_seen_them(data: Path) -> None:
     """Another device and model: all constants from the other. Other degrees of tensor parallelism: the rest."""
-    lines = {line.device: line.errors for line in layers.layer_table(data / "kernel-profiles")}
+    table = layers.layer_table(data / "kernel-profiles")
+    lines = {line.device: line.errors for line in table if line.operator == "whole layer"}
     assert lines["h100"]["device held out"][0] < 0.05
     assert lines["a100_80gb"]["device held out"][0] < 0.08
     assert max(lines[device]["degrees held out"][0] for device in lines) < 0.05
