@@ -36,7 +36,7 @@ from tqdm import tqdm
 from sim.errors import message
 from sim.outcome import Outcome, caught
 from sim.pool import WorkerDied, run_calls
-from sim.run_folder import remove_unused, there
+from sim.run_folder import SWEEPS, complete_as_they_were, remove_unused, there
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -127,9 +127,10 @@ class GridSweeper(BasicSweeper):
 
         kept = there(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, folder / "multirun.yaml")
         try:
-            self._launch(batches)
+            with complete_as_they_were(folder, sweep=True):
+                OmegaConf.save(self.config, folder / SWEEPS)
+                self._launch(batches)
         finally:
             remove_unused(folder, kept)
 

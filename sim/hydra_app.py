@@ -13,7 +13,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,7 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
-from sim.run_folder import remove_unused, there
+from sim.run_folder import complete_as_they_were, remove_unused, there
 from sim.usage import SIMULATOR, all_groups, is_group, usage
 
 VERSION_BASE = "1.3"
@@ -76,10 +76,12 @@ def hydra_main(
     try:
         _check_flags(argv)
         _check_choices(argv, config_dir, config_name)
-        collected.kept = _kept_folders(argv, task, config_dir, config_name)
+        folder = _run_folder(argv, task, config_dir, config_name)
+        collected.kept = None if folder is None else there(folder)
         _check_added(argv, config_dir, config_name)
         app = hydra.main(version_base=VERSION_BASE, config_path=str(config_dir), config_name=config_name)
-        with _command_line(prog, _swept_with_groups(argv, config_dir, config_name)):
+        own = nullcontext() if folder is None else complete_as_they_were(folder)
+        with own, _command_line(prog, _swept_with_groups(argv, config_dir, config_name)):
             app(collected)()
     except KeyboardInterrupt as stop:
         code = report(prog, stop, None)
@@ -209,14 +211,12 @@ def _is_sweep(arg: str) -> bool:
         return True
 
 
-def _kept_folders(
-    argv: Sequence[str], task: Task, config_dir: Path, config_name: str
-) -> Collection[Path] | None:
-    """Folders that were there before a single run: those above its own, and its own if it was made by others. None
-    where its own is not known before Hydra makes it."""
+def _run_folder(argv: Sequence[str], task: Task, config_dir: Path, config_name: str) -> Path | None:
+    """The folder that a single run is given, or where Hydra makes a new one below. None where it is not known before
+    Hydra makes it."""
     given = [arg for arg in argv if re.match(r"\+*hydra(\.run)?(\.dir)?=", arg)]
     if not given:
-        return there(Path("."))
+        return Path(".")
     key, _, folder = given[-1].partition("=")
     if len(given) > 1 or key != "hydra.run.dir" or "${" in folder:
         name = task.__module__.rpartition(".")[2]
@@ -226,7 +226,7 @@ def _kept_folders(
             folder = str(config.hydra.run.dir)
         except Exception:
             return None  # what is wrong is told by the run
-    return there(Path(folder.strip("'\"")))
+    return Path(folder.strip("'\""))
 
 
 def _check_flags(argv: Sequence[str]) -> None:

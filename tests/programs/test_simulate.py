@@ -294,15 +294,19 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFix
     assert main(sweep) == 0
     out = capfd.readouterr().out
     first, second = (Path(f"sweep/{n}/summary.json") for n in (0, 1))
-    kept = first.stat().st_mtime_ns
+    kept, asked = first.stat().st_mtime_ns, contents(first.parent)
     second.unlink()
     assert main([*sweep, "run.resume=true"]) == 0
     assert first.stat().st_mtime_ns == kept and second.exists()
+    assert "run.resume=True" in Path("sweep/1/.hydra/overrides.yaml").read_text()
+    assert contents(first.parent) == asked
     assert capfd.readouterr().out == out
+    whole = contents(Path("sweep"))
     assert main([*sweep, "run.resume=true", "seed=1"]) == 1
     assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
     assert main(sweep) == 1 and first.stat().st_mtime_ns == kept
     assert "sweep/0 holds a run already" in capfd.readouterr().err
+    assert contents(Path("sweep")) == whole
     assert main([*sweep, "run.resume=maybe"]) == 1
     assert "run.resume must be true or false, got 'maybe'" in capfd.readouterr().err
 
@@ -332,10 +336,8 @@ def test_a_run_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Of the files of a run and its bounds, without what Hydra writes."""
-    return {
-        path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and ".hydra" not in path.parts
-    }
+    """Of all files below."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_least_chunk_beyond_what_an_iteration_takes_is_the_whole_iteration() -> None:
