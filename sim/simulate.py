@@ -33,7 +33,7 @@ from sim.errors import warnings_as_notes
 from sim.hydra_app import hydra_main
 from sim.metrics import extrapolated, summarize
 from sim.notes import class_notes, print_notes, print_unfinished, request_notes, slo_notes, step_notes
-from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
+from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
 from sim.settings import RunSettings
 from sim.unread import check_bounds
 
@@ -83,37 +83,55 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN
-    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    resolved = _plain(config)
     run = build(RunSettings, config.run, "run")
+    bounds = _bounds(config, folder) if single and run.bounds else {}
     done = finished_run(folder, resolved, resume=run.resume)
-    if done is not None:
-        return {**done.summary, "folder": str(folder), "config": done.config}
+    others = {at: finished_run(at, _plain(bound), resume=run.resume) for at, bound in bounds.items()}
+    if done is not None and None not in others.values():
+        return _row_of(done)
     with warnings_as_notes(shown=single):
         assembly = assemble(config)
         peak_tok_s = finetune_peak_tok_s(assemble(config))
-    if single:
-        for note in dict.fromkeys(assembly.workload.notes):
-            print(f"note: {note}", file=sys.stderr)
-    if assembly.labels["name"] is None:
-        assembly.labels["name"] = distinction(hydra.overrides.task)
-    with _progress(assembly, show=single) as on_progress:
-        row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
+    if done is not None:
+        row = _row_of(done)
+    else:
+        if single:
+            for note in dict.fromkeys(assembly.workload.notes):
+                print(f"note: {note}", file=sys.stderr)
+        if assembly.labels["name"] is None:
+            assembly.labels["name"] = distinction(hydra.overrides.task)
+        with _progress(assembly, show=single) as on_progress:
+            row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
     alone = None
-    if single and run.bounds:
-        for policy in ("inference_only", "finetune_only"):
-            if config.policy.name != policy:
-                bound = _with_policy(config, policy)
-                with warnings_as_notes(shown=False):
-                    other = assemble(bound)
-                if other.labels["name"] is None:
-                    given = [o for o in hydra.overrides.task if not o.startswith("policy.")]
-                    other.labels["name"] = distinction(given)
-                with _progress(other, show=True) as on_progress:
-                    other_row = _run(other, bound, folder / "bounds" / policy, peak_tok_s, on_progress)
-                alone = other_row["attainment"] if policy == "inference_only" else alone
+    for at, bound in bounds.items():
+        other = others[at]
+        bound_row = _row_of(other) if other is not None else _run_bound(bound, at, peak_tok_s)
+        alone = bound_row["attainment"] if bound.policy.name == "inference_only" else alone
     tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
     row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
     return row
+
+
+def _row_of(done: Run) -> dict[str, Any]:
+    """The row of a run that was there."""
+    return {**done.summary, "folder": str(done.folder), "config": done.config, "notes": []}
+
+
+def _bounds(config: DictConfig, folder: Path) -> dict[Path, DictConfig]:
+    """Folder -> configuration of the bounds that a run in `folder` has beside it."""
+    policies = [name for name in ("inference_only", "finetune_only") if name != config.policy.name]
+    return {folder / "bounds" / name: _with_policy(config, name) for name in policies}
+
+
+def _run_bound(config: DictConfig, folder: Path, peak_tok_s: float | None) -> dict[str, Any]:
+    with warnings_as_notes(shown=False):
+        assembly = assemble(config)
+    if assembly.labels["name"] is None:
+        given = [o for o in HydraConfig.get().overrides.task if not o.startswith("policy.")]
+        assembly.labels["name"] = distinction(given)
+    with _progress(assembly, show=True) as on_progress:
+        return _run(assembly, config, folder, peak_tok_s, on_progress)
 
 
 def run_assembly(assembly: Assembly, on_progress: Callable[[float], None] | None = None) -> Recorder:
@@ -176,7 +194,7 @@ def _run(
     )
     if warn:
         _warn_of_extrapolation(recorder, assembly, summary["extrapolated_share"])
-    resolved = cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
+    resolved = _plain(config)
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
@@ -223,6 +241,10 @@ def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object
     _, found = extrapolated(recorder, assembly.facts)
     where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
     print(f"note: {share:.1%} of the iterations are extrapolated: {', '.join(where)}", file=sys.stderr)
+
+
+def _plain(config: DictConfig) -> dict[str, object]:
+    return cast(dict[str, object], OmegaConf.to_container(config, resolve=True))
 
 
 def _with_policy(config: DictConfig, policy: str) -> DictConfig:

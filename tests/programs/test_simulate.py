@@ -335,6 +335,34 @@ def test_a_run_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
     assert contents(folder) == kept
 
 
+@pytest.mark.parametrize("missing", [".", "bounds/inference_only", "bounds/finetune_only"])
+def test_what_is_missing_of_a_run_and_its_bounds_is_made_up_for(
+    missing: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = simulate()
+    told, kept = capfd.readouterr().out, contents(folder)
+    runs = [folder / name for name in (".", "bounds/inference_only", "bounds/finetune_only")]
+    written = {run: (run / "summary.json").stat().st_mtime_ns for run in runs}
+    command = ["simulate", *SHORT, f"hydra.run.dir={folder}"]
+    (folder / missing / "summary.json").unlink()
+    # What is there is never replaced, and that is said before anything is simulated.
+    there = contents(folder)
+    assert main(command) == 2
+    assert " holds a run already" in capfd.readouterr().err
+    assert {path: text for path, text in contents(folder).items() if ".hydra" not in path.parts} == {
+        path: text for path, text in there.items() if ".hydra" not in path.parts
+    }
+    assert main([*command, "run.resume=true"]) == 0
+    assert capfd.readouterr().out == told
+    tables = {
+        path: text for path, text in kept.items() if path.suffix == ".parquet" or path.name == "summary.json"
+    }
+    assert tables.items() <= contents(folder).items()
+    for run in runs:
+        same = (run / "summary.json").stat().st_mtime_ns == written[run]
+        assert same == (run != folder / missing), run
+
+
 def contents(folder: Path) -> dict[Path, bytes]:
     """Of all files below."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
