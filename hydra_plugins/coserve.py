@@ -36,7 +36,8 @@ from tqdm import tqdm
 from sim.errors import message
 from sim.outcome import Outcome, caught
 from sim.pool import WorkerDied, run_calls
-from sim.run_folder import SWEEPS, complete_as_they_were, remove_unused, there
+from sim.results import SWEEP
+from sim.run_folder import complete_as_they_were, remove_unused, there
 
 
 class SweepInterrupted(KeyboardInterrupt):
@@ -129,7 +130,7 @@ class GridSweeper(BasicSweeper):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             with complete_as_they_were(folder, sweep=True):
-                OmegaConf.save(self.config, folder / SWEEPS)
+                OmegaConf.save(self.config, folder / SWEEP)
                 self._launch(batches)
         finally:
             remove_unused(folder, kept)

@@ -18,7 +18,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -46,6 +46,10 @@ MOST = 10**15
 """Of anything that is counted."""
 SUMMARY = "summary.json"
 CONFIG = "config.yaml"
+SWEEP = "multirun.yaml"
+"""What the sweeper writes beside the runs of a sweep."""
+MOST_NAMED = 2
+"""Of the settings in which two runs differ."""
 NUMBERS = ("rate_rps", "duration_s")
 """Labels of a summary that are no text."""
 
@@ -160,14 +164,41 @@ def finished_run(folder: str | Path, config: Mapping[str, Any], *, resume: bool)
     if absent:
         raise ValueError(f"{found.folder / SUMMARY} has no {absent[0]}: damaged, or of another version")
     if _settings(config) != _settings(found.config):
-        raise ValueError(f"{shown_path(folder)} holds a run of other settings; choose another folder")
+        others = ", ".join(_differing(config, found.config))
+        rule = (
+            "; a sweep is resumed with all values of its axes, in their order"
+            if (found.folder.parent / SWEEP).is_file()
+            else ""
+        )
+        raise ValueError(
+            f"{shown_path(folder)} holds a run of other settings ({others}); choose another folder{rule}"
+        )
     return found
 
 
-def _settings(config: Mapping[str, Any]) -> str:
-    run = config.get("run")
-    own = {key: value for key, value in run.items() if key != "resume"} if isinstance(run, Mapping) else run
-    return json.dumps({**config, "run": own}, sort_keys=True, default=str)
+def _settings(config: Mapping[str, Any]) -> dict[str, str]:
+    """Dotted key -> value in JSON, of all that decides what a run is."""
+    found = {key: json.dumps(value, sort_keys=True, default=str) for key, value in _leaves(config, "")}
+    return {key: value for key, value in found.items() if key != "run.resume"}
+
+
+def _leaves(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in node.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _differing(asked: Mapping[str, Any], there: Mapping[str, Any]) -> list[str]:
+    """Some keys with the value that a run has and the one that is asked for; first those that both have."""
+    new, old = _settings(asked), _settings(there)
+    keys = sorted(key for key in {*new, *old} if new.get(key) != old.get(key))
+    keys.sort(key=lambda key: (key not in new or key not in old, key.endswith("_target_")))
+    few = [
+        f"{key} {old.get(key, 'not set')}, asked for {new.get(key, 'not set')}" for key in keys[:MOST_NAMED]
+    ]
+    return [*few, f"{len(keys) - len(few)} more"] if len(keys) > len(few) else few
 
 
 def find_runs(paths: Iterable[str | Path]) -> list[Path]:

@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sim.results import SUMMARY
+from sim.results import SUMMARY, SWEEP
 
-RUNS, SWEEPS = ".hydra", "multirun.yaml"
-HYDRAS = (RUNS, SWEEPS)
+RUN = ".hydra"
+HYDRAS = (RUN, SWEEP)
 """What Hydra and the sweeper write of every run and sweep."""
 
 
@@ -69,7 +69,7 @@ def _complete(folder: Path, sweep: bool) -> dict[Path, int]:
 
 def _written(run: Path) -> dict[Path, bytes]:
     """What Hydra wrote of a run or sweep."""
-    paths = [run / SWEEPS, *(run / RUNS).glob("*")]
+    paths = [run / SWEEP, *(run / RUN).glob("*")]
     return {path: path.read_bytes() for path in paths if path.is_file()}
 
 

@@ -303,7 +303,12 @@ def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFix
     assert capfd.readouterr().out == out
     whole = contents(Path("sweep"))
     assert main([*sweep, "run.resume=true", "seed=1"]) == 1
-    assert "sweep/0 holds a run of other settings" in capfd.readouterr().err
+    assert (
+        "sweep/0 holds a run of other settings (seed 0, asked for 1); choose another folder; "
+        "a sweep is resumed with all values of its axes, in their order\n"
+    ) in capfd.readouterr().err
+    assert main([*sweep, "run.resume=true", "policy=temporal"]) == 1
+    assert '(policy.name "coserving", asked for "temporal_64", ' in capfd.readouterr().err
     assert main(sweep) == 1 and first.stat().st_mtime_ns == kept
     assert "sweep/0 holds a run already" in capfd.readouterr().err
     assert contents(Path("sweep")) == whole
@@ -325,7 +330,10 @@ def test_a_run_is_not_replaced(capfd: pytest.CaptureFixture[str]) -> None:
             [*command, "seed=1"],
             "already: choose another folder, or, where it is the same run, run.resume=true",
         ),
-        ([*command, "seed=1", "run.resume=true"], "of other settings; choose another folder"),
+        (
+            [*command, "seed=1", "run.resume=true"],
+            "of other settings (seed 0, asked for 1); choose another folder\n",
+        ),
     ):
         assert main(argv) == 2
         assert f"coserve simulate: error: out holds a run {why}" in capfd.readouterr().err
