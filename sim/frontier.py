@@ -17,7 +17,7 @@ from typing import Any
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes, print_unfinished
 from sim.results import shown_path
-from sim.simulate import all_policies, simulate, swept
+from sim.simulate import fitting_policies, simulate, swept
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -28,7 +28,7 @@ DEFAULTS = {
 def main(argv: Sequence[str]) -> int:
     """`coserve frontier`."""
     given = {arg.partition("=")[0] for arg in argv}
-    defaults = {"policy": all_policies(), **DEFAULTS}
+    defaults = DEFAULTS if "policy" in given else {"policy": fitting_policies(argv), **DEFAULTS}
     argv = [*argv, *(f"{key}={value}" for key, value in defaults.items() if key not in given)]
     return hydra_main(
         simulate,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -99,6 +100,31 @@ def hydra_main(
             file=sys.stderr,
         )
     return code
+
+
+def first_config(
+    argv: Sequence[str], *alike: str, config_dir: Path = SIMULATOR, config_name: str = "config"
+) -> DictConfig | None:
+    """The config of the first run of a sweep. None where it cannot be composed, which a run tells, or where what
+    begins with one of `alike` is swept: then the first says little of the others."""
+    given = _overrides_in(argv)
+    if any(arg.lstrip("+").startswith(alike) and _is_sweep(arg) for arg in given):
+        return None
+    try:
+        runs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
+        with _composing(config_dir):
+            return hydra.compose(config_name, list(runs[0][0]))
+    except Exception:
+        return None
+
+
+def shipped(group: str, name: str) -> dict[str, Any]:
+    """A choice of a group of the simulator, as it comes."""
+    with _composing(SIMULATOR):
+        config = hydra.compose(f"{group}/{name}")
+    node = OmegaConf.to_container(config[group], resolve=True)
+    assert isinstance(node, dict)
+    return {str(key): value for key, value in node.items()}
 
 
 class _Task:

@@ -25,16 +25,18 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from sim.assemble import CONFIGS, Assembly, assemble
-from sim.checked import build
+from sim.checked import build, locate
 from sim.cluster import simulate_cluster
+from sim.core.request import Slo
 from sim.core.rows import Recorder
 from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
-from sim.hydra_app import hydra_main
+from sim.hydra_app import first_config, hydra_main, shipped
 from sim.metrics import extrapolated, summarize
 from sim.notes import class_notes, print_notes, print_unfinished, request_notes, slo_notes, step_notes
+from sim.policy_node import assigned, policy_node, policy_of
 from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
-from sim.settings import RunSettings
+from sim.settings import ClusterSettings, RunSettings, slos_of
 from sim.unread import check_bounds
 
 
@@ -43,6 +45,8 @@ def main(argv: Sequence[str]) -> int:
     return hydra_main(simulate, argv, prog="coserve simulate", at_end=_show)
 
 
+LOOKED_AT = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
+"""Flags with which nothing runs."""
 GENERAL = ("separate", "temporal")
 """Policies that one with its number in the name stands for: separate_50, temporal_64."""
 
@@ -53,10 +57,42 @@ def all_policies() -> str:
     return ",".join(sorted(names, key=lambda name: re.sub(r"\d+", lambda digits: f"{digits[0]:0>4}", name)))
 
 
+def fitting_policies(argv: Sequence[str]) -> str:
+    """`all_policies` but for those of a whole cluster that cannot share out the pipelines that `argv` asks for; these
+    are told in a note. With a sweep over clusters, or where the config cannot be made, all: runs say what is wrong."""
+    names = all_policies().split(",")
+    config = None if LOOKED_AT & set(argv) else first_config(argv, "cluster", "experiment")
+    if config is None:
+        return ",".join(names)
+    try:
+        cluster, slos = build(ClusterSettings, config.cluster, "cluster"), slos_of(config)
+    except ValueError:
+        return ",".join(names)
+    pipelines = cluster.pipelines or sum(group.pipelines for group in cluster.groups or ())
+    left_out = [name for name in names if not _shares_out(name, pipelines, slos)]
+    if left_out:
+        count = "1 pipeline" if pipelines == 1 else f"{pipelines} pipelines"
+        told = f"{', '.join(left_out)} left out: {count} cannot be shared out so"
+        print(f"note: {told}", file=sys.stderr)
+    return ",".join(name for name in names if name not in left_out)
+
+
+def _shares_out(name: str, pipelines: int, slos: Mapping[str, Slo]) -> bool:
+    """Whether a shipped policy can be that of so many pipelines."""
+    node = policy_node(shipped("policy", name))
+    if not hasattr(locate(node["_target_"], "policy"), "assign"):
+        return True
+    try:
+        assigned(policy_of(node, None, slos), pipelines)
+    except ValueError:
+        return False
+    return True
+
+
 def compare(argv: Sequence[str]) -> int:
     """`coserve compare`: every policy, or those of `policy=...`, on one configuration."""
     if not any(arg.startswith("policy=") for arg in argv):
-        argv = [*argv, f"policy={all_policies()}"]
+        argv = [*argv, f"policy={fitting_policies(argv)}"]
     return hydra_main(
         simulate,
         swept(argv),
@@ -69,7 +105,7 @@ def compare(argv: Sequence[str]) -> int:
 
 def swept(argv: Sequence[str]) -> list[str]:
     """As a sweep; what only looks at a config, which sweeps cannot, gets that of the first run."""
-    if {"--cfg", "-c", "--info", "-i"} & set(argv):
+    if LOOKED_AT & set(argv):
         return [arg.partition(",")[0] if re.match(r"[\w./@+~-]+=[^\[{('\"]*$", arg) else arg for arg in argv]
     return ["-m", *argv]
 

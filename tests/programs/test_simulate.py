@@ -21,6 +21,7 @@ from sim.core.work import Chunk, Work
 from sim.cost.context import CostContext
 from sim.cost.roofline import Roofline
 from sim.results import find_runs, read_run
+from sim.simulate import all_policies, fitting_policies
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 POLICIES = sorted(path.stem for path in (CONFIGS / "policy").glob("*.yaml"))
@@ -287,6 +288,44 @@ def test_finetuning_of_few_optimizer_steps_is_told_once(capfd: pytest.CaptureFix
     assert told[0].endswith("(longer: workload.duration_s): coserving, temporal_64")
     assert main(["simulate", *SHORT, "finetune.jobs.sky_t1.accumulation=1", "hydra.run.dir=out"]) == 0
     assert "optimizer step" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("cluster", "left_out", "count"),
+    [
+        (["cluster=single"], ["25", "50", "75"], "1 pipeline"),
+        (["cluster.pipelines=2"], ["25", "75"], "2 pipelines"),
+        (["cluster=mixed", "seed=0,1"], ["25", "50", "75"], "3 pipelines"),
+        (["cluster.pipelines=1,4"], [], ""),
+        (["cluster.pipelines=no"], [], ""),
+        ([], [], ""),
+    ],
+)
+def test_policies_that_cannot_share_out_the_pipelines_are_left_out(
+    cluster: list[str], left_out: list[str], count: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    names = [f"separate_{share}" for share in left_out]
+    assert fitting_policies([*SHORT, *cluster]).split(",") == [
+        name for name in all_policies().split(",") if name not in names
+    ]
+    told = f"note: {', '.join(names)} left out: {count} cannot be shared out so\n" if names else ""
+    assert capfd.readouterr().err == told
+
+
+@pytest.mark.parametrize("command", ["compare", "frontier"])
+def test_all_policies_of_one_pipeline_run_and_those_asked_for_by_name_are_refused(
+    command: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = ["workload=poisson", "workload.rate_rps=4", "workload.duration_s=2", "cluster=single"]
+    own += [] if command == "compare" else ["cluster/router=least_tokens"]
+    assert main([command, *own, "hydra.sweep.dir=all"]) == 0
+    assert capfd.readouterr().err.count(" left out: ") == 1
+    ran = {read_run(path).config["policy"]["name"] for path in find_runs(["all"])}
+    assert {"coserving", "temporal_64"} < ran and "separate_50" not in ran
+    assert main([command, *own, "policy=coserving,separate_50", "hydra.sweep.dir=named"]) == 1
+    told = capfd.readouterr().err
+    assert "policy.inference_share times cluster.pipelines must be a whole number" in told
+    assert " left out: " not in told
 
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
