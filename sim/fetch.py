@@ -49,7 +49,8 @@ def main(argv: Sequence[str], files: tuple[PublicFile, ...] = PUBLIC_FILES) -> i
             sha256 = download(file, path)
         except (urllib.error.URLError, HTTPException, TimeoutError, ConnectionError) as error:
             raise ConnectionError(
-                f"{file.url}: {_missed(error)}; fetched by hand it goes to {path}"
+                f"{file.url}: {_missed(error)}; fetched by hand it goes to {path}, or COSERVE_DATA names a folder "
+                f"that has {file.path}"
             ) from None
         unchecked = "" if file.sha256 is not None else " (not checked against anything)"
         print(f"{path}\nsha256 {sha256}{unchecked}\nlicence: {file.licence}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from sim.fetch import main
+from sim.workload.files import find_file
 from sim.workload.public import PUBLIC_FILES, PublicFile
 
 BODY = b"TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:15:46.6805900,374,44\n" * 5000
@@ -130,7 +131,23 @@ def test_a_server_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[st
     assert main(["small"], registry("http://127.0.0.1:9/x")) == 2
     told = one_line(capsys)
     assert "http://127.0.0.1:9/x: cannot reach the server" in told
-    assert told.endswith(f"; fetched by hand it goes to {data / 'azure' / 'small.csv'}\n")
+    there = data / "azure" / "small.csv"
+    assert told.endswith(
+        f"; fetched by hand it goes to {there}, or COSERVE_DATA names a folder that has azure/small.csv\n"
+    )
+
+
+def test_a_folder_that_has_the_file_is_taken(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the error of a server that is not there says."""
+    there = tmp_path / "elsewhere" / "azure" / "small.csv"
+    there.parent.mkdir(parents=True)
+    there.write_bytes(BODY)
+    monkeypatch.setenv("COSERVE_DATA", str(tmp_path / "elsewhere"))
+    assert main(["small"], registry("http://127.0.0.1:9/x")) == 0
+    assert capsys.readouterr().out == f"{there} is already there\n"
+    assert find_file("azure/small.csv") == there
 
 
 def test_an_unknown_name_gets_the_nearest(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
