@@ -12,7 +12,7 @@ from typing import Any
 
 from sim.core.plan import Limits
 from sim.core.rows import Outcome, Recorder
-from sim.metrics import column_views
+from sim.metrics import PipelineFacts, column_views, extrapolated
 
 FEW_STEPS = 10
 """Of which one more or less changes what was trained by a tenth and more."""
@@ -65,6 +65,19 @@ def class_notes(summary: Mapping[str, Any]) -> list[str]:
         for row in summary["classes"]
         if row["attainment"] is not None and not keeps_slo(row)
     ]
+
+
+def extrapolation_notes(
+    recorder: Recorder, summary: Mapping[str, Any], pipelines: Sequence[PipelineFacts]
+) -> list[str]:
+    """Of a run with iterations that lie outside what the seconds of its `pipelines` are known for."""
+    share, least = summary["extrapolated_share"], 0.001
+    if not share > 0:
+        return []
+    _, found = extrapolated(recorder, pipelines)
+    where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
+    told = f"{share:.1%}" if share >= least else f"fewer than {least:.1%}"
+    return [f"{told} of the iterations are extrapolated: {', '.join(where)}"]
 
 
 def slo_notes(

@@ -32,8 +32,16 @@ from sim.core.rows import Recorder
 from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
 from sim.hydra_app import first_config, hydra_main, shipped
-from sim.metrics import extrapolated, summarize
-from sim.notes import class_notes, print_notes, print_unfinished, request_notes, slo_notes, step_notes
+from sim.metrics import summarize
+from sim.notes import (
+    class_notes,
+    extrapolation_notes,
+    print_notes,
+    print_unfinished,
+    request_notes,
+    slo_notes,
+    step_notes,
+)
 from sim.policy_node import assigned, policy_node, policy_of
 from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
 from sim.settings import ClusterSettings, RunSettings, slos_of
@@ -138,7 +146,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         if assembly.labels["name"] is None:
             assembly.labels["name"] = distinction(hydra.overrides.task)
         with _progress(assembly, show=single) as on_progress:
-            row = _run(assembly, config, folder, peak_tok_s, on_progress, warn=True)
+            row = _run(assembly, config, folder, peak_tok_s, on_progress)
     alone = None
     for at, bound in bounds.items():
         other = others[at]
@@ -214,7 +222,6 @@ def _run(
     folder: Path,
     peak_tok_s: float | None,
     on_progress: Callable[[float], None] | None,
-    warn: bool = False,
 ) -> dict[str, Any]:
     started_s = time.perf_counter()
     step = _step(assembly)
@@ -228,8 +235,6 @@ def _run(
         peak_finetune_tok_s=peak_tok_s,
         labels=assembly.labels,
     )
-    if warn:
-        _warn_of_extrapolation(recorder, assembly, summary["extrapolated_share"])
     resolved = _plain(config)
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
@@ -241,6 +246,7 @@ def _run(
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += class_notes(summary)
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
+    notes += extrapolation_notes(recorder, summary, assembly.facts)
     return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
 
 
@@ -268,15 +274,6 @@ def _step(assembly: Assembly) -> str | None:
     samples = " or ".join(map(str, sorted({job.spec.accumulation for job in jobs})))
     mean_tokens = sum(job.sample_tokens for job in jobs) / len(jobs)
     return f"{samples} samples, the first of {mean_tokens:,.0f} tokens"
-
-
-def _warn_of_extrapolation(recorder: Recorder, assembly: Assembly, share: object) -> None:
-    """One line on stderr when iterations lie outside what the world's seconds are known for."""
-    if not isinstance(share, float) or not share > 0:
-        return
-    _, found = extrapolated(recorder, assembly.facts)
-    where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
-    print(f"note: {share:.1%} of the iterations are extrapolated: {', '.join(where)}", file=sys.stderr)
 
 
 def _plain(config: DictConfig) -> dict[str, object]:

@@ -15,6 +15,7 @@ from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, Outcome, Recorder
 from sim.core.specs import DeviceSpec
 from sim.metrics import DEFINITIONS, PipelineFacts, column_views, summarize
+from sim.notes import extrapolation_notes
 
 SLOS = {
     "chat": Slo(name="chat", ttft_s=3.0, tpot_s=1.1),
@@ -321,6 +322,16 @@ def test_extrapolated_iterations_are_those_with_a_count_outside_the_known(seed: 
     tokens = [r["prefill_tokens"] + r["decode_count"] + r["forward_tokens"] for r in own]
     outside = [not 1 <= r["decode_count"] <= 2 or n > 4 for r, n in zip(own, tokens, strict=True)]
     assert row["extrapolated_share"] == pytest.approx(np.mean(outside))
+    for share, told in (
+        (0.25, "25.0%"),
+        (0.001, "0.1%"),
+        (0.0004, "fewer than 0.1%"),
+        (1e-9, "fewer than 0.1%"),
+    ):
+        (note,) = extrapolation_notes(recorder, {"extrapolated_share": share}, facts)
+        assert note.startswith(f"{told} of the iterations are extrapolated: ")
+    for none in (0.0, math.nan):
+        assert extrapolation_notes(recorder, {"extrapolated_share": none}, facts) == []
 
 
 def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:

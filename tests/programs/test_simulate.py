@@ -115,6 +115,19 @@ def test_iterations_outside_what_was_measured_are_counted_and_said_once(
     assert "extrapolated" not in capfd.readouterr().err
 
 
+def test_extrapolation_is_told_of_the_runs_that_it_is_true_of(capfd: pytest.CaptureFixture[str]) -> None:
+    own = [
+        "policy=coserving,inference_only",
+        "+cost.world.of.max_tokens=1024",
+        "cluster.limits.max_tokens=4096",
+    ]
+    own += ["workload/lengths=fixed", "workload.lengths.prompt.tokens=3000", "hydra.sweep.dir=sweep"]
+    assert main(["compare", *SHORT, "workload.rate_rps=1", *own]) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if "extrapolated" in line]
+    assert {note.rpartition(": ")[2] for note in notes} == {"coserving", "inference_only"}
+    assert len(notes) == 2 and all(note.startswith("note: ") for note in notes)
+
+
 def write_measured(path: Path, longest: int) -> Path:
     """A profile of whole iterations of serving, prompts up to `longest`."""
     c = CostContext(
