@@ -2,8 +2,8 @@
 
 What `IterationCost.parts` says of one `Work`, for the rows that tables and run folders hold. A row has the
 sums of its chunks and rectangles only: they are taken to be as long as their mean, and recomputed windows to be one.
-For prompts that is exact where curves are linear, as fitted ones are, and for windows and rectangles where there is
-one: what they read of keys is not among the sums.
+For prompts that is exact where curves are linear, as fitted ones of attention are, and for windows and rectangles where
+there is one: what they read of keys is not among the sums, nor how long each rectangle is.
 """
 
 from __future__ import annotations

@@ -20,6 +20,8 @@ from sim.cost.table import Table
 
 LEAST_ROWS, MOST_ROWS = 100, 100_000
 """The most are timed and fitted in a few seconds; the fit gains nothing from more."""
+WINDOW_MAJOR = 1 / 4
+"""Share of the backward slices that are windows. Only they have few tokens in many layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +73,7 @@ def designed_works(model: ModelShape, params: int, rows: int, seed: int) -> list
         backward = draw.backward(model.layers, longest) if "b" in kinds else ()
         recompute: tuple[Chunk, ...] = ()
         if "r" in kinds:
-            window = Chunk(draw.size(2048), draw.context(longest))
+            window = draw.window(longest)
             backward, recompute = (LayerChunk(model.layers, *window),), (window,)
         works.append(
             Work(
@@ -113,8 +115,16 @@ class _Draw:
     def few(self, wanted: bool) -> int:
         return int(self._random.integers(1, 4)) if wanted else 0
 
+    def window(self, longest: int) -> Chunk:
+        """Anywhere in a long sample: few tokens after thousands are as likely as many."""
+        tokens = self.size(2048)
+        return Chunk(tokens, self.up_to(longest - tokens))
+
     def backward(self, layers: int, longest: int) -> tuple[LayerChunk, ...]:
-        """As a slice of a sample falls: the rest of one layer, whole layers, part of the next."""
+        """As a slice of a sample falls, of either order: a window through all layers; or the rest of one layer,
+        whole layers, part of the next."""
+        if self._random.random() < WINDOW_MAJOR:
+            return (LayerChunk(layers, *self.window(longest)),)
         length = max(256, self.size(longest))
         first, last = self.up_to(length - 1), self.up_to(length - 1)
         whole = self.size(layers) if self._random.random() < 0.7 else 0

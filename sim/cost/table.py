@@ -1,13 +1,14 @@
 """A cost model fitted to rows of flat work (`WORK_COLUMNS`) and seconds.
 
     seconds = host + C_pass(T + F) + C_logits(sampled) + C_loss(F) + C_recompute(R)
-              + linear terms of attention, decodes, backward, adapters and optimizer
+              + layers C_backward(layer-tokens / layers)
+              + linear terms of attention, decodes, adapters and optimizer
 
 The C are piecewise linear and never decrease: they are sums of ramps between log-spaced knots with
 non-negative coefficients, fitted by non-negative least squares of the relative error. Attention is
-linear per axis: decodes in the sum of contexts, prompts and windows in chunks, query-key pairs and keys, whose
-reading few tokens after a long context wait for. The rectangles of a backward are seen as their sums: layers,
-layer-tokens and pairs.
+linear per axis: decodes in the sum of contexts, chunks of any kind in their number, query-key pairs and keys, whose
+reading few tokens after a long context wait for. A window that runs again has the attention of its first run. The
+rectangles of a backward are seen as their sums, layers, layer-tokens and pairs: as if all had their mean length.
 
 Host time is the constant term: given where it was measured apart, else fitted. It is what the rows' own loop
 did not hide, so a table stands for loops with the lookahead that its rows were measured with.
@@ -32,7 +33,9 @@ Floats = NDArray[np.float64]
 
 KNOTS = (0, 1, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 COARSE_KNOTS = (0, 1, 64, 256, 1024, 4096, 8192)
-"""For logits, loss and recomputed windows, which are nearly straight."""
+"""For logits, loss, recomputed windows and the backward of a layer, which are nearly straight."""
+ROWS = 5
+"""That a ramp needs: fewer are mostly noise."""
 LINEAR = (
     "host",
     "prefill_chunks",
@@ -45,10 +48,8 @@ LINEAR = (
     "forward_keys",
     "forward_pairs",
     "any_backward",
-    "backward_layers",
-    "backward_layer_tokens",
+    "backward_keys",
     "backward_pairs",
-    "recompute_pairs",
     "any_lora",
     "lora_tokens",
     "adapters",
@@ -135,32 +136,47 @@ def _checked(columns: dict[str, Floats], seconds: Floats) -> dict[str, Floats]:
 def _design(rows: dict[str, Floats]) -> tuple[Floats, dict[str, tuple[int, ...]]]:
     """Matrix of terms (rows, coefficients), and the knots of each curve in column order."""
     inference = rows["prefill_tokens"] + rows["decode_count"]
-    windows = rows["forward_tokens"]
-    uses = rows["adapters"] > 0
+    windows, again = rows["forward_tokens"], rows["recompute_tokens"]
+    layers, layer_tokens = rows["backward_layers"], rows["backward_layer_tokens"]
+    each = np.divide(layer_tokens, layers, out=np.zeros_like(layers), where=layers > 0)
+    uses, once = rows["adapters"] > 0, np.ones_like(windows)
     axes = {
-        "pass": (inference + windows, KNOTS),
-        "logits": (rows["sampled_tokens"], COARSE_KNOTS),
-        "loss": (windows, COARSE_KNOTS),
-        "recompute": (rows["recompute_tokens"], COARSE_KNOTS),
+        "pass": (once, inference + windows, KNOTS),
+        "logits": (once, rows["sampled_tokens"], COARSE_KNOTS),
+        "loss": (once, windows, COARSE_KNOTS),
+        "recompute": (once, again, COARSE_KNOTS),
+        "backward": (layers, each, COARSE_KNOTS),
     }
     linear = {
         **rows,
-        "host": np.ones_like(windows),
+        "host": once,
         "prefill_keys": rows["prefill_context_tokens"] + rows["prefill_tokens"],
-        "forward_keys": keys_of_alike(rows["forward_windows"], windows, rows["forward_pairs"]),
+        "forward_keys": keys_of_alike(rows["forward_windows"], windows, rows["forward_pairs"])
+        + keys_of_alike((again > 0).astype(np.float64), again, rows["recompute_pairs"]),
+        "forward_pairs": rows["forward_pairs"] + rows["recompute_pairs"],
         "any_decode": rows["decode_count"] > 0,
-        "any_backward": rows["backward_layer_tokens"] > 0,
+        "any_backward": layer_tokens > 0,
+        "backward_keys": keys_of_alike(layers, layer_tokens, rows["backward_pairs"]),
         "any_lora": uses * 1.0 + (windows > 0),
         "lora_tokens": uses * inference + windows,
     }
     blocks, parts = {}, [np.column_stack([linear[name] for name in LINEAR])]
-    for name, (tokens, knots) in axes.items():
-        # A knot beyond the data has an all-zero ramp; the curve then ends where the data does.
-        last = float(tokens.max())
-        kept = (*[k for k in knots if k < last], int(last)) if last else (0, 1)
-        blocks[name] = kept
-        parts.append(np.column_stack([_ramp(tokens, a, b) for a, b in pairwise(kept)]))
+    for name, (times, tokens, knots) in axes.items():
+        blocks[name] = kept = _kept(knots, tokens)
+        parts.append(np.column_stack([times * _ramp(tokens, a, b) for a, b in pairwise(kept)]))
     return np.concatenate(parts, axis=1).astype(np.float64), blocks
+
+
+def _kept(knots: tuple[int, ...], tokens: Floats) -> tuple[int, ...]:
+    """The knots that the rows can tell apart; the curve ends where the rows do. What lies beyond goes on like its
+    last ramp, so that one reaches over half of the tokens at least."""
+    last = int(tokens.max())
+    kept = list(knots[:2])
+    for knot in knots[2:]:
+        own = np.count_nonzero((tokens > kept[-1]) & (tokens <= knot))
+        if own >= ROWS and 2 * knot <= last:
+            kept.append(knot)
+    return (*kept, last) if last > 1 else (0, 1)
 
 
 def _ramp(tokens: Floats, start: float, end: float) -> Floats:
@@ -169,7 +185,7 @@ def _ramp(tokens: Floats, start: float, end: float) -> Floats:
 
 def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: float) -> Curves:
     c = dict(zip(LINEAR, x[: len(LINEAR)].tolist(), strict=True))
-    known = max(blocks["pass"][-1], blocks["recompute"][-1], 2)
+    known = max(2, *(blocks[name][-1] for name in ("pass", "recompute", "backward")))
     lists, column = {}, len(LINEAR)
     for name, knots in blocks.items():
         heights = np.concatenate([[0.0], np.cumsum(x[column : column + len(knots) - 1])])
@@ -181,13 +197,13 @@ def _curves(x: Floats, blocks: dict[str, tuple[int, ...]], overlap_contention: f
         sampled_s=lists["logits"],
         loss_s=lists["loss"],
         recompute_s=lists["recompute"],
-        backward_layer_s=[c["backward_layer_tokens"] * n for n in range(known + 1)],
+        backward_layer_s=lists["backward"],
         backward_collective_s=None,
         backward_start_s=c["any_backward"],
         prefill=ChunkCost(c["prefill_chunks"], 0.0, c["prefill_pairs"], c["prefill_keys"], unhidden=1.0),
         forward=ChunkCost(c["forward_windows"], 0.0, c["forward_pairs"], c["forward_keys"], unhidden=1.0),
-        recompute=ChunkCost(0.0, 0.0, c["recompute_pairs"], 0.0),
-        backward=ChunkCost(c["backward_layers"], 0.0, c["backward_pairs"], 0.0),
+        recompute=ChunkCost(0.0, 0.0, c["forward_pairs"], c["forward_keys"], unhidden=1.0),
+        backward=ChunkCost(0.0, 0.0, c["backward_pairs"], c["backward_keys"], unhidden=1.0),
         decode=DecodeCost(c["any_decode"], c["decode_count"], c["decode_context_tokens"]),
         lora_fixed_s=c["any_lora"],
         lora_token_s=c["lora_tokens"],

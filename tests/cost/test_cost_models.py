@@ -196,9 +196,41 @@ def test_a_sampled_model_knows_what_few_tokens_after_a_long_context_wait_for(dev
     """Reading the keys, not the products; 32,768 of them are eight times what its rows had."""
     context = load(device, model)
     truth, fitted = Roofline().build(context), Sampled(of=Roofline()).build(context)
-    for before, most in ((4096, 0.10), (32_768, 0.35)):
-        for work in (Work((Chunk(16, before),), 4, 4000, 5), Work(forward=(Chunk(16, before),))):
+    for before, most in ((4096, 0.10), (32_768, 0.40)):
+        window = Chunk(16, before)
+        slices = [(LayerChunk(layers, *window),) for layers in (8, context.model.layers)]
+        for work in (
+            Work((window,), 4, 4000, 5),
+            Work(forward=(window,)),
+            *(Work(backward=chunks) for chunks in slices),
+            Work(backward=slices[-1], recompute=(window,)),
+        ):
             assert fitted.iteration_s(work) == pytest.approx(truth.iteration_s(work), rel=most)
+
+
+def noisy_fits(rows: int) -> list[IterationCost]:
+    """Tables of so many rows of the roofline with 5 % of noise."""
+    truth, fits = Roofline().build(HERE), []
+    for seed in range(20):
+        works = designed(rows, seed)
+        noise = np.exp(0.05 * np.random.default_rng(seed).standard_normal(rows))
+        seconds = noise * [truth.iteration_s(work) for work in works]
+        fits.append(Table.fit(flat(works), seconds).model())
+    return fits
+
+
+def test_a_few_rows_do_not_bend_a_curve() -> None:
+    truth, works = Roofline().build(HERE), designed(200, 77)
+    errors = [fit.iteration_s(w) / truth.iteration_s(w) - 1 for fit in noisy_fits(60) for w in works]
+    assert np.quantile(np.abs(errors), 0.95) < 0.17
+
+
+def test_passes_longer_than_any_row_go_on_by_more_than_the_last_few_rows() -> None:
+    work = Work(prefill=(Chunk(8192, 0),), sampled_tokens=1)
+    exact_s = Roofline().build(HERE).iteration_s(work)
+    for fit in noisy_fits(200):
+        assert fit.region["prefill_tokens"][1] < 8192
+        assert fit.iteration_s(work) == pytest.approx(exact_s, rel=0.15)
 
 
 def test_a_sampled_model_knows_the_loop_it_predicts() -> None:

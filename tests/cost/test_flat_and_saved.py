@@ -47,16 +47,19 @@ def flat(works: list[Work]) -> dict[str, np.ndarray]:
 
 
 def test_parts_of_flat_rows_are_those_of_their_works(fitted: FittedCost, works: list[Work]) -> None:
+    """Rectangles of several lengths are taken to be as long as their mean."""
     parts = row_parts(fitted.curves, flat(works))
     parts["adapters"] = parts["adapters"] + parts.pop("adapters_forward")
     for n, work in enumerate(works):
         own = fitted.parts(work)
         assert set(own) == set(parts)
+        unlike = len({chunk.tokens for chunk in work.backward}) > 1
         for name, seconds in own.items():
-            assert parts[name][n] == pytest.approx(seconds, rel=1e-9, abs=1e-12), (name, work)
-    seconds = row_seconds(fitted.curves, flat(works))
-    np.testing.assert_allclose(seconds, [fitted.iteration_s(work) for work in works])
-    np.testing.assert_allclose(seconds, sum(parts.values()))
+            rel = 0.15 if unlike and name in ("backward", "overlap_saving") else 1e-9
+            assert parts[name][n] == pytest.approx(seconds, rel=rel, abs=1e-12), (name, work)
+        rel = 0.1 if unlike else 1e-9
+        assert row_seconds(fitted.curves, flat([work])) == pytest.approx(fitted.iteration_s(work), rel=rel)
+    np.testing.assert_allclose(row_seconds(fitted.curves, flat(works)), sum(parts.values()))
 
 
 @pytest.mark.parametrize("lookahead", [0, 1])

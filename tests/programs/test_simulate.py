@@ -741,7 +741,7 @@ def test_keys_of_a_policy_in_a_folder_of_its_own_are_known(
     [
         (
             "device=l4 model=llama_3_1_8b",
-            "to take 0.06445 s on llama_3_1_8b, got 0.045",
+            "to take 0.06468 s on llama_3_1_8b, got 0.045",
             ["cluster.tp=2", "model=llama_3_2_3b", "slo.classes.default.tpot_s=0.065"],
         ),
         (
