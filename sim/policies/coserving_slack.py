@@ -71,14 +71,14 @@ class CoServingSlack:
     ) -> None:
         """`budget_s`, `ttft_s`: the tightest TPOT and TTFT bounds of the traffic.
 
-        `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however
-        much is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is
-        here; one that arrives meanwhile waits for its end. `quiet_share`: share of the time for which none
-        has been here that it may last if that is more, up to `ttft_s`: requests that come after a long quiet
-        are few. `first_token_share`: share of the time left to the TTFT deadlines that may be used up until
-        the waiting prompts are done. `smoothing`: weight of the newest iteration in the error averages.
-        `margin_deviations`: how many mean deviations of measured/predicted are kept as margin; since
-        deadlines are absolute, time that it leaves is there for the next iteration.
+        `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however much
+        is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is here; one
+        that arrives meanwhile waits for its end. `quiet_share`: share of the time for which none has been
+        here that it may last if that is more, up to `first_token_share` of `ttft_s`: requests that come after
+        a long quiet are few. `first_token_share`: share of the time left to the TTFT deadlines that may be
+        used up until the waiting prompts are done. `smoothing`: weight of the newest iteration in the error
+        averages. `margin_deviations`: how many mean deviations of measured/predicted are kept as margin;
+        since deadlines are absolute, time that it leaves is there for the next iteration.
         """
         if not max_burst >= 1 or not 0 <= margin_deviations < math.inf:
             raise ValueError(
@@ -90,7 +90,7 @@ class CoServingSlack:
         self._max_burst = max_burst
         self._idle_s = max(budget_s, checked_share("idle_share", idle_share) * ttft_s)
         self._quiet_share = checked_share("quiet_share", quiet_share)
-        self._quiet_s = max(budget_s, ttft_s)
+        self._quiet_s = max(budget_s, first_token_share * ttft_s)
         self._first_token_share = checked_share("first_token_share", first_token_share)
         self._smoothing = checked_share("smoothing", smoothing)
         self._margin_deviations = margin_deviations

@@ -71,6 +71,8 @@ def checked_share(key: str, share: float) -> float:
 def prompt_pace_s(view: View, share: float) -> float:
     """Seconds per iteration that let the first prompt in line, and the last, have its first token within `share`
     of the time that is left for it, when each iteration is full of prompt tokens; `inf` where no prompt is there.
+    Where those that wait have no place, which only answers that end make, every second that iterations last longer
+    keeps them waiting: 0.
 
     A deadline that is already lost counts as none: it must not cost the other requests theirs.
     """
@@ -83,12 +85,16 @@ def prompt_pace_s(view: View, share: float) -> float:
         return math.inf
     last = waiting.last() if waiting.count else prefilling[-1]
     backlog = waiting.tokens + sum([s.remaining_tokens for s in prefilling])
-    room = max(1, view.limits.max_tokens - view.decode_count)
+    limits = view.limits
+    room = max(1, limits.max_tokens - view.decode_count)
+    free_tokens = (view.free_blocks - view.growth_blocks) * limits.block_tokens
+    places = limits.max_sequences - view.running
+    full = waiting.count > 0 and (waiting.count > places or waiting.tokens > free_tokens)
     pace_s = math.inf
     for sequence, tokens in ((first, first.remaining_tokens), (last, backlog)):
         left_s = share * (sequence.first_token_deadline_s - view.start_s)
-        if left_s > 0:
-            pace_s = min(pace_s, left_s / math.ceil(tokens / room))
+        if 0 < left_s < math.inf:
+            pace_s = min(pace_s, 0.0 if full else left_s / math.ceil(tokens / room))
     return pace_s
 
 
