@@ -105,6 +105,16 @@ def slo_notes(
             "no SLO class bounds TPOT, so that a policy with a latency budget takes iterations of any length "
             "(policy.budget_s)"
         )
+    late = [
+        row["slo"]
+        for row in summary["classes"]
+        if row["e2e_bound_s"] is not None and row["attainment"] is not None and not keeps_slo(row)
+    ]
+    if late:
+        keys = ", ".join(f"slo.classes.{name}.tpot_s" for name in late)
+        notes.append(
+            f"no policy looks at an end-to-end bound: a tighter one of TPOT leaves time for it ({keys})"
+        )
     if alone is not None and alone < SLO_KEPT_SHARE:
         notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")
     return notes
