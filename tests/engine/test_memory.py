@@ -27,19 +27,20 @@ def live_tensors() -> tuple[int, int]:
 
 def test_live_tensors_are_the_same_after_a_hundred_iterations_and_a_thousand() -> None:
     """Requests on the base model, a fixed adapter and the two that are trained; blocks run out in between,
-    and the next iteration is launched while one runs."""
+    and the next iteration is launched while one runs. A slice that is cut holds a few tensors more than none, so
+    sixty iterations are looked at each time."""
     seen: list[tuple[int, int]] = []
 
     class Counting(Watched):
         def plan(self, view: Any) -> Plan:
-            if len(self.plans) in (100, 1000):
+            if len(self.plans) in (*range(100, 160), *range(1000, 1060)):
                 seen.append(live_tensors())
             return super().plan(view)
 
     prompt = tokens_of(9, seed=1)
     adapters = (None, "one", "two", "fixed")
     prompts = {
-        id: (Request(id, 0.06 * id, 9, 12, "chat", adapters[id % 4]), prompt, Sampling()) for id in range(220)
+        id: (Request(id, 0.04 * id, 9, 12, "chat", adapters[id % 4]), prompt, Sampling()) for id in range(330)
     }
     jobs = [
         JobSetup(
@@ -67,8 +68,8 @@ def test_live_tensors_are_the_same_after_a_hundred_iterations_and_a_thousand() -
         world=WORLD,
         keep_logits=False,
     )
-    early, late = seen
-    assert early == late
+    early, late = set(seen[:60]), set(seen[60:])
+    assert len(seen) == 120 and early == late
     between = policy.plans[100:1000]
     assert sum(bool(plan.preempted) for plan in between) > 3
     assert {piece.job for plan in between for piece in plan.finetune} == {"one", "two"}
