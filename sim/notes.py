@@ -63,7 +63,7 @@ def class_notes(summary: Mapping[str, Any]) -> list[str]:
         f"SLO class {row['slo']} does not keep its bounds: {row['attainment']:.1%} of its {row['requests']:,} requests "
         "meet them"
         for row in summary["classes"]
-        if row["attainment"] is not None and not keeps_slo(row)
+        if row["requests"] and not keeps_slo(row)
     ]
 
 
@@ -89,7 +89,7 @@ def slo_notes(
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
     serving alone on the same traffic, None where it was not run.
     """
-    from analysis.runs import SLO_KEPT_SHARE, keeps_slo
+    from analysis.runs import SLO_KEPT_SHARE, keeps_slo, kept, number
 
     if summary["attainment"] is None or keeps_slo(summary):
         return []
@@ -108,7 +108,9 @@ def slo_notes(
     late = [
         row["slo"]
         for row in summary["classes"]
-        if row["e2e_bound_s"] is not None and row["attainment"] is not None and not keeps_slo(row)
+        if number(row, "e2e_bound_s") > 0
+        and kept(number(row, "attainment_paper"), SLO_KEPT_SHARE)
+        and not keeps_slo(row)
     ]
     if late:
         keys = ", ".join(f"slo.classes.{name}.tpot_s" for name in late)
