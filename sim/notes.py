@@ -89,7 +89,7 @@ def slo_notes(
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
     serving alone on the same traffic, None where it was not run.
     """
-    from analysis.runs import SLO_KEPT_SHARE, keeps_slo, kept, number
+    from analysis.runs import SLO_KEPT_SHARE, keeps_slo
 
     if summary["attainment"] is None or keeps_slo(summary):
         return []
@@ -104,18 +104,6 @@ def slo_notes(
         notes.append(
             "no SLO class bounds TPOT, so that a policy with a latency budget takes iterations of any length "
             "(policy.budget_s)"
-        )
-    late = [
-        row["slo"]
-        for row in summary["classes"]
-        if number(row, "e2e_bound_s") > 0
-        and kept(number(row, "attainment_paper"), SLO_KEPT_SHARE)
-        and not keeps_slo(row)
-    ]
-    if late:
-        keys = ", ".join(f"slo.classes.{name}.tpot_s" for name in late)
-        notes.append(
-            f"no policy looks at an end-to-end bound: a tighter one of TPOT leaves time for it ({keys})"
         )
     if alone is not None and alone < SLO_KEPT_SHARE:
         notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")

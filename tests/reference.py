@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from sim.core.answers import EVERY, GOES_ON, NEARLY_ALL, REMEMBERED
 from sim.core.finetune import Backward, Forward, Job
 from sim.core.loop import Done, Execute
 from sim.core.plan import Limits, Plan, Policy, View
@@ -143,6 +144,11 @@ class Reference:
         self.versions: dict[str, int] = {}
         self.jobs = {job.spec.id: job for job in jobs}
         self.last_end_s = -math.inf
+        self.ticks = 0
+        self.answers: dict[str, list[int]] = {}
+        """Tokens of the finished requests of each class, in order of their ends."""
+        self._look_at = 0
+        self._pace_s = math.inf
 
     def arrive(self, request: Request) -> None:
         target = min(request.output_tokens, self.room - request.prompt_tokens)
@@ -170,6 +176,7 @@ class Reference:
             item.cached = 0
             item.preemptions += 1
         decoded = self.decoding if plan.decode else []
+        self.ticks += len(decoded) > 0
         assert work.decode_count == len(decoded)
         assert work.decode_context_tokens == sum(item.cached for item in decoded)
         sampled: list[int] = []
@@ -255,19 +262,39 @@ class Reference:
 
     def _end(self, item: Item, outcome: Outcome) -> None:
         item.outcome = outcome
+        if outcome is Outcome.FINISHED:
+            self.answers.setdefault(item.request.slo, []).append(len(item.token_s))
         if item.admitted:
             self._stop(item)
 
-    def token_deadline_s(self) -> float:
-        """Earliest deadline of the next token of the decoding sequences whose last prefill's token has its
-        time."""
+    @property
+    def stamped(self) -> list[Item]:
+        """The decoding sequences whose last prefill's token has its time."""
         unstamped = {id for flight in self.flights for id in flight.joined}
-        deadlines = [
-            item.token_s[0] + item.generated * item.slo.tpot_s
-            for item in self.decoding
-            if item.request.id not in unstamped
-        ]
+        return [item for item in self.decoding if item.request.id not in unstamped]
+
+    def token_deadline_s(self) -> float:
+        """Earliest deadline of the next token of any."""
+        deadlines = [item.token_s[0] + item.generated * item.slo.tpot_s for item in self.stamped]
         return min(deadlines, default=math.inf)
+
+    def answer_pace_s(self, now_s: float) -> float:
+        """Seconds per token that the answers with an end-to-end bound have left, looked at every so many ticks."""
+        bounded = [item for item in self.stamped if item.slo.e2e_s < math.inf]
+        if not bounded:
+            self._look_at = self.ticks
+            return math.inf
+        if self.ticks >= self._look_at:
+            self._look_at = self.ticks + EVERY
+            self._pace_s = math.inf
+            for item in bounded:
+                lengths = sorted(self.answers.get(item.request.slo, [])[-REMEMBERED:])
+                expected = lengths[int(NEARLY_ALL * (len(lengths) - 1))] if lengths else 0
+                left = max(expected - item.generated, GOES_ON * item.generated)
+                left_s = item.request.arrival_s + item.slo.e2e_s - now_s
+                if left_s > 0:
+                    self._pace_s = min(self._pace_s, left_s / left)
+        return self._pace_s
 
 
 class Referee:
@@ -305,6 +332,7 @@ class Referee:
         assert view.free_blocks == reference.total_blocks - reference.used_blocks
         assert view.running == len(reference.running)
         assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(), rel=1e-12)
+        assert view.answer_pace_s == pytest.approx(reference.answer_pace_s(view.now_s), rel=1e-12)
         assert view.arrived == len(reference.items)
         prefilling = [
             id

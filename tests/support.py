@@ -33,6 +33,7 @@ SLOS = {
     "default": Slo(),
     "chat": Slo(name="chat", ttft_s=1.0, tpot_s=0.05),
     "batch": Slo(name="batch", ttft_s=20.0, tpot_s=0.2),
+    "report": Slo(name="report", e2e_s=5.0),
 }
 LAYERS = 4
 
@@ -405,10 +406,11 @@ def run(
     world: CostModel | None = None,
     horizon: Horizon | None = None,
     answer: Callable[[int], Answer] | None = None,
+    slos: dict[str, Slo] | None = None,
 ) -> Run:
     """One pipeline to its end."""
     recorder = Recorder()
-    state = PipelineState(limits=limits or limits_of(), slos=SLOS, recorder=recorder, jobs=jobs)
+    state = PipelineState(limits=limits or limits_of(), slos=slos or SLOS, recorder=recorder, jobs=jobs)
     loop = run_loop(state, policy, ListArrivals(requests), horizon or Horizon())
     cost = world or LinearCost()
     return Run(state, recorder, drive(loop, lambda _, work: cost.iteration_s(work), answer=answer))

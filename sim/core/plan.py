@@ -104,6 +104,9 @@ class View(NamedTuple):
     token_deadline_s: float
     """Earliest time at which some decoding sequence must have its next token to keep its mean TPOT;
     `inf` when none decodes or none has a bound."""
+    answer_pace_s: float
+    """Seconds per iteration with which the answers of decoding sequences are expected to end within their
+    end-to-end bounds; `inf` when none decodes or none has a bound."""
     arrived: int
     """Requests that have arrived so far."""
     last: Feedback | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from heapq import heapify, heappop, heappush
 
@@ -10,11 +11,11 @@ from sim.core.work import Chunk
 
 ORDERS: dict[str, Callable[[Sequence], float]] = {
     "fcfs": lambda s: s.arrival_s,
-    "deadline": lambda s: s.arrival_s + min(s.slo.ttft_s, 1e12),
+    "deadline": lambda s: s.arrival_s + min(s.slo.first_token_s, 1e12),
     "shortest": lambda s: s.prompt_tokens,
 }
-"""Admission order -> key; equal keys keep their order of arrival. An absent TTFT bound is a far one,
-so that such requests still go first-come first-served among themselves."""
+"""Admission order -> key; equal keys keep their order of arrival. An absent bound is a far one, so
+that such requests still go first-come first-served among themselves."""
 
 
 Entry = tuple[float, int, Sequence]
@@ -36,6 +37,8 @@ class AdmissionQueue:
         self._last: Entry | None = None
         """The largest entry of the heap, which leaves it last."""
         self._added = 0
+        self.tightest_s = math.inf
+        """Tightest bound on the first token among all that have come so far."""
         self.count = 0
         """How many wait; an attribute, since it is asked several times per iteration."""
         self.tokens = 0
@@ -59,6 +62,8 @@ class AdmissionQueue:
     def add(self, sequence: Sequence) -> None:
         entry = (self._key(sequence), self._added, sequence)
         self._added += 1
+        if sequence.slo.first_token_s < self.tightest_s:
+            self.tightest_s = sequence.slo.first_token_s
         heappush(self._heap, entry)
         if self._last is None or entry > self._last:
             self._last = entry

@@ -25,6 +25,11 @@ class Slo:
             if not bound > 0:
                 raise ValueError(f"slo.classes.{self.name}.{key} must be above 0 seconds, got {bound}")
 
+    @property
+    def first_token_s(self) -> float:
+        """Bound on the first token: it must come before the last."""
+        return min(self.ttft_s, self.e2e_s)
+
 
 class Request(NamedTuple):
     """One arrival.

@@ -62,4 +62,4 @@ class Sequence:
 
     @property
     def first_token_deadline_s(self) -> float:
-        return self.arrival_s + self.slo.ttft_s
+        return self.arrival_s + self.slo.first_token_s

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from sim.core.answers import AnswerPace
 from sim.core.deadlines import TokenDeadlines
 from sim.core.finetune import Job
 from sim.core.jobs import FinetuneWork, Jobs, PublishedStep
@@ -94,6 +95,7 @@ class PipelineState:
         self._finish_at: dict[int, list[Sequence]] = {}
         self._finish_tick: dict[int, int] = {}
         self._deadlines = TokenDeadlines()
+        self._answers = AnswerPace()
         self._adapter_users: dict[str, int] = {}
         """Adapter -> decoding sequences that use it."""
         self._launched: deque[Launched] = deque()
@@ -162,6 +164,7 @@ class PipelineState:
                 self.jobs.views,
                 adapters,
                 self._deadlines.earliest_s(tick),
+                self._answers.pace_s(self.tick, now_s),
                 self.arrived,
                 self._last,
                 self.memory,
@@ -326,6 +329,7 @@ class PipelineState:
         """Take out of the aggregates and bring the sequence's own counts up to the current tick."""
         self.kv.leave(sequence.computed_tokens, sequence.start_tick)
         self._deadlines.remove(sequence)
+        self._answers.remove(sequence)
         ticks = self.tick - sequence.start_tick
         sequence.computed_tokens += ticks
         sequence.generated_tokens += ticks
@@ -500,6 +504,7 @@ class PipelineState:
                 sequence.first_token_s = end_s
             if sequence.decoding:
                 self._deadlines.add(sequence)
+                self._answers.add(sequence)
 
     def _record_segment(self, sequence: Sequence, start_tick: int, end_tick: int) -> None:
         slo = self._recorder.slos.code(sequence.slo.name)
@@ -514,6 +519,8 @@ class PipelineState:
             self.ended_prompt_tokens += request.prompt_tokens
             self.ended_prompt_pairs += Chunk(request.prompt_tokens, 0).attention_pairs
             self.ended_output_tokens += sequence.generated_tokens
+        if outcome is Outcome.FINISHED:
+            self._answers.finished(sequence)
         self._recorder.add_request(
             request,
             self.pipeline,

@@ -19,7 +19,7 @@ from sim.core.cost import Predictor
 from sim.core.finetune import JobView, Slice
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, prompt_pace_s
+from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, serving_pace_s
 from sim.policies.slices import add_slices, fill
 
 WORTH_A_STREAM = 1.01
@@ -104,7 +104,8 @@ class CoServingSlack:
         within_s = tokens_s / correction
         latency = Latency(self._predictor, within_s, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
-        budget_s = tokens_s
+        # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
+        budget_s = min(tokens_s, serving_pace_s(view, self._first_token_share))
         if view.prefilling or view.waiting.count:
             if len(prefills) == 1 and view.decode_count and not preempted:
                 alone_s = self._predictor.iteration_s(view.decode_work)
@@ -112,8 +113,7 @@ class CoServingSlack:
                     # Even the least chunk would break a bound that decoding alone keeps: it waits until time
                     # for it has been banked.
                     return Plan(decode, predicted_s=alone_s, memory=memory)
-            # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
-            budget_s = min(tokens_s, self._budget_s, prompt_pace_s(view, self._first_token_share))
+            budget_s = min(budget_s, self._budget_s)
         beside = 1.0 if memory.beside is None else memory.beside / memory.ratio
         if memory.in_a_row >= RETRIED:
             beside = math.inf

@@ -68,33 +68,38 @@ def checked_share(key: str, share: float) -> float:
     return share
 
 
-def prompt_pace_s(view: View, share: float) -> float:
-    """Seconds per iteration that let the first prompt in line, and the last, have its first token within `share`
-    of the time that is left for it, when each iteration is full of prompt tokens; `inf` where no prompt is there.
-    Where those that wait have no place, which only answers that end make, every second that iterations last longer
-    keeps them waiting: 0.
+def serving_pace_s(view: View, share: float) -> float:
+    """Seconds per iteration that let requests keep their bounds on the first token and on the end; `inf` where nothing
+    bounds them.
 
+    With it the first prompt in line, the last, and one of the tightest class that came now have their first token
+    within `share` of the time that is left for it, when each iteration is full of prompt tokens. Where those that wait
+    have no place, which only answers that end make, every second that iterations last longer keeps them waiting: 0.
     A deadline that is already lost counts as none: it must not cost the other requests theirs.
     """
-    waiting, prefilling = view.waiting, view.prefilling
+    pace_s = view.answer_pace_s
+    waiting, prefilling, limits = view.waiting, view.prefilling, view.limits
     if prefilling:
         first = prefilling[0]
     elif waiting.count:
         first = waiting.first()
     else:
-        return math.inf
+        return pace_s
     last = waiting.last() if waiting.count else prefilling[-1]
     backlog = waiting.tokens + sum([s.remaining_tokens for s in prefilling])
-    limits = view.limits
+    bounds = [
+        (first.first_token_deadline_s - view.start_s, first.remaining_tokens),
+        (last.first_token_deadline_s - view.start_s, backlog),
+    ]
+    if limits.admission != "deadline":
+        bounds.append((waiting.tightest_s, backlog))
     room = max(1, limits.max_tokens - view.decode_count)
     free_tokens = (view.free_blocks - view.growth_blocks) * limits.block_tokens
     places = limits.max_sequences - view.running
     full = waiting.count > 0 and (waiting.count > places or waiting.tokens > free_tokens)
-    pace_s = math.inf
-    for sequence, tokens in ((first, first.remaining_tokens), (last, backlog)):
-        left_s = share * (sequence.first_token_deadline_s - view.start_s)
+    for left_s, tokens in bounds:
         if 0 < left_s < math.inf:
-            pace_s = min(pace_s, 0.0 if full else left_s / math.ceil(tokens / room))
+            pace_s = min(pace_s, 0.0 if full else share * left_s / math.ceil(tokens / room))
     return pace_s
 
 

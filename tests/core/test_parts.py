@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 from itertools import islice
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sim.core.answers import AnswerPace
 from sim.core.deadlines import TokenDeadlines
 from sim.core.finetune import Backward, Forward, JobView, backward_chunks, recompute_chunks
 from sim.core.jobs import Jobs
@@ -113,6 +115,30 @@ def test_deadlines_and_growth_are_those_of_a_walk_over_the_sequences(
             growth += (sequence.computed_tokens + passed) % 4 == 0
         assert deadlines.earliest_s(tick + 1) == pytest.approx(expected_s, rel=1e-12)
         assert kv.growth(tick + 1) == growth
+
+
+def test_an_answer_is_expected_to_be_as_long_as_nearly_all_of_the_last() -> None:
+    """2,000 answers, ever longer; one that has begun has the time left for what the last 500 of its class say."""
+    pace, draws = AnswerPace(), random.Random(0)
+    ended: list[int] = []
+    for id in range(2000):
+        sequence = Sequence(id, 0.0, 1, Slo(name="report", e2e_s=10.0), None)
+        sequence.generated_tokens = draws.randrange(1, 100 + id)
+        pace.add(sequence)
+        pace.remove(sequence)
+        pace.finished(sequence)
+        ended.append(sequence.generated_tokens)
+        other = Sequence(-1, 0.0, 1, Slo(name="other", e2e_s=10.0), None)
+        other.generated_tokens = 10_000
+        pace.finished(other)
+        if id % 100 == 99:
+            last = sorted(ended[-500:])
+            begun = Sequence(id, 2.0, 1, Slo(name="report", e2e_s=10.0), None)
+            begun.generated_tokens, begun.start_tick = 3, 8 * id
+            pace.add(begun)
+            assert pace.pace_s(8 * id, 4.0) == 8.0 / (last[int(0.98 * (len(last) - 1))] - 3)
+            pace.remove(begun)
+            assert pace.pace_s(8 * id, 4.0) == math.inf
 
 
 @st.composite

@@ -364,10 +364,18 @@ def test_slack_tries_one_stream_again_after_many_iterations_on_two(factor: float
     assert all(beside[10:400]) and np.mean(beside[410:]) < 0.5
 
 
-def plan_of(name: str, requests: list[Request], slos: dict[str, Slo], under_way: Plan, now_s: float) -> Plan:
+def plan_of(
+    name: str,
+    requests: list[Request],
+    slos: dict[str, Slo],
+    under_way: Plan,
+    now_s: float,
+    admission: str = "fcfs",
+) -> Plan:
     """What the policy plans at `now_s` once `under_way` has been done, with a budget of 50 ms."""
     cost = LinearCost(prefill_s=2.0**-16)
-    state = PipelineState(limits=limits_of(), slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
+    limits = limits_of(admission=admission)
+    state = PipelineState(limits=limits, slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
     for request in requests:
         assert state.arrive(request)
     if under_way.prefills:
@@ -379,31 +387,40 @@ def plan_of(name: str, requests: list[Request], slos: dict[str, Slo], under_way:
 
 @pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
 @pytest.mark.parametrize(
-    ("first", "last", "under_way", "now_s", "budget_s"),
+    ("admission", "first", "last", "under_way", "now_s", "budget_s"),
     [
-        # Prompt tokens and TTFT bound of each, all here at 0 s; half of the time left, over iterations of 256.
-        pytest.param((600, math.inf), (700, math.inf), {}, 0.0, 0.05, id="no-hurry"),
-        pytest.param((600, 0.12), (700, math.inf), {}, 0.0, 0.12 / 2 / 3, id="first"),
-        pytest.param((600, 0.22), (700, math.inf), {}, 0.1, 0.12 / 2 / 3, id="first-waited"),
-        pytest.param((600, math.inf), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="last"),
-        pytest.param((600, 0.15), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="both-last-tighter"),
-        pytest.param((600, 0.12), (700, 0.48), {}, 0.0, 0.12 / 2 / 3, id="both-first-tighter"),
-        pytest.param((600, 0.1), (700, math.inf), {}, 0.2, 0.05, id="first-lost"),
-        pytest.param((600, 0.1), (700, 0.44), {}, 0.2, 0.24 / 2 / 6, id="first-lost-last-not"),
-        pytest.param((600, math.inf), (700, 0.1), {}, 0.2, 0.05, id="last-lost"),
-        pytest.param((600, 0.08), (700, math.inf), {0: 200}, 0.0, 0.08 / 2 / 2, id="first-under-way"),
-        pytest.param((600, math.inf), (700, 0.2), {0: 200}, 0.0, 0.2 / 2 / 5, id="last-behind-one-under-way"),
+        # Prompt tokens and bound on the first token of each, all here at 0 s; half of the time left, over iterations
+        # of 256. First-come first-served, one of the tighter class that came now would be behind both.
+        pytest.param("fcfs", (600, math.inf), (700, math.inf), {}, 0.0, 0.05, id="no-hurry"),
+        pytest.param("fcfs", (600, math.inf), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="last"),
+        pytest.param("fcfs", (600, 0.24), (700, math.inf), {}, 0.0, 0.24 / 2 / 6, id="one-to-come"),
+        pytest.param("fcfs", (600, 0.12), (700, 0.24), {}, 0.0, 0.12 / 2 / 6, id="one-to-come-tighter"),
+        pytest.param("shortest", (600, 0.12), (700, 0.24), {}, 0.0, 0.12 / 2 / 6, id="one-to-come-shortest"),
+        pytest.param("fcfs", (600, 0.24), (700, 0.24), {}, 0.1, 0.14 / 2 / 6, id="last-waited"),
+        pytest.param("fcfs", (600, 0.24), (700, 0.24), {}, 0.3, 0.24 / 2 / 6, id="both-lost"),
+        pytest.param("fcfs", (600, math.inf), (700, 0.2), {0: 200}, 0.0, 0.2 / 2 / 5, id="one-under-way"),
         pytest.param(
-            (400, 0.08), (500, math.inf), {0: 100, 1: 100}, 0.0, 0.08 / 2 / 2, id="first-of-two-under-way"
+            "fcfs", (400, math.inf), (500, 0.12), {0: 100, 1: 100}, 0.0, 0.12 / 2 / 3, id="two-under-way"
         ),
+        pytest.param("fcfs", (56, math.inf), (256, 0.08), {0: 56}, 0.0, 0.08 / 2 / 2, id="beside-a-decode"),
+        # By deadline it would pass the other.
+        pytest.param("deadline", (600, 0.12), (700, math.inf), {}, 0.0, 0.12 / 2 / 3, id="first"),
+        pytest.param("deadline", (600, 0.22), (700, math.inf), {}, 0.1, 0.12 / 2 / 3, id="first-waited"),
+        pytest.param("deadline", (600, 0.15), (700, 0.24), {}, 0.0, 0.24 / 2 / 6, id="both-last-tighter"),
+        pytest.param("deadline", (600, 0.12), (700, 0.48), {}, 0.0, 0.12 / 2 / 3, id="both-first-tighter"),
+        pytest.param("deadline", (600, 0.1), (700, math.inf), {}, 0.2, 0.05, id="first-lost"),
+        pytest.param("deadline", (600, 0.1), (700, 0.44), {}, 0.2, 0.24 / 2 / 6, id="first-lost-last-not"),
+        pytest.param("deadline", (600, 0.1), (700, 0.1), {}, 0.2, 0.05, id="last-lost"),
         pytest.param(
-            (400, math.inf), (500, 0.12), {0: 100, 1: 100}, 0.0, 0.12 / 2 / 3, id="last-of-two-under-way"
+            "deadline", (600, 0.08), (700, math.inf), {0: 200}, 0.0, 0.08 / 2 / 2, id="first-under-way"
         ),
-        pytest.param((56, math.inf), (256, 0.08), {0: 56}, 0.0, 0.08 / 2 / 2, id="beside-a-decode"),
     ],
 )
+@pytest.mark.parametrize("bound", ["ttft_s", "e2e_s"])
 def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
     name: str,
+    bound: str,
+    admission: str,
     first: tuple[int, float],
     last: tuple[int, float],
     under_way: dict[int, int],
@@ -412,8 +429,8 @@ def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
 ) -> None:
     """Finetuning fills the iteration up to the budget by hand, to the last token of its window."""
     requests = [Request(id, 0.0, tokens, 10, str(id)) for id, (tokens, _) in enumerate((first, last))]
-    slos = {str(id): Slo(ttft_s=ttft_s) for id, (_, ttft_s) in enumerate((first, last))}
-    plan = plan_of(name, requests, slos, Plan(prefills=tuple(under_way.items())), now_s)
+    slos = {str(id): Slo(**{bound: bound_s}) for id, (_, bound_s) in enumerate((first, last))}
+    plan = plan_of(name, requests, slos, Plan(prefills=tuple(under_way.items())), now_s, admission)
     assert plan.prefills and [type(piece) for piece in plan.finetune] == [Forward]
     assert plan.predicted_s is not None
     assert budget_s - 2.0**-14 < plan.predicted_s <= budget_s * (1 + 1e-9)
@@ -426,7 +443,7 @@ def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
         pytest.param(16, 0, 1.0, True, id="nobody-waits"),
         pytest.param(16, 1, 1.0, False, id="no-sequence-left"),
         pytest.param(16, 1, math.inf, True, id="no-hurry"),
-        pytest.param(16, 1, 0.01, True, id="lost"),
+        pytest.param(16, 1, 0.01, False, id="lost-as-for-the-next"),
         pytest.param(8, 3, 1.0, True, id="all-fit"),
         pytest.param(8, 4, 1.0, False, id="not-the-blocks-of-all"),
     ],
@@ -456,6 +473,25 @@ def test_first_tokens_come_in_time_that_finetuning_would_make_late(name: str) ->
     if name != "temporal_limited":
         beside = [plan.finetune for plan in result.log.plans if plan.prefills]
         assert np.mean([len(slices) > 0 for slices in beside]) > 0.9
+
+
+@pytest.mark.parametrize("name", [*BUDGETED, "coserving_slack"])
+def test_answers_end_in_time_that_finetuning_would_make_late(name: str) -> None:
+    """Decodes alone take 5 ms, so that an answer of 200 tokens takes 1 s, and 8 s in iterations of 40 ms."""
+    requests = [Request(i, 0.5 * i, 16, 200 if i % 4 else 50, "chat") for i in range(80)]
+    result = run(
+        build_policy(name, predictor=COST, budget_s=0.05),
+        requests,
+        jobs=[job_of(900)],
+        limits=PLACES,
+        world=COST,
+        horizon=Horizon(duration_s=50.0),
+        slos={"chat": Slo(name="chat", e2e_s=4.0)},
+    )
+    rows = result.table("requests")
+    late = rows["request"][~(rows["last_token_s"] - rows["arrival_s"] <= 4.0)]
+    assert len(rows["request"]) == 80 and len(late) > 0 and late.max() < 16, "until lengths are known"
+    assert np.mean([len(plan.finetune) > 0 for plan in result.log.plans]) > 0.5
 
 
 def test_a_long_prompt_waits_until_time_for_its_least_chunk_has_been_banked() -> None:
