@@ -16,6 +16,8 @@ from sim.metrics import PipelineFacts, column_views, extrapolated
 
 FEW_STEPS = 10
 """Of which one more or less changes what was trained by a tenth and more."""
+PREEMPTED_SHARE = 0.05
+"""Preemptions per request above which they are told of where the SLO is not kept."""
 MOST_NAMES = 4
 """More runs of a sweep with the same note are counted, not named."""
 
@@ -81,13 +83,17 @@ def extrapolation_notes(
 
 
 def slo_notes(
-    summary: Mapping[str, Any], least: tuple[float, int] | None, tpot_s: float, alone: float | None
+    summary: Mapping[str, Any],
+    least: tuple[float, int] | None,
+    tpot_s: float,
+    alone: float | None,
+    kv_tokens: Sequence[int],
 ) -> list[str]:
     """Of a run that does not keep the SLO: that its policy could not, or that serving alone does not either.
 
     `least`: predicted seconds of the shortest iteration that computes of a prompt beside a decode, and the tokens
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
-    serving alone on the same traffic, None where it was not run.
+    serving alone on the same traffic, None where it was not run. `kv_tokens`: K/V room of each pipeline that serves.
     """
     from analysis.runs import SLO_KEPT_SHARE, keeps_slo
 
@@ -104,6 +110,12 @@ def slo_notes(
         notes.append(
             "no SLO class bounds TPOT, so that a policy with a latency budget takes iterations of any length "
             "(policy.budget_s)"
+        )
+    if summary["preemptions"] > PREEMPTED_SHARE * summary["requests"]:
+        room = " or ".join(f"{tokens:,}" for tokens in sorted(set(kv_tokens)))
+        notes.append(
+            f"K/V room for {room} tokens in a pipeline is too small, answers are preempted (cluster.limits.kv_tokens, "
+            "or what samples in flight take of it: cutoff_len and memory of finetune.jobs)"
         )
     if alone is not None and alone < SLO_KEPT_SHARE:
         notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")

@@ -153,7 +153,8 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         bound_row = _row_of(other) if other is not None else _run_bound(bound, at, peak_tok_s)
         alone = bound_row["attainment"] if bound.policy.name == "inference_only" else alone
     tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
-    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
+    kv_tokens = [spec.limits.kv_tokens for spec in assembly.pipelines if spec.policy.serves]
+    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone, kv_tokens)
     return row
 
 

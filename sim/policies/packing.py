@@ -19,6 +19,10 @@ from sim.core.plan import Plan, View
 from sim.core.sequence import Sequence
 from sim.core.work import Chunk, Work
 
+GROWTH_TOKENS = 64
+GROWTH_SHARE = 0.2
+"""Free K/V room per answer, and share of the whole: below both finetuning gives way, so that preemptions stay rare."""
+
 
 class Inference(NamedTuple):
     """The inference part of a plan, and its Work for a predictor."""
@@ -74,11 +78,15 @@ def serving_pace_s(view: View, share: float) -> float:
 
     With it the first prompt in line, the last, and one of the tightest class that came now have their first token
     within `share` of the time that is left for it, when each iteration is full of prompt tokens. Where those that wait
-    have no place, which only answers that end make, every second that iterations last longer keeps them waiting: 0.
+    have no place, which only answers that end make, every second that iterations last longer keeps them waiting: 0;
+    as where the answers themselves have no place to grow, since the slower they are the more of them there are.
     A deadline that is already lost counts as none: it must not cost the other requests theirs.
     """
     pace_s = view.answer_pace_s
     waiting, prefilling, limits = view.waiting, view.prefilling, view.limits
+    free_tokens = (view.free_blocks - view.growth_blocks) * limits.block_tokens
+    if free_tokens < min(GROWTH_TOKENS * view.decode_count, GROWTH_SHARE * limits.kv_tokens):
+        return 0.0
     if prefilling:
         first = prefilling[0]
     elif waiting.count:
@@ -94,7 +102,6 @@ def serving_pace_s(view: View, share: float) -> float:
     if limits.admission != "deadline":
         bounds.append((waiting.tightest_s, backlog))
     room = max(1, limits.max_tokens - view.decode_count)
-    free_tokens = (view.free_blocks - view.growth_blocks) * limits.block_tokens
     places = limits.max_sequences - view.running
     full = waiting.count > 0 and (waiting.count > places or waiting.tokens > free_tokens)
     for left_s, tokens in bounds:

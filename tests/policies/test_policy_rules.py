@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -370,12 +371,11 @@ def plan_of(
     slos: dict[str, Slo],
     under_way: Plan,
     now_s: float,
-    admission: str = "fcfs",
+    **limits: Any,
 ) -> Plan:
     """What the policy plans at `now_s` once `under_way` has been done, with a budget of 50 ms."""
     cost = LinearCost(prefill_s=2.0**-16)
-    limits = limits_of(admission=admission)
-    state = PipelineState(limits=limits, slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
+    state = PipelineState(limits=limits_of(**limits), slos=slos, recorder=Recorder(), jobs=[job_of(8000)])
     for request in requests:
         assert state.arrive(request)
     if under_way.prefills:
@@ -430,7 +430,7 @@ def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
     """Finetuning fills the iteration up to the budget by hand, to the last token of its window."""
     requests = [Request(id, 0.0, tokens, 10, str(id)) for id, (tokens, _) in enumerate((first, last))]
     slos = {str(id): Slo(**{bound: bound_s}) for id, (_, bound_s) in enumerate((first, last))}
-    plan = plan_of(name, requests, slos, Plan(prefills=tuple(under_way.items())), now_s, admission)
+    plan = plan_of(name, requests, slos, Plan(prefills=tuple(under_way.items())), now_s, admission=admission)
     assert plan.prefills and [type(piece) for piece in plan.finetune] == [Forward]
     assert plan.predicted_s is not None
     assert budget_s - 2.0**-14 < plan.predicted_s <= budget_s * (1 + 1e-9)
@@ -457,6 +457,22 @@ def test_finetuning_gives_way_where_only_answers_that_end_make_place(
     under_way = Plan(prefills=tuple((i, 16) for i in range(running)))
     slos = {"chat": Slo(tpot_s=0.05), "late": Slo(ttft_s=ttft_s)}
     assert bool(plan_of(name, requests, slos, under_way, 0.02).finetune) == trains
+
+
+@pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
+@pytest.mark.parametrize(
+    ("answers", "kv_tokens", "trains"), [(1, 400, True), (1, 384, False), (8, 480, True), (8, 464, False)]
+)
+def test_finetuning_gives_way_where_answers_have_no_room_to_grow(
+    name: str, answers: int, kv_tokens: int, trains: bool
+) -> None:
+    """An answer holds blocks for 32 tokens and takes 16 more now; 64 are to be left for each or, where that is less,
+    a fifth of all room."""
+    tokens = 320 if answers == 1 else 32
+    requests = [Request(i, 0.0, tokens, 300, "chat") for i in range(answers)]
+    under_way = Plan(prefills=tuple((i, tokens) for i in range(answers)))
+    plan = plan_of(name, requests, {"chat": Slo()}, under_way, 0.0, kv_tokens=kv_tokens, max_tokens=320)
+    assert plan.decode and bool(plan.finetune) == trains
 
 
 @pytest.mark.parametrize("name", [*BUDGETED, "coserving_slack"])

@@ -841,6 +841,19 @@ def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture
     assert "SLO" not in capfd.readouterr().err
 
 
+def test_too_little_room_for_answers_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "simulate",
+        "workload=poisson",
+        "workload.duration_s=60",
+        "cluster.pipelines=1",
+        "run.bounds=false",
+    ]
+    for rate_rps, told in ((4, True), (0.2, False)):
+        assert main([*argv, f"workload.rate_rps={rate_rps}", "cluster.limits.kv_tokens=4000"]) == 0
+        assert ("K/V room for 4,000 tokens in a pipeline is too small" in capfd.readouterr().err) == told
+
+
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text(LATE)
     assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
