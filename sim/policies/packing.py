@@ -74,7 +74,7 @@ def checked_share(key: str, share: float) -> float:
 
 def serving_pace_s(view: View, share: float) -> float:
     """Seconds per iteration that let requests keep their bounds on the first token and on the end; `inf` where nothing
-    bounds them.
+    bounds them. At most `share` of the tightest bound on a first token: a prompt that comes waits for the end.
 
     With it the first prompt in line, the last, and one of the tightest class that came now have their first token
     within `share` of the time that is left for it, when each iteration is full of prompt tokens. Where those that wait
@@ -82,8 +82,8 @@ def serving_pace_s(view: View, share: float) -> float:
     as where the answers themselves have no place to grow, since the slower they are the more of them there are.
     A deadline that is already lost counts as none: it must not cost the other requests theirs.
     """
-    pace_s = view.answer_pace_s
     waiting, prefilling, limits = view.waiting, view.prefilling, view.limits
+    pace_s = min(view.answer_pace_s, share * waiting.tightest_s)
     free_tokens = (view.free_blocks - view.growth_blocks) * limits.block_tokens
     if free_tokens < min(GROWTH_TOKENS * view.decode_count, GROWTH_SHARE * limits.kv_tokens):
         return 0.0

@@ -437,6 +437,18 @@ def test_finetuning_leaves_prompts_the_time_that_their_first_tokens_need(
 
 
 @pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
+@pytest.mark.parametrize(("bound_s", "budget_s"), [(math.inf, 0.05), (0.2, 0.05), (0.06, 0.03)])
+def test_an_iteration_ends_in_half_of_the_time_that_a_prompt_to_come_has(
+    name: str, bound_s: float, budget_s: float
+) -> None:
+    """Nobody waits; one answer is under way, of the class of those that come."""
+    slos = {"chat": Slo(ttft_s=bound_s, tpot_s=0.05)}
+    plan = plan_of(name, [Request(0, 0.0, 16, 20, "chat")], slos, Plan(prefills=((0, 16),)), 0.0)
+    assert plan.decode and plan.predicted_s is not None
+    assert budget_s - 2.0**-14 < plan.predicted_s <= budget_s * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
 @pytest.mark.parametrize(
     ("running", "waiting", "ttft_s", "trains"),
     [
