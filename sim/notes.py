@@ -6,7 +6,7 @@ A run's own lines are `notes` of its row; those that several runs of a sweep sha
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from sim.core.plan import Limits
@@ -15,8 +15,8 @@ from sim.metrics import PipelineFacts, column_views, extrapolated
 
 FEW_STEPS = 10
 """Of which one more or less changes what was trained by a tenth and more."""
-PREEMPTED_SHARE = 0.05
-"""Preemptions per request above which they are told of where the SLO is not kept."""
+SHORT_SHARE = 0.05
+"""Preemptions per request, and iterations with no place for those that wait, above which they are told of."""
 MOST_NAMES = 4
 """More runs of a sweep with the same note are counted, not named."""
 
@@ -28,17 +28,41 @@ def request_notes(recorder: Recorder, limits: Sequence[Limits], keys: str) -> li
     rejected = int((served & (rows["outcome"] == Outcome.REJECTED)).sum())
     finished = rows["outcome"] == Outcome.FINISHED
     cut = int((finished & (rows["generated_tokens"] < rows["output_tokens"])).sum())
-    room = sorted({min(each.max_sequence_tokens, _whole_blocks(each)) for each in limits})
+    room = _either(min(each.max_sequence_tokens, _whole_blocks(each)) for each in limits)
     count = len(rows["outcome"])
     parts = [f"{rejected:,} of {count:,} requests were rejected"] if rejected else []
     parts += [f"{cut:,} of {count:,} answers end early"] if cut else []
     if not parts:
         return []
-    tokens = " or ".join(f"{tokens:,}" for tokens in room)
     return [
-        f"{' and '.join(parts)}: prompt and output do not fit {tokens} tokens "
+        f"{' and '.join(parts)}: prompt and output do not fit {room} tokens "
         f"({keys}.kv_tokens, {keys}.max_sequence_tokens, the model's context)"
     ]
+
+
+def room_notes(
+    recorder: Recorder, summary: Mapping[str, Any], limits: Sequence[Limits], keys: str
+) -> list[str]:
+    """Of a run that does not keep the SLO: that there was no place for requests. As for `request_notes`."""
+    from analysis.runs import keeps_slo
+
+    if summary["attainment"] is None or keeps_slo(summary) or not limits:
+        return []
+    notes = []
+    if summary["preemptions"] > SHORT_SHARE * summary["requests"]:
+        notes.append(
+            f"K/V room for {_either(each.kv_tokens for each in limits)} tokens in a pipeline is too small, answers are "
+            f"preempted ({keys}.kv_tokens, and what samples in flight leave: their cutoff_len and memory)"
+        )
+    rows = column_views(recorder.iterations)
+    most = max(each.max_sequences for each in limits)
+    full = (rows["running"] >= most) & (rows["waiting"] > 0)
+    if full.sum() > SHORT_SHARE * len(full):
+        notes.append(
+            f"{full.mean():.0%} of the iterations have requests that wait for one of "
+            f"{_either(each.max_sequences for each in limits)} sequences to end ({keys}.max_sequences)"
+        )
+    return notes
 
 
 def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, step: str) -> list[str]:
@@ -86,13 +110,12 @@ def slo_notes(
     least: tuple[float, int] | None,
     tpot_s: float,
     alone: float | None,
-    kv_tokens: Sequence[int],
 ) -> list[str]:
     """Of a run that does not keep the SLO: that its policy could not, or that serving alone does not either.
 
     `least`: predicted seconds of the shortest iteration that computes of a prompt beside a decode, and the tokens
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
-    serving alone on the same traffic, None where it was not run. `kv_tokens`: K/V room of each pipeline that serves.
+    serving alone on the same traffic, None where it was not run.
     """
     from analysis.runs import SLO_KEPT_SHARE, keeps_slo
 
@@ -104,12 +127,6 @@ def slo_notes(
             f"a decode beside the least chunk of a prompt, {least[1]} tokens, is predicted to take "
             f"{1e3 * least[0]:.1f} ms, above the TPOT bound of {1e3 * tpot_s:g} ms: while prompts arrive it is not "
             "kept (policy.min_chunk_tokens)"
-        )
-    if summary["preemptions"] > PREEMPTED_SHARE * summary["requests"]:
-        room = " or ".join(f"{tokens:,}" for tokens in sorted(set(kv_tokens)))
-        notes.append(
-            f"K/V room for {room} tokens in a pipeline is too small, answers are preempted (cluster.limits.kv_tokens, "
-            "or what samples in flight take of it: cutoff_len and memory of finetune.jobs)"
         )
     if alone is not None and alone < SLO_KEPT_SHARE:
         notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")
@@ -152,6 +169,10 @@ def print_unfinished(rows: Sequence[Mapping[str, Any]]) -> None:
         f"note: {who} did not finish: they count as missed, latencies are of finished ones (longer: run.drain_s)",
         file=sys.stderr,
     )
+
+
+def _either(values: Iterable[int]) -> str:
+    return " or ".join(f"{value:,}" for value in sorted(set(values)))
 
 
 def _whole_blocks(limits: Limits) -> int:

@@ -39,6 +39,7 @@ from sim.notes import (
     print_notes,
     print_unfinished,
     request_notes,
+    room_notes,
     slo_notes,
     step_notes,
 )
@@ -153,8 +154,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         bound_row = _row_of(other) if other is not None else _run_bound(bound, at, peak_tok_s)
         alone = bound_row["attainment"] if bound.policy.name == "inference_only" else alone
     tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
-    kv_tokens = [spec.limits.kv_tokens for spec in assembly.pipelines if spec.policy.serves]
-    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone, kv_tokens)
+    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
     return row
 
 
@@ -241,9 +241,9 @@ def _run(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim")
-    notes = request_notes(
-        recorder, [s.limits for s in assembly.pipelines if s.policy.serves], "cluster.limits"
-    )
+    limits = [s.limits for s in assembly.pipelines if s.policy.serves]
+    notes = request_notes(recorder, limits, "cluster.limits")
+    notes += room_notes(recorder, summary, limits, "cluster.limits")
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += class_notes(summary)
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)

@@ -841,7 +841,19 @@ def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture
     assert "SLO" not in capfd.readouterr().err
 
 
-def test_too_little_room_for_answers_is_told(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("limit", "told"),
+    [
+        ("kv_tokens=4000", "K/V room for 4,000 tokens in a pipeline is too small"),
+        (
+            "max_sequences=8",
+            "have requests that wait for one of 8 sequences to end (cluster.limits.max_sequences)",
+        ),
+    ],
+)
+def test_too_little_room_for_answers_is_told(
+    limit: str, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     argv = [
         "simulate",
         "workload=poisson",
@@ -849,9 +861,11 @@ def test_too_little_room_for_answers_is_told(capfd: pytest.CaptureFixture[str]) 
         "cluster.pipelines=1",
         "run.bounds=false",
     ]
-    for rate_rps, told in ((4, True), (0.2, False)):
-        assert main([*argv, f"workload.rate_rps={rate_rps}", "cluster.limits.kv_tokens=4000"]) == 0
-        assert ("K/V room for 4,000 tokens in a pipeline is too small" in capfd.readouterr().err) == told
+    for rate_rps in (4, 0.2):
+        assert main([*argv, f"workload.rate_rps={rate_rps}", f"cluster.limits.{limit}"]) == 0
+        err = capfd.readouterr().err
+        assert (told in err) == (rate_rps == 4)
+        assert ("preempted" in err) == (rate_rps == 4 and "kv_tokens" in limit)
 
 
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
