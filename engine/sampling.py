@@ -79,7 +79,7 @@ def _of_all(logits: torch.Tensor, settings: Sequence[Sampling], indices: Sequenc
     """By inversion over the tokens as they are numbered."""
     numbers = [(s.temperature, uniform(s.seed, i)) for s, i in zip(settings, indices, strict=True)]
     temperature, u = _columns(numbers, logits.device)
-    total = (logits.double() / temperature).softmax(1).cumsum_(1)
+    total = _shares(logits, temperature).cumsum_(1)
     return (total <= u * total[:, -1:]).sum(1).clamp_(max=logits.shape[1] - 1)
 
 
@@ -92,7 +92,7 @@ def _of_likeliest(logits: torch.Tensor, settings: Sequence[Sampling], indices: S
     ]
     temperature, top_k, top_p, u = _columns(numbers, logits.device)
     ordered, token = logits.float().sort(dim=1, descending=True, stable=True)
-    p = (ordered.double() / temperature).softmax(1)
+    p = _shares(ordered, temperature)
     rank = torch.arange(vocab, device=logits.device)
     p = p.masked_fill(rank >= top_k, 0.0)
     p = p / p.sum(1, keepdim=True)
@@ -103,6 +103,11 @@ def _of_likeliest(logits: torch.Tensor, settings: Sequence[Sampling], indices: S
     last = ((p > 0).sum(1, keepdim=True) - 1).clamp_(min=0)
     place = torch.minimum((total <= u * total[:, -1:]).sum(1, keepdim=True), last)
     return token.gather(1, place)[:, 0]
+
+
+def _shares(logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+    """Probabilities [N, V]. Logits over the smallest temperatures are infinite; the greatest, made 0, is 0 over any."""
+    return ((logits.double() - logits.amax(1, keepdim=True)) / temperature).softmax(1)
 
 
 def _columns(numbers: Sequence[Sequence[float]], device: torch.device) -> tuple[torch.Tensor, ...]:

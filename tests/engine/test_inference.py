@@ -149,6 +149,13 @@ def test_tokens_are_drawn_as_often_as_transformers_gives_them_probability(
     assert ((found - expected).abs() <= 4.5 * spread + 1e-12).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-9, 1e-308, 5e-324])
+@pytest.mark.parametrize("limits", [{}, {"top_k": 3}, {"top_p": 0.5}])
+def test_the_smallest_temperatures_are_greedy(temperature: float, limits: dict[str, Any]) -> None:
+    logits = torch.tensor([[1.0, 2.0, 5.0, 3.0], [-9.0, -4.0, -8.0, -5.0]])
+    assert sample(logits, [Sampling(temperature=temperature, **limits)] * 2, [0, 1]).tolist() == [2, 1]
+
+
 def test_what_is_drawn_depends_on_no_other_row(monkeypatch: pytest.MonkeyPatch) -> None:
     logits = torch.randn(9, 40, generator=torch.Generator().manual_seed(2)).bfloat16()
     kinds = [{}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 9}]
