@@ -273,10 +273,10 @@ class Reference:
         unstamped = {id for flight in self.flights for id in flight.joined}
         return [item for item in self.decoding if item.request.id not in unstamped]
 
-    def token_deadline_s(self) -> float:
-        """Earliest deadline of the next token of any."""
-        deadlines = [item.token_s[0] + item.generated * item.slo.tpot_s for item in self.stamped]
-        return min(deadlines, default=math.inf)
+    def token_deadline_s(self, start_s: float) -> float:
+        """Earliest deadline of the next token of any; a first one that is under way comes at `start_s`."""
+        firsts = [(item, item.token_s[0] if item.token_s else start_s) for item in self.decoding]
+        return min((first_s + item.generated * item.slo.tpot_s for item, first_s in firsts), default=math.inf)
 
     def answer_pace_s(self, now_s: float) -> float:
         """Seconds per token that the answers with an end-to-end bound have left, looked at every so many ticks."""
@@ -331,7 +331,7 @@ class Referee:
         assert view.growth_blocks == sum(item.cached % block == 0 for item in decoding)
         assert view.free_blocks == reference.total_blocks - reference.used_blocks
         assert view.running == len(reference.running)
-        assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(), rel=1e-12)
+        assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(view.start_s), rel=1e-12)
         assert view.answer_pace_s == pytest.approx(reference.answer_pace_s(view.now_s), rel=1e-12)
         assert view.arrived == len(reference.items)
         prefilling = [

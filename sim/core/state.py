@@ -135,11 +135,15 @@ class PipelineState:
             self.jobs.start(now_s)
         tick, count, adapters = self.tick + 1, self.decode_count, self._adapter_users
         kv = self.kv
+        start_s, deadline_s = now_s, self._deadlines.earliest_s(tick)
+        if self._launched:
+            start_s = self._expected_start_s(now_s)
+            deadline_s = min(deadline_s, self._unstamped_deadline_s(start_s))
         return _new(
             View,
             (
                 now_s,
-                self._expected_start_s(now_s) if self._launched else now_s,
+                start_s,
                 self.limits,
                 _new(
                     Work,
@@ -163,7 +167,7 @@ class PipelineState:
                 self.waiting,
                 self.jobs.views,
                 adapters,
-                self._deadlines.earliest_s(tick),
+                deadline_s,
                 self._answers.pace_s(self.tick, now_s),
                 self.arrived,
                 self._last,
@@ -178,6 +182,17 @@ class PipelineState:
         for _, predicted_s, *_ in self._launched:
             start_s += self._expected_s(predicted_s)
         return start_s
+
+    def _unstamped_deadline_s(self, start_s: float) -> float:
+        """As `TokenDeadlines.earliest_s`, of those whose prefill ends in what runs: at `start_s`, as is expected."""
+        deadline_s = math.inf
+        for _, _, _, _, _, sampled, *_ in self._launched:
+            for sequence in sampled:
+                if sequence.decoding:
+                    first_s = start_s if sequence.first_token_s is None else sequence.first_token_s
+                    tokens = sequence.generated_tokens + self.tick - sequence.start_tick
+                    deadline_s = min(deadline_s, first_s + tokens * sequence.slo.tpot_s)
+        return deadline_s
 
     def _expected_s(self, predicted_s: float | None) -> float:
         """Seconds of an iteration, for which the last one's stand when its policy does not predict."""
