@@ -29,7 +29,7 @@ from sim.core.finetune import AUTO, MEMORIES, Job, JobSpec
 from sim.core.plan import Limits
 from sim.core.specs import DeviceSpec, ModelShape
 from sim.cost.memory import kv_bytes_per_token
-from sim.errors import NO_MEMORY
+from sim.errors import NO_MEMORY, OutOfReach
 
 USABLE = 0.9
 """Share of the free memory that `memory: auto` plans with; the rest is for what operators need as they run."""
@@ -70,7 +70,7 @@ def assemble_engine(
     """The engine, and the jobs as the loop counts them; they share their data.
 
     Inference has the first pages, every job its own after them. Adapters are whole, on any number of ranks.
-    Raises ValueError where no plan fits, or the pages do not.
+    Raises ValueError where no plan fits, OutOfReach where the pages do not.
     """
     blocks = limits.kv_tokens // limits.block_tokens
     ranges = []
@@ -123,7 +123,7 @@ def assemble_engine(
 
 
 def _new_pages(model: Model, limits: Limits, blocks: int) -> Pages:
-    """Pages for `blocks` blocks, those of inference among them."""
+    """Pages for `blocks` blocks, those of inference among them. OutOfReach where there is no memory for them."""
     tokens, free = blocks * limits.block_tokens, _unused_bytes(model.device)
     try:
         return model.new_pages(blocks, limits.block_tokens)
@@ -134,7 +134,7 @@ def _new_pages(model: Model, limits: Limits, blocks: int) -> Pages:
         what = f"limits.kv_tokens is {limits.kv_tokens:,}" if inference else "samples are too long"
         asked = f"K/V pages of {tokens:,} tokens need {tokens * _token_bytes(model) / 2**30:,.1f} GiB"
         unused = "" if free is None else f", free are {free / 2**30:,.1f}"
-        raise ValueError(f"{what}: {asked} on a device{unused}") from None
+        raise OutOfReach(f"{what}: {asked} on a device{unused}") from None
 
 
 def plan_jobs(

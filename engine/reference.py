@@ -44,7 +44,7 @@ from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes
 from engine.text import random_samples
 from sim.checked import build
 from sim.core.specs import LINEARS, DeviceSpec, LoraSpec
-from sim.errors import FailedInPart, keys_as, writing
+from sim.errors import FailedInPart, OutOfReach, keys_as, writing
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest, shown_path
 
@@ -349,7 +349,7 @@ def _or_out_of_memory(measure: Callable[[], list[Row]], *empty: Row) -> list[Row
     """What was measured, or `empty` with the words; what the error held is free once this has returned."""
     try:
         return measure()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutOfReach):
         return [replace(row, note=OUT_OF_MEMORY) for row in empty]
 
 

@@ -229,6 +229,25 @@ def test_the_command_writes_a_row_for_everything_and_missing_is_missing(
     assert len(ours) == 4 and ours["ratio"].notna().all()
 
 
+def test_pages_that_the_memory_does_not_hold_are_a_row_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    new_pages = Model.new_pages
+
+    def scarce(model: Model, blocks: int, block_tokens: int) -> Any:
+        if blocks > 16:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return new_pages(model, blocks, block_tokens)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Model, "new_pages", scarce)
+    sizes = "sizes.decode_contexts=[32,512]"
+    assert main(["seconds=0.01", "out=found", "parts=[decode,prefill]", *SMALL, sizes]) == 0
+    rows = pd.read_parquet("found/reference.parquet").set_index("variant")
+    assert rows.loc["2 x 512", "note"] == "out of memory"
+    assert rows.loc[["2 x 32", "16"], "p50_s"].notna().all()
+
+
 def test_a_measurement_that_breaks_off_leaves_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
