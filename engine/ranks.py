@@ -76,6 +76,8 @@ def start_ranks(tp: int, device: str, follower: Follower) -> Iterator[tuple[Grou
             yield Group(0, tp), _join(0, tp, device, folder), tell
             ending.set()
             tell(END)
+            # All ranks at once: NCCL's waits for those of the others.
+            dist.destroy_process_group()
             clean = True
         except PeerLost as error:
             ending.set()
@@ -85,6 +87,9 @@ def start_ranks(tp: int, device: str, follower: Follower) -> Iterator[tuple[Grou
             for peer in peers:
                 peer.end(clean)
             if dist.is_initialized():
+                # Collectives that have begun, which NCCL would wait for, have lost their other side.
+                assert dist.group.WORLD is not None
+                dist.group.WORLD.abort()
                 dist.destroy_process_group()
 
 

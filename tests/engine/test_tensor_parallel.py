@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import engine.ranks
@@ -167,6 +168,45 @@ def test_a_killed_rank_ends_a_leader_that_sleeps(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("coserve-*"))
     assert done.returncode == 1
     assert done.stderr.splitlines() == ["coserve: error: rank 1 of 2 was killed by signal 9"]
+
+
+def destroy_together() -> None:
+    """In this process `destroy_process_group` waits for the other ranks from now on, as NCCL's does."""
+    destroy = dist.destroy_process_group
+
+    def together() -> None:
+        dist.barrier()
+        destroy()
+
+    dist.destroy_process_group = together
+
+
+def model_of_a_rank_that_waits(device: torch.device, group: Group) -> Model:
+    if group.rank > 0:  # a process of its own
+        destroy_together()
+    return tiny_model("llama", group=group)
+
+
+def test_ranks_give_up_their_group_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.ranks, "GRACE_S", 0.5)
+    monkeypatch.setattr(dist, "destroy_process_group", dist.destroy_process_group)
+    with replica(2, "cpu") as ranks:
+        ranks.load(model_of_a_rank_that_waits)
+        destroy_together()
+    assert not dist.is_initialized()
+    assert not ranks_left()
+
+
+def test_what_has_begun_is_given_up_where_the_other_ranks_are_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    destroy, abort = dist.destroy_process_group, dist.ProcessGroup.abort
+    monkeypatch.setattr(dist.ProcessGroup, "abort", lambda group: done.append("abort") or abort(group))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: done.append("destroy") or destroy())
+    with pytest.raises(KeyboardInterrupt), replica(2, "cpu"):
+        raise KeyboardInterrupt
+    assert done == ["abort", "destroy"]
+    assert not dist.is_initialized()
+    assert not ranks_left()
 
 
 # Ranks that the tests below share
