@@ -34,6 +34,8 @@ FORMATS = {
     "text": ("text",),
 }
 """Format -> the columns that it is known by; the first that fits."""
+ABSENT = (None, "")
+"""What a row has in a column that others fill and it does not."""
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 UNREAD: dict[str, tuple[Any, ...]] = {
     "tools": (None, [], "", "[]"),
@@ -160,7 +162,7 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
     _check_read(record, where)
     if kind == "alpaca":
         user = _text(record, "instruction", where)
-        if record.get("input"):
+        if record.get("input") not in ABSENT:
             given = _text(record, "input", where)
             user = f"{user}\n{given}" if user else given
         found = [*_history(record, where), {"role": "user", "content": user}]
@@ -177,7 +179,7 @@ def _messages(record: Mapping[str, Any], kind: str, where: str) -> list[Message]
         found = [
             {"role": _role(turn.get(role), where), "content": _text(turn, content, where)} for turn in turns
         ]
-    if record.get("system"):
+    if record.get("system") not in ABSENT:
         found.insert(0, {"role": "system", "content": _text(record, "system", where)})
     if not any(message["role"] == "assistant" for message in found):
         raise ValueError(f"{where}: has no answer to train on")
@@ -193,7 +195,7 @@ def _check_read(record: Mapping[str, Any], where: str) -> None:
 def _history(record: Mapping[str, Any], where: str) -> list[Message]:
     """Earlier exchanges of an alpaca row."""
     found: list[Message] = []
-    history = record.get("history") or []
+    history = [] if record.get("history") in ABSENT else record["history"]
     pairs = isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history)
     if not pairs or not all(isinstance(text, str) for pair in history for text in pair):
         raise ValueError(f"{where}: history must be a list of [instruction, output], got {history!r}")

@@ -154,6 +154,9 @@ def test_rows_without_an_answer_within_the_cutoff_are_left_out_and_counted(
         (['{"text": "fine"}', '{"text": "half \\ud83d"}'], "row 2 is not JSON: half a surrogate pair"),
         (["[" * 10_000], "row 1 is not JSON: nested too deep"),
         (['{"instruction": "x", "output": "y", "history": [["x"]]}'], "row 1: history must be a list"),
+        (['{"instruction": "x", "output": "y", "history": 0}'], "row 1: history must be a list"),
+        (['{"instruction": "x", "output": "y", "input": 0}'], "row 1: input must be text, got 0"),
+        (['{"instruction": "x", "output": "y", "system": []}'], "row 1: system must be text, got"),
         (
             ['{"messages": [{"role": "assistant", "content": "", "tool_calls": [{}]}]}'],
             r"row 1: conversations cannot have tool_calls here, got \[\{\}\]",
