@@ -5,6 +5,7 @@ A run's own lines are `notes` of its row; those that several runs of a sweep sha
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -127,6 +128,11 @@ def slo_notes(
             f"a decode beside the least chunk of a prompt, {least[1]} tokens, is predicted to take "
             f"{1e3 * least[0]:.1f} ms, above the TPOT bound of {1e3 * tpot_s:g} ms: while prompts arrive it is not "
             "kept (policy.min_chunk_tokens)"
+        )
+    if tpot_s == math.inf:
+        notes.append(
+            "no SLO class bounds TPOT, so that a policy with a latency budget takes iterations of any length that the "
+            "other bounds leave (policy.budget_s)"
         )
     if alone is not None and alone < SLO_KEPT_SHARE:
         notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")

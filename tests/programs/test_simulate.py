@@ -837,6 +837,14 @@ def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture
     assert "a decode beside the least chunk of a prompt, 256 tokens, is predicted to take" in err
     assert "above the TPOT bound of 20 ms: while prompts arrive it is not kept" in err
     assert "serving alone does not keep the SLO either: " in err
+    unbounded = [
+        *argv,
+        "slo.classes.default.tpot_s=inf",
+        "slo.classes.default.ttft_s=inf",
+        "run.bounds=false",
+    ]
+    assert main([*unbounded, "run.drain_s=1"]) == 0
+    assert "no SLO class bounds TPOT, so that a policy" in capfd.readouterr().err
     assert main([*argv, "workload.rate_rps=1"]) == 0
     assert "SLO" not in capfd.readouterr().err
 
