@@ -60,8 +60,8 @@ def room_notes(
     full = (rows["running"] >= most) & (rows["waiting"] > 0)
     if full.sum() > SHORT_SHARE * len(full):
         notes.append(
-            f"{full.mean():.0%} of the iterations have requests that wait for one of "
-            f"{_either(each.max_sequences for each in limits)} sequences to end ({keys}.max_sequences)"
+            f"requests wait for one of {_either(each.max_sequences for each in limits)} sequences of a pipeline to end "
+            f"({keys}.max_sequences)"
         )
     return notes
 

@@ -855,7 +855,7 @@ def test_a_slo_that_cannot_be_kept_is_said_to_be_so(capfd: pytest.CaptureFixture
         ("kv_tokens=4000", "K/V room for 4,000 tokens in a pipeline is too small"),
         (
             "max_sequences=8",
-            "have requests that wait for one of 8 sequences to end (cluster.limits.max_sequences)",
+            "requests wait for one of 8 sequences of a pipeline to end (cluster.limits.max_sequences)",
         ),
     ],
 )
