@@ -32,6 +32,7 @@ from sim import native_finder
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
+    "sim/core/answers.py",
     "sim/core/deadlines.py",
     "sim/core/finetune.py",
     "sim/core/jobs.py",
