@@ -106,7 +106,7 @@ def _note(path: Path, count: int, cutoff_len: int, long: int, left_out: int) -> 
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Rows from 1 with their records."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"dataset {path} does not exist") from None
     except OSError as error:

@@ -10,12 +10,13 @@ whose logits are not numbers has no line, and an error says so at the end.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -75,6 +76,14 @@ class Settings:
                 raise ValueError(f"{key} must be at least {least}, got {getattr(self, key)}")
 
 
+class Prompt(NamedTuple):
+    """A line to be answered."""
+
+    where: str
+    """Its file and line."""
+    text: str
+
+
 def main(argv: Sequence[str]) -> int:
     """`coserve generate`."""
     return hydra_main(generate, argv, prog="coserve generate", config_name="generate", config_dir=CONFIGS)
@@ -96,20 +105,20 @@ def generate(config: DictConfig) -> dict[str, Any]:
     for row in rows:
         if row is not None:
             print(json.dumps(row, ensure_ascii=False))
-    lost = [n for n, row in enumerate(rows, 1) if row is None]
+    lost = [n for n, row in enumerate(rows) if row is None]
     result = {"prompts": len(rows) - len(lost)}
     if lost:
         adapter = settings.adapter_name_or_path
         raise FailedInPart(
-            f"{len(lost)} of {len(rows)} prompts have no answer, the first is prompt {lost[0]}: its logits are not "
-            f"numbers; numbers in {settings.model_name_or_path}{f' or {adapter}' if adapter else ''} are not finite, "
-            f"or too large for {settings.dtype}",
+            f"{len(lost)} of {len(rows)} prompts have no answer, the first is that of {prompts[lost[0]].where}: its "
+            f"logits are not numbers; numbers in {settings.model_name_or_path}{f' or {adapter}' if adapter else ''} "
+            f"are not finite, or too large for {settings.dtype}",
             result,
         )
     return result
 
 
-def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[dict[str, Any] | None]:
+def answer(settings: Settings, policy: Policy, prompts: Sequence[Prompt]) -> list[dict[str, Any] | None]:
     """A record for each prompt: prompt, output, finish (stop or length), tokens; None for one whose logits are not
     numbers."""
     tokenizer = read_tokenizer(settings.model_name_or_path)
@@ -120,11 +129,11 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     limits = replace(given, max_sequence_tokens=min(given.max_sequence_tokens, shape.max_context_tokens))
     blocks = limits.kv_tokens // limits.block_tokens
     longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
-    for n, tokens in enumerate(encoded, 1):
+    for prompt, tokens in zip(prompts, encoded, strict=True):
         check_tokens(tokens, shape.vocab, settings.model_name_or_path)
         if not tokens or len(tokens) >= longest:
             raise ValueError(
-                f"prompt {n} must have 1..{longest - 1} tokens (limits.kv_tokens, "
+                f"{prompt.where} must have 1..{longest - 1} tokens (limits.kv_tokens, "
                 f"limits.max_sequence_tokens, the model's own {shape.max_context_tokens}), got {len(tokens)}"
             )
     stops = frozenset[int]() if settings.ignore_eos else stop_tokens(settings.model_name_or_path, tokenizer)
@@ -170,7 +179,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
         None
         if n in lost
         else {
-            "prompt": prompt,
+            "prompt": prompt.text,
             "output": tokenizer.decode(output, skip_special_tokens=True, clean_up_tokenization_spaces=False),
             "finish": "stop" if output[-1] in stops else "length",
             "tokens": len(output),
@@ -179,15 +188,19 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[str]) -> list[d
     ]
 
 
-def _prompts(settings: Settings) -> list[str]:
+def _prompts(settings: Settings) -> list[Prompt]:
     where = "standard input" if settings.prompts is None else settings.prompts
     try:
-        text = sys.stdin.read() if settings.prompts is None else Path(where).read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if settings.prompts is None else Path(where).read_bytes()
+        # Read alike wherever they come from: standard input itself keeps \r, and takes its encoding from the locale.
+        text = io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
     except FileNotFoundError:
         raise ValueError(f"prompts: {where} does not exist") from None
     except UnicodeDecodeError as error:
         raise ValueError(f"prompts: {where} is not UTF-8 at byte {error.start}") from None
-    prompts = [line for line in text.split("\n") if line.strip()]
+    prompts = [
+        Prompt(f"{where}: line {n}", line) for n, line in enumerate(text.split("\n"), 1) if line.strip()
+    ]
     if not prompts:
         raise ValueError("there is no prompt: expected one per line")
     lines = len(text.rstrip().split("\n"))  # blank ones at the end are missed by nobody
@@ -197,11 +210,11 @@ def _prompts(settings: Settings) -> list[str]:
     return prompts
 
 
-def _encode(prompt: str, settings: Settings, tokenizer: Any) -> list[int]:
+def _encode(prompt: Prompt, settings: Settings, tokenizer: Any) -> list[int]:
     chat = tokenizer.chat_template is not None if settings.chat is None else settings.chat
     if not chat:
-        return prompt_tokens(tokenizer, prompt)
+        return prompt_tokens(tokenizer, prompt.text)
     if tokenizer.chat_template is None:
         raise ValueError("chat=true needs a tokenizer with a chat template")
-    turn = {"role": "user", "content": prompt}
-    return template(tokenizer, [turn], f"prompt {prompt[:60]!r}", add_generation_prompt=True)
+    turn = {"role": "user", "content": prompt.text}
+    return template(tokenizer, [turn], prompt.where, add_generation_prompt=True)

@@ -21,7 +21,7 @@ def read_text(path: str | Path) -> str:
     """A text file, or the `text` of the records of a JSON list. ValueError names file and row."""
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except UnicodeDecodeError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import copy
+import io
 import itertools
 import json
 import math
@@ -21,6 +23,7 @@ from engine.config import read_config
 from engine.datasets import read_dataset
 from engine.generate import main as generate
 from engine.lora import new_adapter, read_adapter, write_adapter
+from engine.text import read_text
 from engine.tokenizer import prompt_tokens
 from engine.training import main as finetune
 from sim.core.specs import LoraSpec
@@ -207,6 +210,17 @@ def test_a_template_that_writes_nothing_leaves_nothing_to_train_on(tokenizer: An
     path = write(tmp_path / "d.jsonl", [ROWS["messages"]])
     with pytest.raises(ValueError, match="no row has a token to train on"):
         read_dataset(path, silent, cutoff_len=100)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_dataset(tokenizer: Any, tmp_path: Path) -> None:
+    plain = write(tmp_path / "d.jsonl", [ROWS["text"]])
+    marked = tmp_path / "marked.jsonl"
+    marked.write_bytes(codecs.BOM_UTF8 + plain.read_bytes())
+    for sample, same in zip(
+        *(read_dataset(path, tokenizer, cutoff_len=100).samples for path in (plain, marked)), strict=True
+    ):
+        assert sample.tokens.tolist() == same.tokens.tolist()
+    assert read_text(marked) == plain.read_text()
 
 
 def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
@@ -500,8 +514,8 @@ def test_every_option_of_finetune_is_checked_and_named(
     ("change", "words"),
     [
         ("model_name_or_path=nowhere", "model_name_or_path must be a folder with a Hugging Face model"),
-        ("limits.kv_tokens=16", "prompt 1 must have 1..15 tokens (limits.kv_tokens"),
-        ("limits.max_sequence_tokens=9", "prompt 1 must have 1..8 tokens"),
+        ("limits.kv_tokens=16", "p.txt: line 1 must have 1..15 tokens (limits.kv_tokens"),
+        ("limits.max_sequence_tokens=9", "p.txt: line 1 must have 1..8 tokens"),
         ("limits.lookahead=2", " limits.lookahead must be 0 or 1, got 2"),
         ("limits.max_tokens=many", " limits.max_tokens must be a whole number, got 'many'"),
         (
@@ -605,9 +619,9 @@ def test_a_prompt_must_leave_room_in_the_models_own_context(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The model was made for 256 positions, whatever the cache would hold."""
-    Path("p.txt").write_text("The harbour at Lowmouth has two clocks. " * 40)
+    Path("p.txt").write_text("The harbour\n\n" + "The harbour at Lowmouth has two clocks. " * 40)
     assert generate([arguments[0], "prompts=p.txt", "chat=false"]) == 2
-    assert "prompt 1 must have 1..255 tokens" in capsys.readouterr().err
+    assert "p.txt: line 3 must have 1..255 tokens" in capsys.readouterr().err
     Path("p.txt").write_text("The harbour at Lowmouth has two clocks.\n")
     assert (
         generate([arguments[0], "prompts=p.txt", "chat=false", "ignore_eos=true", "max_new_tokens=999"]) == 0
@@ -628,6 +642,37 @@ def test_blank_lines_among_prompts_are_counted_in_a_note(
         told.append(err)
     note = "note: p.txt: 2 of 4 lines are blank and have no answer; those of the others are in order\n"
     assert told == ["", note]
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_prompts_are_the_same_from_a_file_and_from_standard_input(
+    mark: bytes,
+    end: bytes,
+    arguments: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Files of Windows, under a locale that is not UTF-8, on a system that leaves line ends as they are."""
+    content = mark + end.join(line.encode() for line in ("The harbour", "\u6c34 clocks"))
+    common = [arguments[0], "chat=false", "max_new_tokens=2"]
+    Path("p.txt").write_bytes(content)
+    assert generate([*common, "prompts=p.txt"]) == 0
+    stdin = io.TextIOWrapper(io.BytesIO(content), encoding="ascii", errors="surrogateescape", newline="\n")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    out = capsys.readouterr().out
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == ["The harbour", "\u6c34 clocks"]
+    assert generate(common) == 0
+    assert capsys.readouterr().out == out
+
+
+def test_standard_input_that_is_not_utf_8_is_told_in_one_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(b"The\xff harbour\n"), encoding="utf-8", errors="surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert generate([arguments[0], "chat=false"]) == 2
+    assert capsys.readouterr().err.endswith("error: prompts: standard input is not UTF-8 at byte 3\n")
 
 
 def test_memory_auto_lets_the_free_memory_choose_the_plan(
@@ -660,8 +705,8 @@ def test_prompts_whose_logits_are_no_numbers_are_told_and_the_others_answered(
     out, err = capsys.readouterr()
     assert out.splitlines() == [sound[0], sound[2]]
     assert err.startswith(
-        "coserve generate: error: 1 of 3 prompts have no answer, the first is prompt 2: its logits are not numbers; "
-        "numbers in m are not finite"
+        "coserve generate: error: 1 of 3 prompts have no answer, the first is that of p.txt: line 2: its logits are "
+        "not numbers; numbers in m are not finite"
     )
     assert err.count("\n") == 1
 

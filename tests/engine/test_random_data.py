@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 
 from engine.config import ModelConfig
 from engine.finetune import Sample
+from engine.generate import Prompt
 from engine.generate import _encode as prompt_of
 from engine.load import random_model
 from engine.text import BUNDLED, read_text
@@ -414,7 +415,7 @@ def check_prompt(case: Case, draw: Draw) -> None:
         (False, framed),
     ):
         settings: Any = SimpleNamespace(chat=given)
-        assert prompt_of(asked, settings, tokenizer) == expected
+        assert prompt_of(Prompt("it", asked), settings, tokenizer) == expected
 
 
 def check(seed: int) -> str:
