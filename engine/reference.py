@@ -169,8 +169,6 @@ class _Measurement:
         for n, measure in enumerate(self._all()):
             try:
                 found = measure()
-            except ValueError:
-                raise
             except Exception as error:
                 if n == 0:
                     raise

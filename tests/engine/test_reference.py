@@ -248,18 +248,22 @@ def test_pages_that_the_memory_does_not_hold_are_a_row_and_the_others_go_on(
     assert rows.loc[["2 x 32", "16"], "p50_s"].notna().all()
 
 
+@pytest.mark.parametrize("kind", [RuntimeError, ValueError])
 def test_a_measurement_that_breaks_off_leaves_the_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
-        raise RuntimeError("an illegal address\nand more")
+        raise kind("an illegal address\nand more")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reference, "window_times", broken)
     assert main(["seconds=0.01", "out=found", "parts=[window,prefill,peft]", *SMALL]) != 0
     assert {"prefill", "finetune"} <= set(pd.read_parquet("found/reference.parquet")["what"])
-    told = "window all-linear: RuntimeError: an illegal address; window down_proj: RuntimeError"
-    assert told in capsys.readouterr().err.splitlines()[-1]
+    assert (Path("found") / "manifest.json").exists()
+    error = capsys.readouterr().err
+    assert "Traceback" in error, "nothing says that it is not a mistake of the program"
+    told = f"window all-linear: {kind.__name__}: an illegal address; window down_proj: {kind.__name__}"
+    assert told in error.splitlines()[-1]
 
 
 def test_ratios_are_against_the_same_adapter_and_what_did_not_fit_has_none() -> None:
