@@ -22,6 +22,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from sim.errors import keys_as, message, nearest
 
+LARGEST_WHOLE = 2**63 - 1
+"""What a column of whole numbers holds."""
 INFINITE = {".inf": math.inf, "-.inf": -math.inf}
 """As YAML writes them, and configs are shown; the command line reads them as text."""
 _WORDS = {
@@ -66,7 +68,7 @@ def check(value: object, annotation: Any, where: str) -> Any:
     """`value` as `annotation` asks for it, or ValueError. A whole number passes as a number."""
     value = _plain(value)
     if isinstance(value, Mapping) and "_target_" in value:
-        return build(None, value, where)
+        value = build(None, value, where)
     origin = get_origin(annotation)
     if origin in (Union, types.UnionType):
         return _check_union(value, get_args(annotation), annotation, where)
@@ -82,7 +84,12 @@ def check(value: object, annotation: Any, where: str) -> Any:
         except OverflowError:
             raise ValueError(f"{where} must be at most {sys.float_info.max:.2g}, got more") from None
     if annotation is int:
-        return _require(isinstance(value, int) and not isinstance(value, bool), value, annotation, where)
+        whole: int = _require(
+            isinstance(value, int) and not isinstance(value, bool), value, annotation, where
+        )
+        if whole > LARGEST_WHOLE:
+            raise ValueError(f"{where} must be at most {LARGEST_WHOLE}, got more")
+        return whole
     if annotation is None or annotation is type(None):
         return _require(value is None, value, type(None), where)
     if annotation in (bool, str):
@@ -110,7 +117,20 @@ def _check_container(value: Any, annotation: Any, kind: Any, where: str) -> Any:
         return build(kind, value, where)
     # What is left is a class or a protocol: only a node with a `_target_` makes one.
     built = not isinstance(value, (Mapping, list, tuple, str, int, float, type(None)))
-    return _require(built, value, annotation, where)
+    return _require(built and all(hasattr(value, name) for name in _members(kind)), value, annotation, where)
+
+
+def _members(protocol: Any) -> list[str]:
+    """What an object of a protocol has; nothing is asked of one of a class."""
+    if not getattr(protocol, "_is_protocol", False):
+        return []
+    return [
+        name
+        for base in protocol.__mro__
+        if getattr(base, "_is_protocol", False)
+        for name in {**vars(base), **inspect.get_annotations(base)}
+        if not name.startswith("_")
+    ]
 
 
 def _check_union(value: object, options: tuple[Any, ...], annotation: Any, where: str) -> Any:

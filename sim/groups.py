@@ -150,7 +150,9 @@ def check_possible(slos: Mapping[str, Slo], groups: list[Group]) -> None:
                 raise OutOfReach(
                     f"slo.classes.{slo.name}.{key} cannot be kept: a single request alone is "
                     f"predicted to take {fastest_s:.4g} s on {groups[0].model.name}, got {getattr(slo, key)}",
-                    {f"slo.classes.{slo.name}.{key}": _rounded_up(fastest_s)},
+                    {f"slo.classes.{slo.name}.{key}": _rounded_up(fastest_s)}
+                    if math.isfinite(fastest_s)
+                    else None,
                 )
 
 

@@ -142,8 +142,7 @@ class AdapterAffinity:
         count = len(pipelines)
         mean = (sum(p.requests for p in pipelines) + 1) / count
         ranked = sorted(range(count), key=lambda i: crc32(f"{adapter}/{i}".encode()))
-        bound = math.ceil(self._max_imbalance * mean)
-        return next(i for i in ranked if pipelines[i].requests < bound)
+        return next(i for i in ranked if pipelines[i].requests < self._max_imbalance * mean)
 
 
 class SloAware:

@@ -17,6 +17,7 @@ import numpy as np
 
 from sim.workload.checks import check_choice, check_number, check_whole
 from sim.workload.files import check_file
+from sim.workload.readers.columns import MAX_TOKENS
 from sim.workload.table import Ints
 
 Rng = np.random.Generator
@@ -46,7 +47,7 @@ class Fixed:
     tokens: int
 
     def __post_init__(self) -> None:
-        check_whole("tokens", self.tokens, at_least=1)
+        check_whole("tokens", self.tokens, at_least=1, at_most=MAX_TOKENS)
 
     def draw(self, count: int, rng: Rng) -> Ints:
         return np.full(count, self.tokens, np.int64)
@@ -72,10 +73,10 @@ class Lognormal:
 
     def __post_init__(self) -> None:
         check_whole("min_tokens", self.min_tokens, at_least=1)
-        check_whole("max_tokens", self.max_tokens, at_least=self.min_tokens)
+        check_whole("max_tokens", self.max_tokens, at_least=self.min_tokens, at_most=MAX_TOKENS)
         points = sorted((_standard_score(name), value) for name, value in self.quantiles.items())
         for name, value in self.quantiles.items():
-            check_number(f"quantiles.{name}", value, above=0)
+            check_number(f"quantiles.{name}", value, above=0, at_most=MAX_TOKENS)
         if any(low > high for (_, low), (_, high) in pairwise(points)):
             raise ValueError(f"quantiles must not decrease, got {dict(self.quantiles)}")
         if len(points) < 2 if self.mean_tokens is None else len(points) != 1:

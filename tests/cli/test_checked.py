@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import pytest
 from omegaconf import OmegaConf
@@ -22,6 +22,20 @@ class Inner:
 partly = partial(Inner, tokens=3)
 
 
+class Readable(Protocol):
+    tokens: int
+
+    def read(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Book:
+    tokens: int
+
+    def read(self) -> str:
+        return "x"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Outer:
     rate_rps: float
@@ -35,6 +49,7 @@ class Outer:
     inner: Inner | None = None
     many: list[Inner] = field(default_factory=list)
     made: Any = None
+    book: Readable | None = None
 
 
 HERE = __name__
@@ -88,6 +103,13 @@ def test_values_of_the_right_type_arrive_as_the_annotation_says() -> None:
         ({"inner": {"tokens": "3"}}, "workload.inner.tokens must be a whole number, got '3'"),
         ({"inner": {}}, "workload.inner.tokens is missing; it must be given"),
         ({"many": [{"tokens": None}]}, "workload.many[0].tokens must be a whole number, got None"),
+        ({"count": 10**19}, "workload.count must be at most 9223372036854775807, got more"),
+        ({"rate_rps": {"_target_": "os.getcwd"}}, "workload.rate_rps must be a number, got '"),
+        ({"targets": [{"_target_": "os.getpid"}]}, "workload.targets[0] must be text, got "),
+        (
+            {"book": {"_target_": f"{HERE}.Inner", "tokens": 4}},
+            "workload.book must be a node whose _target_ makes a Readable or null, got Inner(tokens=4)",
+        ),
         ({"rate_rsp": 1}, "workload has no key 'rate_rsp'; did you mean 'rate_rps'?; known: rate_rps, count"),
         ({"made": {"_target_": "sim.nowhere.X"}}, "workload.made._target_ names a module that does"),
         ({"made": {"_target_": "math.nothing"}}, "workload.made._target_ names nothing that exists"),
@@ -137,3 +159,4 @@ def test_a_target_is_built_with_what_no_config_can_hold() -> None:
 
 def test_a_nested_target_is_built_first() -> None:
     assert make(made={"_target_": f"{HERE}.Inner", "tokens": 4}).made == Inner(tokens=4)
+    assert make(book={"_target_": f"{HERE}.Book", "tokens": 4}).book == Book(tokens=4)

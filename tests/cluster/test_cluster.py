@@ -156,6 +156,7 @@ def test_an_adapter_stays_on_one_pipeline_until_the_bound() -> None:
     for load in loads:
         load.inbox_requests = 10
     assert {router.choose(request, loads) for _ in range(5)} == {picks[0]}
+    assert AdapterAffinity(max_imbalance=1e308).choose(request, loads) == picks[0]
 
 
 def test_slo_aware_sends_more_to_the_faster_pipeline() -> None:

@@ -16,7 +16,7 @@ from sim.assemble import CONFIGS, assemble
 from sim.compile_program import _compiled
 from sim.errors import message
 
-VALUES = (None, "word", -1, 0, 1e-300, math.inf, 10**18, [])
+VALUES = (None, "word", -1, 0, 5e-324, 1e-300, math.inf, 10**18, 10**400, [], {"_target_": "os.getcwd"})
 SHORT = [
     "workload=constant",
     "workload.duration_s=10",

@@ -71,10 +71,12 @@ def test_mean_after_clipping_and_quantile_are_met(quantile: dict[str, float], me
         ({"quantiles": {"median": 20, "p90": 10}}, "named p1..p99, got 'median'"),
         ({"quantiles": {"p0": 20, "p90": 10}}, "named p1..p99, got 'p0'"),
         ({"quantiles": {"p50": -1, "p90": 10}}, "p50 must be a number above 0"),
-        ({"quantiles": {"p50": "x", "p90": 10}}, "p50 must be a number above 0, got 'x'"),
+        ({"quantiles": {"p50": "x", "p90": 10}}, "p50 must be a number above 0 and at most .*, got 'x'"),
+        ({"quantiles": {"p50": 1e308}, "mean_tokens": 12}, "p50 must be a number above 0 and at most"),
         ({"quantiles": {"p90": 761}, "mean_tokens": 100}, "must be those of a lognormal"),
         ({"quantiles": {"p50": 1, "p90": 2}, "min_tokens": 0}, "min_tokens must be"),
         ({"quantiles": {"p50": 1, "p90": 2}, "min_tokens": 2000}, "max_tokens must be"),
+        ({"quantiles": {"p50": 1, "p90": 2}, "max_tokens": 10**400}, "max_tokens must be .* at most"),
     ],
 )
 def test_impossible_facts_are_refused(arguments: dict[str, object], says: str) -> None:
