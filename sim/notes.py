@@ -82,12 +82,13 @@ def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, s
 def class_notes(summary: Mapping[str, Any]) -> list[str]:
     """SLO classes too small to be seen in the attainment of all requests."""
     from analysis.runs import keeps_slo
+    from analysis.table import cell
 
     if not keeps_slo(summary):
         return []
     return [
-        f"SLO class {row['slo']} does not keep its bounds: {row['attainment']:.1%} of its {row['requests']:,} requests "
-        "meet them"
+        f"SLO class {row['slo']} does not keep its bounds: {cell('attainment', row['attainment'])}% of its "
+        f"{row['requests']:,} requests meet them"
         for row in summary["classes"]
         if row["requests"] and not keeps_slo(row)
     ]
@@ -119,6 +120,7 @@ def slo_notes(
     serving alone on the same traffic, None where it was not run.
     """
     from analysis.runs import SLO_KEPT_SHARE, keeps_slo
+    from analysis.table import cell
 
     if summary["attainment"] is None or keeps_slo(summary):
         return []
@@ -135,7 +137,9 @@ def slo_notes(
             "other bounds leave (policy.budget_s)"
         )
     if alone is not None and alone < SLO_KEPT_SHARE:
-        notes.append(f"serving alone does not keep the SLO either: {alone:.1%} of the requests meet it")
+        notes.append(
+            f"serving alone does not keep the SLO either: {cell('attainment', alone)}% of the requests meet it"
+        )
     return notes
 
 

@@ -15,7 +15,7 @@ from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, Outcome, Recorder
 from sim.core.specs import DeviceSpec
 from sim.metrics import DEFINITIONS, PipelineFacts, column_views, summarize
-from sim.notes import extrapolation_notes
+from sim.notes import class_notes, extrapolation_notes, slo_notes
 
 SLOS = {
     "chat": Slo(name="chat", ttft_s=3.0, tpot_s=1.1),
@@ -394,3 +394,11 @@ def test_the_recorder_can_grow_after_a_summary() -> None:
     summarize(recorder, slos=SLOS, duration_s=4.0)
     recorder.ticks.append([0, 7.0])
     assert len(recorder.ticks) == 5
+
+
+def test_a_share_just_below_the_bound_is_never_told_as_the_bound() -> None:
+    missed = {"slo": "chat", "requests": 2000, "attainment": 0.94996}
+    [told] = class_notes({"attainment": 0.99, "classes": [missed]})
+    assert "94.9% of its 2,000 requests" in told
+    [told] = slo_notes({"attainment": 0.9}, None, 0.045, 0.94996)
+    assert "94.9% of the requests" in told
