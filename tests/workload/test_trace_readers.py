@@ -243,6 +243,7 @@ GOOD = {
         ("plain", 3, f"1,{'9' * 400},1", "row 3, column prompt_tokens: .*got 999"),
         ("plain", 1, "x" * 10_000, r"row 1: no column 'arrival_s', got x{200}\.\.\.$"),
         ("plain", 3, "1,2,3,4", "row 3: must have 3 fields, got 4"),
+        ("plain", 3, "1,2,\0", "row 3: holds a byte of 0"),
         ("plain", 1, PLAIN + ",adaptor", "unknown column 'adaptor'.*did you mean adapter"),
     ],
 )

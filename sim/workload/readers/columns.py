@@ -49,6 +49,9 @@ def read_csv(
     import pandas as pd
 
     content = path.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    if "\0" in content:  # numpy's texts end there
+        row = content.count("\n", 0, content.index("\0")) + 1
+        raise ValueError(f"{path}: row {row}: holds a byte of 0, which is no text")
     header = csv_header(path, content)
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
