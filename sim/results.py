@@ -51,7 +51,7 @@ SWEEP = "multirun.yaml"
 MOST_NAMED = 2
 """Of the settings in which two runs differ."""
 NUMBERS = ("rate_rps", "duration_s")
-"""Labels of a summary that are no text."""
+"""Of a summary, above 0 where they are known."""
 
 _ROWS_PER_GROUP = 1 << 16
 """Rows converted and written at a time: bounds the memory of writing, 5 MB for each ten columns."""
@@ -361,7 +361,12 @@ def _with_nans(row: object, path: Path) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for key, value in row.items():
         if key in DEFINITIONS or key in NUMBERS:
-            check(value, float | None, f"{path}: {key}")
+            known = check(value, float | None, f"{path}: {key}")
+            if known is not None and not (abs(known) < math.inf and (known > 0 or key not in NUMBERS)):
+                least = " above 0" if key in NUMBERS else ""
+                raise ValueError(f"{path}: {key} must be a finite number{least}, got {value}")
+        elif isinstance(value, int) and key != "seed":
+            check(value, float, f"{path}: {key}")
         out[key] = math.nan if value is None and key in DEFINITIONS else value
     if "classes" in out:
         if not isinstance(out["classes"], list):
