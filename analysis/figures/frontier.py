@@ -55,8 +55,10 @@ def frontier(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> dict[st
 
 
 def peak_tok_s(rows: Sequence[Row]) -> float | None:
-    """Finetuning alone on the same cluster, if some row knows it and all that do are of one cluster."""
-    return max(peaks_tok_s(rows), default=None)
+    """Finetuning alone on the same cluster, mean over seeds, if some row knows it and all that do are of one
+    cluster."""
+    known = peaks_tok_s(rows)
+    return sum(known) / len(known) if known else None
 
 
 def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:
