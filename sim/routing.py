@@ -146,7 +146,7 @@ class AdapterAffinity:
 
 
 class SloAware:
-    """The earliest predicted first token among the pipelines whose predicted TPOT keeps the bound.
+    """The earliest predicted first token among the pipelines whose predicted TPOT and end keep the bounds.
 
     The prediction is each pipeline's own predictor, corrected by what was measured, asked for an iteration
     with all its requests decoding and the largest prefill chunk that keeps the TPOT bound, times the chunks
@@ -155,9 +155,15 @@ class SloAware:
     """
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
-        tpot_s = request.slo.tpot_s
+        slo, answer_tokens = request.slo, _answer_tokens(request, pipelines)
         seen = [_predict(request, load) for load in pipelines]
-        return min(range(len(pipelines)), key=lambda i: (seen[i].token_s > tpot_s, seen[i].first_s(), i))
+
+        def key(index: int) -> tuple[bool, float, int]:
+            first_s, token_s = seen[index].first_s(), seen[index].token_s
+            late = token_s > slo.tpot_s or first_s + answer_tokens * token_s > slo.e2e_s
+            return late, first_s, index
+
+        return min(range(len(pipelines)), key=key)
 
 
 class Consolidate:
@@ -189,22 +195,29 @@ class Consolidate:
         outputs = sum([load.state.ended_output_tokens for load in pipelines])
         prompts = sum([load.state.ended_prompt_tokens for load in pipelines])
         ratio = prompts / outputs if outputs else 0.0
-        slo = request.slo
+        slo, answer_tokens = request.slo, _answer_tokens(request, pipelines)
         best = (True, math.inf)
         chosen = 0
         for index, load in enumerate(pipelines):
             headroom = self._headroom if load.predicts else self._unpredicted_headroom
             full = _is_full(request, load, headroom)
             seen = _predict(request, load)
+            first_s, token_s = seen.first_s(slo.tpot_s), _steady_token_s(request, load, ratio)
             if (
                 not full
-                and seen.first_s(slo.tpot_s) <= headroom * slo.ttft_s
-                and _steady_token_s(request, load, ratio) <= headroom * slo.tpot_s
+                and first_s <= headroom * slo.ttft_s
+                and token_s <= headroom * slo.tpot_s
+                and first_s + answer_tokens * token_s <= headroom * slo.e2e_s
             ):
                 return index
             if (full, seen.first_s()) < best:
                 chosen, best = index, (full, seen.first_s())
         return chosen
+
+
+def _answer_tokens(request: Incoming, pipelines: Seq[Load]) -> int:
+    """Tokens that the answer of a request with an end-to-end bound is expected to have at most; 0 without one."""
+    return max([load.state.expected_tokens(request.slo.name) for load in pipelines])
 
 
 def _is_full(request: Incoming, load: Load, headroom: float) -> bool:

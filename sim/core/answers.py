@@ -45,6 +45,11 @@ class AnswerPace:
         if sequence.slo.e2e_s < math.inf:
             self._lengths.setdefault(sequence.slo.name, _Lengths()).add(sequence.generated_tokens)
 
+    def expected_tokens(self, slo: str) -> int:
+        """Tokens of an answer of the class that begins; 0 while none has ended."""
+        lengths = self._lengths.get(slo)
+        return 0 if lengths is None else lengths.expected
+
     def pace_s(self, tick: int, now_s: float) -> float:
         """Seconds per iteration, after decode tick `tick`, with which every answer ends in time; `inf` where no
         bound is. A bound that is already lost counts as none. Up to `EVERY` ticks old."""

@@ -129,6 +129,10 @@ class PipelineState:
             end_s = max(end_s, launch_s) + self._expected_s(predicted_s)
         return end_s
 
+    def expected_tokens(self, slo: str) -> int:
+        """Tokens of an answer of a class with an end-to-end bound, as nearly all of its last ones; 0 without any."""
+        return self._answers.expected_tokens(slo)
+
     def view(self, now_s: float) -> View:
         """What a policy sees; jobs whose time has come are active from now on."""
         if self.jobs.next_start_s <= now_s:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -363,6 +364,22 @@ def test_consolidate_counts_the_prompts_that_take_the_places_of_ended_requests()
     busy.state.ended_prompt_tokens, busy.state.ended_output_tokens = 1000, 100
     assert Consolidate(headroom=0.96).choose(request, [busy, idle]) == 0
     assert Consolidate(headroom=0.94).choose(request, [busy, idle]) == 1
+
+
+@pytest.mark.parametrize(("e2e_s", "consolidate", "slo_aware"), [(math.inf, 0, 0), (2.3, 0, 0), (2.1, 1, 1)])
+def test_an_answer_must_end_in_time_where_it_goes_to(e2e_s: float, consolidate: int, slo_aware: int) -> None:
+    """Its class has had answers of 100 tokens, of 4 + 9 * 2 ms each beside eight others and of 4 + 2 ms alone; there
+    its first token is late, but not by a second."""
+    cost = LinearCost(host_s=0.004, decode_s=0.002, prefill_s=2.0**-20)
+    busy = Load(run(build_policy("inference_only"), [Request(0, 0.0, 10, 100, "report")]).state, cost)
+    busy.state.predicted_s = busy.state.measured_s = 1.0
+    for id in range(1, 9):
+        busy.state.arrive(Request(id, 1.0, 1, 5))
+    idle = load_of(predictor=replace(cost, prefill_s=0.01))
+    request = Incoming(10, Slo(name="report", e2e_s=e2e_s), None, arrival_s=busy.state.free_s)
+    assert Consolidate().choose(request, [busy, idle]) == consolidate
+    assert SloAware().choose(request, [busy, idle]) == slo_aware
+    assert Consolidate().choose(request._replace(slo=Slo(name="batch", e2e_s=e2e_s)), [busy, idle]) == 0
 
 
 def test_consolidate_knows_that_long_prompts_cost_more_for_a_token_than_short_ones() -> None:
