@@ -37,6 +37,7 @@ MODULES = (
     "sim/core/finetune.py",
     "sim/core/jobs.py",
     "sim/core/kv.py",
+    "sim/core/lateness.py",
     "sim/core/legality.py",
     "sim/core/queue.py",
     "sim/core/rows.py",

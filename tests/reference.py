@@ -43,6 +43,8 @@ class Item:
     decoding: bool = False
     full: bool = False
     """Has reached its target; holds its blocks until the iteration ends."""
+    joined: int = -1
+    """How many had begun to decode before, when it last did."""
     preemptions: int = 0
     version: int | None = None
     scheduled_s: float | None = None
@@ -147,6 +149,9 @@ class Reference:
         self.ticks = 0
         self.answers: dict[str, list[int]] = {}
         """Tokens of the finished requests of each class, in order of their ends."""
+        self.joined = 0
+        self.late: dict[str, dict[str, list[bool]]] = {"first_tokens": {}, "answers": {}}
+        """Of the first tokens and of the finished requests of each class, in order."""
         self._look_at = 0
         self._pace_s = math.inf
 
@@ -195,6 +200,8 @@ class Reference:
             item.cached += tokens
             assert item.cached <= item.known
             if item.cached == item.known:
+                item.joined = self.joined
+                self.joined += 1
                 self._sample(item, sampled)
         assert work.prefill == tuple(chunks)
         computed = [*decoded, *(self.items[id] for id, _ in plan.prefills)]
@@ -249,7 +256,12 @@ class Reference:
             if item.outcome is not None:
                 continue  # computed in vain: it had ended while this iteration was planned
             item.token_s.append(done.now_s)
-            if len(item.token_s) == item.target:
+            if len(item.token_s) == 1:
+                waited_s = done.now_s - item.request.arrival_s
+                self._count("first_tokens", item, waited_s > min(item.slo.ttft_s, item.slo.e2e_s))
+        sampled = [self.items[id] for id in flight.sampled]
+        for item in sorted(sampled, key=lambda item: item.joined):
+            if item.outcome is None and len(item.token_s) == item.target:
                 self._end(item, Outcome.FINISHED)
         for job in flight.steps:
             self.versions[job] = self.versions.get(job, 0) + 1
@@ -264,8 +276,24 @@ class Reference:
         item.outcome = outcome
         if outcome is Outcome.FINISHED:
             self.answers.setdefault(item.request.slo, []).append(len(item.token_s))
+            last_s, gaps = item.token_s[-1], len(item.token_s) - 1
+            slow = gaps > 0 and last_s - item.token_s[0] > gaps * item.slo.tpot_s
+            self._count("answers", item, slow or last_s - item.request.arrival_s > item.slo.e2e_s)
         if item.admitted:
             self._stop(item)
+
+    def _count(self, what: str, item: Item, late: bool) -> None:
+        self.late[what].setdefault(item.request.slo, []).append(late)
+
+    def late_share(self, what: str) -> float:
+        """Of the worst class: each of its requests weighs 2 % less than the next."""
+        return max(
+            (
+                sum(0.02 * 0.98**age for age, late in enumerate(reversed(all)) if late)
+                for all in self.late[what].values()
+            ),
+            default=0.0,
+        )
 
     @property
     def stamped(self) -> list[Item]:
@@ -333,6 +361,8 @@ class Referee:
         assert view.running == len(reference.running)
         assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(view.start_s), rel=1e-12)
         assert view.answer_pace_s == pytest.approx(reference.answer_pace_s(view.now_s), rel=1e-12)
+        assert view.late.first_tokens == pytest.approx(reference.late_share("first_tokens"), rel=1e-9)
+        assert view.late.answers == pytest.approx(reference.late_share("answers"), rel=1e-9)
         assert view.arrived == len(reference.items)
         prefilling = [
             id

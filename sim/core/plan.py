@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from sim.core.finetune import JobView, Slice
+from sim.core.lateness import Lateness
 from sim.core.queue import ORDERS, AdmissionQueue
 from sim.core.sequence import Sequence
 from sim.core.work import Work
@@ -107,6 +108,8 @@ class View(NamedTuple):
     answer_pace_s: float
     """Seconds per iteration with which the answers of decoding sequences are expected to end within their
     end-to-end bounds; `inf` when none decodes or none has a bound."""
+    late: Lateness
+    """Shares of the last requests that missed a bound."""
     arrived: int
     """Requests that have arrived so far."""
     last: Feedback | None

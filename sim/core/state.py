@@ -21,6 +21,7 @@ from sim.core.deadlines import TokenDeadlines
 from sim.core.finetune import Job
 from sim.core.jobs import FinetuneWork, Jobs, PublishedStep
 from sim.core.kv import KvBlocks
+from sim.core.lateness import LateRequests
 from sim.core.legality import check_plan
 from sim.core.plan import Feedback, Limits, Plan, Victim, View
 from sim.core.queue import AdmissionQueue
@@ -96,6 +97,7 @@ class PipelineState:
         self._finish_tick: dict[int, int] = {}
         self._deadlines = TokenDeadlines()
         self._answers = AnswerPace()
+        self._late = LateRequests()
         self._adapter_users: dict[str, int] = {}
         """Adapter -> decoding sequences that use it."""
         self._launched: deque[Launched] = deque()
@@ -173,6 +175,7 @@ class PipelineState:
                 adapters,
                 deadline_s,
                 self._answers.pace_s(self.tick, now_s),
+                self._late.shares,
                 self.arrived,
                 self._last,
                 self.memory,
@@ -521,6 +524,7 @@ class PipelineState:
             sequence.segment_first_s = end_s
             if sequence.first_token_s is None:
                 sequence.first_token_s = end_s
+                self._late.first_token(sequence.slo, sequence.arrival_s, end_s)
             if sequence.decoding:
                 self._deadlines.add(sequence)
                 self._answers.add(sequence)
@@ -540,6 +544,14 @@ class PipelineState:
             self.ended_output_tokens += sequence.generated_tokens
         if outcome is Outcome.FINISHED:
             self._answers.finished(sequence)
+            assert sequence.first_token_s is not None and last_token_s is not None
+            self._late.answer(
+                sequence.slo,
+                sequence.arrival_s,
+                sequence.first_token_s,
+                last_token_s,
+                sequence.generated_tokens,
+            )
         self._recorder.add_request(
             request,
             self.pipeline,

@@ -4,14 +4,14 @@ FlexLLM (NSDI 2026): s = max { s : f(c, s) <= SLO } with f the predicted time of
 inference tokens and s finetuning tokens. The slice is a forward window or a backward slice in
 layers x tokens. Prefill chunks are sized by the same budget where somebody decodes. An iteration holds a bounded
 number of prompt tokens however long it may take, so finetuning also gives way where prompts would wait for too long,
-and where answers would end too late.
+where answers would end too late, and where requests came late.
 """
 
 from __future__ import annotations
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, serving_pace_s
+from sim.policies.packing import Latency, checked_share, checked_tokens, finetuning_budget_s, pack_inference
 from sim.policies.slices import fill
 
 
@@ -47,6 +47,6 @@ class CoServing:
         decode, prefills, preempted, work = pack_inference(
             view, latency=self._latency if view.decode_count else None
         )
-        budget_s = min(self._budget_s, serving_pace_s(view, self._first_token_share))
+        budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)
         slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         return Plan(decode, prefills, preempted, slices, predicted_s=predicted_s)

@@ -19,7 +19,14 @@ from sim.core.cost import Predictor
 from sim.core.finetune import JobView, Slice
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, serving_pace_s
+from sim.policies.packing import (
+    Latency,
+    checked_share,
+    checked_tokens,
+    finetuning_budget_s,
+    pack_inference,
+    time_share,
+)
 from sim.policies.slices import add_slices, fill
 
 WORTH_A_STREAM = 1.01
@@ -105,7 +112,7 @@ class CoServingSlack:
         latency = Latency(self._predictor, within_s, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
-        budget_s = min(tokens_s, serving_pace_s(view, self._first_token_share))
+        budget_s = finetuning_budget_s(view, tokens_s, self._first_token_share)
         if view.prefilling or view.waiting.count:
             if len(prefills) == 1 and view.decode_count and not preempted:
                 alone_s = self._predictor.iteration_s(view.decode_work)
@@ -171,5 +178,8 @@ class CoServingSlack:
         may come."""
         if view.decode_count:
             return min(view.token_deadline_s - view.start_s, self._max_burst * self._budget_s)
+        idle_s = self._idle_s
+        if not view.running and not view.waiting.count:
+            idle_s = max(self._budget_s, time_share(view) * idle_s)
         quiet_s = self._quiet_share * (view.start_s - memory.quiet_from_s)
-        return max(self._idle_s, min(quiet_s, self._quiet_s))
+        return max(idle_s, min(quiet_s, self._quiet_s))

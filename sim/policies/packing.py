@@ -23,6 +23,10 @@ GROWTH_TOKENS = 64
 GROWTH_SHARE = 0.2
 """Free K/V room per answer, and share of the whole: below both finetuning gives way, so that preemptions stay rare."""
 
+LATE_FROM = 0.025
+LATE_MOST = 0.05
+"""Shares of late requests from which finetuning gives way to those that are here, and at which it stops for them."""
+
 
 class Inference(NamedTuple):
     """The inference part of a plan, and its Work for a predictor."""
@@ -108,6 +112,20 @@ def serving_pace_s(view: View, share: float) -> float:
         if 0 < left_s < math.inf:
             pace_s = min(pace_s, 0.0 if full else share * left_s / math.ceil(tokens / room))
     return pace_s
+
+
+def time_share(view: View) -> float:
+    """Share of its time that is left to finetuning, for the requests that came late lately, whatever the cause."""
+    late = view.late.first_tokens + view.late.answers
+    return min(1.0, max(0.0, (LATE_MOST - late) / (LATE_MOST - LATE_FROM)))
+
+
+def finetuning_budget_s(view: View, budget_s: float, share: float) -> float:
+    """Seconds up to which finetuning may fill an iteration that may last `budget_s` for the sake of decodes."""
+    budget_s = min(budget_s, serving_pace_s(view, share))
+    if not view.running and not view.waiting.count:
+        return budget_s
+    return budget_s * time_share(view)
 
 
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:

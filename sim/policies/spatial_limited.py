@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, serving_pace_s
+from sim.policies.packing import Latency, checked_share, checked_tokens, finetuning_budget_s, pack_inference
 from sim.policies.slices import fill
 
 
@@ -38,7 +38,7 @@ class SpatialLimited:
     def plan(self, view: View) -> Plan:
         inference = pack_inference(view, latency=self._latency if view.decode_count else None)
         work = inference.work._replace(overlap=inference.busy)
-        budget_s = min(self._budget_s, serving_pace_s(view, self._first_token_share))
+        budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)
         slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         return inference.plan()._replace(
             finetune=slices,

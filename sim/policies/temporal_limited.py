@@ -9,7 +9,7 @@ from __future__ import annotations
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_share, checked_tokens, pack_inference, serving_pace_s
+from sim.policies.packing import Latency, checked_share, checked_tokens, finetuning_budget_s, pack_inference
 from sim.policies.slices import fill
 
 
@@ -42,7 +42,7 @@ class TemporalLimited:
 
     def plan(self, view: View) -> Plan:
         spent_s = view.memory
-        budget_s = min(self._budget_s, serving_pace_s(view, self._first_token_share))
+        budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)
         if spent_s is not None:
             plan = self._finetune(view, budget_s - spent_s)
             if plan.finetune:

@@ -150,10 +150,11 @@ def attainment(name: str, predictor: LinearCost, lookahead: int = 0) -> tuple[fl
     return float(np.mean(kept)), float(result.table("steps")["tokens"].sum() / 25.0)
 
 
-def test_a_predictor_twice_too_optimistic_breaks_coserving_and_not_coserving_slack() -> None:
+def test_a_predictor_twice_too_optimistic_costs_coserving_more_than_coserving_slack() -> None:
+    """The one knows only that answers are late, the other how wrong the predictor is."""
     optimistic = LinearCost(context_s=COST.context_s, scale=0.5)
     assert attainment("coserving", COST)[0] == 1.0
-    assert attainment("coserving", optimistic)[0] < 0.05
+    assert 0.5 < attainment("coserving", optimistic)[0] < 0.9
     recovered, trained_tok_s = attainment("coserving_slack", optimistic)
     assert recovered > 0.95 and trained_tok_s > 1000
 
@@ -519,7 +520,68 @@ def test_answers_end_in_time_that_finetuning_would_make_late(name: str) -> None:
     rows = result.table("requests")
     late = rows["request"][~(rows["last_token_s"] - rows["arrival_s"] <= 4.0)]
     assert len(rows["request"]) == 80 and len(late) > 0 and late.max() < 16, "until lengths are known"
-    assert np.mean([len(plan.finetune) > 0 for plan in result.log.plans]) > 0.5
+    assert np.mean([len(plan.finetune) > 0 for plan in result.log.plans]) > 0.4
+
+
+LATE = Slo(name="late", ttft_s=0.5)
+SLOW = Slo(name="slow", tpot_s=0.1)
+"""Both are missed where every iteration ends a second after the last."""
+
+
+def plan_after(name: str, cost: LinearCost, slos: tuple[Slo, ...], busy: bool, **settings: Any) -> Plan:
+    """What the policy plans with a budget of 50 ms once a request of two tokens of each of `slos` has ended, an
+    iteration a second; where it is `busy`, beside one that decodes."""
+    classes = {slo.name: slo for slo in (*slos, Slo(name="here", tpot_s=0.05))}
+    state = PipelineState(limits=limits_of(), slos=classes, recorder=Recorder(), jobs=[job_of(8000)])
+    for id, slo in enumerate(slos):
+        assert state.arrive(Request(id, 2.0 * id, 16, 2, slo.name))
+        for plan, end_s in ((Plan(prefills=((id, 16),)), 2.0 * id + 1), (Plan(decode=True), 2.0 * id + 2)):
+            state.apply(plan, end_s - 1)
+            state.commit(end_s)
+    now_s = 2.0 * len(slos)
+    if busy:
+        assert state.arrive(Request(len(slos), now_s, 16, 20, "here"))
+        state.apply(Plan(prefills=((len(slos), 16),)), now_s)
+        state.commit(now_s)
+    return build_policy(name, predictor=cost, budget_s=0.05, **settings).plan(state.view(now_s))
+
+
+@pytest.mark.parametrize("name", ["coserving", "spatial_limited", "coserving_slack"])
+@pytest.mark.parametrize(
+    ("slos", "share"),
+    [
+        pytest.param((SLOW,), 1.0, id="one"),
+        pytest.param((SLOW, LATE), 0.4, id="both"),
+        pytest.param((SLOW, SLOW), 0.416, id="answers"),
+        pytest.param((LATE, LATE), 0.416, id="first-tokens"),
+        pytest.param((SLOW, SLOW, Slo(name="other", tpot_s=0.1)), 0.416, id="the-worst-class"),
+        pytest.param((Slo(name="whole", e2e_s=1.5),) * 2, 0.416, id="ends"),
+        pytest.param((Slo(name="whole", e2e_s=0.5),), 0.4, id="an-end-before-the-first-token"),
+        pytest.param((SLOW, SLOW, SLOW), 0.0, id="too-many"),
+        pytest.param((Slo(name="slow", tpot_s=1.5, ttft_s=1.5, e2e_s=2.5),), 1.0, id="in-time"),
+    ],
+)
+def test_finetuning_gives_way_where_requests_came_late(
+    name: str, slos: tuple[Slo, ...], share: float
+) -> None:
+    """By 2.5 to 5 % of the last requests, of which the newest weighs 2 %."""
+    settings = {} if name == "coserving_slack" else {"margin": 0.0}
+    plan = plan_after(name, LinearCost(prefill_s=2.0**-16), slos, True, **settings)
+    assert plan.decode and plan.predicted_s is not None
+    if share:
+        assert 0.05 * share - 2.0**-14 < plan.predicted_s <= 0.05 * share * (1 + 1e-9)
+    else:
+        assert not plan.finetune
+    alone = plan_after(name, LinearCost(prefill_s=2.0**-16), slos, False, **settings)
+    assert alone.predicted_s is not None and alone.predicted_s > 0.05 - 2.0**-13, "where nobody is here"
+
+
+def test_slack_idles_less_after_late_requests_until_it_has_been_quiet() -> None:
+    """0.3 of a TTFT of 1 s, or the budget of an iteration where more would come late again."""
+    for slos, idle_s in (((), 0.3), ((SLOW,) * 2, 0.3 * 0.416), ((SLOW,) * 9, 0.05)):
+        plan = plan_after("coserving_slack", COST, slos, False, ttft_s=1.0)
+        assert plan.predicted_s is not None
+        assert idle_s - 2.0**-13 < plan.predicted_s <= idle_s * (1 + 1e-9)
 
 
 def test_a_long_prompt_waits_until_time_for_its_least_chunk_has_been_banked() -> None:

@@ -439,14 +439,15 @@ def test_a_least_chunk_beyond_what_an_iteration_takes_is_the_whole_iteration() -
 
 
 def test_a_twice_too_optimistic_predictor_breaks_coserving_and_slack_recovers() -> None:
+    """The one knows no more than which requests were late."""
     rows = {}
     for policy in ("coserving", "coserving_slack"):
         folder = simulate(
             f"policy={policy}", "cost.predictor.factor=0.5", "workload.duration_s=60", folder=policy
         )
         rows[policy] = read_run(folder).summary["attainment"]
-    assert rows["coserving"] < 0.1
-    assert rows["coserving_slack"] > 0.9
+    assert rows["coserving"] < 0.95
+    assert rows["coserving_slack"] >= 0.95
 
 
 def test_room_for_the_kv_cache_follows_memory_and_what_finetuning_keeps() -> None:
