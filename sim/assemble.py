@@ -6,7 +6,7 @@ The only place that knows all config groups. Everything is checked while it is b
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -19,7 +19,6 @@ from sim.core.request import Slo
 from sim.errors import OutOfReach
 from sim.groups import check_possible, groups_of, policies_of
 from sim.metrics import PipelineFacts
-from sim.policies.finetune_only import FinetuneOnly
 from sim.routing import Router
 from sim.settings import RunSettings, seed_of, slos_of
 from sim.ways_out import ways_out
@@ -41,15 +40,6 @@ class Assembly:
     horizon: Horizon
     labels: dict[str, object]
 
-    def finetune_only(self) -> Assembly:
-        """The same cluster with every pipeline finetuning and none serving."""
-        policy = FinetuneOnly()
-        return replace(
-            self,
-            pipelines=tuple(replace(spec, policy=policy) for spec in self.pipelines),
-            labels=self.labels | {"policy": "finetune_only"},
-        )
-
 
 def assemble(config: DictConfig) -> Assembly:
     """Build a run from the config. Raises ValueError naming the key, the value and what is allowed; where it is too
@@ -68,15 +58,18 @@ def _assembly(config: DictConfig) -> Assembly:
     workload = build(None, config.workload, "workload").build(seed, tuple(slos))
     horizon = Horizon(duration_s=workload.duration_s, drain_s=run.drain_s)
     groups, router = groups_of(config, seed)
-    count = sum(len(group.members) for group in groups)
     check_possible(slos, groups)
     policies = policies_of(config, groups, slos)
+    trainers = [index for index, policy in enumerate(policies) if policy.finetunes]
     finetune = build(None, config.finetune, "finetune")
     assert isinstance(finetune, Finetune)
     pipelines, facts = [], []
     for group in groups:
         for index in group.members:
-            jobs = group.plans.settle(finetune).build(group.model, index, seed, count)
+            jobs = []
+            if index in trainers:
+                settled = group.plans.settle(finetune)
+                jobs = settled.build(group.model, trainers.index(index), seed, len(trainers))
             limits = group.limits(policies[index])
             world = group.world(index)
             pipelines.append(

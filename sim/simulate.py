@@ -137,7 +137,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         return _row_of(done)
     with warnings_as_notes(shown=single):
         assembly = assemble(config)
-        peak_tok_s = finetune_peak_tok_s(assemble(config))
+        peak_tok_s = finetune_peak_tok_s(assemble(_with_policy(config, "finetune_only")))
     if done is not None:
         row = _row_of(done)
     else:
@@ -196,14 +196,14 @@ def run_assembly(assembly: Assembly, on_progress: Callable[[float], None] | None
 
 
 def finetune_peak_tok_s(assembly: Assembly) -> float | None:
-    """Trained tokens per second of the same cluster with every pipeline finetuning; None without jobs.
+    """Trained tokens per second of a cluster with every pipeline finetuning; None without jobs.
 
     Counted from the start to the end of the last optimizer step, so that it does not depend on where the
     run is cut; when a job's data ended, over no less than the whole run, as what it is compared with.
     """
     if not any(spec.jobs for spec in assembly.pipelines):
         return None
-    alone = replace(assembly.finetune_only(), horizon=replace(assembly.horizon, drain_s=0.0))
+    alone = replace(assembly, horizon=replace(assembly.horizon, drain_s=0.0))
     recorder = run_assembly(alone)
     steps = recorder.steps.arrays()
     peak = 0.0

@@ -1,7 +1,7 @@
 """Finetuning jobs of a run: sample lengths in training order for every pipeline.
 
-A job has a data set of sample lengths, drawn or from a file. It is striped over the pipelines, each of
-which trains its own copy of the adapter on its own share, in an order of its own.
+A job has a data set of sample lengths, drawn or from a file. It is striped over the pipelines that finetune,
+each of which trains its own copy of the adapter on its own share, in an order of its own.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class FinetuneJob:
         lengths = self.data.lengths(stream(seed, f"samples {name}"))
         if len(lengths) < pipelines:
             raise ValueError(
-                f"finetune.jobs.{name}: the data set must have a sample for each of {pipelines} pipelines, "
+                f"finetune.jobs.{name}: the data set must have a sample for each of {pipelines} finetuning pipelines, "
                 f"got {len(lengths)}"
             )
         share = np.minimum(lengths[pipeline::pipelines], self.cutoff_len)
@@ -133,7 +133,7 @@ class Finetune:
     def build(
         self, model: ModelShape, pipeline: int, seed: int, pipelines: int = 1
     ) -> list[tuple[JobSpec, Iterator[int]]]:
-        """The jobs of `pipeline`, one of 0..pipelines-1, each with its sample lengths in order."""
+        """The jobs of `pipeline`, one of the 0..pipelines-1 that finetune, each with its sample lengths in order."""
         check_whole("pipelines", pipelines, at_least=1)
         if not 0 <= pipeline < pipelines:
             raise ValueError(f"pipeline must be in 0..{pipelines - 1}, got {pipeline}")

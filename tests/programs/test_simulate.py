@@ -474,6 +474,18 @@ def test_finite_data_counts_against_a_peak_over_the_same_time() -> None:
     assert end_s.max() > duration_s and run.summary["peak_finetune_tok_s"] == pytest.approx(peak)
 
 
+@pytest.mark.parametrize(
+    "policy", ["coserving", "separate_25", "separate_50", "separate_75", "finetune_only"]
+)
+def test_an_epoch_is_of_the_whole_data_set_however_many_pipelines_finetune(policy: str) -> None:
+    """The peak is that of all pipelines, also where fewer finetune."""
+    Path("lengths.json").write_text(json.dumps([1000] * 30))
+    own = ("finetune=file", "finetune.jobs.file.data.file=lengths.json", "finetune.jobs.file.epochs=2")
+    run = read_run(simulate(f"policy={policy}", *own, "workload.duration_s=60", "run.bounds=false"))
+    assert run.table("steps")["tokens"].sum() == 60_000
+    assert run.summary["peak_finetune_tok_s"] == pytest.approx(1000)
+
+
 def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["simulate", "-m", *SHORT, "policy.margin=0,0.3", "hydra.sweep.dir=sweep"]
     assert main(argv) == 0
