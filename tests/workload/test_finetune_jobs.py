@@ -115,7 +115,7 @@ def test_bad_data_sets_are_named(
 
 
 def test_a_data_set_smaller_than_the_cluster_is_refused(data: FileSamples) -> None:
-    with pytest.raises(ValueError, match=r"finetune.jobs.a: .* each of 11 pipelines, got 10"):
+    with pytest.raises(ValueError, match=r"finetune.jobs.a: .* each of 11 finetuning pipelines, got 10"):
         jobs_of(FinetuneJob(data=data)).build(MODEL, 0, 0, pipelines=11)
     with pytest.raises(ValueError, match=r"pipeline must be in 0..1, got 2"):
         jobs_of(FinetuneJob(data=data)).build(MODEL, 2, 0, pipelines=2)
