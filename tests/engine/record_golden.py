@@ -44,6 +44,8 @@ COMMON = [
     "limits.max_tokens=64",
     "job.sample_tokens=256",
     "job.accumulation=2",
+    "slo.classes.default.ttft_s=10",  # so that nobody is late, for whom finetuning would give way
+    "slo.classes.default.tpot_s=1",
 ]
 RUNS = {
     "coserving": ["policy=coserving", "policy.budget_s=0.015"],
