@@ -150,8 +150,9 @@ class SloAware:
 
     The prediction is each pipeline's own predictor, corrected by what was measured, asked for an iteration
     with all its requests decoding and the largest prefill chunk that keeps the TPOT bound, times the chunks
-    that its backlog needs. So unequal pipelines get unequal shares. When no pipeline keeps the bound, the
-    earliest first token decides alone.
+    that its backlog needs; an answer is expected to be as long as 95 % of the last ones of its class are at most.
+    So unequal pipelines get unequal shares. When no pipeline keeps the bounds, the earliest first token decides
+    alone.
     """
 
     def choose(self, request: Incoming, pipelines: Seq[Load]) -> int:
@@ -181,7 +182,8 @@ class Consolidate:
     A first token is expected as if finetuning stretched every iteration until then to the TPOT bound, which
     is what policies that know the bound do. The time of a token is that of the steady state with the new
     request: every sequence that ends makes room for the prompt of another, so each decode brings along
-    prompt / output tokens of prefill, the ratio of the requests that have ended so far.
+    prompt / output tokens of prefill, the ratio of the requests that have ended so far. An answer must
+    also end in time if it is no longer than 95 % of the last ones of its class.
     """
 
     def __init__(self, *, headroom: float = 1.0, unpredicted_headroom: float = 0.7) -> None:
@@ -216,7 +218,7 @@ class Consolidate:
 
 
 def _answer_tokens(request: Incoming, pipelines: Seq[Load]) -> int:
-    """Tokens that the answer of a request with an end-to-end bound is expected to have at most; 0 without one."""
+    """Tokens that most answers like that of the request have at most; 0 where no end-to-end bound is."""
     return max([load.state.expected_tokens(request.slo.name) for load in pipelines])
 
 

@@ -13,7 +13,10 @@ from collections import deque
 from sim.core.sequence import Sequence
 
 NEARLY_ALL = 0.98
-"""Share of the answers that are not longer than the one that is expected."""
+"""Share of the answers that are not longer than the one that policies expect."""
+MOST = 0.95
+"""As many as must end in time: those that routers find a place for. Where the longest would be late anywhere, requests
+would be spread."""
 GOES_ON = 0.25
 """Part of its tokens so far that an answer is expected to go on for at least."""
 REMEMBERED = 500
@@ -46,9 +49,9 @@ class AnswerPace:
             self._lengths.setdefault(sequence.slo.name, _Lengths()).add(sequence.generated_tokens)
 
     def expected_tokens(self, slo: str) -> int:
-        """Tokens of an answer of the class that begins; 0 while none has ended."""
+        """Tokens that most answers of the class do not exceed; 0 while none has ended."""
         lengths = self._lengths.get(slo)
-        return 0 if lengths is None else lengths.expected
+        return 0 if lengths is None else lengths.longest(MOST)
 
     def pace_s(self, tick: int, now_s: float) -> float:
         """Seconds per iteration, after decode tick `tick`, with which every answer ends in time; `inf` where no
@@ -62,7 +65,7 @@ class AnswerPace:
         return self._pace_s
 
     def _find_pace(self, tick: int, now_s: float) -> float:
-        expected = {name: lengths.expected for name, lengths in self._lengths.items()}
+        expected = {name: lengths.longest(NEARLY_ALL) for name, lengths in self._lengths.items()}
         pace_s = math.inf
         for sequence in self._decoding.values():
             left_s = sequence.arrival_s + sequence.slo.e2e_s - now_s
@@ -86,7 +89,6 @@ class _Lengths:
         if len(self._last) > REMEMBERED:
             del self._sorted[bisect_left(self._sorted, self._last.popleft())]
 
-    @property
-    def expected(self) -> int:
-        """Tokens."""
-        return self._sorted[int(NEARLY_ALL * (len(self._sorted) - 1))]
+    def longest(self, share: float) -> int:
+        """Tokens that this share of them does not exceed."""
+        return self._sorted[int(share * (len(self._sorted) - 1))]

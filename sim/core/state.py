@@ -132,7 +132,7 @@ class PipelineState:
         return end_s
 
     def expected_tokens(self, slo: str) -> int:
-        """Tokens of an answer of a class with an end-to-end bound, as nearly all of its last ones; 0 without any."""
+        """Tokens that most answers of a class with an end-to-end bound do not exceed; 0 without any."""
         return self._answers.expected_tokens(slo)
 
     def view(self, now_s: float) -> View:

@@ -138,6 +138,7 @@ def test_an_answer_is_expected_to_be_as_long_as_nearly_all_of_the_last() -> None
             begun.generated_tokens, begun.start_tick = 3, 8 * id
             pace.add(begun)
             assert pace.pace_s(8 * id, 4.0) == 8.0 / (last[int(0.98 * (len(last) - 1))] - 3)
+            assert pace.expected_tokens("report") == last[int(0.95 * (len(last) - 1))]
             pace.remove(begun)
             assert pace.pace_s(8 * id, 4.0) == math.inf
 
