@@ -83,7 +83,11 @@ STRETCHED = {
         ({"hidden_act": "gelu"}, "hidden_act must be silu"),
         ({"hidden_size": "64"}, "hidden_size must be a whole number, got '64'"),
         ({"num_attention_heads": 0}, "config.json: num_attention_heads must be at least 1"),
-        ({"vocab_size": 10**30}, "config.json: vocab_size must be at least 1 and at most 2147483647, got 1"),
+        (
+            {"vocab_size": 2**31},
+            "config.json: vocab_size must be at least 1 and at most 2147483647, got 2147483648",
+        ),
+        ({"vocab_size": 10**30}, "config.json: vocab_size must be at most 9223372036854775807, got more"),
         ({"model_type": ["llama"]}, "model_type must be one of llama, qwen2"),
         ({"num_key_value_heads": 3}, "num_attention_heads must be a multiple of model.kv_heads, got 4 and 3"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings must be true or false, got 'no'"),
