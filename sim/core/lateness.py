@@ -6,30 +6,21 @@ such as bursts that find no banked time or answers that hold all places for too 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from sim.core.request import Slo
 
 WEIGHT = 0.02
 """Of the newest request of a class in its share."""
 
 
-class Lateness(NamedTuple):
-    """Shares of the last requests, each of the SLO class that has the largest."""
-
-    first_tokens: float
-    """Came later than their bound."""
-    answers: float
-    """Ended with a TPOT or an end-to-end time above their bound."""
-
-
 class LateRequests:
-    """Exponential averages over the requests of each SLO class."""
+    """Exponential averages over the requests of each SLO class, of first tokens and of answers."""
 
     def __init__(self) -> None:
         self._first_tokens: dict[str, float] = {}
         self._answers: dict[str, float] = {}
-        self.shares = Lateness(0.0, 0.0)
+        self.share = 0.0
+        """Of first tokens that came later than their bound, and of answers that ended with a TPOT or an end-to-end time
+        above theirs, each of the class that has the largest, added up."""
 
     def first_token(self, slo: Slo, arrival_s: float, first_token_s: float) -> None:
         """The first token of a request has come."""
@@ -44,6 +35,6 @@ class LateRequests:
         share = shares.get(slo, 0.0)
         if late or share > 0:
             shares[slo] = share + WEIGHT * (late - share)
-            self.shares = Lateness(
-                max(self._first_tokens.values(), default=0.0), max(self._answers.values(), default=0.0)
+            self.share = max(self._first_tokens.values(), default=0.0) + max(
+                self._answers.values(), default=0.0
             )

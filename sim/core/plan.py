@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from sim.core.finetune import JobView, Slice
-from sim.core.lateness import Lateness
 from sim.core.queue import ORDERS, AdmissionQueue
 from sim.core.sequence import Sequence
 from sim.core.work import Work
@@ -108,8 +107,9 @@ class View(NamedTuple):
     answer_pace_s: float
     """Seconds per iteration with which the answers of decoding sequences are expected to end within their
     end-to-end bounds; `inf` when none decodes or none has a bound."""
-    late: Lateness
-    """Shares of the last requests that missed a bound."""
+    late_share: float
+    """Of the last requests of the worst SLO class: first tokens that came later than their bound, and answers that
+    ended so, added up."""
     arrived: int
     """Requests that have arrived so far."""
     last: Feedback | None

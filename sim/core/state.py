@@ -175,7 +175,7 @@ class PipelineState:
                 adapters,
                 deadline_s,
                 self._answers.pace_s(self.tick, now_s),
-                self._late.shares,
+                self._late.share,
                 self.arrived,
                 self._last,
                 self.memory,

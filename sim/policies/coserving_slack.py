@@ -180,6 +180,6 @@ class CoServingSlack:
             return min(view.token_deadline_s - view.start_s, self._max_burst * self._budget_s)
         idle_s = self._idle_s
         if not view.running and not view.waiting.count:
-            idle_s = max(self._budget_s, time_share(view) * idle_s)
+            idle_s = max(self._budget_s, time_share(view.late_share) * idle_s)
         quiet_s = self._quiet_share * (view.start_s - memory.quiet_from_s)
         return max(idle_s, min(quiet_s, self._quiet_s))

@@ -114,18 +114,17 @@ def serving_pace_s(view: View, share: float) -> float:
     return pace_s
 
 
-def time_share(view: View) -> float:
+def time_share(late_share: float) -> float:
     """Share of its time that is left to finetuning, for the requests that came late lately, whatever the cause."""
-    late = view.late.first_tokens + view.late.answers
-    return min(1.0, max(0.0, (LATE_MOST - late) / (LATE_MOST - LATE_FROM)))
+    return min(1.0, max(0.0, (LATE_MOST - late_share) / (LATE_MOST - LATE_FROM)))
 
 
 def finetuning_budget_s(view: View, budget_s: float, share: float) -> float:
     """Seconds up to which finetuning may fill an iteration that may last `budget_s` for the sake of decodes."""
     budget_s = min(budget_s, serving_pace_s(view, share))
-    if not view.running and not view.waiting.count:
+    if view.late_share <= LATE_FROM or not (view.running or view.waiting.count):
         return budget_s
-    return budget_s * time_share(view)
+    return budget_s * time_share(view.late_share)
 
 
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:

@@ -146,36 +146,33 @@ def test_an_answer_is_expected_to_be_as_long_as_nearly_all_of_the_last() -> None
 @pytest.mark.parametrize(
     ("slo", "first_s", "end_s", "tokens", "late"),
     [
-        (Slo(), 1e6, 2e6, 10, (False, False)),
-        (Slo(ttft_s=2.0), 2.0, 9.0, 10, (False, False)),
-        (Slo(ttft_s=2.0), 2.1, 9.0, 10, (True, False)),
-        (Slo(tpot_s=0.5), 1.0, 3.0, 5, (False, False)),
-        (Slo(tpot_s=0.5), 1.0, 3.0, 4, (False, True)),
-        (Slo(tpot_s=0.5), 1.0, 1.0, 1, (False, False)),
-        (Slo(e2e_s=3.0), 1.0, 3.0, 4, (False, False)),
-        (Slo(e2e_s=3.0), 1.0, 3.1, 4, (False, True)),
-        (Slo(e2e_s=3.0), 3.1, 3.1, 1, (True, True)),
+        (Slo(), 1e6, 2e6, 10, 0),
+        (Slo(ttft_s=2.0), 2.0, 9.0, 10, 0),
+        (Slo(ttft_s=2.0), 2.1, 9.0, 10, 1),
+        (Slo(tpot_s=0.5), 1.0, 3.0, 5, 0),
+        (Slo(tpot_s=0.5), 1.0, 3.0, 4, 1),
+        (Slo(tpot_s=0.5), 1.0, 1.0, 1, 0),
+        (Slo(e2e_s=3.0), 1.0, 3.0, 4, 0),
+        (Slo(e2e_s=3.0), 1.0, 3.1, 4, 1),
+        (Slo(e2e_s=3.0), 3.1, 3.1, 1, 2),
     ],
 )
-def test_late_is_what_misses_a_bound(
-    slo: Slo, first_s: float, end_s: float, tokens: int, late: tuple[bool, bool]
-) -> None:
+def test_late_is_what_misses_a_bound(slo: Slo, first_s: float, end_s: float, tokens: int, late: int) -> None:
     """All from an arrival at 10 s; the newest request weighs 2 %."""
     requests = LateRequests()
     requests.first_token(slo, 10.0, 10.0 + first_s)
     requests.answer(slo, 10.0, 10.0 + first_s, 10.0 + end_s, tokens)
-    assert requests.shares == tuple(0.02 * missed for missed in late)
+    assert requests.share == 0.02 * late
 
 
-def test_shares_of_late_requests_settle_at_those_of_the_worst_class() -> None:
+def test_the_share_of_late_requests_settles_at_that_of_the_worst_class() -> None:
     requests, draws = LateRequests(), random.Random(0)
     seen = []
     for _ in range(20_000):
         for name, share in (("rarely", 0.1), ("often", 0.4)):
             requests.first_token(Slo(name=name, ttft_s=1.0), 0.0, 2.0 if draws.random() < share else 1.0)
-        seen.append(requests.shares.first_tokens)
+        seen.append(requests.share)
     assert sum(seen[1000:]) / 19_000 == pytest.approx(0.4, abs=0.01)
-    assert requests.shares.answers == 0.0
 
 
 @st.composite
