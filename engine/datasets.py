@@ -220,7 +220,10 @@ def _text(record: Mapping[str, Any], column: str, where: str) -> str:
 def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
     """The whole conversation, and which tokens an answer added."""
     if tokenizer.chat_template is None:
-        raise ValueError(f"{where}: holds a conversation, and the tokenizer has no chat template")
+        raise ValueError(
+            f"{where}: holds a conversation, and the tokenizer has no chat template "
+            "(chat_template.jinja beside it, or rows of prompt and completion)"
+        )
     tokens = template(tokenizer, messages, where)
     trained = [False] * len(tokens)
     for n, message in enumerate(messages):

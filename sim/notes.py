@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sim.core.finetune import Job
 from sim.core.plan import Limits
 from sim.core.rows import Outcome, Recorder
 from sim.metrics import PipelineFacts, column_views, extrapolated
@@ -75,6 +76,20 @@ def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, s
         return [
             f"fewer than {FEW_STEPS} optimizer steps of a pipeline ended, and tokens are trained when theirs ends: "
             "finetune tok/s is coarse (longer: workload.duration_s)"
+        ]
+    return []
+
+
+def data_notes(recorder: Recorder, jobs: Sequence[Job]) -> list[str]:
+    """When the data of all `jobs`, those of every pipeline, were trained, or that some had none left before others."""
+    done = [job.finished and not job.given_up for job in jobs]
+    if jobs and all(done):
+        end_s = column_views(recorder.steps)["end_s"].max(initial=0.0)
+        return [f"all finetuning data were trained by {end_s:,.0f} s, finetune tok/s is over the whole run"]
+    if any(done):
+        return [
+            "some pipelines had trained their share of the finetuning data while others had not when the run ended "
+            "(longer: workload.duration_s; more even: cluster/router=least_tokens)"
         ]
     return []
 

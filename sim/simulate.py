@@ -35,6 +35,7 @@ from sim.hydra_app import first_config, hydra_main, shipped
 from sim.metrics import summarize
 from sim.notes import (
     class_notes,
+    data_notes,
     extrapolation_notes,
     print_notes,
     print_unfinished,
@@ -247,6 +248,7 @@ def _run(
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += class_notes(summary)
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
+    notes += data_notes(recorder, [job for spec in assembly.pipelines for job in spec.jobs])
     notes += extrapolation_notes(recorder, summary, assembly.facts)
     return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
 

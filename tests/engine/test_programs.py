@@ -61,6 +61,22 @@ def test_a_format_is_known_by_its_columns_and_trains_on_the_answer(
     assert (every.labels == every.tokens).all()
 
 
+@pytest.mark.parametrize("kind", list(ROWS))
+def test_a_conversation_needs_a_template_and_other_rows_do_not(
+    kind: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    bare = copy.deepcopy(tokenizer)
+    bare.chat_template = None
+    path = write(tmp_path / "d.jsonl", [ROWS[kind]])
+    if kind in ("text", "prompt"):
+        assert len(read_dataset(path, bare, cutoff_len=100).samples) == 1
+    else:
+        with pytest.raises(
+            ValueError, match=r"row 1: holds a conversation, .* rows of prompt and completion"
+        ):
+            read_dataset(path, bare, cutoff_len=100)
+
+
 def test_a_row_ends_with_its_line_alone(tokenizer: Any, tmp_path: Path) -> None:
     path, text = tmp_path / "d.jsonl", "one" + chr(0x2028) + "more" + chr(0x85) + "end"
     path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for _ in range(2)))

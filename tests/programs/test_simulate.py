@@ -486,6 +486,31 @@ def test_an_epoch_is_of_the_whole_data_set_however_many_pipelines_finetune(polic
     assert run.summary["peak_finetune_tok_s"] == pytest.approx(1000)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(10, None), (43, "some pipelines had"), (60, "all finetuning data were")]
+)
+def test_finite_data_are_told_to_be_trained_or_not(
+    seconds: int, told: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two pipelines have 20 steps each; the one that serves takes longer for them."""
+    Path("lengths.json").write_text(json.dumps([1000] * 320))
+    own = ("finetune=file", "finetune.jobs.file.data.file=lengths.json", "finetune.jobs.file.epochs=1")
+    packed = ("cluster.pipelines=2", "run.bounds=false", "run.drain_s=0")
+    run = read_run(simulate(*own, *packed, f"workload.duration_s={seconds}"))
+    steps = run.table("steps")
+    ended = steps.groupby("pipeline").size().eq(20)
+    assert {None: not ended.any(), "some pipelines had": ended.any() and not ended.all()}.get(
+        told, ended.all()
+    )
+    err = capfd.readouterr().err
+    notes = [
+        line for line in err.splitlines() if "some pipelines had" in line or "all finetuning data" in line
+    ]
+    assert [note.removeprefix("note: ")[: len(told or "")] for note in notes] == ([told] if told else [])
+    if told and ended.all():
+        assert f" by {steps['end_s'].max():,.0f} s, " in err
+
+
 def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["simulate", "-m", *SHORT, "policy.margin=0,0.3", "hydra.sweep.dir=sweep"]
     assert main(argv) == 0

@@ -347,6 +347,7 @@ def test_lengths_come_from_csv_json_and_json_lines(write: Callable[..., str]) ->
         ("[]", "not empty"),
         ("{}", "not empty"),
         ("[[1, 2], 'x']", "row 1: not JSON"),
+        ("1\n2\n", "row 2: not JSON: .*; JSON lines must be in a file named .jsonl"),
         ('[[1, 2], "x"]', "row 2: must be a record"),
     ],
 )

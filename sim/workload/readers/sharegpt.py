@@ -59,7 +59,8 @@ def _json_list(path: Path) -> list[Any]:
     try:
         values = parse(path.read_text(encoding="utf-8-sig", errors="replace"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: row {error.lineno}: not JSON: {error.msg}") from None
+        lines = "; JSON lines must be in a file named .jsonl" if error.msg == "Extra data" else ""
+        raise ValueError(f"{path}: row {error.lineno}: not JSON: {error.msg}{lines}") from None
     if not isinstance(values, list) or not values:
         raise ValueError(f"{path}: must be a list of records with lengths, not empty")
     return values
