@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from analysis.figures.frontier import Point, frontier, peak_tok_s
 from analysis.figures.style import check_one_scene, scene_title, settings_title
 from analysis.repeats import over_seeds
-from analysis.runs import SLO_KEPT_SHARE, Row, unlike_seeds
+from analysis.runs import SLO_KEPT_SHARE, Row, of_each_class, unlike_seeds
 
 POINTS = "frontier.csv"
 """What the command leaves in the folder of its sweep: a line per policy and rate."""
@@ -25,7 +25,7 @@ def frontier_table(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> s
     width = max([18, *(len(policy) + 2 for policy in lines)])
     title = f"{scene_title(rows)}{settings_title(rows)}"
     if not lines:
-        met = f"{kept_share * 100:g} % of arrived requests meet it"
+        met = f"{kept_share * 100:g} % of arrived requests{of_each_class(rows)} meet it"
         return f"{title}\nno policy keeps the SLO ({met}) at any of the rates{alone}"
     table = [
         title,

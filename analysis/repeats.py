@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.runs import IDENTITY, SCENE, Row, flatten, number, text, varied
+from analysis.runs import IDENTITY, SCENE, Row, flatten, number, text, varied, worst_attainment
 
 
 class Repeated(NamedTuple):
@@ -201,6 +201,7 @@ def _repeated(rows: Sequence[Row]) -> Repeated:
     mean = {key: math.fsum(v) / len(v) if v else math.nan for key, v in values.items()}
     deviation = {key: float(np.std(v, ddof=1)) for key, v in values.items() if len(v) > 1}
     known = {key: len(v) for key, v in values.items()}
+    mean["worst_attainment"] = math.fsum(map(worst_attainment, rows)) / len(rows)
     return Repeated(
         {**rows[0], **mean, "seed": None}, deviation, tuple(text(row, "seed") for row in rows), known
     )

@@ -89,8 +89,27 @@ def unusual(rows: Sequence[Row]) -> list[str]:
 
 
 def keeps_slo(row: Row, kept_share: float = SLO_KEPT_SHARE) -> bool:
-    """Whether attainment is known and at least `kept_share`."""
-    return kept(number(row, "attainment"), kept_share)
+    """Whether attainment is known and at least `kept_share`, also that of each SLO class."""
+    return kept(worst_attainment(row), kept_share)
+
+
+def worst_attainment(row: Row) -> float:
+    """That of all requests, or of the SLO class that attains less; NaN if it is missing. A mean over seeds has it as a
+    number of its own."""
+    if "worst_attainment" in row:
+        return number(row, "worst_attainment")
+    return min([number(row, "attainment"), *by_class(row).values()])
+
+
+def by_class(row: Row) -> dict[str, float]:
+    """SLO class -> attainment, of the classes that have requests."""
+    children = [child for child in row.get("classes", ()) if number(child, "requests") > 0]
+    return {text(child, "slo"): number(child, "attainment") for child in children}
+
+
+def of_each_class(rows: Iterable[Row]) -> str:
+    """For lines that say of how many requests the SLO is kept: empty where there is one class."""
+    return " of each class" if len({name for row in rows for name in by_class(row)}) > 1 else ""
 
 
 def kept(attainment: float, kept_share: float) -> bool:

@@ -20,6 +20,7 @@ from analysis.runs import (
     SLO_KEPT_SHARE,
     Row,
     best,
+    by_class,
     keeps_slo,
     number,
     text,
@@ -72,6 +73,9 @@ WHERE_KNOWN = (
     Column("cost_per_mtoken", ("cost", "per Mtok"), 1, 2),
 )
 """Of devices with a price, or the power that they take when idle."""
+
+BY_CLASS = "by SLO class"
+"""Title of the table of what each class attains."""
 
 _LABEL_HEADS = {
     "router": ("", "router"),
@@ -134,7 +138,8 @@ def footnote(shown: Sequence[Section], kept_share: float = SLO_KEPT_SHARE) -> st
     cells = [cell for section in shown for line in section.lines for cell in line[1:]]
     signs = []
     if any(section.winners for section in shown):
-        met = f"{kept_share * 100:g} % of arrived requests meet it"
+        each = " of each class" if any(section.title == [BY_CLASS] for section in shown) else ""
+        met = f"{kept_share * 100:g} % of arrived requests{each} meet it"
         signs.append(f"* most finetuning among those keeping the SLO ({met})")
     if "-" in cells:
         signs.append("-: missing")
@@ -165,14 +170,7 @@ def _scene(rows: Sequence[Row], kept_share: float) -> list[Section]:
     """The table, and where there are several SLO classes one with a column of each."""
     priced = [c for c in WHERE_KNOWN if any(not math.isnan(number(row, c.key)) for row in rows)]
     table = _section(rows, [*COLUMNS, *priced], kept_share)
-    classes = [
-        {
-            text(child, "slo"): number(child, "attainment")
-            for child in row.get("classes", ())
-            if number(child, "requests") > 0
-        }
-        for row in rows
-    ]
+    classes = [by_class(row) for row in rows]
     names = dict.fromkeys(name for own in classes for name in own)
     if len(names) < 2:
         return [table]
@@ -181,8 +179,8 @@ def _scene(rows: Sequence[Row], kept_share: float) -> list[Section]:
         {**row, **{f"attainment of {name}": met for name, met in own.items()}}
         for row, own in zip(rows, classes, strict=True)
     ]
-    by_class = _section(flat, columns, kept_share)
-    return [table, by_class._replace(title=["by SLO class"], winners=set(), unlike_seeds=False)]
+    attained = _section(flat, columns, kept_share)
+    return [table, attained._replace(title=[BY_CLASS], winners=set(), unlike_seeds=False)]
 
 
 def _section(rows: Sequence[Row], columns: Sequence[Column], kept_share: float) -> Section:

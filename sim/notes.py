@@ -96,10 +96,10 @@ def data_notes(recorder: Recorder, jobs: Sequence[Job]) -> list[str]:
 
 def class_notes(summary: Mapping[str, Any]) -> list[str]:
     """SLO classes too small to be seen in the attainment of all requests."""
-    from analysis.runs import keeps_slo
+    from analysis.runs import SLO_KEPT_SHARE, keeps_slo, kept
     from analysis.table import cell
 
-    if not keeps_slo(summary):
+    if summary["attainment"] is None or not kept(summary["attainment"], SLO_KEPT_SHARE):
         return []
     return [
         f"SLO class {row['slo']} does not keep its bounds: {cell('attainment', row['attainment'])}% of its "
@@ -134,10 +134,10 @@ def slo_notes(
     of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
     serving alone on the same traffic, None where it was not run.
     """
-    from analysis.runs import SLO_KEPT_SHARE, keeps_slo
+    from analysis.runs import SLO_KEPT_SHARE, kept
     from analysis.table import cell
 
-    if summary["attainment"] is None or keeps_slo(summary):
+    if summary["attainment"] is None or kept(summary["attainment"], SLO_KEPT_SHARE):
         return []
     notes = []
     if least is not None and least[0] > tpot_s:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, display_names
-from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, peaks_tok_s, text
+from analysis.runs import SLO_KEPT_SHARE, Row, keeps_slo, number, of_each_class, peaks_tok_s, text
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -91,7 +91,7 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
     _name_ends(axes, shown, looks, top)
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(
-        f"goodput (req/s), where at least {100 * kept_share:g} % of the requests meet their SLO; "
+        f"goodput (req/s), where at least {100 * kept_share:g} % of the requests{of_each_class(rows)} meet their SLO; "
         "a line ends where the policy no longer does that"
     )
     axes.set_ylabel("trained tokens per second (tok/s)")

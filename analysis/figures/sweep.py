@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from analysis.figures import style
 from analysis.repeats import alike, line_names
-from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, text
+from analysis.runs import SLO_KEPT_SHARE, Row, kept, number, of_each_class, text, worst_attainment
 from analysis.table import shorten
 
 if TYPE_CHECKING:
@@ -43,8 +43,9 @@ Points = list[Point]
 def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> Figure:
     """Of `rows` of one workload, model and device."""
     style.check_one_scene(rows)
+    rows = [{**row, "worst_attainment": worst_attainment(row)} for row in rows]
     lines = {metric: series(rows, metric) for metric in METRICS}
-    attained = lines["attainment"]
+    attained = series(rows, "worst_attainment")
     height_inches = max(5.2, 0.8 + 0.21 * len(attained))
     figure, panels = style.new_figure(height_inches, nrows=1, ncols=len(METRICS))
     looks, routers = _looks(rows)
@@ -63,7 +64,7 @@ def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> 
     right.set_ylim(-2, 102)
     right.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
     _legend(figure, left, looks, routers)
-    share = f"fewer than {kept_share * 100:g} % of the requests meet it, the dashed line"
+    share = f"fewer than {kept_share * 100:g} % of the requests{of_each_class(rows)} meet it, the dashed line"
     hollow = f"hollow marker: SLO missed ({share})"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
     figure.suptitle(f"{scene}\n{hollow}", fontsize=12)

@@ -18,11 +18,12 @@ from rich.console import Console
 
 from analysis.figures import style
 from analysis.figures.compare import compare_figure, ranked
+from analysis.figures.frontier import frontier
 from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
 from analysis.repeats import alike, display_names, over_seeds, run_names
 from analysis.report import main
-from analysis.runs import USUAL, best, collect, flatten
+from analysis.runs import USUAL, best, collect, flatten, keeps_slo
 from analysis.table import WIDTH, plain_table, print_table
 from sim.assemble import CONFIGS
 from sim.core.request import Slo
@@ -104,6 +105,49 @@ def test_several_slo_classes_have_a_table_of_their_attainment_and_one_has_none()
         ["2", "seeds", "±7.1", "±7.1"],
         ["q", "100.0", "-"],
     ]
+
+
+def with_classes(
+    policy: str, trained: float, seed: int = 0, rate: float = 1.0, **met: float
+) -> dict[str, Any]:
+    """A run whose classes attain `met`, 100 requests of each; of a class without requests 0."""
+    classes = [
+        {"slo": name, "attainment": share, "requests": 100 if share else 0} for name, share in met.items()
+    ]
+    labels = {"policy": policy, "seed": seed, "workload": "w", "model": "m", "device": "d", "rate_rps": rate}
+    return labels | {"attainment": 0.96, "finetune_tok_s": trained, "goodput_rps": rate, "classes": classes}
+
+
+def test_the_slo_is_kept_where_each_class_keeps_it() -> None:
+    """As tables, figures and the frontier have it; 96 % of all requests attain theirs."""
+    made = [
+        with_classes("a", 10.0, chat=0.95, batch=0.97, none=0.0),
+        with_classes("b", 20.0, chat=0.94, batch=0.97),
+        with_classes("c", 30.0),
+    ]
+    assert [keeps_slo(row) for row in made] == [True, False, True]
+    assert best(made[:2]) == {0}
+    assert [(line.name, line.keeps) for line in ranked(made[:2])] == [("a", True), ("b", False)]
+    assert set(frontier(made[:2])) == {"a"}
+    table = plain_table(made[:2])
+    assert "\n* a " in table and "(95 % of arrived requests of each class meet it)" in table
+    assert "(95 % of arrived requests meet it)" in plain_table(made[2:])
+    for name, hollow in (("a", 0), ("b", 4)):
+        met = {"a": {"chat": 0.95}, "b": {"chat": 0.94}}[name]
+        axes = sweep_figure([with_classes(name, 20.0, rate=rate, **met) for rate in (1.0, 2.0)]).axes
+        marks = [c for panel in axes for c in panel.collections if isinstance(c, PathCollection)]
+        assert sum(len(each.get_offsets()) for each in marks) == hollow
+
+
+def test_over_seeds_the_worst_class_counts_in_the_mean() -> None:
+    for second, kept in ((0.93, False), (0.96, True)):
+        two = [
+            with_classes("a", 10.0, 0, chat=0.945, batch=1.0),
+            with_classes("a", 10.0, 1, chat=1.0, batch=second),
+        ]
+        (mean,) = over_seeds(two)
+        assert keeps_slo(mean.mean) == kept
+        assert [line.keeps for line in ranked(two)] == [kept]
 
 
 def test_energy_and_cost_are_columns_where_a_run_has_them() -> None:
