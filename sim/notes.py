@@ -80,6 +80,16 @@ def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, s
     return []
 
 
+def device_notes(pipelines: Sequence[PipelineFacts]) -> list[str]:
+    """How many devices a cluster has, where that is not the number of its pipelines."""
+    devices = sum(pipeline.devices for pipeline in pipelines)
+    if devices == len(pipelines):
+        return []
+    return [
+        f"the cluster has {devices} devices in {len(pipelines)} pipelines (cluster.pipelines, cluster.tp)"
+    ]
+
+
 def data_notes(recorder: Recorder, jobs: Sequence[Job]) -> list[str]:
     """When the data of all `jobs`, those of every pipeline, were trained, or that some had none left before others."""
     done = [job.finished and not job.given_up for job in jobs]

@@ -36,6 +36,7 @@ from sim.metrics import summarize
 from sim.notes import (
     class_notes,
     data_notes,
+    device_notes,
     extrapolation_notes,
     print_notes,
     print_unfinished,
@@ -243,7 +244,8 @@ def _run(
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim")
     limits = [s.limits for s in assembly.pipelines if s.policy.serves]
-    notes = request_notes(recorder, limits, "cluster.limits")
+    notes = device_notes(assembly.facts)
+    notes += request_notes(recorder, limits, "cluster.limits")
     notes += room_notes(recorder, summary, limits, "cluster.limits")
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += class_notes(summary)

@@ -511,6 +511,14 @@ def test_finite_data_are_told_to_be_trained_or_not(
         assert f" by {steps['end_s'].max():,.0f} s, " in err
 
 
+@pytest.mark.parametrize(("tp", "told"), [(1, False), (2, True)])
+def test_the_devices_of_a_cluster_are_told_where_pipelines_have_several(
+    tp: int, told: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    simulate("run.bounds=false", "cluster.pipelines=3", f"cluster.tp={tp}", "policy=coserving")
+    assert ("note: the cluster has 6 devices in 3 pipelines" in capfd.readouterr().err) == told
+
+
 def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:
     argv = ["simulate", "-m", *SHORT, "policy.margin=0,0.3", "hydra.sweep.dir=sweep"]
     assert main(argv) == 0
