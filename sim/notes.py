@@ -91,17 +91,23 @@ def device_notes(pipelines: Sequence[PipelineFacts]) -> list[str]:
 
 
 def data_notes(recorder: Recorder, jobs: Sequence[Job]) -> list[str]:
-    """When the data of all `jobs`, those of every pipeline, were trained, or that some had none left before others."""
-    done = [job.finished and not job.given_up for job in jobs]
-    if jobs and all(done):
-        end_s = column_views(recorder.steps)["end_s"].max(initial=0.0)
-        return [f"all finetuning data were trained by {end_s:,.0f} s, finetune tok/s is over the whole run"]
-    if any(done):
-        return [
-            "some pipelines had trained their share of the finetuning data while others had not when the run ended "
-            "(longer: workload.duration_s; more even: cluster/router=least_tokens)"
-        ]
-    return []
+    """Of each of `jobs`, those of every pipeline: when its data were trained, or that some pipelines had none left
+    before others."""
+    ids = list(dict.fromkeys(job.spec.id for job in jobs))
+    steps = column_views(recorder.steps)
+    notes = []
+    for id in ids:
+        data = "finetuning data" if len(ids) == 1 else f"data of finetuning job {id}"
+        done = [job.finished and not job.given_up for job in jobs if job.spec.id == id]
+        if all(done):
+            end_s = steps["end_s"][steps["job"] == recorder.jobs.code(id)].max(initial=0.0)
+            notes.append(f"all {data} were trained by {end_s:,.0f} s, finetune tok/s is over the whole run")
+        elif any(done):
+            notes.append(
+                f"some pipelines had trained their share of the {data} while others had not when the run ended "
+                "(longer: workload.duration_s; more even: cluster/router=least_tokens)"
+            )
+    return notes
 
 
 def class_notes(summary: Mapping[str, Any]) -> list[str]:

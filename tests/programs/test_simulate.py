@@ -511,6 +511,18 @@ def test_finite_data_are_told_to_be_trained_or_not(
         assert f" by {steps['end_s'].max():,.0f} s, " in err
 
 
+def test_of_two_jobs_the_one_whose_data_end_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    """The other never ends: on each pipeline one is done and one is not."""
+    own = ("start_s=0", "epochs=1", "data.samples=32")
+    ends = [f"finetune.jobs.instructions.{setting}" for setting in own]
+    run = read_run(simulate("finetune=two_jobs", *ends, "policy=finetune_only", "run.bounds=false"))
+    steps = run.table("steps")
+    last_s = steps.loc[steps["job"] == "instructions", "end_s"].max()
+    err = capfd.readouterr().err
+    assert f"note: all data of finetuning job instructions were trained by {last_s:,.0f} s" in err
+    assert "some pipelines had" not in err and "sky_t1 were trained" not in err
+
+
 @pytest.mark.parametrize(("tp", "told"), [(1, False), (2, True)])
 def test_the_devices_of_a_cluster_are_told_where_pipelines_have_several(
     tp: int, told: bool, capfd: pytest.CaptureFixture[str]
