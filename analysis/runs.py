@@ -107,9 +107,10 @@ def by_class(row: Row) -> dict[str, float]:
     return {text(child, "slo"): number(child, "attainment") for child in children}
 
 
-def of_each_class(rows: Iterable[Row]) -> str:
-    """For lines that say of how many requests the SLO is kept: empty where there is one class."""
-    return " of each class" if len({name for row in rows for name in by_class(row)}) > 1 else ""
+def of_each_class(rows: Iterable[Row], which: str = "each") -> str:
+    """For lines that say of how many requests the SLO is kept, or of `which` class it is not: empty where there is one
+    class."""
+    return f" of {which} class" if len({name for row in rows for name in by_class(row)}) > 1 else ""
 
 
 def kept(attainment: float, kept_share: float) -> bool:

@@ -64,7 +64,7 @@ def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> 
     right.set_ylim(-2, 102)
     right.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
     _legend(figure, left, looks, routers)
-    share = f"fewer than {kept_share * 100:g} % of the requests{of_each_class(rows)} meet it, the dashed line"
+    share = f"fewer than {kept_share * 100:g} % of the requests{of_each_class(rows, 'some')} meet it, the dashed line"
     hollow = f"hollow marker: SLO missed ({share})"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
     figure.suptitle(f"{scene}\n{hollow}", fontsize=12)
