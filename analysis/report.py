@@ -51,7 +51,7 @@ def _report(options: argparse.Namespace) -> None:
     from analysis.figures.style import check_suffix
     from analysis.frontier_table import POINTS, frontier_table
     from analysis.table import plain_table, print_table
-    from sim.notes import print_unfinished
+    from sim.notes import print_notes
 
     if not options.runs:
         raise ValueError("name at least one run folder")
@@ -69,7 +69,7 @@ def _report(options: argparse.Namespace) -> None:
         print_table(rows, kept_share)
     else:
         print(plain_table(rows, kept_share))
-    print_unfinished([row for row in rows if "unfinished" in row])
+    print_notes(rows)
     if options.csv is not None:
         with writing("--csv", options.csv):
             collect(runs).to_csv(options.csv, index=False)

@@ -25,11 +25,11 @@ def row_of(run: Run) -> dict[str, Any]:
 
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
-    """One line per run: `folder`, its summary without the classes, and each config key (dotted, such
+    """One line per run: `folder`, its summary without classes and notes, and each config key (dotted, such
     as `policy.budget_s`) whose value is not the same in all runs."""
     import pandas as pd
 
-    summaries = [{k: v for k, v in run.summary.items() if k != "classes"} for run in runs]
+    summaries = [{k: v for k, v in run.summary.items() if k not in ("classes", "notes")} for run in runs]
     frame = pd.DataFrame(summaries)
     frame.insert(0, "folder", [str(run.folder) for run in runs])
     configs = [flatten(run.config) for run in runs]
@@ -79,6 +79,18 @@ def varied(rows: Iterable[Row], keys: Sequence[str]) -> list[str]:
     """Those of `keys` in which `rows` differ."""
     rows = list(rows)
     return [key for key in keys if len({text(row, key) for row in rows}) > 1]
+
+
+def scene(rows: Sequence[Row]) -> list[str]:
+    """For titles: workload, model and devices, those that the rows share; with how many devices these are and what an
+    hour of them costs where that is known and the same."""
+    shared = {key: text(rows[0], key) for key in SCENE if not varied(rows, [key])}
+    if "device" in shared and not varied(rows, ["devices"]):
+        shared["device"] = text(rows[0], "devices") or shared["device"]
+        prices = {f"{3600 * number(row, 'cost') / number(row, 'duration_s'):,.2f}" for row in rows}
+        if len(prices) == 1 and prices != {"nan"}:
+            shared["device"] += f" at {prices.pop()} per hour"
+    return [name for name in shared.values() if name]
 
 
 def unusual(rows: Sequence[Row]) -> list[str]:

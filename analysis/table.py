@@ -23,6 +23,7 @@ from analysis.runs import (
     by_class,
     keeps_slo,
     number,
+    scene,
     text,
     unlike_seeds,
     unusual,
@@ -71,8 +72,9 @@ COLUMNS = (
 WHERE_KNOWN = (
     Column("energy_j_per_token", ("energy", "J/token"), 1, 2),
     Column("cost_per_mtoken", ("cost", "per Mtok"), 1, 2),
+    Column("data_done_s", ("data", "done s"), 1, 0),
 )
-"""Of devices with a price, or the power that they take when idle."""
+"""Of devices with a price, or the power that they take when idle; of finetuning data that end."""
 
 BY_CLASS = "by SLO class"
 """Title of the table of what each class attains."""
@@ -168,8 +170,8 @@ def _styled(rows: Sequence[Row], kept_share: float) -> list[tuple[str, str]]:
 
 def _scene(rows: Sequence[Row], kept_share: float) -> list[Section]:
     """The table, and where there are several SLO classes one with a column of each."""
-    priced = [c for c in WHERE_KNOWN if any(not math.isnan(number(row, c.key)) for row in rows)]
-    table = _section(rows, [*COLUMNS, *priced], kept_share)
+    known = [c for c in WHERE_KNOWN if any(not math.isnan(number(row, c.key)) for row in rows)]
+    table = _section(rows, [*COLUMNS, *known], kept_share)
     classes = [by_class(row) for row in rows]
     names = dict.fromkeys(name for own in classes for name in own)
     if len(names) < 2:
@@ -221,16 +223,16 @@ def _section(rows: Sequence[Row], columns: Sequence[Column], kept_share: float) 
 def _title(rows: Sequence[Row], labels: Sequence[str]) -> list[str]:
     """What all lines share and is worth saying; the rate as it was asked for, and as it came where that is another.
     Settings are lines of their own."""
-    shared = [*(text(rows[0], key) for key in SCENE), *unusual(rows)]
+    shared = [*scene(rows), *unusual(rows)]
     rates = came_at(rows)
     if "rate_rps" not in labels:
         shared += [f"{asked:.4g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     elif any(rates.values()):
         shared.append("req/s " + "; ".join(f"{asked:.4g}: {came}" for asked, came in rates.items() if came))
-    scene = ", ".join(part for part in shared if part)
+    first = ", ".join(shared)
     settings = ", ".join(shared_settings(rows))
     lines = textwrap.wrap(settings, WIDTH, break_long_words=False, break_on_hyphens=False)
-    return [*filter(None, [scene]), *lines]
+    return [*filter(None, [first]), *lines]
 
 
 def came_at(rows: Sequence[Row]) -> dict[float, str]:

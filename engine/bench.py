@@ -46,7 +46,7 @@ from sim.core.loop import Horizon
 from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
-from sim.notes import class_notes, print_notes, request_notes, room_notes, step_notes
+from sim.notes import class_notes, data_notes, print_notes, request_notes, room_notes, step_notes
 from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 from sim.unread import check_bounds, refuse_needless
@@ -115,17 +115,9 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
         duration_s=spec.horizon.duration_s,
         pipelines=pipelines.facts,
         peak_finetune_tok_s=before.peak_tok_s,
+        jobs=pipelines.jobs,
         labels=spec.labels,
     )
-    wall_s = time.perf_counter() - started_s
-    manifest = make_manifest(seed=spec.seed, device=spec.device.name, wall_s=wall_s, command=sys.argv)
-    if rerun is not None:
-        write_rerun(folder, rerun)
-    write_run(folder, recorder, summary, config=spec.config, manifest=manifest, source="engine")
-    trainer = pipelines.trainer
-    for id in spec.jobs:
-        write_adapter(trainer.adapter(id), folder / adapter_folder(id), spec.weights)
-
     limits = [loaded.limits] if pipelines.serves else []
     notes = request_notes(recorder, limits, "limits")
     notes += room_notes(recorder, summary, limits, "limits")
@@ -135,14 +127,24 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
         notes += step_notes(
             recorder, summary, 1, f"{first.accumulation} samples of {first.sample_tokens} tokens"
         )
+    notes += data_notes(recorder, pipelines.jobs)
     notes += _peak_notes(summary, before.peak_tok_s, spec.peak_s)
     notes += [ON_A_CPU] if spec.device.name == "cpu" else []
+    summary["notes"] = notes
+    wall_s = time.perf_counter() - started_s
+    manifest = make_manifest(seed=spec.seed, device=spec.device.name, wall_s=wall_s, command=sys.argv)
+    if rerun is not None:
+        write_rerun(folder, rerun)
+    write_run(folder, recorder, summary, config=spec.config, manifest=manifest, source="engine")
+    trainer = pipelines.trainer
+    for id in spec.jobs:
+        write_adapter(trainer.adapter(id), folder / adapter_folder(id), spec.weights)
+
     own = {
         "folder": str(folder),
         "config": spec.config,
         "losses": {id: [record.loss for record in trainer.steps if record.job == id] for id in spec.jobs},
         "plans": {id: plan.describe() for id, plan in loaded.plans.items()},
-        "notes": notes,
     }
     return {**summary, **own}, [record.failure for record in trainer.failures.values()]
 
@@ -195,7 +197,7 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from analysis.runs import SCENE, varied
     from analysis.table import print_table
 
-    print_table([{k: v for k, v in row.items() if k not in ("losses", "plans", "notes")} for row in rows])
+    print_table(rows)
     print_notes(rows)
     for row, name in zip(rows, run_names(rows), strict=True):
         for job, losses in row["losses"].items():

@@ -61,9 +61,9 @@ class Setting:
             engine.warm_up(adapters=bool(adapters))
         return engine, counted
 
-    def facts(self, limits: Limits) -> PipelineFacts:
+    def facts(self, limits: Limits, share: float = 1.0) -> PipelineFacts:
         blocks, devices = limits.kv_tokens // limits.block_tokens, self.model.group.size
-        return PipelineFacts(kv_blocks=blocks, device=self.device, devices=devices)
+        return PipelineFacts(kv_blocks=blocks, device=self.device, devices=devices, share=share)
 
 
 class Single:
@@ -113,8 +113,8 @@ class Split:
         self._idle = replace(self._limits, kv_tokens=setting.limits.block_tokens)
         """The finetuning pipeline holds no requests."""
         self._server, _ = setting.engine(self._limits, trains=False)
-        self.trainer, self._jobs = setting.engine(self._idle, trains=True, serves=False)
-        self.facts = (setting.facts(self._limits), setting.facts(self._idle))
+        self.trainer, self.jobs = setting.engine(self._idle, trains=True, serves=False)
+        self.facts = (setting.facts(self._limits, share), setting.facts(self._idle, 1 - share))
         self.used_s = (0.0, 0.0)
         """Device time of serving and finetuning in the last run."""
 
@@ -124,9 +124,7 @@ class Split:
         share = self._share
         parts = (
             self._part(0, self._server, self._limits, [], source, share, horizon, recorder),
-            self._part(
-                1, self.trainer, self._idle, self._jobs, GivenArrivals(), 1 - share, horizon, recorder
-            ),
+            self._part(1, self.trainer, self._idle, self.jobs, GivenArrivals(), 1 - share, horizon, recorder),
         )
         SplitDriver(parts, self._new_clock()).run()
         source.abandon()

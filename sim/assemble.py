@@ -60,16 +60,13 @@ def _assembly(config: DictConfig) -> Assembly:
     groups, router = groups_of(config, seed)
     check_possible(slos, groups)
     policies = policies_of(config, groups, slos)
-    trainers = [index for index, policy in enumerate(policies) if policy.finetunes]
     finetune = build(None, config.finetune, "finetune")
     assert isinstance(finetune, Finetune)
+    samples = finetune.samples(seed)
     pipelines, facts = [], []
     for group in groups:
         for index in group.members:
-            jobs = []
-            if index in trainers:
-                settled = group.plans.settle(finetune)
-                jobs = settled.build(group.model, trainers.index(index), seed, len(trainers))
+            specs = group.plans.settle(finetune).specs(group.model) if policies[index].finetunes else []
             limits = group.limits(policies[index])
             world = group.world(index)
             pipelines.append(
@@ -78,7 +75,7 @@ def _assembly(config: DictConfig) -> Assembly:
                     world=world,
                     predictor=group.predictor,
                     limits=limits,
-                    jobs=tuple(Job(spec, samples) for spec, samples in jobs),
+                    jobs=tuple(Job(spec, samples[spec.id]) for spec in specs),
                 )
             )
             facts.append(

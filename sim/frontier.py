@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sim.hydra_app import hydra_main
-from sim.notes import print_notes, print_unfinished
+from sim.notes import print_notes
 from sim.results import shown_path
 from sim.simulate import fitting_policies, simulate, swept
 
@@ -51,6 +51,5 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
         writer.writerow(["policy", *Point._fields])
         writer.writerows([policy, *point] for policy, points in frontier(rows).items() for point in points)
     print_notes(rows)
-    print_unfinished(rows)
     print(f"runs:   {shown_path(folder)}")
     print(f"figure: {shown_path(write_frontier(rows, folder / 'frontier.png'))}")

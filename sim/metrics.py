@@ -7,12 +7,13 @@ known is NaN, never 0.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.core.finetune import Job
 from sim.core.request import Slo
 from sim.core.rows import Outcome, Recorder, Table
 from sim.core.specs import DeviceSpec
@@ -68,6 +69,8 @@ DEFINITIONS: dict[str, str] = {
     "peak_finetune_tok_s": "finetune_tok_s of the same pipelines when they do nothing else, of each counted to the "
     "end of its last optimizer step, and at least over duration_s once a job's data has ended",
     "finetune_share_of_peak": "finetune_tok_s / peak_finetune_tok_s",
+    "data_done_s": "end of the last optimizer step of finite finetuning data, that of all jobs and pipelines; missing "
+    "where some of it was left when the run ended",
     "iterations": "iterations that ended by duration_s",
     "iteration_mean_s": "mean time of those iterations in seconds",
     "iteration_p99_s": "99th percentile of their time in seconds",
@@ -99,6 +102,8 @@ class PipelineFacts:
     device: DeviceSpec | None = None
     devices: int = 1
     """Accelerators of the pipeline: its tensor-parallel degree."""
+    share: float = 1.0
+    """Of the time of its devices, where pipelines have them in turns."""
     measured: Mapping[str, tuple[float, float]] | None = None
     """Column of the iterations, or PASS_TOKENS -> least and largest value that seconds are known for."""
 
@@ -107,6 +112,8 @@ class PipelineFacts:
             raise ValueError(f"pipeline.kv_blocks must be at least 1, got {self.kv_blocks}")
         if self.devices < 1:
             raise ValueError(f"pipeline.devices must be at least 1, got {self.devices}")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"pipeline.share must be in (0, 1], got {self.share}")
 
 
 def summarize(
@@ -116,14 +123,17 @@ def summarize(
     duration_s: float,
     pipelines: Sequence[PipelineFacts] = (PipelineFacts(),),
     peak_finetune_tok_s: float | None = None,
+    jobs: Iterable[Job] = (),
     labels: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
-    """One flat row of `labels` and `DEFINITIONS`, and under `classes` a list of one row per SLO class.
+    """One flat row of `labels`, `devices` (`devices_of`) and `DEFINITIONS`, and under `classes` a list of one row per
+    SLO class.
 
     `pipelines` holds one entry per pipeline of the cluster, in order. `peak_finetune_tok_s` is that of
-    the whole cluster. Rates divide by `duration_s`, and only what ended by then counts; latencies and
-    attainment are of all requests in the rows. Raises ValueError for a request of an SLO class that is
-    not in `slos`, a row of a pipeline that is not in `pipelines` or a label that is a metric's name.
+    the whole cluster; `jobs` are those of every pipeline, as the run left them. Rates divide by
+    `duration_s`, and only what ended by then counts; latencies and attainment are of all requests in the rows. Raises
+    ValueError for a request of an SLO class that is not in `slos`, a row of a pipeline that is not in `pipelines` or a
+    label that is a metric's name.
     """
     labels = dict(labels or {})
     _check(recorder, slos, duration_s, pipelines, labels)
@@ -142,12 +152,39 @@ def summarize(
         classes.append({"slo": name, **bounds, **numbers})
     return {
         **labels,
+        "devices": devices_of(pipelines),
         "duration_s": float(duration_s),
         "pipelines": len(pipelines),
         **total,
         **_system_row(recorder, tokens, duration_s, pipelines, peak_finetune_tok_s),
+        "data_done_s": data_done_s(recorder, jobs),
         "classes": classes,
     }
+
+
+def devices_of(pipelines: Sequence[PipelineFacts]) -> str | None:
+    """All accelerators of a cluster, such as `4 x a100_80gb` or `8 x h100 in 4 pipelines`; None where they are not
+    known."""
+    counts: dict[str, float] = {}
+    for pipeline in pipelines:
+        if pipeline.device is None:
+            return None
+        name = pipeline.device.name
+        counts[name] = counts.get(name, 0.0) + pipeline.devices * pipeline.share
+    told = " + ".join(f"{count:g} x {name}" if count != 1 else name for name, count in counts.items())
+    several = any(pipeline.devices > 1 for pipeline in pipelines)
+    return f"{told} in {len(pipelines)} pipeline{'s' * (len(pipelines) > 1)}" if several else told
+
+
+def data_done_s(recorder: Recorder, jobs: Iterable[Job]) -> float:
+    """End of the last optimizer step of `jobs`; NaN where there are none, or one has data left or was given up."""
+    jobs = list(jobs)
+    if not jobs or any(job.given_up or not job.finished for job in jobs):
+        return math.nan
+    steps = column_views(recorder.steps)
+    ids = {job.spec.id for job in jobs}
+    own = np.isin(steps["job"], [code for code, id in enumerate(recorder.jobs.names) if id in ids])
+    return float(steps["end_s"][own].max(initial=0.0))
 
 
 def column_views(table: Table) -> dict[str, Floats]:
@@ -352,7 +389,7 @@ def _energy_j(busy: Floats, duration_s: float, pipelines: Sequence[PipelineFacts
         device = pipeline.device
         if device is None or device.power_w is None or device.idle_power_w is None:
             return math.nan
-        drawn = device.idle_power_w + float(share) * (device.power_w - device.idle_power_w)
+        drawn = pipeline.share * device.idle_power_w + float(share) * (device.power_w - device.idle_power_w)
         watts += pipeline.devices * drawn
     return watts * duration_s
 
@@ -362,7 +399,7 @@ def _cost(duration_s: float, pipelines: Sequence[PipelineFacts]) -> float:
     for pipeline in pipelines:
         if pipeline.device is None or pipeline.device.price_per_hour is None:
             return math.nan
-        per_hour += pipeline.devices * pipeline.device.price_per_hour
+        per_hour += pipeline.devices * pipeline.share * pipeline.device.price_per_hour
     return per_hour * duration_s / 3600
 
 

@@ -1,6 +1,6 @@
 """What the numbers of a run do not say of themselves, in lines for people below its table.
 
-A run's own lines are `notes` of its row; those that several runs of a sweep share are told once.
+A run's own lines are `notes` of its summary; those that several runs of a sweep share are told once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from sim.core.finetune import Job
 from sim.core.plan import Limits
 from sim.core.rows import Outcome, Recorder
-from sim.metrics import PipelineFacts, column_views, extrapolated
+from sim.metrics import PipelineFacts, column_views, data_done_s, extrapolated
 
 FEW_STEPS = 10
 """Of which one more or less changes what was trained by a tenth and more."""
@@ -80,32 +80,22 @@ def step_notes(recorder: Recorder, summary: Mapping[str, Any], pipelines: int, s
     return []
 
 
-def device_notes(pipelines: Sequence[PipelineFacts]) -> list[str]:
-    """How many devices a cluster has, where that is not the number of its pipelines."""
-    devices = sum(pipeline.devices for pipeline in pipelines)
-    if devices == len(pipelines):
-        return []
-    return [
-        f"the cluster has {devices} devices in {len(pipelines)} pipelines (cluster.pipelines, cluster.tp)"
-    ]
-
-
 def data_notes(recorder: Recorder, jobs: Sequence[Job]) -> list[str]:
-    """Of each of `jobs`, those of every pipeline: when its data were trained, or that some pipelines had none left
-    before others."""
+    """Of each of `jobs`, those of every pipeline: that its data were trained, of several jobs by when, or that its last
+    samples were not."""
     ids = list(dict.fromkeys(job.spec.id for job in jobs))
-    steps = column_views(recorder.steps)
     notes = []
     for id in ids:
         data = "finetuning data" if len(ids) == 1 else f"data of finetuning job {id}"
-        done = [job.finished and not job.given_up for job in jobs if job.spec.id == id]
+        own = [job for job in jobs if job.spec.id == id]
+        done = [job.finished and not job.given_up for job in own]
         if all(done):
-            end_s = steps["end_s"][steps["job"] == recorder.jobs.code(id)].max(initial=0.0)
-            notes.append(f"all {data} were trained by {end_s:,.0f} s, finetune tok/s is over the whole run")
+            by = "" if len(ids) == 1 else f" by {data_done_s(recorder, own):,.0f} s"
+            notes.append(f"all {data} were trained{by}, finetune tok/s is over the whole run")
         elif any(done):
             notes.append(
-                f"some pipelines had trained their share of the {data} while others had not when the run ended "
-                "(longer: workload.duration_s; more even: cluster/router=least_tokens)"
+                f"the last samples of the {data} were begun and not trained when the run ended (longer: "
+                "workload.duration_s)"
             )
     return notes
 
@@ -142,16 +132,13 @@ def slo_notes(
     summary: Mapping[str, Any],
     least: tuple[float, int] | None,
     tpot_s: float,
-    alone: float | None,
 ) -> list[str]:
-    """Of a run that does not keep the SLO: that its policy could not, or that serving alone does not either.
+    """Of a run that does not keep the SLO: that its policy could not.
 
     `least`: predicted seconds of the shortest iteration that computes of a prompt beside a decode, and the tokens
-    of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound. `alone`: attainment of
-    serving alone on the same traffic, None where it was not run.
+    of that chunk; None for a policy without a least chunk. `tpot_s`: the tightest bound.
     """
     from analysis.runs import SLO_KEPT_SHARE, kept
-    from analysis.table import cell
 
     if summary["attainment"] is None or kept(summary["attainment"], SLO_KEPT_SHARE):
         return []
@@ -167,15 +154,27 @@ def slo_notes(
             "no SLO class bounds TPOT, so that a policy with a latency budget takes iterations of any length that the "
             "other bounds leave (policy.budget_s)"
         )
-    if alone is not None and alone < SLO_KEPT_SHARE:
-        notes.append(
-            f"serving alone does not keep the SLO either: {cell('attainment', alone)}% of the requests meet it"
-        )
     return notes
 
 
+def with_serving_alone(row: Mapping[str, Any], bounds: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """`row`, where it misses the SLO with a note that serving alone, if that is among its `bounds`, does so too."""
+    from analysis.runs import SLO_KEPT_SHARE, kept, number
+    from analysis.table import cell
+
+    alone = next(
+        (number(bound, "attainment") for bound in bounds if bound["policy"] == "inference_only"), math.nan
+    )
+    own = number(row, "attainment")
+    if math.isnan(alone) or math.isnan(own) or kept(max(alone, own), SLO_KEPT_SHARE):
+        return row
+    told = f"serving alone does not keep the SLO either: {cell('attainment', alone)}% of the requests meet it"
+    return {**row, "notes": [*row.get("notes", ()), told]}
+
+
 def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The notes of all rows on stderr, each once and with the runs that it is true of, unless these are all."""
+    """The notes of all rows on stderr, each once and with the runs that it is true of, unless these are all; then
+    what of them did not finish."""
     from analysis.repeats import run_names
 
     runs: dict[str, list[str]] = {}
@@ -185,17 +184,18 @@ def print_notes(rows: Sequence[Mapping[str, Any]]) -> None:
     for note, names in runs.items():
         who = ", ".join(names) if len(names) <= MOST_NAMES else f"{len(names)} of {len(rows)} runs"
         print(f"note: {note}" + (f": {who}" if len(names) < len(rows) else ""), file=sys.stderr)
+    _print_unfinished(rows)
 
 
-def print_unfinished(rows: Sequence[Mapping[str, Any]]) -> None:
-    """In one line on stderr, of which simulated runs some requests had not finished at the end, and what that does to
-    the numbers."""
+def _print_unfinished(rows: Sequence[Mapping[str, Any]]) -> None:
+    """In one line, of which runs some requests had not finished at the end, and what that does to the numbers."""
     from analysis.repeats import run_names
+    from analysis.runs import number
 
     found = [
         (row["unfinished"], f"{row['unfinished']:,} of {row['requests']:,}", name)
         for row, name in zip(rows, run_names(rows), strict=True)
-        if row["unfinished"]
+        if number(row, "unfinished") > 0
     ]
     if not found:
         return

@@ -372,6 +372,8 @@ def _with_nans(row: object, path: Path) -> dict[str, Any]:
         if not isinstance(out["classes"], list):
             raise ValueError(f"{path}: classes must be a list, got {out['classes']!r}")
         out["classes"] = [_with_nans(child, path) for child in out["classes"]]
+    if "notes" in out:
+        check(out["notes"], tuple[str, ...], f"{path}: notes")
     return out
 
 

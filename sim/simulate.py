@@ -27,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from sim.assemble import CONFIGS, Assembly, assemble
 from sim.checked import build, locate
 from sim.cluster import simulate_cluster
+from sim.core.finetune import Job
 from sim.core.request import Slo
 from sim.core.rows import Recorder
 from sim.core.work import Chunk, Work
@@ -36,14 +37,13 @@ from sim.metrics import summarize
 from sim.notes import (
     class_notes,
     data_notes,
-    device_notes,
     extrapolation_notes,
     print_notes,
-    print_unfinished,
     request_notes,
     room_notes,
     slo_notes,
     step_notes,
+    with_serving_alone,
 )
 from sim.policy_node import assigned, policy_node, policy_of
 from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
@@ -150,19 +150,15 @@ def simulate(config: DictConfig) -> dict[str, Any]:
             assembly.labels["name"] = distinction(hydra.overrides.task)
         with _progress(assembly, show=single) as on_progress:
             row = _run(assembly, config, folder, peak_tok_s, on_progress)
-    alone = None
     for at, bound in bounds.items():
-        other = others[at]
-        bound_row = _row_of(other) if other is not None else _run_bound(bound, at, peak_tok_s)
-        alone = bound_row["attainment"] if bound.policy.name == "inference_only" else alone
-    tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
-    row["notes"] += slo_notes(row, _least_prefill(assembly), tpot_s, alone)
+        if others[at] is None:
+            _run_bound(bound, at, peak_tok_s)
     return row
 
 
 def _row_of(done: Run) -> dict[str, Any]:
     """The row of a run that was there."""
-    return {**done.summary, "folder": str(done.folder), "config": done.config, "notes": []}
+    return {**done.summary, "folder": str(done.folder), "config": done.config}
 
 
 def _bounds(config: DictConfig, folder: Path) -> dict[Path, DictConfig]:
@@ -171,14 +167,14 @@ def _bounds(config: DictConfig, folder: Path) -> dict[Path, DictConfig]:
     return {folder / "bounds" / name: _with_policy(config, name) for name in policies}
 
 
-def _run_bound(config: DictConfig, folder: Path, peak_tok_s: float | None) -> dict[str, Any]:
+def _run_bound(config: DictConfig, folder: Path, peak_tok_s: float | None) -> None:
     with warnings_as_notes(shown=False):
         assembly = assemble(config)
     if assembly.labels["name"] is None:
         given = [o for o in HydraConfig.get().overrides.task if not o.startswith("policy.")]
         assembly.labels["name"] = distinction(given)
     with _progress(assembly, show=True) as on_progress:
-        return _run(assembly, config, folder, peak_tok_s, on_progress)
+        _run(assembly, config, folder, peak_tok_s, on_progress)
 
 
 def run_assembly(assembly: Assembly, on_progress: Callable[[float], None] | None = None) -> Recorder:
@@ -208,13 +204,16 @@ def finetune_peak_tok_s(assembly: Assembly) -> float | None:
     alone = replace(assembly, horizon=replace(assembly.horizon, drain_s=0.0))
     recorder = run_assembly(alone)
     steps = recorder.steps.arrays()
+    jobs: dict[str, list[Job]] = {}
+    for spec in alone.pipelines:
+        for job in spec.jobs:
+            jobs.setdefault(job.spec.id, []).append(job)
+    done = any(all(job.finished for job in own) for own in jobs.values())
     peak = 0.0
-    for pipeline, spec in enumerate(alone.pipelines):
+    for pipeline in range(len(alone.pipelines)):
         own = steps["pipeline"] == pipeline
         if own.any():
-            until_s = steps["end_s"][own].max()
-            if any(job.finished for job in spec.jobs):
-                until_s = max(until_s, alone.horizon.duration_s)
+            until_s = max(steps["end_s"][own].max(), alone.horizon.duration_s if done else 0.0)
             peak += float(steps["tokens"][own].sum() / until_s)
     return peak or None
 
@@ -228,6 +227,7 @@ def _run(
 ) -> dict[str, Any]:
     started_s = time.perf_counter()
     step = _step(assembly)
+    jobs = [job for spec in assembly.pipelines for job in spec.jobs]
     recorder = run_assembly(assembly, on_progress)
     wall_s = time.perf_counter() - started_s
     summary = summarize(
@@ -236,23 +236,32 @@ def _run(
         duration_s=assembly.horizon.duration_s,
         pipelines=assembly.facts,
         peak_finetune_tok_s=peak_tok_s,
+        jobs=jobs,
         labels=assembly.labels,
     )
+    summary["notes"] = _notes(assembly, recorder, summary, jobs, step)
     resolved = _plain(config)
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
     )
     write_run(folder, recorder, summary, config=resolved, manifest=manifest, source="sim")
+    return {**summary, "folder": str(folder), "config": resolved}
+
+
+def _notes(
+    assembly: Assembly, recorder: Recorder, summary: Mapping[str, Any], jobs: Sequence[Job], step: str | None
+) -> list[str]:
+    """What the summary does not say; `jobs` are those of all pipelines, `step` is what an optimizer step is."""
     limits = [s.limits for s in assembly.pipelines if s.policy.serves]
-    notes = device_notes(assembly.facts)
-    notes += request_notes(recorder, limits, "cluster.limits")
+    notes = request_notes(recorder, limits, "cluster.limits")
     notes += room_notes(recorder, summary, limits, "cluster.limits")
-    finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += class_notes(summary)
+    finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
-    notes += data_notes(recorder, [job for spec in assembly.pipelines for job in spec.jobs])
+    notes += data_notes(recorder, jobs)
     notes += extrapolation_notes(recorder, summary, assembly.facts)
-    return {**summary, "folder": str(folder), "config": resolved, "notes": notes}
+    tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
+    return notes + slo_notes(summary, _least_prefill(assembly), tpot_s)
 
 
 def _least_prefill(assembly: Assembly) -> tuple[float, int] | None:
@@ -333,10 +342,10 @@ def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
     shown = list(rows)
     if folder == Path(rows[0]["folder"]):
-        shown += [row_of(read_run(path)) for path in sorted(folder.glob("bounds/*"))]
+        bounds = [row_of(read_run(path)) for path in sorted(folder.glob("bounds/*"))]
+        shown = [with_serving_alone(rows[0], bounds), *bounds]
     print_table(shown)
-    print_notes(rows)
-    print_unfinished(shown)
+    print_notes(shown)
     print(f"runs:   {shown_path(folder)}")
     scenes = varied(shown, SCENE)
     if scenes:

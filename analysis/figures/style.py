@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from analysis.repeats import alike, shared_settings
-from analysis.runs import SCENE, Row, text, unusual
+from analysis.runs import SCENE, Row, scene, text, unusual
 from analysis.table import came_at, shorten
 
 if TYPE_CHECKING:
@@ -111,11 +111,7 @@ def looks(policies: Mapping[str, str]) -> dict[str, Look]:
 def scene_title(rows: Sequence[Row]) -> str:
     """Workload, model and device, the rate where it is the same in all rows, and what else they share that is not as
     usual."""
-    parts = []
-    for key in SCENE:
-        values = list(dict.fromkeys(text(row, key) for row in rows))
-        if len(values) == 1 and values[0]:
-            parts.append(values[0])
+    parts = scene(rows)
     rates = came_at(rows)
     if len(rates) == 1:
         parts[1:1] = [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]

@@ -1,7 +1,7 @@
-"""Finetuning jobs of a run: sample lengths in training order for every pipeline.
+"""Finetuning jobs of a run: what each is, and the lengths of its samples in training order.
 
-A job has a data set of sample lengths, drawn or from a file. It is striped over the pipelines that finetune,
-each of which trains its own copy of the adapter on its own share, in an order of its own.
+A job has a data set of sample lengths, drawn or from a file. All pipelines that finetune take their samples from it,
+each the next when it needs one, and train a copy of the adapter each.
 """
 
 from __future__ import annotations
@@ -110,17 +110,11 @@ class FinetuneJob:
         check_choice("order", self.order, ORDERS)
         check_choice("memory", self.memory, (*MEMORIES, AUTO))
 
-    def samples(self, name: str, pipeline: int, pipelines: int, seed: int) -> Iterator[int]:
-        """Tokens of each sample that `pipeline` trains on, in order."""
-        lengths = self.data.lengths(stream(seed, f"samples {name}"))
-        if len(lengths) < pipelines:
-            raise ValueError(
-                f"finetune.jobs.{name}: the data set must have a sample for each of {pipelines} finetuning pipelines, "
-                f"got {len(lengths)}"
-            )
-        share = np.minimum(lengths[pipeline::pipelines], self.cutoff_len)
-        rng = stream(seed, f"shuffle {name}", pipeline) if self.shuffle else None
-        return _passes(share, self.epochs, rng)
+    def samples(self, name: str, seed: int) -> Iterator[int]:
+        """Tokens of each sample, in order."""
+        lengths = np.minimum(self.data.lengths(stream(seed, f"samples {name}")), self.cutoff_len)
+        rng = stream(seed, f"shuffle {name}") if self.shuffle else None
+        return _passes(lengths, self.epochs, rng)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,29 +124,25 @@ class Finetune:
     jobs: Mapping[str, FinetuneJob]
     lora: LoraSpec
 
-    def build(
-        self, model: ModelShape, pipeline: int, seed: int, pipelines: int = 1
-    ) -> list[tuple[JobSpec, Iterator[int]]]:
-        """The jobs of `pipeline`, one of the 0..pipelines-1 that finetune, each with its sample lengths in order."""
-        check_whole("pipelines", pipelines, at_least=1)
-        if not 0 <= pipeline < pipelines:
-            raise ValueError(f"pipeline must be in 0..{pipelines - 1}, got {pipeline}")
+    def samples(self, seed: int) -> dict[str, Iterator[int]]:
+        """Job -> the lengths of its samples, for all pipelines to take from."""
+        return {name: job.samples(name, seed) for name, job in self.jobs.items()}
+
+    def specs(self, model: ModelShape) -> list[JobSpec]:
+        """What each job is on a pipeline of `model`."""
         return [
-            (self._spec(name, job, model), job.samples(name, pipeline, pipelines, seed))
+            JobSpec(
+                id=name,
+                layers=model.layers,
+                optimizer_params=self.lora.params(model),
+                accumulation=job.accumulation,
+                weight=job.weight,
+                start_s=job.start_s,
+                order=job.order,
+                memory=job.memory,
+            )
             for name, job in self.jobs.items()
         ]
-
-    def _spec(self, name: str, job: FinetuneJob, model: ModelShape) -> JobSpec:
-        return JobSpec(
-            id=name,
-            layers=model.layers,
-            optimizer_params=self.lora.params(model),
-            accumulation=job.accumulation,
-            weight=job.weight,
-            start_s=job.start_s,
-            order=job.order,
-            memory=job.memory,
-        )
 
 
 def _passes(lengths: Ints, epochs: int | None, rng: np.random.Generator | None) -> Iterator[int]:

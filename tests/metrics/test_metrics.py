@@ -15,7 +15,7 @@ from sim.core.request import Slo
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, Outcome, Recorder
 from sim.core.specs import DeviceSpec
 from sim.metrics import DEFINITIONS, PipelineFacts, column_views, summarize
-from sim.notes import class_notes, extrapolation_notes, slo_notes
+from sim.notes import class_notes, extrapolation_notes, with_serving_alone
 
 SLOS = {
     "chat": Slo(name="chat", ttft_s=3.0, tpot_s=1.1),
@@ -370,7 +370,7 @@ def test_every_number_of_a_summary_is_defined_and_every_definition_is_used() -> 
     row = summarize(hand_made(), slos=SLOS, duration_s=4.0, labels={"name": "x", "seed": 0})
     classes = row.pop("classes")
     assert isinstance(classes, list)
-    assert set(row) | set(classes[0]) == set(DEFINITIONS) | {"name", "seed", "slo"}
+    assert set(row) | set(classes[0]) == set(DEFINITIONS) | {"name", "seed", "slo", "devices"}
     assert list(row)[:2] == ["name", "seed"]
 
 
@@ -400,5 +400,6 @@ def test_a_share_just_below_the_bound_is_never_told_as_the_bound() -> None:
     missed = {"slo": "chat", "requests": 2000, "attainment": 0.94996}
     [told] = class_notes({"attainment": 0.99, "classes": [missed]})
     assert "94.9% of its 2,000 requests" in told
-    [told] = slo_notes({"attainment": 0.9}, None, 0.045, 0.94996)
+    alone = {"policy": "inference_only", "attainment": 0.94996}
+    [told] = with_serving_alone({"attainment": 0.9}, [alone])["notes"]
     assert "94.9% of the requests" in told

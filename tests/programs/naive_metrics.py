@@ -208,22 +208,22 @@ def peak_tok_s(alone: Tables, duration_s: float) -> float | None:
         own = [row for row in alone.steps if row["pipeline"] == pipeline]
         if own:
             until_s = max(row["end_s"] for row in own)
-            if any(_ended(alone, name, pipeline) for name in alone.config["finetune"]["jobs"]):
+            if any(_ended(alone, name) for name in alone.config["finetune"]["jobs"]):
                 until_s = max(until_s, duration_s)
             peak += sum(row["tokens"] for row in own) / until_s
     return peak or None
 
 
-def _ended(alone: Tables, name: str, pipeline: int) -> bool:
-    """Whether a pipeline has trained all that it has of a job."""
-    job = alone.config["finetune"]["jobs"][name]
-    done = sum(r["samples"] for r in alone.steps if (r["pipeline"], r["job"]) == (pipeline, name))
-    return bool(job["epochs"]) and done == job["epochs"] * len(share_of(job, pipeline, len(alone.pipelines)))
+def _ended(run: Tables, name: str) -> bool:
+    """Whether all data of a job were trained."""
+    job = run.config["finetune"]["jobs"][name]
+    done = sum(row["samples"] for row in run.steps if row["job"] == name)
+    return bool(job["epochs"]) and done == job["epochs"] * len(data_of(job))
 
 
-def share_of(job: Row, pipeline: int, pipelines: int) -> list[int]:
-    """Tokens of the samples of a file that are a pipeline's."""
-    lines = Path(job["data"]["file"]).read_text().splitlines()[pipeline::pipelines]
+def data_of(job: Row) -> list[int]:
+    """Tokens of the samples of a file."""
+    lines = Path(job["data"]["file"]).read_text().splitlines()
     return [min(json.loads(line)["tokens"], job["cutoff_len"]) for line in lines]
 
 

@@ -30,7 +30,7 @@ from sim.cost.context import CostContext
 from sim.cost.roofline import Roofline
 from sim.cost.sampled import designed_works
 from tests.engine.mixtures import try_seeds
-from tests.programs.naive_metrics import Row, Tables, expected, peak_tok_s, share_of
+from tests.programs.naive_metrics import Row, Tables, data_of, expected, peak_tok_s
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 GENERAL: dict[str, tuple[Any, ...]] = {
@@ -480,29 +480,30 @@ def assert_finetuning(run: Tables, rows: dict[int, list[Row]]) -> None:
             own = [step for step in steps if step["job"] == name]
             assert [step["step"] for step in own] == [*range(1, len(own) + 1)]
             assert all(step["samples"] <= job["accumulation"] for step in own)
-            if "file" in job["data"]:
-                assert_samples(job, own, index, len(run.pipelines))
+            assert all(step["samples"] == job["accumulation"] for step in own[:-1])
+    for name, job in jobs.items():
+        if "file" in job["data"]:
+            assert_samples(job, [step for step in run.steps if step["job"] == name], len(run.pipelines))
 
 
-def assert_samples(job: Row, steps: list[Row], index: int, pipelines: int) -> None:
-    """A pipeline's share of a file, in its order or in some order."""
-    share = share_of(job, index, pipelines)
+def assert_samples(job: Row, steps: list[Row], pipelines: int) -> None:
+    """The steps are of samples of the file that pipelines took in turn, in its order or in some order; each may hold as
+    many as a step has that were not trained when the run ended."""
+    data, samples = data_of(job), job["accumulation"]
     passes = job["epochs"] or math.inf
     done = sum(step["samples"] for step in steps)
-    assert done <= passes * len(share)
-    for step in steps[:-1]:
-        assert step["samples"] == job["accumulation"]
-    if steps and steps[-1]["samples"] < job["accumulation"]:
-        assert done == passes * len(share)
     tokens = sum(step["tokens"] for step in steps)
-    whole, more = divmod(done, len(share))
-    if not job["shuffle"]:
-        lengths = list(itertools.islice(itertools.cycle(share), done))
+    assert done <= passes * len(data)
+    if any(step["samples"] < samples for step in steps):
+        assert done + pipelines * samples >= passes * len(data)
+    if pipelines == 1 and not job["shuffle"]:
+        lengths = itertools.cycle(data)
         for step in steps:
-            own, lengths = lengths[: step["samples"]], lengths[step["samples"] :]
-            assert step["tokens"] == sum(own)
-    low, high = sorted(share)[:more], sorted(share, reverse=True)[:more]
-    assert whole * sum(share) + sum(low) <= tokens <= whole * sum(share) + sum(high)
+            assert step["tokens"] == sum(itertools.islice(lengths, step["samples"]))
+    begun = sorted(data * min(passes, math.ceil((done + pipelines * samples) / len(data))))
+    assert sum(begun[:done]) <= tokens <= sum(begun[len(begun) - done :])
+    if done == passes * len(data):
+        assert tokens == passes * sum(data)
 
 
 # Pairs of runs

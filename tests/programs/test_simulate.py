@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_titles_name_the_trace_the_slo_and_what_else_is_not_the_default(
     told = ["slo=llmstation", "cluster/router=least_tokens", "cluster.limits.admission=deadline"]
     for more, said in (([], ""), (told, "SLO llmstation, router least_tokens, admission deadline, ")):
         assert main(["compare", *own, *more, f"hydra.sweep.dir={len(more)}"]) == 0
-        title = f"my, llama_3_1_8b, a100_80gb, {said}1 req/s\nworkload.file=my.csv\n"
+        title = f"my, llama_3_1_8b, 4 x a100_80gb, {said}1 req/s\nworkload.file=my.csv\n"
         assert capfd.readouterr().out.startswith(title)
         assert main(["report", f"{len(more)}"]) == 0
         assert capfd.readouterr().out.startswith(title)
@@ -487,28 +488,38 @@ def test_an_epoch_is_of_the_whole_data_set_however_many_pipelines_finetune(polic
 
 
 @pytest.mark.parametrize(
-    ("seconds", "told"), [(10, None), (43, "some pipelines had"), (60, "all finetuning data were")]
+    ("seconds", "told"),
+    [
+        (10, None),
+        (37.4, "the last samples of the finetuning data were begun and not trained"),
+        (60, "all finetuning data were trained"),
+    ],
 )
 def test_finite_data_are_told_to_be_trained_or_not(
-    seconds: int, told: str | None, capfd: pytest.CaptureFixture[str]
+    seconds: float, told: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Two pipelines have 20 steps each; the one that serves takes longer for them."""
     Path("lengths.json").write_text(json.dumps([1000] * 320))
     own = ("finetune=file", "finetune.jobs.file.data.file=lengths.json", "finetune.jobs.file.epochs=1")
     packed = ("cluster.pipelines=2", "run.bounds=false", "run.drain_s=0")
     run = read_run(simulate(*own, *packed, f"workload.duration_s={seconds}"))
+    out, err = capfd.readouterr()
     steps = run.table("steps")
-    ended = steps.groupby("pipeline").size().eq(20)
-    assert {None: not ended.any(), "some pipelines had": ended.any() and not ended.all()}.get(
-        told, ended.all()
-    )
-    err = capfd.readouterr().err
-    notes = [
-        line for line in err.splitlines() if "some pipelines had" in line or "all finetuning data" in line
-    ]
+    data_done_s = steps["end_s"].max() if steps["samples"].sum() == 320 else math.nan
+    assert run.summary["data_done_s"] == pytest.approx(data_done_s, nan_ok=True)
+    assert ("done s" in out) == (not math.isnan(data_done_s)) == (told or "").startswith("all")
+    notes = [line for line in err.splitlines() if "finetuning data" in line]
     assert [note.removeprefix("note: ")[: len(told or "")] for note in notes] == ([told] if told else [])
-    if told and ended.all():
-        assert f" by {steps['end_s'].max():,.0f} s, " in err
+
+
+def test_a_pipeline_that_serves_leaves_samples_to_the_others() -> None:
+    """All requests are packed onto one of two, and both are done at nearly the same time."""
+    Path("lengths.json").write_text(json.dumps([1000] * 320))
+    own = ("finetune=file", "finetune.jobs.file.data.file=lengths.json", "finetune.jobs.file.epochs=1")
+    run = read_run(simulate(*own, "cluster.pipelines=2", "run.bounds=false", "workload.duration_s=60"))
+    steps = run.table("steps")
+    samples, end_s = (steps.groupby("pipeline")[key] for key in ("samples", "end_s"))
+    assert samples.sum().sum() == 320 and samples.sum().max() > 1.2 * samples.sum().min()
+    assert end_s.max().min() > 0.9 * end_s.max().max()
 
 
 def test_of_two_jobs_the_one_whose_data_end_is_named(capfd: pytest.CaptureFixture[str]) -> None:
@@ -520,15 +531,38 @@ def test_of_two_jobs_the_one_whose_data_end_is_named(capfd: pytest.CaptureFixtur
     last_s = steps.loc[steps["job"] == "instructions", "end_s"].max()
     err = capfd.readouterr().err
     assert f"note: all data of finetuning job instructions were trained by {last_s:,.0f} s" in err
-    assert "some pipelines had" not in err and "sky_t1 were trained" not in err
+    assert "were begun" not in err and "sky_t1 were trained" not in err
 
 
-@pytest.mark.parametrize(("tp", "told"), [(1, False), (2, True)])
-def test_the_devices_of_a_cluster_are_told_where_pipelines_have_several(
-    tp: int, told: bool, capfd: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("cluster", "told"),
+    [
+        (("cluster.pipelines=1",), "a100_80gb"),
+        (("cluster.pipelines=3",), "3 x a100_80gb"),
+        (("cluster.pipelines=3", "cluster.tp=2"), "6 x a100_80gb in 3 pipelines"),
+        (("cluster.pipelines=1", "cluster.tp=2"), "2 x a100_80gb in 1 pipeline"),
+        (("cluster.pipelines=2", "+device.price_per_hour=1.5"), "2 x a100_80gb at 3.00 per hour"),
+        (("cluster=mixed",), "2 x a100_80gb + h100"),
+    ],
+)
+def test_the_devices_of_a_cluster_are_in_the_title(
+    cluster: tuple[str, ...], told: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    simulate("run.bounds=false", "cluster.pipelines=3", f"cluster.tp={tp}", "policy=coserving")
-    assert ("note: the cluster has 6 devices in 3 pipelines" in capfd.readouterr().err) == told
+    simulate("run.bounds=false", "policy=coserving", *cluster)
+    assert f", llama_3_1_8b, {told}, " in capfd.readouterr().out
+
+
+def test_a_report_of_runs_has_their_notes(capfd: pytest.CaptureFixture[str]) -> None:
+    """And so has a run that is resumed."""
+    own = ("cluster.limits.kv_tokens=1000", "policy=coserving", "run.bounds=false")
+    folder = simulate(*own)
+    notes = read_run(folder).summary["notes"]
+    told = capfd.readouterr().err
+    assert any("were rejected" in note for note in notes) and all(f"note: {note}\n" in told for note in notes)
+    simulate(*own, "run.resume=true")
+    assert capfd.readouterr().err == told
+    assert main(["report", str(folder)]) == 0
+    assert capfd.readouterr().err == told
 
 
 def test_runs_that_differ_in_a_setting_are_told_apart(capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,15 +1,15 @@
-"""Finetuning data: stripes, passes, shuffles, cutoff, and files of lengths."""
+"""Finetuning data: passes, shuffles, cutoff, files of lengths, and pipelines that share them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 
 import pytest
 
-from sim.core.finetune import JobSpec
+from sim.core.finetune import Backward, Forward, Job, JobSpec, Step
 from sim.core.specs import LoraSpec, ModelShape
 from sim.workload.finetune import DrawnSamples, FileSamples, Finetune, FinetuneJob
 from sim.workload.lengths import Lognormal
@@ -36,34 +36,51 @@ def jobs_of(job: FinetuneJob) -> Finetune:
     return Finetune(jobs={"a": job}, lora=LoraSpec())
 
 
-def test_a_data_set_is_striped_over_pipelines(data: FileSamples) -> None:
-    finetune = jobs_of(FinetuneJob(data=data, epochs=1, shuffle=False))
-    shares = [list(finetune.build(MODEL, p, 0, pipelines=3)[0][1]) for p in range(3)]
-    assert shares == [[1, 4, 7, 10], [2, 5, 8], [3, 6, 9]]
+def lengths_of(job: FinetuneJob, seed: int = 0) -> Iterator[int]:
+    [(name, lengths)] = jobs_of(job).samples(seed).items()
+    assert name == "a"
+    return lengths
+
+
+def train(job: Job) -> None:
+    """The present sample, and its step."""
+    tokens = job.sample_tokens
+    job.advance(Forward(job.spec.id, tokens))
+    job.advance(Backward(job.spec.id, tokens * MODEL.layers))
+    job.advance(Step(job.spec.id))
 
 
 def test_every_pass_is_a_new_order_of_the_same_samples(data: FileSamples) -> None:
-    [(_, lengths)] = jobs_of(FinetuneJob(data=data, epochs=3)).build(MODEL, 0, 0)
-    tokens = list(lengths)
+    tokens = list(lengths_of(FinetuneJob(data=data, epochs=3)))
     passes = [tokens[i : i + 10] for i in (0, 10, 20)]
     assert [sorted(p) for p in passes] == [LENGTHS] * 3
     assert passes[0] != passes[1] != passes[2]
-    assert tokens == list(jobs_of(FinetuneJob(data=data, epochs=3)).build(MODEL, 0, 0)[0][1])
-    assert tokens != list(jobs_of(FinetuneJob(data=data, epochs=3)).build(MODEL, 0, 1)[0][1])
+    assert tokens == list(lengths_of(FinetuneJob(data=data, epochs=3)))
+    assert tokens != list(lengths_of(FinetuneJob(data=data, epochs=3), seed=1))
 
 
 def test_without_epochs_it_never_ends_and_long_samples_are_cut(data: FileSamples) -> None:
-    [(_, lengths)] = jobs_of(FinetuneJob(data=data, cutoff_len=6, shuffle=False)).build(MODEL, 0, 0)
+    lengths = lengths_of(FinetuneJob(data=data, cutoff_len=6, shuffle=False))
     assert list(islice(lengths, 12)) == [1, 2, 3, 4, 5, 6, 6, 6, 6, 6, 1, 2]
 
 
-def test_pipelines_draw_different_samples_of_one_data_set() -> None:
+def test_drawn_data_have_as_many_samples_as_were_asked_for() -> None:
     data = DrawnSamples(length=Lognormal(quantiles={"p50": 300, "p90": 900}, max_tokens=10**5), samples=1000)
-    finetune = jobs_of(FinetuneJob(data=data, epochs=1))
-    whole = sorted(finetune.build(MODEL, 0, 5)[0][1])
-    shares = [list(finetune.build(MODEL, p, 5, pipelines=2)[0][1]) for p in (0, 1)]
-    assert sorted(shares[0] + shares[1]) == whole
-    assert shares[0][:20] != shares[1][:20]
+    first, again = (list(lengths_of(FinetuneJob(data=data, epochs=1, shuffle=False), seed=5)) for _ in "ab")
+    assert len(first) == 1000 and first == again
+
+
+def test_pipelines_take_the_samples_of_one_data_set_as_they_need_them(data: FileSamples) -> None:
+    lengths = lengths_of(FinetuneJob(data=data, epochs=1, shuffle=False))
+    [spec] = jobs_of(FinetuneJob(data=data, accumulation=1)).specs(MODEL)
+    slow, fast = Job(spec, lengths), Job(spec, lengths)
+    trained = []
+    while not fast.finished:
+        trained.append(fast.sample_tokens)
+        train(fast)
+    assert (slow.sample_tokens, trained) == (1, LENGTHS[1:])
+    train(slow)
+    assert slow.finished
 
 
 def test_the_spec_carries_every_setting(data: FileSamples) -> None:
@@ -71,7 +88,7 @@ def test_the_spec_carries_every_setting(data: FileSamples) -> None:
         data=data, accumulation=2, weight=3.0, start_s=5.0, order="window_major", memory="recompute"
     )
     lora = LoraSpec(rank=8, targets=("q_proj", "v_proj"))
-    [(spec, _)] = Finetune(jobs={"mine": job}, lora=lora).build(MODEL, 0, 0)
+    [spec] = Finetune(jobs={"mine": job}, lora=lora).specs(MODEL)
     assert spec == JobSpec(
         id="mine", layers=4, optimizer_params=4 * 8 * (64 + 64 + 64 + 32), accumulation=2, weight=3.0,
         start_s=5.0, order="window_major", memory="recompute",
@@ -90,7 +107,7 @@ def test_the_spec_carries_every_setting(data: FileSamples) -> None:
 )
 def test_files_of_lengths_or_tokens_are_read(write: Callable[[str, str], str], name: str, text: str) -> None:
     job = FinetuneJob(data=FileSamples(file=write(name, text)), epochs=1, shuffle=False)
-    assert list(jobs_of(job).build(MODEL, 0, 0)[0][1]) == [5, 6]
+    assert list(lengths_of(job)) == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -111,14 +128,7 @@ def test_bad_data_sets_are_named(
 ) -> None:
     job = FinetuneJob(data=FileSamples(file=write("d.json", text), column=column))
     with pytest.raises(ValueError, match=says):
-        jobs_of(job).build(MODEL, 0, 0)
-
-
-def test_a_data_set_smaller_than_the_cluster_is_refused(data: FileSamples) -> None:
-    with pytest.raises(ValueError, match=r"finetune.jobs.a: .* each of 11 finetuning pipelines, got 10"):
-        jobs_of(FinetuneJob(data=data)).build(MODEL, 0, 0, pipelines=11)
-    with pytest.raises(ValueError, match=r"pipeline must be in 0..1, got 2"):
-        jobs_of(FinetuneJob(data=data)).build(MODEL, 2, 0, pipelines=2)
+        lengths_of(job)
 
 
 @pytest.mark.parametrize(

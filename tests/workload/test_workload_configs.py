@@ -264,16 +264,17 @@ def test_every_finetune_config_gives_jobs_that_the_core_runs(name: str, tmp_path
     (tmp_path / "lengths.json").write_text("[100, 9000, 300]")
     more = [f"finetune.jobs.file.data.file={tmp_path}/lengths.json"] if name == "file" else []
     finetune = finetune_of(f"finetune={name}", *more)
-    built = finetune.build(MODEL, 1, 0, pipelines=3)
-    assert len(built) == len(finetune.jobs) == {"none": 0, "two_jobs": 2}.get(name, 1)
-    for spec, lengths in built:
+    specs, samples = finetune.specs(MODEL), finetune.samples(0)
+    assert len(specs) == len(samples) == len(finetune.jobs) == {"none": 0, "two_jobs": 2}.get(name, 1)
+    for spec in specs:
+        lengths = samples[spec.id]
         assert spec.optimizer_params == finetune.lora.params(MODEL) == 4 * 16 * (64 + 128)
         assert all(1 <= tokens <= 8192 for tokens in islice(lengths, 100))
         assert Job(spec, lengths).sample_tokens > 0
 
 
 def test_sky_t1_has_its_mean_length() -> None:
-    [(_, lengths)] = finetune_of("finetune=sky_t1").build(MODEL, 0, 0)
+    [lengths] = finetune_of("finetune=sky_t1").samples(0).values()
     tokens = np.array(list(islice(lengths, 17_000)))
     assert abs(tokens.mean() - 3650) < 4 * tokens.std() / np.sqrt(len(tokens))
     assert tokens.max() <= 8192
