@@ -356,6 +356,12 @@ def test_energy_lies_between_idle_and_full_power_by_busy_share() -> None:
     # Pipeline 0 busy a quarter of the time: 175 W per device; pipeline 1 idle: 100 W.
     agree(row, {"energy_j": (2 * 175 + 100) * 4.0, "energy_j_per_token": 1800 / 100, "cost": 0.012})
     agree(row, {"finetune_tok_s": 95 / 4, "finetune_share_of_peak": 0.25, "cost_per_mtoken": 120.0})
+    assert row["devices"] == "3 x d in 2 pipelines"
+    facts = [PipelineFacts(device=device, share=share) for share in (0.25, 0.75)]
+    row = summarize(recorder, slos=SLOS, duration_s=4.0, pipelines=facts)
+    # One device in turns: what it takes when idle once, the rest for the quarter of the time that it was busy.
+    agree(row, {"energy_j": 175 * 4.0, "cost": 0.004})
+    assert row["devices"] == "d"
 
 
 def test_a_step_counts_only_if_it_ended_in_the_window() -> None:
