@@ -142,16 +142,22 @@ def peaks_tok_s(rows: Sequence[Row]) -> list[float]:
 
 
 def best(rows: Sequence[Row], kept_share: float = SLO_KEPT_SHARE) -> set[int]:
-    """Positions of the rows with most finetuning among those that keep the SLO, one for each scene, SLO, rate and
-    source. None where nobody keeps it, nothing was trained, or the rows that train are of unlike seeds; nor one whose
-    job failed."""
+    """Positions of the rows with most finetuning among those that keep the SLO, of equals the one that was done with
+    its data first, one for each scene, SLO, rate and source. None where nobody keeps it, nothing was trained, or the
+    rows that train are of unlike seeds; nor one whose job failed."""
     winners = set()
     for contest in _contests(rows):
         sound = [i for i in contest if not number(rows[i], "jobs_failed") > 0]
         keepers = [i for i in sound if keeps_slo(rows[i], kept_share)]
         if keepers and not _unlike(rows, contest):
-            winners.add(max(keepers, key=lambda i: number(rows[i], "finetune_tok_s")))
+            winners.add(max(keepers, key=lambda i: _trained(rows[i])))
     return winners
+
+
+def _trained(row: Row) -> tuple[float, float]:
+    """For an order: trained tokens per second, and where these are equal how early finite data were trained."""
+    done_s = number(row, "data_done_s")
+    return number(row, "finetune_tok_s"), -math.inf if math.isnan(done_s) else -done_s
 
 
 def unlike_seeds(rows: Sequence[Row]) -> bool:

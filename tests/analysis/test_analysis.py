@@ -192,6 +192,13 @@ def test_each_rate_has_its_own_best() -> None:
     assert best(both) == {2, 2 + len(POLICIES)}
 
 
+def test_of_equals_the_one_that_was_done_with_its_data_first_is_best() -> None:
+    one = {"attainment": 1.0, "finetune_tok_s": 100.0}
+    rows = [one, one | {"data_done_s": 50.0}, one | {"data_done_s": 40.0}, one | {"finetune_tok_s": 99.0}]
+    assert best(rows) == {2}
+    assert best([*rows, one | {"finetune_tok_s": 101.0}]) == {4}
+
+
 def test_a_sweep_that_was_cut_short_has_no_best_where_the_seeds_differ() -> None:
     whole = rows(seed=0) + rows(seed=1, factor=1.1)
     assert "no *" not in plain_table(whole)
