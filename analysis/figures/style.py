@@ -109,13 +109,13 @@ def looks(policies: Mapping[str, str]) -> dict[str, Look]:
 
 
 def scene_title(rows: Sequence[Row]) -> str:
-    """Workload, model and device, the rate where it is the same in all rows, and what else they share that is not as
-    usual."""
-    parts = scene(rows)
+    """Workload, model and devices, what else the rows share that is not as usual, and the rate where it is the same in
+    all of them."""
+    parts = [*scene(rows), *unusual(rows)]
     rates = came_at(rows)
     if len(rates) == 1:
-        parts[1:1] = [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
-    return ", ".join([*parts, *unusual(rows)])
+        parts += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
+    return ", ".join(parts)
 
 
 def settings_title(rows: Sequence[Row]) -> str:
