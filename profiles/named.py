@@ -90,7 +90,7 @@ def device_described(name: str | None, numbers: Mapping[str, str]) -> DeviceSpec
                 f"a device without a name needs device.{missing[0]}; needed: "
                 + ", ".join(f"device.{key}" for key in NEEDED)
             )
-        unsaid = {"name": "described", "source": "given", "memory_bytes": 1.0, "link_bandwidth_bytes_s": 0.0}
+        unsaid = {"name": "described", "source": "given", "memory_bytes": 1e9, "link_bandwidth_bytes_s": 0.0}
         device = DeviceSpec(**{**unsaid, **own}, extras=extras)
     Efficiency.of(device)
     return device

@@ -190,7 +190,9 @@ def _check_keys(
             raise ValueError(f"{where} has no key {key!r}{nearest(str(key), named)}; known: {known}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in values]
     if missing:
-        raise ValueError(f"{where}.{missing[0]} is missing; it must be given")
+        *most, last = (f"{where}.{name}" for name in missing)
+        told = f"{', '.join(most)} and {last} are missing; they" if most else f"{last} is missing; it"
+        raise ValueError(f"{told} must be given")
 
 
 def _plain(node: object) -> object:

@@ -168,6 +168,48 @@ MOST_SMS = 1_000_000
 """Beyond it no work fills a device, and none has a rate."""
 
 
+class Magnitude(NamedTuple):
+    """What a number of a device can be in its unit, from a processor's core to a wafer; a common card's is near the
+    middle of the two, in powers of ten."""
+
+    least: float
+    most: float
+    unit: str
+    or_none: bool = False
+    """0 is that the device has none."""
+
+    def check(self, key: str, value: float) -> None:
+        """ValueError unless `value` is between them; one that another prefix of the unit would explain is told so."""
+        if self.least <= value <= self.most or (self.or_none and value == 0):
+            return
+        middle = math.log10(self.least * self.most) / 2
+        fitting = [
+            (abs(math.log10(value) + power - middle), power, prefix)
+            for power, prefix in PREFIXES.items()
+            if self.least <= value * 10.0**power <= self.most
+        ]
+        hint = ""
+        if fitting:
+            _, power, prefix = min(fitting)
+            hint = f"; {value:.12g} {prefix}{self.unit} are {value:.12g}e{power}"
+        allowed = f"{'0 or ' if self.or_none else ''}from {self.least:g} to {self.most:g} {self.unit}"
+        raise ValueError(f"{key} must be {allowed}, got {value:.12g}{hint}")
+
+
+PREFIXES = {3: "k", 6: "M", 9: "G", 12: "T", 15: "P"}
+MAGNITUDES = {
+    "peak_flops": Magnitude(1e8, 1e20, "FLOP/s"),
+    "vector_flops": Magnitude(1e7, 1e19, "FLOP/s"),
+    "memory_bandwidth_bytes_s": Magnitude(1e6, 1e19, "B/s"),
+    "link_bandwidth_bytes_s": Magnitude(1e6, 1e16, "B/s", or_none=True),
+    "memory_bytes": Magnitude(1e6, 1e15, "B"),
+    "l2_bytes": Magnitude(1e4, 1e11, "B"),
+    "clock_hz": Magnitude(1e7, 1e12, "Hz"),
+}
+"""Of the keys whose datasheets have a prefix: a factor of a thousand and more beyond what is built, but for clocks,
+which drivers give in kHz."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceSpec:
     """One accelerator, as its datasheet gives it (dense half precision)."""
@@ -177,7 +219,7 @@ class DeviceSpec:
     memory_bandwidth_bytes_s: float
     memory_bytes: float
     link_bandwidth_bytes_s: float
-    """Per direction, to the other devices of the node."""
+    """Per direction, to the other devices of the node; 0 is no link."""
     sms: int
     source: str
     """Where the numbers come from."""
@@ -198,20 +240,12 @@ class DeviceSpec:
     """Efficiencies and latencies that a cost model reads by name."""
 
     def __post_init__(self) -> None:
-        # A device that does less than one operation or byte per second has times beyond all numbers.
-        required = ("peak_flops", "memory_bandwidth_bytes_s", "memory_bytes", "sms")
-        for key in (*required, "vector_flops", "clock_hz", "l2_bytes"):
-            value = getattr(self, key)
-            if not (value is None or 1 <= value < math.inf):
-                raise ValueError(f"device.{key} must be at least 1 and finite, got {value}")
-        if self.sms > MOST_SMS:
-            raise ValueError(f"device.sms must be at most {MOST_SMS:,}, got {self.sms}")
-        # A link bandwidth of 0 is no link.
-        if 0 < self.link_bandwidth_bytes_s < 1:
-            raise ValueError(
-                f"device.link_bandwidth_bytes_s must be 0 or at least 1, got {self.link_bandwidth_bytes_s}"
-            )
-        for key in ("link_bandwidth_bytes_s", "power_w", "idle_power_w", "price_per_hour"):
+        for key, magnitude in MAGNITUDES.items():
+            if (value := getattr(self, key)) is not None:
+                magnitude.check(f"device.{key}", value)
+        if not 1 <= self.sms <= MOST_SMS:
+            raise ValueError(f"device.sms must be at least 1 and at most {MOST_SMS:,}, got {self.sms}")
+        for key in ("power_w", "idle_power_w", "price_per_hour"):
             value = getattr(self, key)
             if value is not None and not 0 <= value < math.inf:
                 raise ValueError(f"device.{key} must be at least 0 and finite, got {value}")

@@ -52,6 +52,15 @@ class Outer:
     book: Readable | None = None
 
 
+@dataclass(kw_only=True)
+class Card:
+    first: int
+    sms: int
+    second: int
+    third: int
+    fourth: int = 4
+
+
 HERE = __name__
 
 
@@ -59,6 +68,15 @@ def make(**keys: object) -> Outer:
     built = build(Outer, OmegaConf.create({"rate_rps": 1.0, **keys}), "workload")
     assert isinstance(built, Outer)
     return built
+
+
+def test_all_missing_keys_are_told_at_once() -> None:
+    for keys, told in (
+        ({"sms": 1}, "device.first, device.second and device.third are missing; they must be given"),
+        ({"sms": 1, "first": 1, "third": 1}, "device.second is missing; it must be given"),
+    ):
+        with pytest.raises(ValueError, match=f"^{told}$"):
+            build(Card, keys, "device")
 
 
 def test_values_of_the_right_type_arrive_as_the_annotation_says() -> None:

@@ -251,5 +251,6 @@ def test_a_model_whose_file_is_incomplete_stops_no_other(
     said = capfd.readouterr()
     assert said.out == whole and said.err.count("\n") == 1
     assert said.err.startswith(
-        "coserve compile: error: half.yaml: model.hidden is missing; it must be given; odd.yaml: "
+        "coserve compile: error: half.yaml: model.hidden, model.heads, model.kv_heads, model.head_dim, "
+        "model.ffn and model.vocab are missing; they must be given; odd.yaml: "
     )
