@@ -46,7 +46,7 @@ from sim.core.loop import Horizon
 from sim.errors import FailedInPart
 from sim.hydra_app import hydra_main
 from sim.metrics import summarize
-from sim.notes import class_notes, data_notes, print_notes, request_notes, room_notes, step_notes
+from sim.notes import bound_notes, class_notes, data_notes, print_notes, request_notes, room_notes, step_notes
 from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
 from sim.unread import check_bounds, refuse_needless
@@ -119,7 +119,8 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
         labels=spec.labels,
     )
     limits = [loaded.limits] if pipelines.serves else []
-    notes = request_notes(recorder, limits, "limits")
+    notes = bound_notes(spec.slos.values())
+    notes += request_notes(recorder, limits, "limits")
     notes += room_notes(recorder, summary, limits, "limits")
     notes += class_notes(summary)
     if pipelines.finetunes:

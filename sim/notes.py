@@ -12,6 +12,7 @@ from typing import Any
 
 from sim.core.finetune import Job
 from sim.core.plan import Limits
+from sim.core.request import Slo
 from sim.core.rows import Outcome, Recorder
 from sim.metrics import PipelineFacts, column_views, data_done_s, extrapolated
 
@@ -19,6 +20,9 @@ FEW_STEPS = 10
 """Of which one more or less changes what was trained by a tenth and more."""
 SHORT_SHARE = 0.05
 """Preemptions per request, and iterations with no place for those that wait, above which they are told of."""
+SLOW_TOKEN_S = 5.0
+"""A TPOT bound from which milliseconds are meant more likely than seconds: no token of a device takes less than 5 ms
+for anyone to bound it below, and an answer of 1,000 tokens at 5 s each takes more than an hour."""
 MOST_NAMES = 4
 """More runs of a sweep with the same note are counted, not named."""
 
@@ -126,6 +130,16 @@ def extrapolation_notes(
     where = [f"{name} {worst:g} (known {low:g} to {high:g})" for name, (low, high, worst) in found.items()]
     told = f"{share:.1%}" if share >= least else f"fewer than {least:.1%}"
     return [f"{told} of the iterations are extrapolated: {', '.join(where)}"]
+
+
+def bound_notes(slos: Iterable[Slo]) -> list[str]:
+    """SLO classes whose bound on TPOT is as large as if it were in milliseconds."""
+    return [
+        f"SLO class {slo.name} bounds TPOT by {slo.tpot_s:g} s per token: bounds are in seconds, {slo.tpot_s:g} ms are "
+        f"{slo.tpot_s / 1e3:g}"
+        for slo in slos
+        if SLOW_TOKEN_S <= slo.tpot_s < math.inf
+    ]
 
 
 def slo_notes(

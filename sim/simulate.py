@@ -35,6 +35,7 @@ from sim.errors import warnings_as_notes
 from sim.hydra_app import first_config, hydra_main, shipped
 from sim.metrics import summarize
 from sim.notes import (
+    bound_notes,
     class_notes,
     data_notes,
     extrapolation_notes,
@@ -253,7 +254,8 @@ def _notes(
 ) -> list[str]:
     """What the summary does not say; `jobs` are those of all pipelines, `step` is what an optimizer step is."""
     limits = [s.limits for s in assembly.pipelines if s.policy.serves]
-    notes = request_notes(recorder, limits, "cluster.limits")
+    notes = bound_notes(assembly.slos.values())
+    notes += request_notes(recorder, limits, "cluster.limits")
     notes += room_notes(recorder, summary, limits, "cluster.limits")
     notes += class_notes(summary)
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)

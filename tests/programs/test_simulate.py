@@ -978,6 +978,29 @@ def test_too_little_room_for_answers_is_told(
         assert ("preempted" in err) == (rate_rps == 4 and "kv_tokens" in limit)
 
 
+@pytest.mark.parametrize(
+    ("bounds", "told"),
+    [
+        (
+            ["slo.tpot_s.llama_3_1_8b=45"],
+            "SLO class default bounds TPOT by 45 s per token: bounds are in seconds, 45 ms are 0.045",
+        ),
+        (
+            ["slo.classes.default.tpot_s=5"],
+            "SLO class default bounds TPOT by 5 s per token: bounds are in seconds, 5 ms are 0.005",
+        ),
+        (["slo.classes.default.tpot_s=4", "slo.classes.default.ttft_s=3600"], None),
+        (["slo=two_classes"], None),
+    ],
+)
+def test_a_tpot_bound_in_milliseconds_is_told(
+    bounds: list[str], told: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    simulate(*bounds, "run.bounds=false")
+    notes = [line for line in capfd.readouterr().err.splitlines() if "in seconds" in line]
+    assert notes == ([] if told is None else [f"note: {told}"])
+
+
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
     Path("late.csv").write_text(LATE)
     assert main(["simulate", "workload=csv", "workload.file=late.csv", "hydra.run.dir=out"]) == 0
