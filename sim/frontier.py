@@ -17,7 +17,7 @@ from typing import Any
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes
 from sim.results import shown_path
-from sim.simulate import fitting_policies, simulate, swept
+from sim.simulate import fitting_policies, simulate, swept, tell_workload
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -34,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         simulate,
         swept(argv),
         prog="coserve frontier",
+        at_start=tell_workload,
         at_end=_show,
         about="Simulate every policy over arrival rates and routers: how much finetuning at how much goodput.",
         example="coserve frontier device=h100 slo=mlperf_server workload=azure_conv workload.duration_s=600",

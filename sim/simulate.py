@@ -48,13 +48,14 @@ from sim.notes import (
 )
 from sim.policy_node import assigned, policy_node, policy_of
 from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
-from sim.settings import ClusterSettings, RunSettings, slos_of
+from sim.settings import ClusterSettings, RunSettings, seed_of, slos_of
 from sim.unread import check_bounds
+from sim.workload.workload import Workload
 
 
 def main(argv: Sequence[str]) -> int:
     """`coserve simulate`."""
-    return hydra_main(simulate, argv, prog="coserve simulate", at_end=_show)
+    return hydra_main(simulate, argv, prog="coserve simulate", at_start=tell_workload, at_end=_show)
 
 
 LOOKED_AT = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
@@ -109,6 +110,7 @@ def compare(argv: Sequence[str]) -> int:
         simulate,
         swept(argv),
         prog="coserve compare",
+        at_start=tell_workload,
         at_end=_show,
         about="Simulate every policy, or those of policy=A,B, on the same traffic: a table and a figure.",
         example="coserve compare workload=azure_conv workload.rate_rps=16 workload.duration_s=600",
@@ -140,13 +142,13 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         return _row_of(done)
     with warnings_as_notes(shown=single):
         assembly = assemble(config)
+    if single:
+        _print_workload_notes(assembly.workload)
+    with warnings_as_notes(shown=False):
         peak_tok_s = finetune_peak_tok_s(assemble(_with_policy(config, "finetune_only")))
     if done is not None:
         row = _row_of(done)
     else:
-        if single:
-            for note in dict.fromkeys(assembly.workload.notes):
-                print(f"note: {note}", file=sys.stderr)
         if assembly.labels["name"] is None:
             assembly.labels["name"] = distinction(hydra.overrides.task)
         with _progress(assembly, show=single) as on_progress:
@@ -155,6 +157,24 @@ def simulate(config: DictConfig) -> dict[str, Any]:
         if others[at] is None:
             _run_bound(bound, at, peak_tok_s)
     return row
+
+
+def tell_workload(config: DictConfig, runs: int) -> None:
+    """Before a sweep of `runs`: what there is to say of its trace, that of the first run, whose config this is."""
+    if OmegaConf.select(config, "workload.file") is None:
+        return
+    try:
+        with warnings_as_notes(shown=True):
+            workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos_of(config)))
+    except Exception:
+        return  # what is wrong is told by the run
+    _print_workload_notes(workload)
+
+
+def _print_workload_notes(workload: Workload) -> None:
+    """Before anything is simulated, which may take long."""
+    for note in dict.fromkeys(workload.notes):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def _row_of(done: Run) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sim.workload.checks import check_choice, check_number, check_whole, nearest
 from sim.workload.files import check_file
 from sim.workload.lengths import Lengths
 from sim.workload.mix import AdapterMix, SloMix
+from sim.workload.readers.plain import CsvReader
 from sim.workload.source import ClosedLoop
 from sim.workload.streams import stream
 from sim.workload.table import RequestTable
@@ -30,6 +31,10 @@ LONGEST_S = 10_000_000
 """Sixteen weeks: 200 million iterations of 50 ms."""
 MOST_CLIENTS = 100_000
 """Each has random streams of its own, some 10 kB."""
+LONG_S = 6 * 3600
+"""Of a trace that is simulated to its end: half a million iterations of 50 ms on each pipeline."""
+HIGH_RPS = 100.0
+"""More than what any dozen devices serve of a model that is worth simulating."""
 SHORTEST_RETRY_S = 1e-3
 """Every pause is a moment that the simulation comes to."""
 DRAWS = 64
@@ -145,11 +150,30 @@ class Trace:
         table = self._stretched(table)
         if table.duration_s > LONGEST_S:
             raise ValueError(
-                f"workload {self.name}: the trace lasts {table.duration_s:g} s, of which at most {LONGEST_S:,} can "
-                "be run; take a part of it with workload.duration_s, or a higher workload.rate_rps"
+                f"workload {table.name}: the trace lasts {table.duration_s:g} s, of which at most {LONGEST_S:,} can "
+                f"be run; {self._unit}take a part of it with workload.duration_s, or a higher workload.rate_rps"
             )
         table = table.head(self.max_requests) if self.max_requests is not None else table
+        table = replace(table, notes=(*table.notes, *self._pace_notes(table)))
         return Workload.of(_labelled(table, seed, slo_names, self.slo_mix, self.adapters))
+
+    def _pace_notes(self, table: RequestTable) -> list[str]:
+        """Of a trace whose own times are so long or so short that they may be in another unit."""
+        if self.rate_rps is not None:
+            return []
+        too_long = self.duration_s is None and table.duration_s > LONG_S
+        if not too_long and (table.rate_rps < HIGH_RPS or table.arrival_s[-1] == 0):
+            return []
+        long = f"{table.duration_s / 3600:,.1f} hours" if too_long else f"{table.duration_s:,.3g} s"
+        return [
+            f"{table.name}: {len(table):,} requests in {long}, a mean of {table.rate_rps:.3g} per second, are "
+            f"simulated ({self._unit}workload.duration_s takes a part, workload.rate_rps another rate)"
+        ]
+
+    @property
+    def _unit(self) -> str:
+        """In which a user's own trace has its times."""
+        return "arrival_s is in seconds; " if isinstance(self.reader, CsvReader) else ""
 
     def _stretched(self, table: RequestTable) -> RequestTable:
         if self.duration_s is None:

@@ -687,7 +687,7 @@ BAD = {
     "workload.arrivals.bin_s=1e-9": "workload.arrivals.bin_s must leave at most 10,000,000 bins",
     "workload=gamma workload.arrivals.cv=1e-200": "workload.arrivals.cv must be a number at least 0.001",
     "workload=csv workload.file=[]": "workload.file must be the path of a file, got []",
-    "workload=csv workload.file=far.csv": "the trace lasts 2e+300 s, of which at most 10,000,000 can be run",
+    "workload=csv workload.file=far.csv": "far: the trace lasts 2e+300 s, of which at most 10,000,000 can be run",
     "workload=csv workload.file=late.csv workload.rate_rps=1e-300": "the trace lasts 3e+300 s, of which at most",
     "workload=csv workload.file=named.csv": "named.csv: row 2, column slo: no SLO class 'chat'; the slo",
     "workload=closed_loop workload.clients=1000000000": "workload.clients must be a whole number, at least 1 and",
@@ -999,6 +999,38 @@ def test_a_tpot_bound_in_milliseconds_is_told(
     simulate(*bounds, "run.bounds=false")
     notes = [line for line in capfd.readouterr().err.splitlines() if "in seconds" in line]
     assert notes == ([] if told is None else [f"note: {told}"])
+
+
+HEADER = "arrival_s,prompt_tokens,output_tokens\n"
+
+
+@pytest.mark.parametrize("command", [["simulate", "hydra.run.dir=out"], ["compare", "hydra.sweep.dir=out"]])
+@pytest.mark.parametrize(
+    ("gap_s", "more", "told"),
+    [
+        (7200, [], "20 requests in 40.0 hours, a mean of 0.000139 per second"),
+        (7200, ["workload.duration_s=20"], None),
+        (7200, ["workload.rate_rps=2"], None),
+        (0.002, [], "20 requests in 0.04 s, a mean of 500 per second"),
+        (0, [], None),
+        (1, [], None),
+    ],
+)
+def test_a_trace_in_other_units_than_seconds_is_told_before_it_runs(
+    gap_s: float, more: list[str], told: str | None, command: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    Path("my.csv").write_text(HEADER + "".join(f"{gap_s * n:g},100,10\n" for n in range(20)))
+    own = [
+        "policy=inference_only",
+        "finetune=none",
+        "run.bounds=false",
+        "workload=csv",
+        "workload.file=my.csv",
+    ]
+    assert main([*command, *own, *more]) == 0
+    notes = [line for line in capfd.readouterr().err.splitlines() if "arrival_s" in line]
+    hint = "(arrival_s is in seconds; workload.duration_s takes a part, workload.rate_rps another rate)"
+    assert notes == ([] if told is None else [f"note: my: {told}, are simulated {hint}"])
 
 
 def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[str]) -> None:
