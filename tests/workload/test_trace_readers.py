@@ -198,6 +198,7 @@ GOOD = {
     "burst": (BurstGptReader(), (BURST, "5,ChatGPT,472,18,490,API log", "6,ChatGPT,4,1,5,API log")),
     "plain": (CsvReader(), (PLAIN, "0,5,6", "1,7,8")),
 }
+NEEDED = r"needed is a CSV with a header of arrival_s \(seconds\), prompt_tokens, output_tokens$"
 
 
 @pytest.mark.parametrize(
@@ -233,7 +234,7 @@ GOOD = {
             "plain",
             1,
             "arrival_s,prompt_tokens,made",
-            "no column 'output_tokens', got arrival_s, prompt_tokens, made$",
+            "no column 'output_tokens', got arrival_s, prompt_tokens, made; needed are arrival_s .seconds., prompt",
         ),
         ("burst", 3, "-6,ChatGPT,4,1,5,API log", "row 3, column Timestamp: .*at least 0, got -6"),
         ("burst", 3, "nan,ChatGPT,4,1,5,API log", "row 3, column Timestamp: .*at least 0, got"),
@@ -241,10 +242,30 @@ GOOD = {
         ("plain", 3, "inf,1,1", "row 3, column arrival_s: .*got inf"),
         ("plain", 3, "1,1e12,1", "row 3, column prompt_tokens: .*got 1"),
         ("plain", 3, f"1,{'9' * 400},1", "row 3, column prompt_tokens: .*got 999"),
-        ("plain", 1, "x" * 10_000, r"row 1: no column 'arrival_s', got x{200}\.\.\.$"),
+        ("plain", 1, "x" * 10_000, r"row 1: no column 'arrival_s', got x{200}\.\.\.; needed are arrival_s"),
         ("plain", 3, "1,2,3,4", "row 3: must have 3 fields, got 4"),
         ("plain", 3, "1,2,\0", "row 3: holds a byte of 0"),
         ("plain", 1, PLAIN + ",adaptor", "unknown column 'adaptor'.*did you mean adapter"),
+        ("plain", 1, PLAIN + ",SLO", "unknown column 'SLO'.*did you mean slo"),
+        ("plain", 1, PLAIN + ",adapter_id", "unknown column 'adapter_id'.*did you mean adapter"),
+        ("plain", 1, '{"arrival_s": 0, "prompt_tokens": 5}', f"row 1: found JSON; {NEEDED}"),
+        ("plain", 1, '[{"arrival_s": 0},', f"row 1: found JSON; {NEEDED}"),
+        ("plain", 1, "PAR1\0", f"row 1: found Parquet; {NEEDED}"),
+        ("plain", 1, PLAIN.replace(",", ";"), f"row 1: found columns separated by ';'; {NEEDED}"),
+        ("plain", 1, PLAIN.replace(",", "\t"), rf"row 1: found columns separated by '\\t'; {NEEDED}"),
+        ("plain", 1, "0,5,6", f"row 1: found numbers, 0,5,6; {NEEDED}"),
+        (
+            "azure",
+            1,
+            '{"TIMESTAMP": 0}',
+            "needed is a CSV with a header of TIMESTAMP, ContextTokens, GeneratedTokens$",
+        ),
+        (
+            "plain",
+            3,
+            "2023-11-16T18:15:46,5,6",
+            "arrival_s: must be a number of seconds from the start, no date",
+        ),
     ],
 )
 def test_a_malformed_row_is_named(
@@ -258,6 +279,13 @@ def test_a_malformed_row_is_named(
         reader.read(write("bad.csv", *lines))
     assert "bad.csv" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_columns_that_are_not_read_are_told(write: Callable[..., str]) -> None:
+    file = write("t.csv", f"id,{PLAIN},user,slo", "a,0,5,6,x,chat", "b,1,7,8,y,batch")
+    with pytest.warns(UserWarning, match=r"t\.csv: not read: id, user \(known are also slo, adapter\)$"):
+        table = CsvReader().read(file)
+    assert table.prompt_tokens.tolist() == [5, 7] and table.slo_names == ("batch", "chat")
 
 
 def test_a_quoted_header_is_read_and_a_column_given_twice_refused(tmp_path: Path) -> None:

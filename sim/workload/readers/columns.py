@@ -13,6 +13,7 @@ import csv
 import io
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 MAX_TOKENS = 2**31 - 1
 LONGEST_SHOWN, LONGEST_HEADER = 60, 200
 """Letters of a value, and of the names of columns, in a message."""
+SECONDS = "a number of seconds from the start, no date, at least 0"
 
 
 def read_csv(
@@ -40,15 +42,18 @@ def read_csv(
     *,
     text: Sequence[str] = (),
     optional: Sequence[str] = (),
-    closed: bool = False,
 ) -> pd.DataFrame:
     """The named columns of a CSV file with a header; those in `text` as strings.
 
-    `closed` refuses every other column: a misspelt optional one would be lost in silence.
+    Where some are `optional`, others are told in a warning, and refused where one of these may be meant: it would be
+    lost.
     """
     import pandas as pd
 
     content = path.read_text(encoding="utf-8-sig", errors="replace").rstrip()
+    needed = ", ".join(f"{name} (seconds)" if name.endswith("_s") else name for name in columns)
+    if (found := _other_kind(content)) is not None:
+        raise ValueError(f"{path}: row 1: found {found}; needed is a CSV with a header of {needed}")
     if "\0" in content:  # numpy's texts end there
         row = content.count("\n", 0, content.index("\0")) + 1
         raise ValueError(f"{path}: row {row}: holds a byte of 0, which is no text")
@@ -62,14 +67,11 @@ def read_csv(
             others = [other for other in header if other not in (*columns, *optional)]
             meant = get_close_matches(name, others, n=1)
             hint = f"; should {meant[0]!r} be {name!r}?" if meant else ""
-            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{hint}")
+            raise ValueError(f"{path}: row 1: no column {name!r}, got {got}{hint}; needed are {needed}")
     _check_widths(path, content, len(header))
     known = [*columns, *optional]
-    for name in header if closed else ():
-        if name not in known:
-            raise ValueError(
-                f"{path}: row 1: unknown column {name!r}; known are {', '.join(known)}{nearest(name, known)}"
-            )
+    if optional:
+        _tell_others(path, [name for name in header if name not in known], columns, optional)
     try:
         frame = pd.read_csv(
             io.BytesIO(content.encode()),  # a StringIO would hold 4 bytes a character
@@ -105,7 +107,7 @@ def tokens_column(path: Path, frame: pd.DataFrame, column: str, *, at_least: int
 def seconds_column(path: Path, frame: pd.DataFrame, column: str) -> Floats:
     """Finite times of at least 0, shape (rows,)."""
     values = numbers(frame[column])
-    _refuse(path, frame, column, ~(np.isfinite(values) & (values >= 0)), "a number of seconds, at least 0")
+    _refuse(path, frame, column, ~(np.isfinite(values) & (values >= 0)), SECONDS)
     return values
 
 
@@ -206,6 +208,30 @@ def make_table(
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _other_kind(content: str) -> str | None:
+    """What a file is that is no CSV with commas and a header; None where it may be one."""
+    line = content.partition("\n")[0].strip()
+    for begin, kind in (("{", "JSON"), ("[", "JSON"), ("PAR1", "Parquet")):
+        if line.startswith(begin):
+            return kind
+    if "," not in line and (separator := next((sep for sep in ";\t|" if sep in line), None)) is not None:
+        return f"columns separated by {separator!r}"
+    if line and re.fullmatch(r"[\d\s.,eE+-]+", line):
+        return f"numbers, {_cut(line, LONGEST_SHOWN)}"
+    return None
+
+
+def _tell_others(path: Path, others: Sequence[str], columns: Sequence[str], optional: Sequence[str]) -> None:
+    for name in others:
+        if meant := nearest(name.lower(), optional):
+            raise ValueError(
+                f"{path}: row 1: unknown column {name!r}{meant}; known are {', '.join([*columns, *optional])}"
+            )
+    if others:
+        names = _cut(", ".join(others), LONGEST_HEADER)
+        warnings.warn(f"{path}: not read: {names} (known are also {', '.join(optional)})", stacklevel=3)
 
 
 def _check_widths(path: Path, content: str, width: int) -> None:

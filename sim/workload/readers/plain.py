@@ -28,17 +28,17 @@ LATEST_START_S = 1e8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CsvReader:
-    """Reads a trace in the project's own columns; any other column is refused."""
+    """Reads a trace in the project's own columns; others are told and not read."""
 
     def read(self, file: str | Sequence[str]) -> RequestTable:
         path = find_file(file)
         columns = ("arrival_s", "prompt_tokens", "output_tokens")
         labels = ("slo", "adapter")
-        frame = read_csv(path, columns, text=labels, optional=labels, closed=True)
+        frame = read_csv(path, columns, text=labels, optional=labels)
         arrival_s = seconds_column(path, frame, "arrival_s")
         if arrival_s.size and (first_s := arrival_s.min()) > LATEST_START_S:
             raise ValueError(
-                f"{path}: column arrival_s must count from the start of the run, "
+                f"{path}: column arrival_s must count seconds from the start of the run, "
                 f"the first arrival is at {first_s:.0f} s"
             )
         prompt_tokens = tokens_column(path, frame, "prompt_tokens")
