@@ -9,6 +9,7 @@ reader drops it. The layouts are in `profiles.aiconfigurator` and `profiles.vidu
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +31,10 @@ UNITS = {"ms": 1e-3, "us": 1e-6, "s": 1.0}
 """Of times, in seconds."""
 MOST_MISSING = 2
 """Columns that a file may miss to be taken for a broken one of a kind."""
+LONGEST_HEADER = 100
+"""Letters of it in a message."""
+COMMON = ("latency", "batch_size", "num_tokens")
+"""Columns that say nothing of a file's kind."""
 MEASURED_TOO = ("power", "power_limit")
 """Columns that are results and not what a row is of."""
 PRODUCTS = 4
@@ -82,9 +87,13 @@ def recognise(file: str, columns: Sequence[str]) -> Layout:
     missing = {lay.name: [n for n in needed[lay.name] if n not in columns] for lay in marked}
     fewest = min(map(len, missing.values()))
     if fewest > MOST_MISSING:
-        kinds = "; ".join(f"{name}: {', '.join(names)}" for name, names in needed.items() if names)
+        nearest = max(needed, key=lambda name: len(set(needed[name]) & set(columns)) / len(needed[name]))
+        shared = set(needed[nearest]) & (set(columns) - set(COMMON))
+        hint = f"; the nearest, {nearest}, has {', '.join(needed[nearest])}" if shared else ""
+        found = textwrap.shorten(", ".join(columns), LONGEST_HEADER, placeholder=" ...")
         raise ValueError(
-            f"{file}: row 0 (header): {', '.join(columns)}: of no kind that is known; known are {kinds}"
+            f"{file}: row 0 (header): no kind that is known has the columns {found}{hint}; profiles/README.md has "
+            "the kinds"
         )
     near = [name for name, absent in missing.items() if len(absent) == fewest]
     absent = " or ".join(dict.fromkeys(missing[name][0] for name in near))

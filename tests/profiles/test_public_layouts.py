@@ -160,7 +160,14 @@ def test_a_file_of_another_kind_names_the_kinds_that_are_known(
 ) -> None:
     experts = {"num_tokens": [1], "topk": [2], "num_experts": [8], "latency": [0.1]}
     line = refusal(capsys, write(tmp_path / "moe.csv", experts), "device=h100")
-    assert "num_tokens, topk, num_experts, latency: of no kind that is known; known are gemm: m, n, k" in line
+    assert line.endswith(
+        "moe.csv: row 0 (header): no kind that is known has the columns num_tokens, topk, num_experts, latency; "
+        "profiles/README.md has the kinds"
+    )
+    products = write(tmp_path / "wide.csv", {"m": [1], **{f"column_{n}": [n] for n in range(100)}})
+    line = refusal(capsys, products, "device=h100")
+    assert "column_0, " in line and "column_99" not in line
+    assert line.endswith("; the nearest, gemm, has m, n, k, latency; profiles/README.md has the kinds")
     pointer = tmp_path / "gemm.csv"
     pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     assert "a pointer of Git LFS in place of the data" in refusal(capsys, pointer, "device=h100")
