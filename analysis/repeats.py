@@ -112,6 +112,13 @@ def shared_settings(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def short_settings(pieces: Sequence[str]) -> list[str]:
+    """`pieces` of runs' names with keys cut to their last two words, or as many more as tell them apart."""
+    pairs = [piece.partition("=") for piece in pieces]
+    short = _short_keys({key for key, equals, _ in pairs if equals}, least=2)
+    return [f"{short.get(key, key)}{equals}{value}" for key, equals, value in pairs]
+
+
 def line_names(rows: Sequence[Row], labels: Sequence[str] = ("source", "router")) -> list[str]:
     """`display_names` for figures, which have no columns: with those of `labels` in which `rows` differ. A row stands
     for its repeats, so that its seed does not tell it from another."""
@@ -172,12 +179,12 @@ def _written(value: object) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _short_keys(keys: Collection[str]) -> dict[str, str]:
-    """Each dotted key cut to as many of its last words as tell it from the others."""
+def _short_keys(keys: Collection[str], least: int = 1) -> dict[str, str]:
+    """Each dotted key cut to as many of its last words, `least` or more, as tell it from the others."""
     short = {}
     for key in keys:
         words = key.split(".")
-        tails = (".".join(words[n:]) for n in reversed(range(len(words))))
+        tails = (".".join(words[n:]) for n in reversed(range(max(1, len(words) - least + 1))))
         others = [other for other in keys if other != key]
         short[key] = next((t for t in tails if not any(f".{o}".endswith(f".{t}") for o in others)), key)
     return short

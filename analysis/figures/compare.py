@@ -140,8 +140,8 @@ def _finetune_panel(axes: Any, lines: Sequence[Line], peak: float | None) -> Non
     axes.set_xticks(
         [tick for tick in MaxNLocator(nbins=5, steps=[1, 2, 5, 10]).tick_values(0, span) if tick <= span]
     )
+    style.token_ticks(axes.xaxis, largest)
     axes.set_xlim(0, span * 1.28)
-    axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel("trained tokens per second (tok/s)")
     if peak is not None:
         axes.axvline(peak, color=style.BLACK, linewidth=1.2, linestyle="--", zorder=3)

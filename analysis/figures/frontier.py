@@ -84,12 +84,13 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
     looks = style.looks({name: name.partition(" ")[0] for name in shown})
     for policy, points in shown.items():
         _draw(axes, policy, points, looks[policy])
-    top = max([peak or 0.0, *(p.finetune_tok_s for points in shown.values() for p in points)]) or 1.0
+    most = max([peak or 0.0, *(p.finetune_tok_s for points in shown.values() for p in points)])
+    top = most or 1.0
     right = max([p.goodput_rps for points in shown.values() for p in points], default=1.0)
     axes.set_xlim(0, 1.03 * right)
     axes.set_ylim(-0.03 * top, 1.06 * top)
     _name_ends(axes, shown, looks, top)
-    axes.yaxis.set_major_formatter("{x:,.0f}")
+    style.token_ticks(axes.yaxis, most)
     axes.set_xlabel(
         f"goodput (req/s), where at least {100 * kept_share:g} % of the requests{of_each_class(rows)} meet their SLO; "
         "a line ends where the policy no longer does that"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from analysis.repeats import alike, shared_settings
+from analysis.repeats import alike, shared_settings, short_settings
 from analysis.runs import SCENE, Row, scene, text, unusual
 from analysis.table import came_at, shorten
 
@@ -26,7 +26,7 @@ KEPT, MISSED = BLUE, VERMILION
 DPI = 100
 WIDTH_INCHES = 12.0
 """1200 pixels."""
-SETTINGS_LETTERS = 120
+SETTINGS_LETTERS = 110
 """As many as a title has room for."""
 
 
@@ -119,10 +119,17 @@ def scene_title(rows: Sequence[Row]) -> str:
 
 
 def settings_title(rows: Sequence[Row]) -> str:
-    """A line below a title: the settings that all rows were run with, many of them cut in their middle; empty where
-    none were given."""
-    settings = ", ".join(shared_settings(rows))
-    return f"\n{shorten(settings, SETTINGS_LETTERS)}" if settings else ""
+    """A line below a title: the settings that all rows were run with; empty where none were given. Where they are too
+    long, keys are cut to their last words, and those that do not fit are counted."""
+    settings = shared_settings(rows)
+    if len(", ".join(settings)) > SETTINGS_LETTERS:
+        most = SETTINGS_LETTERS // min(2, len(settings))
+        settings = [shorten(setting, most) for setting in short_settings(settings)]
+    line, count = ", ".join(settings), len(settings)
+    while len(line) > SETTINGS_LETTERS:
+        count -= 1
+        line = f"{', '.join(settings[:count])} and {len(settings) - count} more"
+    return f"\n{line}" if settings else ""
 
 
 def seeds_title(rows: Sequence[Row], drawn: str) -> str:
@@ -159,6 +166,18 @@ def tidy(axes: Any, grid: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis=grid, color="#DDDDDD", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def token_ticks(axis: Any, most: float) -> None:
+    """Tokens per second on an axis to `most`, as tables write numbers; 0 alone where there are none."""
+    axis.set_major_formatter(thousands)
+    if not most > 0:
+        axis.set_ticks([0])
+
+
+def thousands(value: float, _: object) -> str:
+    """As the tables write numbers; what is small as short as it is."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def check_suffix(path: str | Path) -> None:

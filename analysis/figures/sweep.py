@@ -55,12 +55,13 @@ def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> 
             _draw(axes, shorten(name, 34), looks[name], points, factor, met, size=8.5 - place % 3 * 1.5)
         axes.set_xlabel("arrivals (req/s)")
         axes.set_ylabel(title)
-        axes.yaxis.set_major_formatter(_thousands)
+        axes.yaxis.set_major_formatter(style.thousands)
         _x_ticks(axes, [point.rate_rps for points in lines[metric].values() for point in points])
         style.tidy(axes, "both")
     left, right = panels
     if (most := left.dataLim.y1) > 0:
         left.set_ylim(-0.02 * most, 1.05 * most)
+    style.token_ticks(left.yaxis, most)
     right.set_ylim(-2, 102)
     right.axhline(100 * kept_share, color=style.BLACK, linewidth=1.2, linestyle=(0, (6, 2)), zorder=1.5)
     _legend(figure, left, looks, routers)
@@ -133,11 +134,6 @@ def _legend(
         ]
         names = [*(shorten(name, 34) for name in lines), "router:", *markers]
     figure.legend(handles, names, loc="outside right center", fontsize=9, frameon=False)
-
-
-def _thousands(value: float, _: object) -> str:
-    """As the tables write numbers; what is small as short as it is."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:g}"
 
 
 def _point(x: float, values: list[float]) -> Point:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from analysis.figures import style
 from analysis.figures.compare import compare_figure, ranked
-from analysis.figures.frontier import frontier
+from analysis.figures.frontier import frontier, frontier_figure
 from analysis.figures.sweep import series, sweep_figure
 from analysis.figures.timeline import spread, timeline_figure
 from analysis.repeats import alike, display_names, over_seeds, run_names
@@ -285,6 +285,50 @@ def test_a_label_is_what_names_do_not_share() -> None:
     both = [variant(name=f"world.path={n}, predictor.path={3 - n}") for n in (1, 2)]
     assert names_of(both)[0] == "coserving (world.path=1, predictor.path=2)"
     assert "coserving (slo=mlperf_server)" in plain_table(made)
+
+
+def test_settings_too_long_for_a_figures_title_have_the_last_words_of_their_keys() -> None:
+    given = [
+        "workload.duration_s=600", "finetune.jobs.file.data.file=samples/lengths.jsonl", "finetune.jobs.file.epochs=2",
+        "finetune.jobs.other.epochs=3", "cluster.limits.max_sequences=128",
+    ]  # fmt: skip
+    title = style.settings_title([variant(name=", ".join(given))])
+    short = "\nworkload.duration_s=600, data.file=samples/lengths.jsonl, file.epochs=2, other.epochs=3"
+    assert title == f"{short} and 1 more"
+    assert (
+        style.settings_title([variant(name=", ".join([*given, "cluster.limits.max_tokens=1024"]))])
+        == f"{short} and 2 more"
+    )
+    figure = compare_figure([variant(name=", ".join(given))])
+    figure.canvas.draw()
+    assert figure._suptitle is not None
+    box = figure._suptitle.get_window_extent()
+    assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1
+    assert style.settings_title([variant(name=", ".join(given[:3]))]) == "\n" + ", ".join(given[:3])
+    alone = style.settings_title([variant(name=f"workload.file={'x' * 200}.csv")])
+    assert (
+        alone.startswith("\nworkload.file=x")
+        and alone.endswith("x.csv")
+        and len(alone) == 1 + style.SETTINGS_LETTERS
+    )
+
+
+@pytest.mark.parametrize("trained", [0.0, 0.5, 5.0])
+def test_no_two_ticks_of_trained_tokens_read_alike(trained: float) -> None:
+    made = [
+        {**row, "finetune_tok_s": trained, "peak_finetune_tok_s": NAN, "goodput_rps": 2.0, "attainment": 1.0}
+        for row in rows()
+    ]
+    others = [{**row, "rate_rps": 3.0} for row in made]
+    for figure, axis in (
+        (compare_figure(made), "xaxis"),
+        (sweep_figure([*made, *others]), "yaxis"),
+        (frontier_figure([*made, *others]), "yaxis"),
+    ):  # fmt: skip
+        figure.canvas.draw()
+        shown = [label.get_text() for label in getattr(figure.axes[0], axis).get_ticklabels()]
+        assert len(set(shown)) == len(shown)
+        assert (shown == ["0"]) == (trained == 0)
 
 
 def test_a_number_written_whole_or_not_is_one_setting() -> None:
