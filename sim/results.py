@@ -129,8 +129,7 @@ def read_run(folder: str | Path) -> Run:
     import yaml
 
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"run folder {folder} does not exist")
+    _check_folder(folder)
     if not (folder / SUMMARY).is_file():
         raise ValueError(f"{folder} has no {SUMMARY}: not a run folder, or a run that was cut short")
     summary = _with_nans(read_object(folder / SUMMARY), folder / SUMMARY)
@@ -209,13 +208,20 @@ def find_runs(paths: Iterable[str | Path]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for path in map(Path, paths):
-        if not path.is_dir():
-            raise ValueError(f"run folder {path} does not exist")
+        _check_folder(path)
         below = sorted((file.parent for file in path.rglob(SUMMARY)), key=_natural)
         if not below:
             raise ValueError(f"no {SUMMARY} in or below {path}: no run there, or it was cut short")
         found.update(dict.fromkeys(below))
     return list(found)
+
+
+def _check_folder(path: Path) -> None:
+    """ValueError for what is no folder, a run's or one that holds runs."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file; give the folder of a run, or one that holds runs")
+    if not path.exists():
+        raise ValueError(f"run folder {path} does not exist")
 
 
 def _natural(path: Path) -> list[tuple[int, int, str]]:

@@ -49,7 +49,7 @@ from sim.notes import (
 from sim.policy_node import assigned, policy_node, policy_of
 from sim.results import Run, distinction, finished_run, make_manifest, shown_path, write_run
 from sim.settings import ClusterSettings, RunSettings, seed_of, slos_of
-from sim.unread import check_bounds
+from sim.unread import check_bounds, check_effects
 from sim.workload.workload import Workload
 
 
@@ -130,6 +130,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
     Returns the summary row, with `folder` and the resolved `config` in it.
     """
     check_bounds(config)
+    check_effects(config)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
     single = hydra.mode == RunMode.RUN

@@ -76,6 +76,32 @@ def check_bounds(config: DictConfig) -> None:
             raise ValueError(f"slo.tpot_s.{name} is read by no SLO class; their bounds are {', '.join(own)}")
 
 
+ADAPTERS = "workload.adapters.count"
+
+
+def check_effects(config: DictConfig) -> None:
+    """ValueError for an override of a key that changes nothing for want of adapters or of a second pipeline. A sweep
+    may give it for those of its runs that have them."""
+    keys = override_keys()
+    several = HydraConfig.get().mode == RunMode.MULTIRUN
+    if OmegaConf.select(config, ADAPTERS) == 0 and not (several and ADAPTERS in keys):
+        _refuse_below("workload.adapters", keys, ADAPTERS, f"{ADAPTERS} is 0")
+    cluster = config.cluster
+    counts = (
+        [cluster.pipelines]
+        if cluster.groups is None
+        else [group.get("pipelines") for group in cluster.groups]
+    )
+    if counts == [1] and not (several and {"cluster", "cluster.pipelines", "cluster.groups"} & set(keys)):
+        _refuse_below("cluster.router", keys, None, "the cluster has 1 pipeline")
+
+
+def _refuse_below(node: str, keys: Sequence[str], but: str | None, cause: str) -> None:
+    for key in keys:
+        if key.startswith(f"{node}.") and key != but:
+            raise ValueError(f"{key} changes nothing here: {cause}")
+
+
 def _models() -> set[str]:
     """Names of the files in `model` on the config search path."""
     folders = [source.path for source in HydraConfig.get().runtime.config_sources if source.schema == "file"]

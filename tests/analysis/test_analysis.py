@@ -680,6 +680,7 @@ def test_report_prints_and_writes(
     [
         ([], "name at least one run folder"),
         (["NOWHERE"], "does not exist"),
+        (["FILE"], "FILE is a file; give the folder of a run, or one that holds runs"),
         (["EMPTY"], "no summary.json in or below"),
         (["RUN", "--figure", "x.nothing"], "the suffix must be one of"),
         (["RUN", "--figure", "FILE/x.png"], "cannot write figure"),

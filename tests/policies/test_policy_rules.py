@@ -760,8 +760,19 @@ def test_separate_assigns_whole_pipelines(share: float, pipelines: int, serving:
 
 @pytest.mark.parametrize(("share", "pipelines"), [(0.5, 3), (0.5, 1), (0.3, 4), (0.01, 4)])
 def test_separate_refuses_impossible_shares(share: float, pipelines: int) -> None:
-    with pytest.raises(ValueError, match="inference_share"):
+    with pytest.raises(ValueError, match="cannot serve"):
         Separate(inference_share=share).assign(pipelines)
+
+
+@pytest.mark.parametrize("pipelines", [2, 3, 7, 8])
+def test_all_shares_that_separate_calls_possible_are(pipelines: int) -> None:
+    with pytest.raises(ValueError, match="possible with") as refused:
+        Separate(inference_share=0.01).assign(pipelines)
+    shares = str(refused.value).partition("policy.inference_share=")[2].split(", ")
+    serving = [
+        sum(p.serves for p in Separate(inference_share=float(share)).assign(pipelines)) for share in shares
+    ]
+    assert serving == list(range(1, pipelines))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5, math.nan])

@@ -338,8 +338,24 @@ def test_all_policies_of_one_pipeline_run_and_those_asked_for_by_name_are_refuse
     assert {"coserving", "temporal_64"} < ran and "separate_50" not in ran
     assert main([command, *own, "policy=coserving,separate_50", "hydra.sweep.dir=named"]) == 1
     told = capfd.readouterr().err
-    assert "policy.inference_share times cluster.pipelines must be a whole number" in told
+    assert "a share of 0.5 of 1 pipeline cannot serve" in told
     assert " left out: " not in told
+
+
+@pytest.mark.parametrize(
+    ("swept", "without"),
+    [
+        (["workload.adapters.count=0,2", "workload.adapters.zipf=2"], "workload.adapters.count=0"),
+        (["cluster.pipelines=1,2", "cluster.router.headroom=0.5"], "cluster.pipelines=1"),
+    ],
+)
+def test_a_sweep_may_give_a_key_that_only_some_of_its_runs_read(
+    swept: list[str], without: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    own = ["workload=constant", "workload.duration_s=2", "policy=inference_only", "finetune=none"]
+    assert main(["simulate", "-m", *own, *swept, "hydra.sweep.dir=swept"]) == 0
+    assert main(["simulate", *own, without, swept[1]]) == 2
+    assert f"{swept[1].partition('=')[0]} changes nothing here: " in capfd.readouterr().err
 
 
 def test_a_sweep_that_goes_on_runs_only_what_is_missing(capfd: pytest.CaptureFixture[str]) -> None:
@@ -607,7 +623,15 @@ BAD = {
     "cluster.groups=[{pipelines:1,device:h100}]": "cluster.pipelines (equal pipelines) or cluster.groups",
     "cluster.pipelines=null cluster.groups=[{pipelines:1,device:h10}]": "no device named 'h10'; did you mean 'h100'?",
     "model=llama_3_1_70b cluster.tp=1": "leaves no room for finetuning",
-    "policy=separate cluster.pipelines=3": "must be a whole number that leaves at least one pipeline",
+    "policy=separate cluster.pipelines=3": "policy=separate policy.inference_share=0.333333333333, 0.666666666667",
+    "policy=separate_25 cluster.pipelines=2": "a share of 0.25 of 2 pipelines cannot serve: whole ones must, and at "
+    "least one must finetune; possible with policy=separate policy.inference_share=0.5",
+    "policy=separate_25 cluster.pipelines=1": "possible with cluster.pipelines=2 or more",
+    "policy=separate_25 cluster.pipelines=9": "0.777777777778 and other multiples of 1/9",
+    "workload.adapters.zipf=2": "workload.adapters.zipf changes nothing here: workload.adapters.count is 0",
+    "workload.adapters={base_share:0.5}": "workload.adapters.base_share changes nothing here: workload.adapters.count",
+    "cluster=single cluster.router.headroom=0.5": "headroom changes nothing here: the cluster has 1 pipeline",
+    "cluster.pipelines=null cluster.groups=[{pipelines:1}] cluster.router.headroom=0.5": "the cluster has 1 pipeline",
     "finetune.lora.targets=[down]": "finetune.lora.targets must be among",
     "finetune.jobs.sky_t1.weight=0": "error: finetune.jobs.sky_t1.weight must be a number above 0",
     "finetune.jobs.sky_t1.order=x": "error: finetune.jobs.sky_t1.order must be one of layer_major, window_major",
