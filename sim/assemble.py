@@ -16,8 +16,10 @@ from sim.cluster import PipelineSpec
 from sim.core.finetune import Job
 from sim.core.loop import Horizon
 from sim.core.request import Slo
+from sim.cost.architectures import measured_itself
+from sim.cost.roofline import Roofline
 from sim.errors import OutOfReach
-from sim.groups import check_possible, groups_of, policies_of
+from sim.groups import Group, check_possible, groups_of, policies_of
 from sim.metrics import PipelineFacts
 from sim.routing import Router
 from sim.settings import RunSettings, seed_of, slos_of
@@ -39,6 +41,8 @@ class Assembly:
     slos: dict[str, Slo]
     horizon: Horizon
     labels: dict[str, object]
+    unmeasured: tuple[str, ...] = ()
+    """Devices whose seconds come from a roofline, with constants that were all measured on others."""
 
 
 def assemble(config: DictConfig) -> Assembly:
@@ -108,6 +112,7 @@ def _assembly(config: DictConfig) -> Assembly:
         slos=slos,
         horizon=horizon,
         labels=checked_labels(labels),
+        unmeasured=tuple(dict.fromkeys(group.device.name for group in groups if _is_unmeasured(group))),
     )
 
 
@@ -134,6 +139,13 @@ def _check_reach(config: DictConfig) -> None:
 def _router_name(target: str) -> str:
     """As `cluster/router=` has it: `sim.routing.LeastTokens` is least_tokens."""
     return re.sub(r"(?<!^)(?=[A-Z])", "_", target.rpartition(".")[2]).lower()
+
+
+def _is_unmeasured(group: Group) -> bool:
+    builder: object = group.world_builder
+    while hasattr(builder, "of"):
+        builder = builder.of
+    return isinstance(builder, Roofline) and not measured_itself(group.device)
 
 
 def _region(world: object) -> dict[str, tuple[float, float]] | None:

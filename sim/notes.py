@@ -132,6 +132,15 @@ def extrapolation_notes(
     return [f"{told} of the iterations are extrapolated: {', '.join(where)}"]
 
 
+def device_notes(unmeasured: Sequence[str]) -> list[str]:
+    """Devices that nobody measured."""
+    return [
+        f"the efficiencies of {name} are those of its architecture, not measured: its seconds may be off by 10 to 40 % "
+        "(profiles/README.md)"
+        for name in unmeasured
+    ]
+
+
 def bound_notes(slos: Iterable[Slo]) -> list[str]:
     """SLO classes whose bound on TPOT is as large as if it were in milliseconds."""
     return [

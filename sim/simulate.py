@@ -38,6 +38,7 @@ from sim.notes import (
     bound_notes,
     class_notes,
     data_notes,
+    device_notes,
     extrapolation_notes,
     print_notes,
     request_notes,
@@ -283,6 +284,7 @@ def _notes(
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
     notes += data_notes(recorder, jobs)
     notes += extrapolation_notes(recorder, summary, assembly.facts)
+    notes += device_notes(assembly.unmeasured)
     tpot_s = min(slo.tpot_s for slo in assembly.slos.values())
     return notes + slo_notes(summary, _least_prefill(assembly), tpot_s)
 

@@ -33,6 +33,7 @@ class Architecture:
     """Beginning of a constant's name -> card or cards; what is not named is the A100's."""
 
 
+AMPERE_CARD = "a100_80gb"
 AMPERE = Architecture(constants={}, measured_on={})
 
 SHORT = ("norm_", "add_", "rotary_", "activation_", "embedding_")
@@ -228,8 +229,15 @@ def measured_on(device: DeviceSpec, prefix: str) -> str:
     and NCCL_TABLE after them for NCCL through PCIe, whose latencies were not."""
     if any(name.startswith(prefix) for name in device.extras):
         return device.name
-    cards = architecture_of(device).measured_on.get(prefix, "a100_80gb")
+    cards = architecture_of(device).measured_on.get(prefix, AMPERE_CARD)
     return cards + NCCL_TABLE if _by_pcie(device) and prefix == "nccl_" else cards
+
+
+def measured_itself(device: DeviceSpec) -> bool:
+    """Whether some of the device's constants were measured on it, or are its own. ValueError when there is no such
+    architecture."""
+    cards = " and ".join([AMPERE_CARD, *architecture_of(device).measured_on.values()])
+    return bool(device.extras) or device.name in cards.split(" and ")
 
 
 def _by_pcie(device: DeviceSpec) -> bool:

@@ -1003,6 +1003,35 @@ def test_too_little_room_for_answers_is_told(
 
 
 @pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["device=l40s", "model=llama_3_2_1b"], ["l40s"]),
+        (["device=a100_40gb", "device.name=mine"], ["mine"]),
+        (
+            [
+                "cluster=mixed",
+                "cluster.groups=[{pipelines:1},{pipelines:2,device:b200},{pipelines:1,device:b200}]",
+            ],
+            ["b200"],
+        ),
+        (["cluster=mixed"], []),
+        (["device=rtx_4090", "model=llama_3_2_1b"], []),
+        (["device=b200", "+device.extras.layer_fixed_s=4e-6"], []),
+    ],
+)
+def test_devices_that_nobody_measured_are_told(
+    given: list[str], told: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    simulate("policy=inference_only", "finetune=none", "run.bounds=false", *given)
+    notes = [line for line in capfd.readouterr().err.splitlines() if "not measured" in line]
+    assert notes == [
+        f"note: the efficiencies of {name} are those of its architecture, not measured: its seconds may be off by 10 "
+        "to 40 % (profiles/README.md)"
+        for name in told
+    ]
+
+
+@pytest.mark.parametrize(
     ("bounds", "told"),
     [
         (
