@@ -29,7 +29,7 @@ def draw(path: Path, found: Sequence[Against], findings: Sequence[Finding]) -> P
     _metrics(axes[1], found)
     _parts(axes[2], findings)
     title = found[0].name if len(found) == 1 else f"{len(found)} runs of the engine"
-    figure.suptitle(f"{title}: predicted by a measured profile", fontsize=13)
+    figure.suptitle(f"{title}: predicted by a measured profile", fontsize=13, wrap=True)
     return style.save(figure, path)
 
 

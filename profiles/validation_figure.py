@@ -50,7 +50,8 @@ def draw(path: Path, run: RunFolder, replay: Replay, line: Timeline) -> None:
     axes[2, 0].set_ylabel("share of requests")
     tokens.legend(loc="lower right", frameon=False, ncols=2)
     engine = run.engine
-    figure.suptitle(f"{engine.model}, vLLM {engine.version}: a recorded run and its simulation", fontsize=13)
+    title = f"{engine.model}, vLLM {engine.version}: a recorded run and its simulation"
+    figure.suptitle(title, fontsize=13, wrap=True)
     style.save(figure, path)
 
 

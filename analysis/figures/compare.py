@@ -65,7 +65,7 @@ def compare_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -
     left.set_ylim(len(lines) - 0.4, -0.6)
     title = "Finetuning beside inference, and who keeps the SLO"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'whisker')}{style.settings_title(rows)}"
-    figure.suptitle(f"{title}\n{scene}", fontsize=13)
+    figure.suptitle(f"{title}\n{scene}", fontsize=13, wrap=True)
     figure.supxlabel(
         f"both sides: blue, SLO kept (at least {kept_share * 100:g} % of the requests{of_each_class(rows)} meet it); "
         "hatched orange, SLO missed",

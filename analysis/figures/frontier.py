@@ -99,8 +99,8 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
     style.tidy(axes, "both")
     several = len({text(row, "router") for row in rows}) > 1
     router = ", each point with its better router" if several else ""
-    scene = f"{style.scene_title(rows)}{router}{style.settings_title(rows)}"
-    figure.suptitle(f"Finetuning at a goodput: {scene}", fontsize=13)
+    scene = f"{style.scene_title(rows)}{style.settings_title(rows)}"
+    figure.suptitle(f"Finetuning at a goodput{router}\n{scene}", fontsize=13, wrap=True)
     return figure
 
 

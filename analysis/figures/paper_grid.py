@@ -83,7 +83,7 @@ def grid_figure(
         names.append("published: hollow, the same shape")
     figure.legend(handles, names, **looks)
     title = f"{figure_name}: FlexLLM's figure, simulated{' (lines) and published (hollow)' if own else ''}"
-    figure.suptitle(f"{title}\n{CAPTIONS[figure_name]}", fontsize=11)
+    figure.suptitle(f"{title}\n{CAPTIONS[figure_name]}", fontsize=11, wrap=True)
     figure.align_ylabels(axes[:, 0])
     return figure
 

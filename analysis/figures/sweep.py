@@ -68,7 +68,7 @@ def sweep_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) -> 
     share = f"fewer than {kept_share * 100:g} % of the requests{of_each_class(rows, 'some')} meet it, the dashed line"
     hollow = f"hollow marker: SLO missed ({share})"
     scene = f"{style.scene_title(rows)}{style.seeds_title(rows, 'band')}{style.settings_title(rows)}"
-    figure.suptitle(f"{scene}\n{hollow}", fontsize=12)
+    figure.suptitle(f"{scene}\n{hollow}", fontsize=12, wrap=True)
     return figure
 
 

@@ -56,7 +56,7 @@ def timeline_figure(run: Run, *, bins: int = 150) -> Figure:
     policy = run.summary.get("policy")
     title = f"{policy} over time" if policy is not None else "Run over time"
     row = [run.summary]
-    figure.suptitle(f"{title}\n{style.scene_title(row)}{style.settings_title(row)}", fontsize=13)
+    figure.suptitle(f"{title}\n{style.scene_title(row)}{style.settings_title(row)}", fontsize=13, wrap=True)
     return figure
 
 

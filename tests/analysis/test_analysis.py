@@ -313,6 +313,18 @@ def test_settings_too_long_for_a_figures_title_have_the_last_words_of_their_keys
     )
 
 
+def test_a_scene_too_long_for_a_line_is_within_the_figure() -> None:
+    devices = "8 x h100_nvl in 4 pipelines + 8 x a100_40gb in 4 pipelines + 4 x rtx_pro_6000 in 4 pipelines"
+    made = [{**row, "devices": devices, "workload": "x" * 40, "attainment": 1.0} for row in rows()]
+    for draw in (compare_figure, sweep_figure, frontier_figure):
+        figure = draw(made)
+        figure.canvas.draw()
+        assert figure._suptitle is not None
+        box = figure._suptitle.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+        assert box.y0 >= max(axes.get_tightbbox().y1 for axes in figure.axes)
+
+
 @pytest.mark.parametrize("trained", [0.0, 0.5, 5.0])
 def test_no_two_ticks_of_trained_tokens_read_alike(trained: float) -> None:
     made = [
