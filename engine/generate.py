@@ -129,13 +129,11 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[Prompt]) -> lis
     limits = replace(given, max_sequence_tokens=min(given.max_sequence_tokens, shape.max_context_tokens))
     blocks = limits.kv_tokens // limits.block_tokens
     longest = min(limits.max_sequence_tokens, blocks * limits.block_tokens)
+    room = f"limits.kv_tokens, limits.max_sequence_tokens, the model's own {shape.max_context_tokens}"
     for prompt, tokens in zip(prompts, encoded, strict=True):
         check_tokens(tokens, shape.vocab, settings.model_name_or_path)
         if not tokens or len(tokens) >= longest:
-            raise ValueError(
-                f"{prompt.where} must have 1..{longest - 1} tokens (limits.kv_tokens, "
-                f"limits.max_sequence_tokens, the model's own {shape.max_context_tokens}), got {len(tokens)}"
-            )
+            raise ValueError(f"{prompt.where} must have 1..{longest - 1} tokens ({room}), got {len(tokens)}")
     stops = frozenset[int]() if settings.ignore_eos else stop_tokens(settings.model_name_or_path, tokenizer)
     sampling = Sampling(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, stop_tokens=stops
@@ -175,7 +173,7 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[Prompt]) -> lis
         slos = {"default": Slo()}
         state = PipelineState(limits=limits, slos=slos, recorder=Recorder())
         Driver(engine, WallClock()).run(run_loop(state, policy, source, Horizon()))
-    return [
+    rows = [
         None
         if n in lost
         else {
@@ -186,10 +184,23 @@ def answer(settings: Settings, policy: Policy, prompts: Sequence[Prompt]) -> lis
         }
         for n, (prompt, output) in enumerate(zip(prompts, outputs, strict=True))
     ]
+    cut = sum(
+        row is not None and row["finish"] == "length" and row["tokens"] < settings.max_new_tokens
+        for row in rows
+    )
+    if cut:
+        print(
+            f"note: {cut} of {len(rows)} answers end before max_new_tokens={settings.max_new_tokens}: a prompt and its "
+            f"answer have at most {longest} tokens ({room})",
+            file=sys.stderr,
+        )
+    return rows
 
 
 def _prompts(settings: Settings) -> list[Prompt]:
     where = "standard input" if settings.prompts is None else settings.prompts
+    if settings.prompts is None and sys.stdin is None:
+        raise ValueError("there is no prompt: standard input is closed, and prompts names no file")
     try:
         content = sys.stdin.buffer.read() if settings.prompts is None else Path(where).read_bytes()
         # Read alike wherever they come from: standard input itself keeps \r, and takes its encoding from the locale.

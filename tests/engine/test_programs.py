@@ -660,6 +660,32 @@ def test_blank_lines_among_prompts_are_counted_in_a_note(
     assert told == ["", note]
 
 
+def test_generate_tells_answers_that_the_models_context_cuts(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("p.txt").write_text("The harbour\nTwo clocks\n")
+    own = [arguments[0], "prompts=p.txt", "chat=false", "ignore_eos=true"]
+    assert generate([*own, "max_new_tokens=2"]) == 0
+    assert capsys.readouterr().err == ""
+    assert generate([*own, "max_new_tokens=1000"]) == 0
+    out, err = capsys.readouterr()
+    assert all(json.loads(line)["tokens"] < 256 for line in out.splitlines())
+    assert err == (
+        "note: 2 of 2 answers end before max_new_tokens=1000: a prompt and its answer have at most 256 tokens "
+        "(limits.kv_tokens, limits.max_sequence_tokens, the model's own 256)\n"
+    )
+
+
+def test_generate_without_standard_input_says_so(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", None)
+    assert generate(arguments[:1]) == 2
+    assert capsys.readouterr().err == (
+        "coserve generate: error: there is no prompt: standard input is closed, and prompts names no file\n"
+    )
+
+
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 @pytest.mark.parametrize("end", [b"\n", b"\r\n"])
 def test_prompts_are_the_same_from_a_file_and_from_standard_input(
