@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ import numpy as np
 
 from engine.finetune import Sample
 from engine.kernels.loss import IGNORE_LABEL
-from engine.tokenizer import Tokenizer, prompt_tokens, template
+from engine.tokenizer import Tokenizer, prompt_tokens, template, template_text, token_ends
 from sim.json_file import parse
 
 FORMATS = {
@@ -218,7 +219,7 @@ def _text(record: Mapping[str, Any], column: str, where: str) -> str:
 
 
 def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tuple[list[int], list[bool]]:
-    """The whole conversation, and which tokens an answer added."""
+    """The whole conversation, and which tokens an answer added. A token across a border belongs to what follows it."""
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{where}: holds a conversation, and the tokenizer has no chat template "
@@ -230,11 +231,18 @@ def _chat(messages: Sequence[Message], tokenizer: Tokenizer, where: str) -> tupl
         if message["role"] == "assistant":
             before = template(tokenizer, messages[:n], where, add_generation_prompt=True)
             after = template(tokenizer, messages[: n + 1], where)
-            if tokens[: len(after)] != after or after[: len(before)] != before:
-                raise ValueError(
-                    f"{where}: the chat template changes earlier turns, so answers cannot be found"
-                )
-            trained[len(before) : len(after)] = [True] * (len(after) - len(before))
+            start, end = len(before), len(after)
+            if tokens[:end] != after or after[:start] != before:  # a token across a border, or another text
+                asked = template_text(tokenizer, messages[:n], where, add_generation_prompt=True)
+                answered = template_text(tokenizer, messages[: n + 1], where)
+                text = template_text(tokenizer, messages, where)
+                if not (answered.startswith(asked) and text.startswith(answered)):
+                    raise ValueError(
+                        f"{where}: the chat template changes earlier turns, so answers cannot be found"
+                    )
+                ends = token_ends(tokenizer, text, where)
+                start, end = bisect_right(ends, len(asked)), bisect_right(ends, len(answered))
+            trained[start:end] = [True] * (end - start)
     return tokens, trained
 
 

@@ -15,6 +15,9 @@ class Tokenizer(Protocol):
 
     eos_token_id: int | None
     chat_template: Any
+    is_fast: bool
+
+    def __call__(self, text: str, **options: Any) -> Any: ...
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
 
@@ -73,9 +76,32 @@ def template(
 ) -> list[int]:
     """Tokens of a conversation under the tokenizer's chat template. ValueError begins with `where` when the template
     is broken, or refuses such a conversation."""
+    return list(_applied(tokenizer, messages, where, tokenize=True, return_dict=True, **options)["input_ids"])
+
+
+def template_text(
+    tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], where: str, **options: Any
+) -> str:
+    """What `template` takes the tokens of."""
+    text: str = _applied(tokenizer, messages, where, tokenize=False, **options)
+    return text
+
+
+def token_ends(tokenizer: Tokenizer, text: str, where: str) -> list[int]:
+    """Where in `text`, whose special tokens are written out, each of its tokens ends. ValueError for a tokenizer that
+    does not tell."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{where}: a token is of a question and of its answer, and a tokenizer without tokenizer.json does not "
+            "tell where they meet"
+        )
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return [end for _, end in found["offset_mapping"]]
+
+
+def _applied(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], where: str, **options: Any) -> Any:
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **options)
+        return tokenizer.apply_chat_template(list(messages), **options)
     except Exception as error:  # a template computes, and may fail as any program does
         told = one_line(str(error))
         raise ValueError(f"{where}: the tokenizer's chat template fails on it: {told}") from error
-    return list(encoded["input_ids"])

@@ -77,6 +77,36 @@ def test_a_conversation_needs_a_template_and_other_rows_do_not(
             read_dataset(path, bare, cutoff_len=100)
 
 
+SPACED = (
+    "{% for m in messages %}{{ m.role | upper + ': ' + m.content + (eos_token if m.role == 'assistant' else ' ') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT: ' }}{% endif %}"
+)
+
+
+def test_an_answer_after_a_space_begins_with_the_token_that_has_both(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = copy.deepcopy(tokenizer)
+    spaced.chat_template = SPACED
+    turns = [CHAT[0], {"role": "assistant", "content": "the harbour waits"}] * 2
+    path = write(tmp_path / "d.jsonl", [{"messages": turns}])
+    (sample,) = read_dataset(path, spaced, cutoff_len=100).samples
+    assert sample.tokens.tolist() == spaced.apply_chat_template(turns)["input_ids"]
+    assert spaced.decode(sample.tokens[sample.labels != -100]) == " the harbour waits<|end|>" * 2
+    monkeypatch.setattr(type(spaced), "is_fast", False)
+    with pytest.raises(ValueError, match="row 1: a token is of a question and of its answer"):
+        read_dataset(path, spaced, cutoff_len=100)
+
+
+def test_a_template_that_changes_earlier_turns_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    forgetful = copy.deepcopy(tokenizer)
+    forgetful.chat_template = (
+        "{% for m in messages %}{% if loop.last %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="row 1: the chat template changes earlier turns"):
+        read_dataset(write(tmp_path / "d.jsonl", [{"messages": CHAT}]), forgetful, cutoff_len=100)
+
+
 def test_a_row_ends_with_its_line_alone(tokenizer: Any, tmp_path: Path) -> None:
     path, text = tmp_path / "d.jsonl", "one" + chr(0x2028) + "more" + chr(0x85) + "end"
     path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for _ in range(2)))
