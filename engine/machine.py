@@ -9,9 +9,11 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
+from omegaconf import DictConfig
 
 from engine.config import ModelConfig, RopeScaling, read_config
 from engine.load import load_model, random_model
@@ -20,6 +22,7 @@ from engine.parallel import ALONE
 from engine.replica import Replica
 from sim.checked import build, check
 from sim.core.specs import DeviceSpec, ModelShape
+from sim.unread import override_keys
 
 DTYPE_BY_BYTES = {2: torch.bfloat16, 4: torch.float32}
 LLAMA_3_1 = RopeScaling(
@@ -68,6 +71,21 @@ def place_of(device: DeviceSpec) -> str:
     if not torch.cuda.is_available():
         raise ValueError(f"device {device.name} needs a CUDA device, and torch finds none; try device=cpu")
     return "cuda"
+
+
+def take_model_of_folder(config: DictConfig) -> None:
+    """`config.model` becomes the model of the folder `config.weights` if there is one and no other model was asked for.
+    Keys of it that were given stay; of the rest, numbers are float32 on a CPU and bfloat16 on a GPU, on one device."""
+    keys = override_keys()
+    if config.weights is None or "model" in keys:
+        return
+    read = read_config(check(config.weights, str, "weights")).shape
+    given = {key: value for key, value in config.model.items() if f"model.{key}" in keys}
+    own = {
+        "name": Path(config.weights).resolve().name,
+        "dtype_bytes": 4 if config.device.name == "cpu" else 2,
+    }
+    config.model = {**asdict(read), **own, "tp": 1, **given}
 
 
 def shape_of(node: object, weights: str | None) -> ModelShape:

@@ -26,7 +26,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from engine.machine import model_of, release, shape_of
+from engine.machine import model_of, release, shape_of, take_model_of_folder
 from engine.model import Model
 from engine.reference_iterations import (
     Memory,
@@ -112,6 +112,7 @@ def main(argv: Sequence[str]) -> int:
 def reference(config: DictConfig) -> dict[str, Any]:
     """Measure the engine against this machine's limits and against PEFT, and write reference.parquet."""
     started_s = time.perf_counter()
+    take_model_of_folder(config)
     node = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     assert isinstance(node, dict)
     shape = shape_of(node.pop("model"), node["weights"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from engine.assemble import TrainingJob
 from engine.bench import CONFIGS, _peak_notes, main
 from engine.bench_jobs import jobs_of
 from engine.bench_loaded import Loaded
+from engine.config import read_config
 from engine.lora import new_adapter, read_adapter
 from engine.machine import random_config
 from engine.model import Model
@@ -316,12 +317,25 @@ def test_a_mistake_is_told_in_one_line(
     assert not folder.exists()
 
 
+def test_weights_alone_say_which_model_it_is(
+    folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = [*SHORT, f"weights={model_folder}"]
+    assert main([*own, f"hydra.run.dir={folder}"]) == 0
+    run = read_run(folder)
+    assert run.summary["model"] == model_folder.name
+    shape = replace(read_config(model_folder).shape, dtype_bytes=4)
+    assert run.config["model"] == asdict(shape) and shape.hidden == 32
+    assert main([*own, "model.layers=3", f"hydra.run.dir={folder}/x"]) == 2
+    assert capsys.readouterr().err.endswith("holds a model of another shape: layers 2 (model.layers=3)\n")
+
+
 def test_weights_of_another_shape_are_told_by_what_differs(
     folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     shape = replace(_model_shape(), layers=1, ffn=48)
     save_model(load.random_model(random_config(shape), torch.float32, "cpu"), tmp_path / "m")
-    assert main([*SHORT, f"weights={tmp_path}/m", f"hydra.run.dir={folder}"]) == 2
+    assert main([*SHORT, "model=tiny", f"weights={tmp_path}/m", f"hydra.run.dir={folder}"]) == 2
     error = capsys.readouterr().err
     own = _model_shape()
     differ = f"layers 1 (model.layers={own.layers}), ffn 48 (model.ffn={own.ffn})"
