@@ -54,7 +54,7 @@ from sim.core.rows import Recorder
 from sim.core.specs import DeviceSpec, LoraSpec
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
-from sim.errors import USER_ERROR, FailedInPart, keys_as, nearest, writing
+from sim.errors import USER_ERROR, FailedInPart, Terminated, keys_as, nearest, writing
 from sim.hydra_app import hydra_main
 from sim.policy_node import policy_node, policy_of
 from sim.settings import LimitSettings, slos_of
@@ -137,7 +137,6 @@ def serve(config: DictConfig) -> dict[str, Any]:
         given = ", ".join([settings.shown, *names])
         raise ValueError(f"the model, each adapter and the job need names of their own, got {given}")
     with ExitStack() as stack:
-        stack.enter_context(_terminable())
         listening = stack.enter_context(_bound(settings.host, settings.port))
         address = _url(listening)
         trace = None if settings.trace is None else stack.enter_context(_trace(settings.trace))
@@ -294,16 +293,6 @@ def _trained(training: Training, engine: Engine, saver: Saver) -> Iterator[None]
         yield
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM inside is as Ctrl-C: what was begun is undone."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 class _Stop:
     """Whether somebody asked the server to stop."""
 
@@ -322,7 +311,7 @@ def _stopping(live: LiveArrivals, front: FrontProcess, drain_s: int) -> Iterator
         if stop.asked:
             if time.monotonic() - stop.at_s < TWICE_S:
                 return
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
         stop.asked, stop.at_s = True, time.monotonic()
         _note(f"stopping: up to {drain_s} s for the answers under way, again to stop now")
         live.stop(drain_s)

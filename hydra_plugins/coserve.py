@@ -41,10 +41,11 @@ from sim.run_folder import complete_as_they_were, remove_unused, there
 
 
 class SweepInterrupted(KeyboardInterrupt):
-    """Ctrl-C in a sweep; `finished` are the runs done by then."""
+    """`stop`, Ctrl-C or SIGTERM, in a sweep; `finished` are the runs done by then."""
 
-    def __init__(self, finished: Sequence[JobReturn]) -> None:
+    def __init__(self, stop: KeyboardInterrupt, finished: Sequence[JobReturn]) -> None:
         super().__init__()
+        self.stop = stop
         self.finished = finished
 
 
@@ -91,11 +92,11 @@ class ProcessLauncher(Launcher):
                         while untold:
                             bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             # Runs end their own folders; those that were cut short could not.
             for index in [i for i in order if i not in returns][: self.workers]:
                 remove_unused(self._folder(*jobs[index]), there(Path(self.config.hydra.sweep.dir)))
-            raise SweepInterrupted([returns[i] for i in sorted(returns)]) from None
+            raise SweepInterrupted(stop, [returns[i] for i in sorted(returns)]) from None
         return [returns[i] for i in sorted(returns)]
 
     def _folder(self, number: int, overrides: Sequence[str]) -> Path:
@@ -147,7 +148,7 @@ class GridSweeper(BasicSweeper):
                 self._collect(self.launcher.launch(batch, initial_job_idx=first))
             except SweepInterrupted as stopped:
                 self._collect(stopped.finished)
-                raise
+                raise stopped.stop from None
             first += len(batch)
 
     def _one_by_one(self, runs: Sequence[Sequence[str]]) -> None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
-from sim.errors import BUG, USER_ERROR, message, nearest, report
+from sim.errors import BUG, USER_ERROR, Terminated, message, nearest, report
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -89,9 +89,10 @@ def _dispatch(arguments: list[str]) -> int:
 def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
     module, _, function = target.partition(":")
     try:
-        with _interrupted_later():
-            command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
-        return command(arguments)
+        with _terminable():
+            with _stopped_later():
+                command: Callable[[Sequence[str]], int] = getattr(import_module(module), function)
+            return command(arguments)
     except KeyboardInterrupt as stop:
         return report(prog, stop, None)
     except Exception as error:
@@ -99,9 +100,23 @@ def _run(prog: str, target: str, arguments: Sequence[str]) -> int:
 
 
 @contextmanager
-def _interrupted_later() -> Iterator[None]:
-    """Ctrl-C inside is delivered at the end: an import may swallow it, and leave half of itself behind."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def _terminable() -> Iterator[None]:
+    """SIGTERM inside is as Ctrl-C."""
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _stopped_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM inside come at the end: an import may swallow them, and leave half of itself behind."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
-"""Exit codes; 130 is what a shell gives a program that Ctrl-C ended."""
+USER_ERROR, BUG, INTERRUPTED, TERMINATED = 2, 1, 130, 143
+"""Exit codes; the last two are what a shell gives a program that Ctrl-C or SIGTERM ended."""
 
 EXTRAS = {
     "torch": "engine",
@@ -162,6 +162,10 @@ def one_line(text: str) -> str:
     return "; ".join(line.rstrip(";") for line in lines if line)
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, by which schedulers and containers end a program; it is ended as by Ctrl-C."""
+
+
 def debugging() -> bool:
     return os.environ.get("COSERVE_DEBUG") == "1"
 
@@ -174,8 +178,9 @@ def report(prog: str, error: BaseException, line: str | None) -> int:
     if isinstance(error, BrokenPipeError):
         raise error
     if isinstance(error, KeyboardInterrupt):
-        print(f"{prog}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        by_signal = isinstance(error, Terminated)
+        print(f"{prog}: {'terminated' if by_signal else 'interrupted'}", file=sys.stderr)
+        return TERMINATED if by_signal else INTERRUPTED
     if line is None or debugging():
         traceback.print_exception(error)
     if line is None:

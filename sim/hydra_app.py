@@ -31,7 +31,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from sim.errors import BUG, INTERRUPTED, message, nearest, one_line, report
+from sim.errors import BUG, INTERRUPTED, TERMINATED, message, nearest, one_line, report
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
 from sim.run_folder import complete_as_they_were, remove_unused, there
@@ -93,7 +93,7 @@ def hydra_main(
     rows = [outcome.row for outcome in collected.outcomes if outcome.row is not None]
     if rows and at_end is not None:
         at_end(rows, collected.folder)
-    if rows and code == INTERRUPTED and (Path(rows[0].get("folder", "")) / SUMMARY).is_file():
+    if rows and code in (INTERRUPTED, TERMINATED) and (Path(rows[0].get("folder", "")) / SUMMARY).is_file():
         print(
             f"{prog}: coserve report {collected.folder} shows again what is finished ({len(rows)}); "
             f"the same command with run.resume=true hydra.sweep.dir={collected.folder} runs the others",

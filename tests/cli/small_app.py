@@ -44,6 +44,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    from tests.cli import small_app
+    from sim import cli
 
-    sys.exit(small_app.main(sys.argv[1:]))
+    cli.COMMANDS["small"] = ("does little", "tests.cli.small_app:main")
+    sys.exit(cli.main(["small", *sys.argv[1:]]))

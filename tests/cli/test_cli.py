@@ -110,12 +110,17 @@ def test_an_error_of_a_command_gives_its_line_and_exit_code(
     assert ("Traceback" in err) == (code == 1)
 
 
-def test_a_stop_while_a_command_is_imported_is_one_whatever_the_import_swallows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code", "told"), [("SIGINT", 130, "interrupted"), ("SIGTERM", 143, "terminated")]
+)
+def test_a_stop_while_a_command_is_imported_is_one_whatever_the_import_swallows(
+    number: str, code: int, told: str, tmp_path: Path
+) -> None:
     """Packages try imports of others, and take a stop in them for what is not installed."""
     (tmp_path / "swallowing.py").write_text(
         "import signal\n"
-        "try:\n    signal.raise_signal(signal.SIGINT)\n    whole = True\nexcept BaseException:\n    pass\n"
-        "def main(argv):\n    return 0\n"
+        "try:\n    signal.raise_signal(signal.NUMBER)\n    whole = True\nexcept BaseException:\n    pass\n"
+        "def main(argv):\n    return 0\n".replace("NUMBER", number)
     )
     program = (
         "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from sim import cli;"
@@ -124,7 +129,7 @@ def test_a_stop_while_a_command_is_imported_is_one_whatever_the_import_swallows(
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *filter(None, sys.path)])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert (done.returncode, done.stdout, done.stderr) == (130, "True\n", "coserve swallowing: interrupted\n")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "True\n", f"coserve swallowing: {told}\n")
 
 
 @pytest.mark.parametrize("command", ["--help", "report --definitions", "profile --help", "profile show"])

@@ -295,35 +295,48 @@ def start(folder: Path, *argv: str) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_of_a_run_without_results_leaves_no_folder(app_folder: Path) -> None:
+STOPS = pytest.mark.parametrize(
+    ("number", "code", "told"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+
+
+@STOPS
+def test_a_run_that_is_stopped_without_results_leaves_no_folder(
+    number: int, code: int, told: str, app_folder: Path
+) -> None:
     process = start(app_folder, "wait_s=60")
     while not (app_folder / "out" / "waiting.log").exists():
         assert process.poll() is None
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "coserve small: interrupted\n")
+    assert (process.returncode, err) == (code, f"coserve small: {told}\n")
     assert not (app_folder / "out").exists()
 
 
-def test_ctrl_c_ends_a_sweep_and_keeps_what_is_finished(app_folder: Path) -> None:
+@STOPS
+def test_a_sweep_that_is_stopped_keeps_what_is_finished(
+    number: int, code: int, told: str, app_folder: Path
+) -> None:
     process = start(app_folder, "-m", "seed=range(0,40)", "wait_s=0.3")
     while len(list(app_folder.glob("out/*/seed.txt"))) < 3:
         assert process.poll() is None
         time.sleep(0.02)
-    # To the whole group, as a terminal does.
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:  # to the whole group, as a terminal does
+        os.killpg(process.pid, number)
+    else:
+        os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert "Traceback" not in err
     stopped, how_to_go_on = err.splitlines()[-2:]
-    assert stopped.endswith("coserve small: interrupted")
+    assert stopped.endswith(f"coserve small: {told}")
     folder = app_folder / "out"
     assert how_to_go_on.startswith(f"coserve small: coserve report {folder} shows again what is finished (")
     assert how_to_go_on.endswith(f"with run.resume=true hydra.sweep.dir={folder} runs the others")
-    told = [int(row.split("/")[1]) for row in out.removeprefix("rows: ").split()]
-    assert 2 <= len(told) < 40
-    for seed in told:
+    seeds = [int(row.split("/")[1]) for row in out.removeprefix("rows: ").split()]
+    assert 2 <= len(seeds) < 40
+    for seed in seeds:
         assert (app_folder / "out" / str(seed) / "seed.txt").read_text() == str(seed)
     # One that was stopped has written its first result, or has no folder.
     assert all((path / "seed.txt").is_file() for path in folder.iterdir() if path.is_dir())

@@ -8,7 +8,9 @@ import io
 import itertools
 import json
 import math
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.text import read_text
 from engine.tokenizer import prompt_tokens
 from engine.training import main as finetune
+from sim.cli import main as coserve
 from sim.core.specs import LoraSpec
 from tests.engine.tiny import log_of, without_notes
 
@@ -418,7 +421,13 @@ def test_tensorboard_that_is_missing_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(("step", "told"), [(1, "no checkpoint yet (save_steps)"), (3, "checkpoint-2")])
-def test_ctrl_c_says_what_training_goes_on_from(
+@pytest.mark.parametrize(
+    ("number", "code", "end"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_who_stops_a_training_is_told_what_it_goes_on_from(
+    number: int,
+    code: int,
+    end: str,
     step: int,
     told: str,
     arguments: list[str],
@@ -429,14 +438,18 @@ def test_ctrl_c_says_what_training_goes_on_from(
 
     def stopped(log: training.TrainingLog, record: Any, *rest: Any) -> None:
         if record.step == step:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), number)
         add(log, record, *rest)
 
     monkeypatch.setattr(training.TrainingLog, "add", stopped)
-    assert finetune([*arguments, "save_steps=2"]) == 130
+    # A shell that starts the tests in the background has SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = coserve(["finetune", *arguments, "save_steps=2"])
+    signal.signal(signal.SIGINT, before)
+    assert found == code
     note, last = capsys.readouterr().err.splitlines()[-2:]
     assert note.startswith("note: ") and note.endswith(told)
-    assert last == "coserve finetune: interrupted"
+    assert last == f"coserve finetune: {end}"
 
 
 def test_a_loss_that_is_no_number_ends_a_run_and_keeps_its_checkpoints(

@@ -377,14 +377,15 @@ def slow_policy(here: Path, fails: bool) -> list[str]:
 @pytest.mark.parametrize(
     ("arguments", "signals", "fails", "code", "words"),
     [
-        (["drain_s=0"], 1, False, 0, "up to 0 s for the answers under way"),
-        (["drain_s=600"], 2, False, 130, "interrupted"),
-        ([], 0, True, 2, "RuntimeError: boom"),
+        (["drain_s=0"], [signal.SIGINT], False, 0, "up to 0 s for the answers under way"),
+        (["drain_s=600"], [signal.SIGINT] * 2, False, 130, "interrupted"),
+        (["drain_s=600"], [signal.SIGTERM] * 2, False, 143, "terminated"),
+        ([], [], True, 2, "RuntimeError: boom"),
     ],
 )
 def test_an_end_before_the_answers_is_told_to_their_clients(
     arguments: list[str],
-    signals: int,
+    signals: list[int],
     fails: bool,
     code: int,
     words: str,
@@ -397,8 +398,8 @@ def test_an_end_before_the_answers_is_told_to_their_clients(
         c.request("POST", "/v1/completions", json.dumps(greedy("The harbour", 240, stream=True)))
         answer = c.getresponse()
         assert answer.read(5) == b"data:"
-        for _ in range(signals):
-            server.send(signal.SIGINT)
+        for number in signals:
+            server.send(number)
             server.await_told("stopping")
             time.sleep(TWICE_S)
         *_, error, done, rest = answer.read().decode().split("\n\n")

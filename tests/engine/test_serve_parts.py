@@ -17,7 +17,7 @@ import engine.serve
 from engine.front_process import GRACE_S
 from engine.saver import Saver
 from engine.serve import TWICE_S, Settings, _bound, _check_policy, _longest, _stopping, _trained, _training
-from engine.serve import main as serve
+from sim.cli import main as coserve
 from sim.core.plan import Limits
 from tests.engine.serving import SHORT, prepared
 
@@ -79,8 +79,9 @@ def test_a_stop_while_the_model_is_loaded_leaves_nothing(
     monkeypatch.setattr(engine.serve, "load_model", load)
     monkeypatch.chdir(tmp_path)
     before = signal.getsignal(signal.SIGTERM)
-    assert serve([f"weights={model_folder}", *SHORT, "policy=inference_only", "trace=t.csv"]) == 130
-    assert capsys.readouterr().err == "coserve serve: interrupted\n"
+    command = ["serve", f"weights={model_folder}", *SHORT, "policy=inference_only", "trace=t.csv"]
+    assert coserve(command) == 143
+    assert capsys.readouterr().err == "coserve serve: terminated\n"
     assert signal.getsignal(signal.SIGTERM) == before and not Path("t.csv").exists()
 
 
