@@ -98,10 +98,16 @@ def warnings_as_notes(*, shown: bool) -> Iterator[None]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean NAME?' for the closest of `known`, or nothing if none is close. One that begins so is closer
     than any that does not."""
-    known = list(known)
-    begin = [other for other in known if name and other.startswith(name)]
-    close = difflib.get_close_matches(name, begin or known, n=1, cutoff=0.0 if begin else 0.6)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    written = {_plain(other): other for other in known}
+    name = _plain(name)
+    begin = [other for other in written if name and other.startswith(name)]
+    close = difflib.get_close_matches(name, begin or written, n=1, cutoff=0.0 if begin else 0.6)
+    return f"; did you mean {written[close[0]]!r}?" if close else ""
+
+
+def _plain(name: str) -> str:
+    """As our names are written: meta-llama/Llama-3.1-8B is llama_3_1_8b."""
+    return re.sub(r"[^a-z0-9]+", "_", name.rpartition("/")[2].lower())
 
 
 def message(error: BaseException) -> str | None:

@@ -152,7 +152,7 @@ def test_a_folder_that_has_the_file_is_taken(
 
 def test_an_unknown_name_gets_the_nearest(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["azure_con"]) == 2
-    assert "did you mean azure_conv?" in one_line(capsys)
+    assert "did you mean 'azure_conv'?" in one_line(capsys)
     assert main([]) == 2
     assert "name a trace" in one_line(capsys)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from difflib import get_close_matches
 from typing import Any
+
+from sim.errors import nearest
 
 
 def check_number(
@@ -46,9 +47,3 @@ def check_choice(key: str, value: Any, choices: Iterable[str]) -> None:
     if value not in names:
         hint = nearest(str(value), names)
         raise ValueError(f"{key} must be one of {', '.join(names)}, got {value!r}{hint}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?' for the known name nearest to `name`, or an empty string."""
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

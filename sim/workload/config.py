@@ -14,8 +14,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from sim.errors import nearest
 from sim.workload.arrivals import ArrivalProcess
-from sim.workload.checks import check_choice, check_number, check_whole, nearest
+from sim.workload.checks import check_choice, check_number, check_whole
 from sim.workload.files import check_file
 from sim.workload.lengths import Lengths
 from sim.workload.mix import AdapterMix, SloMix

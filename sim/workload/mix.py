@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sim.workload.checks import check_number, check_whole, nearest
+from sim.errors import nearest
+from sim.workload.checks import check_number, check_whole
 
 MOST_ADAPTERS = 100_000
 """Each has a name in memory, and its share of the requests a place in the draw of every one."""

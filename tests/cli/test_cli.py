@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from sim import cli
+from sim.errors import nearest
 
 
 def test_help_names_every_command_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -30,6 +31,22 @@ def test_help_loads_no_heavy_package() -> None:
 def test_an_unknown_command_is_told_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["simulte"]) == 2
     assert "no command named 'simulte'; did you mean 'simulate'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("Llama-3.1-8B", "llama_3_1_8b"),
+        ("meta-llama/Llama-3.1-8B-Instruct", "llama_3_1_8b"),
+        ("A100", "a100_80gb"),
+        ("lama_3_8b", "llama_3_8b"),
+        ("", None),
+        ("mamba", None),
+    ],
+)
+def test_a_name_as_others_write_it_is_near(given: str, meant: str | None) -> None:
+    known = ("llama_3_8b", "llama_3_1_8b", "a100_80gb")
+    assert nearest(given, known) == ("" if meant is None else f"; did you mean {meant!r}?")
 
 
 def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

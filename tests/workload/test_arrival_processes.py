@@ -126,7 +126,7 @@ def test_a_longer_window_begins_with_the_shorter(process: ArrivalProcess) -> Non
         (lambda: Binned(rate_rps=1.0, rates=[1, -1], bin_s=1), r"rates\[1\] must be a number at least 0"),
         (lambda: Binned(rate_rps=1.0, rates=[0], bin_s=1), "a rate above 0"),
         (lambda: Binned(rate_rps=1.0, rates=[], bin_s=1), "a rate above 0"),
-        (lambda: Binned(rate_rps=1.0, rates=[1], bin_s=1, counts="exakt"), "did you mean exact"),
+        (lambda: Binned(rate_rps=1.0, rates=[1], bin_s=1, counts="exakt"), "did you mean 'exact'"),
     ],
 )
 def test_impossible_processes_are_refused(make: object, says: str) -> None:
@@ -192,7 +192,7 @@ def test_slo_classes_are_drawn_by_share() -> None:
     assert codes.max() == 1
     assert SloMix.of(None, ["a", "b"]).shares == (0.5, 0.5)
     for mix, says in (
-        ({"bb": 1}, "did you mean b"),
+        ({"bb": 1}, "did you mean 'b'"),
         ({"a": -1}, "slo_mix.a must be"),
         ({"a": 0}, "share above 0"),
     ):

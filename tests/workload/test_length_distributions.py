@@ -104,5 +104,5 @@ def test_pairs_from_a_file_stay_together(tmp_path: Path) -> None:
     assert set(short.draw(100, stream(0, "p"), stream(0, "o"))[0].tolist()) == {10, 20}
     with pytest.raises(ValueError, match="no row has at most 5 tokens"):
         FromTrace(file=str(tmp_path / "lengths.json"), max_total_tokens=5)
-    with pytest.raises(ValueError, match="did you mean azure"):
+    with pytest.raises(ValueError, match="did you mean 'azure"):
         FromTrace(file="x", format="azur")

@@ -145,7 +145,7 @@ def test_burstgpt_failures_are_dropped_and_counted_or_kept(write: Callable[..., 
     assert BurstGptReader(models=["ChatGPT"], log_types=["API log"]).read(file).prompt_tokens.tolist() == [
         417
     ]
-    with pytest.raises(ValueError, match=r"no row has Model 'ChatGTP'.*did you mean ChatGPT"):
+    with pytest.raises(ValueError, match=r"no row has Model 'ChatGTP'.*did you mean 'ChatGPT'"):
         BurstGptReader(models=["ChatGTP"]).read(file)
     with pytest.raises(ValueError, match=r"reader.models must be null or a list of names, got 'GPT-4'"):
         BurstGptReader(models="GPT-4").read(file)
@@ -245,9 +245,9 @@ NEEDED = r"needed is a CSV with a header of arrival_s \(seconds\), prompt_tokens
         ("plain", 1, "x" * 10_000, r"row 1: no column 'arrival_s', got x{200}\.\.\.; needed are arrival_s"),
         ("plain", 3, "1,2,3,4", "row 3: must have 3 fields, got 4"),
         ("plain", 3, "1,2,\0", "row 3: holds a byte of 0"),
-        ("plain", 1, PLAIN + ",adaptor", "unknown column 'adaptor'.*did you mean adapter"),
-        ("plain", 1, PLAIN + ",SLO", "unknown column 'SLO'.*did you mean slo"),
-        ("plain", 1, PLAIN + ",adapter_id", "unknown column 'adapter_id'.*did you mean adapter"),
+        ("plain", 1, PLAIN + ",adaptor", "unknown column 'adaptor'.*did you mean 'adapter'"),
+        ("plain", 1, PLAIN + ",SLO", "unknown column 'SLO'.*did you mean 'slo'"),
+        ("plain", 1, PLAIN + ",adapter_id", "unknown column 'adapter_id'.*did you mean 'adapter'"),
         ("plain", 1, '{"arrival_s": 0, "prompt_tokens": 5}', f"row 1: found JSON; {NEEDED}"),
         ("plain", 1, '[{"arrival_s": 0},', f"row 1: found JSON; {NEEDED}"),
         ("plain", 1, "PAR1\0", f"row 1: found Parquet; {NEEDED}"),

@@ -141,7 +141,7 @@ def test_own_trace_by_its_path(tmp_path: Path) -> None:
     requests = workload.arrivals().due(9.0)
     assert [(r.slo, r.adapter) for r in requests] == [("chat", None), ("batch", "fr")]
     assert workload.name == "my"
-    told = r"my\.csv: row 2, column slo: no SLO class 'chat'; the slo config has batch, chatty; did you mean chatty"
+    told = r"my\.csv: row 2, column slo: no SLO class 'chat'; the slo config has batch, chatty; did you mean 'chatty'"
     with pytest.raises(ValueError, match=told):
         build("workload=csv", f"workload.file={file}", slo_names=("batch", "chatty"))
     empty = tmp_path / "empty.csv"

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sim.workload.checks import check_choice, nearest
+from sim.errors import nearest
+from sim.workload.checks import check_choice
 from sim.workload.files import find_file
 from sim.workload.readers.columns import make_table, read_csv, seconds_column, tokens_column
 from sim.workload.table import RequestTable

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sim.errors import nearest
 from sim.json_file import parse
-from sim.workload.checks import nearest
 from sim.workload.table import Floats, Ints, RequestTable, window_s
 
 if TYPE_CHECKING:
