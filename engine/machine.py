@@ -76,8 +76,7 @@ def place_of(device: DeviceSpec) -> str:
 def take_model_of_folder(config: DictConfig) -> None:
     """`config.model` becomes the model of the folder `config.weights` if there is one and no other model was asked for.
     Keys of it that were given stay; of the rest, numbers are float32 on a CPU and bfloat16 on a GPU, on one device."""
-    keys = override_keys()
-    if config.weights is None or "model" in keys:
+    if config.weights is None or "model" in (keys := override_keys()):
         return
     read = read_config(check(config.weights, str, "weights")).shape
     given = {key: value for key, value in config.model.items() if f"model.{key}" in keys}
