@@ -15,8 +15,10 @@ the requests; it and the head are a handful of launches.
 
 from __future__ import annotations
 
+import gc
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -82,14 +84,21 @@ class CudaCapture:
         self._stream = capture_stream()
 
     def __call__(self, body: Body) -> Body:
-        # Once by itself: kernels are compiled and loaded and workspaces made, which a capture must not do.
+        # Once by itself: kernels are compiled and loaded, which a capture must not do.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             body()
         torch.cuda.current_stream().wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        # A stream keeps the workspace of its products, and torch from 2.13 at the latest frees it with any one graph
+        # that was captured there. One that is made while capturing lies in the pool, as long as what uses it.
+        torch._C._cuda_clearCublasWorkspaces()
+        captured = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        with _nothing_collected(), captured:
             out = body()
+        torch._C._cuda_clearCublasWorkspaces()
 
         def replay() -> torch.Tensor:
             graph.replay()
@@ -98,10 +107,22 @@ class CudaCapture:
         return replay
 
 
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage stays until the end: a graph among it that is destroyed while another is captured breaks that one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
+
+
 @cache
 def capture_stream() -> torch.cuda.Stream:
-    """One for the process: each stream that multiplies has a workspace of its own (32 MiB on Hopper) and keeps
-    it, and a sweep that took a new stream for each run would give up a GiB of pages. Replays run elsewhere."""
+    """One for the process: what the allocator keeps for one stream no other gets, and a pool is shared by captures
+    of one stream. Replays run elsewhere."""
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
 

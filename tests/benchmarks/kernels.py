@@ -132,8 +132,7 @@ def ceilings() -> tuple[float, float]:
 
 
 def time_case(case: Case, variant: str, bandwidth_bytes_s: float, rate_flops: float) -> Row:
-    copies = max(1, min(CALLS, int(ROTATE_BYTES // case.bytes_moved) + 1))
-    pairs = [case.make() for _ in range(copies)]
+    pairs = [case.make() for _ in range(copies(case))]
     times = time_calls([call for call, _ in pairs])
     torchs = [other for _, other in pairs if other is not None]
     # Autograd runs on the forward's stream, which a capture forbids: its launches are not hidden.
@@ -150,6 +149,11 @@ def time_case(case: Case, variant: str, bandwidth_bytes_s: float, rate_flops: fl
         torch_s=torch_s,
         error=case.check() if case.check is not None else None,
     )
+
+
+def copies(case: Case) -> int:
+    """Of its inputs, so many that a call finds nothing of them in the cache."""
+    return int(ROTATE_BYTES // case.bytes_moved) + 1
 
 
 def time_calls(calls: list[Call], captured: bool = True) -> list[float]:

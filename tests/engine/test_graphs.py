@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.graphs import Body, Decodes, Graphs, Shape, key_sizes, sequence_sizes
+import engine.graphs
+from engine.graphs import Body, CudaCapture, Decodes, Graphs, Shape, key_sizes, sequence_sizes
 from engine.launching import GRAPHS, Launching, LaunchSettings
 from engine.lora import AdapterBank
 from engine.parallel import Group
@@ -317,3 +319,90 @@ def test_what_a_capture_reads_outlives_it() -> None:
     alive = memory([t for t in gc.get_objects() if type(t) is torch.Tensor])
     assert len(read) > 20
     assert read.keys() <= alive.keys()
+
+
+class Products:
+    """`torch.cuda` as far as a capture and the workspaces of its products go: that of a stream is made by its first
+    product, in the pool of the capture if there is one, and is the stream's until it is cleared."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.workspace: str | None = None
+        """Where that of the stream of captures lies."""
+        self.captured: list[str] = []
+        """Where those lie that the captured products use."""
+        self.place = "memory"
+        """Where memory is taken from now."""
+        self._pools = (f"pool {n}" for n in itertools.count())
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(engine.graphs, "capture_stream", lambda: stream)
+        for name, value in (
+            ("graph_pool_handle", lambda: next(self._pools)),
+            ("current_stream", lambda: stream),
+            ("stream", lambda of: nullcontext()),
+            ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: None)),
+            ("graph", self._graph),
+        ):
+            monkeypatch.setattr(torch.cuda, name, value)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self._clear, raising=False)
+
+    @contextmanager
+    def _graph(self, graph: Any, *, pool: str, **given: Any) -> Iterator[None]:
+        self.place = pool
+        try:
+            yield
+        finally:
+            self.place = "memory"
+
+    def _clear(self) -> None:
+        self.workspace = None
+
+    def body(self) -> torch.Tensor:
+        """A product."""
+        self.workspace = self.workspace or self.place
+        if self.place != "memory":
+            self.captured.append(self.workspace)
+        return torch.zeros(1)
+
+
+def test_workspaces_of_captured_products_live_as_long_as_their_graphs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each in the pool of its graph, where no other graph frees it, and no product outside of graphs uses it."""
+    products = Products(monkeypatch)
+    one, other = CudaCapture(), CudaCapture()
+    for capture in (one, other, one):
+        capture(products.body)
+        assert products.workspace is None
+    assert products.captured == ["pool 0", "pool 1", "pool 0"]
+
+
+class Garbage:
+    """Dead as soon as it is made, but for the collector to find out; notes where memory came from when it was found."""
+
+    def __init__(self, products: Products, found: list[str]) -> None:
+        self.itself, self.products, self.found = self, products, found
+
+    def __del__(self) -> None:
+        self.found.append(self.products.place)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_no_garbage_is_collected_while_capturing(monkeypatch: pytest.MonkeyPatch, fails: bool) -> None:
+    """What a graph among it holds cannot be given back then: the capture would fail."""
+    products, found, passes = Products(monkeypatch), [], 0
+
+    def body() -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        Garbage(products, found)
+        kept: list[list[int]] = [[] for _ in range(100_000)]
+        assert len(kept) < 10**6
+        if fails and products.place != "memory":
+            raise RuntimeError("out of memory")
+        return torch.zeros(1)
+
+    with pytest.raises(RuntimeError, match="out of memory") if fails else nullcontext():
+        CudaCapture()(body)
+    assert gc.isenabled()
+    gc.collect()
+    assert (passes, found) == (2, ["memory"] * 2)
