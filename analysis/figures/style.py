@@ -114,7 +114,7 @@ def scene_title(rows: Sequence[Row]) -> str:
     parts = [*scene(rows), *unusual(rows)]
     rates = came_at(rows)
     if len(rates) == 1:
-        parts += [f"{asked:g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
+        parts += [f"{asked:.4g} req/s{came and f' asked, {came}'}" for asked, came in rates.items()]
     return ", ".join(parts)
 
 
