@@ -26,7 +26,7 @@ from engine.messages import LOST, Ask, Enough, Gone, Metrics, Stop, Tokens
 from engine.sampling import Sampling
 from sim.core.loop import Horizon
 from sim.core.request import Request, Slo
-from sim.core.rows import Recorder
+from sim.core.rows import Outcome, Recorder
 from sim.core.state import PipelineState
 
 METRICS_S = 1.0
@@ -71,6 +71,9 @@ class LiveArrivals:
     def start(self, clock: Clock, driver: Driver, state: PipelineState) -> None:
         """Begin to take messages. `clock` has the loop's time, `driver` and `state` are the loop's."""
         self._state = state
+        self._out.put(
+            Metrics(self.metrics.text())
+        )  # counters that only came with their first count would lose it
         threading.Thread(target=self._receive, args=(clock, driver), daemon=True).start()
         threading.Thread(target=self._send, daemon=True).start()
 
@@ -97,6 +100,7 @@ class LiveArrivals:
             if request.id in self._gone:
                 self._gone.discard(request.id)
                 del self._asks[request.id]
+                self._recorder.add_request(request, 0, Outcome.ABORTED)
             else:
                 requests.append(request)
         return requests

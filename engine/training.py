@@ -107,7 +107,7 @@ def finetune(config: DictConfig) -> dict[str, Any]:
 
 
 def train(settings: Settings, policy: Policy) -> dict[str, Any]:
-    """Train to the end; `steps`, `loss` of the last step, `eval_loss` and `folder`."""
+    """Train to the end; `steps`, `loss` of the last step, its `rise` if it rose, `eval_loss` and `folder`."""
     training = Training(settings)
     # There are no requests: their pages are for the samples that are evaluated.
     kv_tokens = room_for(training.held_out, BLOCK_TOKENS) if training.held_out else BLOCK_TOKENS
@@ -133,6 +133,7 @@ def train(settings: Settings, policy: Policy) -> dict[str, Any]:
         return {
             "steps": trainer.optimizer.steps,
             "loss": log.last_loss,
+            "rise": log.rise(),
             "eval_loss": log.last_eval_loss,
             "folder": str(training.folder),
         }
@@ -317,3 +318,5 @@ def _show(rows: Sequence[Mapping[str, Any]], _: Path) -> None:
         loss = "nothing was left to do" if row["loss"] is None else f"loss {row['loss']:.4f}"
         held_out = "" if row["eval_loss"] is None else f", eval loss {row['eval_loss']:.4f}"
         print(f"{row['folder']}: {row['steps']} steps, {loss}{held_out}")
+        if row["rise"] is not None:
+            print(f"{row['folder']}: {row['rise']}")

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from engine.engine import StepRecord
@@ -127,6 +128,18 @@ class TrainingLog:
         self._write(row)
         if self._plain:
             self._print(row)
+
+    def rise(self) -> str | None:
+        """Mean loss of the first and of the last tenth of the rows, if it is higher at the end."""
+        rows = [row for row in map(parse, self._lines()) if "loss" in row]
+        if len(rows) < 2:
+            return None
+        tenth = -(-len(rows) // 10)
+        first, last = (fmean(row["loss"] for row in part) for part in (rows[:tenth], rows[-tenth:]))
+        if last <= first:
+            return None
+        begin, end = rows[tenth - 1]["step"], rows[-tenth - 1]["step"]
+        return f"the loss is higher at the end: mean {first:.4f} to step {begin}, {last:.4f} after step {end}"
 
     def _print(self, row: Mapping[str, Any], rest: str = "") -> None:
         known = [(key, row[key]) for key in SCALARS if key in row and key != "tok_s"]

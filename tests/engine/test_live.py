@@ -40,6 +40,7 @@ class Loop:
         ours, self.client = multiprocessing.Pipe()
         self.live = LiveArrivals(ours, self.horizon, self.recorder, Slo(), self.failures.append, trace)
         self.live.start(self, self, self)  # type: ignore[arg-type]
+        self.told_first = self.told()
 
     def now_s(self) -> float:
         return self.time_s
@@ -112,13 +113,15 @@ def test_a_request_arrives_when_it_was_asked(loop: Loop) -> None:
     )
 
 
-def test_who_goes_before_the_loop_has_seen_him_does_not_arrive(loop: Loop) -> None:
+def test_who_goes_before_the_loop_has_seen_him_is_aborted_without_it(loop: Loop) -> None:
     for message in (ask(1), ask(2), Gone(1)):
         loop.tell(message)
     (request,) = loop.live.due(0.0)
     assert request.id == 2 and list(loop.aborted) == [1]
     loop.live.prompt(request)
     assert not loop.live._asks and not loop.live._gone
+    loop.live.tell()
+    assert loop.live.metrics.counts["coserve_requests_aborted_total"] == 1
 
 
 def test_who_goes_later_is_aborted_and_leaves_nothing(loop: Loop) -> None:
@@ -194,6 +197,11 @@ def test_a_request_that_nothing_ran_for_is_counted_too(loop: Loop) -> None:
     loop.live.tell()
     (heard,) = loop.told_last()
     assert "\ncoserve_requests_aborted_total 1\n" in heard.text
+
+
+def test_counts_begin_at_0_before_anything_runs(loop: Loop) -> None:
+    assert type(loop.told_first) is Metrics
+    assert "\ncoserve_generated_tokens_total 0\n" in loop.told_first.text
 
 
 def test_counts_are_told_at_once_then_every_second_and_before_the_loop_idles(loop: Loop) -> None:

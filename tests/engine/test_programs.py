@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -279,7 +280,7 @@ def test_finetuning_lowers_the_loss_and_the_adapter_changes_what_is_generated(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert finetune(arguments) == 0
-    assert "out: 24 steps, loss" in capsys.readouterr().out
+    assert re.fullmatch(r"out: 24 steps, loss \d\.\d{4}\n", capsys.readouterr().out)
     log = log_of(Path("out"))
     assert [row["step"] for row in log] == list(range(1, 25))
     assert log[-1]["loss"] < 0.95 * log[0]["loss"]
@@ -360,6 +361,26 @@ def test_a_row_of_the_log_stands_for_its_steps(arguments: list[str]) -> None:
     warmup = 6  # of 24 steps, 0.22 rounded up
     rates = [5e-3 * (n / warmup if n < warmup else (24 - n) / (24 - warmup)) for n in range(24)]
     assert [row["learning_rate"] for row in each] == pytest.approx(rates)
+
+
+def test_a_loss_that_is_higher_at_the_end_is_told(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After a resume too, of all rows."""
+    add = training.TrainingLog.add
+
+    def turned(log: training.TrainingLog, record: Any, *rest: Any) -> None:
+        add(log, record._replace(loss=10.0 - record.loss), *rest)
+
+    monkeypatch.setattr(training.TrainingLog, "add", turned)
+    assert finetune(arguments) == 0
+    losses = [row["loss"] for row in log_of(Path("out"))]
+    first, last = sum(losses[:3]) / 3, sum(losses[-3:]) / 3
+    told = f"out: the loss is higher at the end: mean {first:.4f} to step 3, {last:.4f} after step 21"
+    assert capsys.readouterr().out.splitlines() == [f"out: 24 steps, loss {losses[-1]:.4f}", told]
+    shutil.rmtree("out/checkpoint-24")
+    assert finetune([*arguments, "resume=true"]) == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [told]
 
 
 @pytest.mark.parametrize("printed_s", [0.0, math.inf])
