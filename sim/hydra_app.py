@@ -232,7 +232,7 @@ def _one_of(value: str) -> str:
 def _is_sweep(arg: str) -> bool:
     """Whether the value is several, or cannot be read."""
     try:
-        return bool(OverridesParser.create().parse_override(arg).is_sweep_override())
+        return bool(OverridesParser.create().parse_overrides([arg])[0].is_sweep_override())
     except OverrideParseException:
         return True
 
@@ -283,7 +283,7 @@ def _check_choices(argv: Sequence[str], config_dir: Path, config_name: str) -> N
             raise ValueError(f"cannot read {arg!r}: expected KEY=VALUE")
         if not is_group(key, config_dir, config_name):
             continue
-        override = OverridesParser.create().parse_override(arg)
+        override = OverridesParser.create().parse_overrides([arg])[0]
         value: Any = override.value()
         choices = value.list if isinstance(value, ChoiceSweep) else [value]
         for choice in choices:
