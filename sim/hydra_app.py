@@ -319,7 +319,8 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
     """`message`, with what only the configs tell: the nearest known key or choice."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = sorted(error.options or [])
+        # Hydra does not list the choices where several of a group are asked for at once.
+        options = sorted(error.options or all_groups(config_dir, config_name).get(group, []))
         return f"no {group} named {choice!r}{nearest(choice, options)}; known: {', '.join(options) or 'none'}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: expected KEY=VALUE, quotes around unusual values"
