@@ -232,7 +232,7 @@ def _one_of(value: str) -> str:
 def _is_sweep(arg: str) -> bool:
     """Whether the value is several, or cannot be read."""
     try:
-        return bool(OverridesParser.create().parse_override(arg).is_sweep_override())
+        return bool(OverridesParser.create().parse_overrides([arg])[0].is_sweep_override())
     except OverrideParseException:
         return True
 
@@ -283,7 +283,7 @@ def _check_choices(argv: Sequence[str], config_dir: Path, config_name: str) -> N
             raise ValueError(f"cannot read {arg!r}: expected KEY=VALUE")
         if not is_group(key, config_dir, config_name):
             continue
-        override = OverridesParser.create().parse_override(arg)
+        override = OverridesParser.create().parse_overrides([arg])[0]
         value: Any = override.value()
         choices = value.list if isinstance(value, ChoiceSweep) else [value]
         for choice in choices:
@@ -319,7 +319,8 @@ def _line(error: Exception, argv: Sequence[str], config_dir: Path, config_name: 
     """`message`, with what only the configs tell: the nearest known key or choice."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file is not None:
         group, _, choice = error.missing_cfg_file.rpartition("/")
-        options = sorted(error.options or [])
+        # Hydra does not list the choices where several of a group are asked for at once.
+        options = sorted(error.options or all_groups(config_dir, config_name).get(group, []))
         return f"no {group} named {choice!r}{nearest(choice, options)}; known: {', '.join(options) or 'none'}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: expected KEY=VALUE, quotes around unusual values"

@@ -407,6 +407,12 @@ def test_a_short_piece_of_a_trace_is_shown_with_the_rate_it_had() -> None:
     assert "asked" in style.scene_title([row])
 
 
+def test_a_figure_tells_the_rate_of_a_trace_as_its_table_does() -> None:
+    row = rows(3000 / 338.3917)[2]
+    assert style.scene_title([row]).endswith(", 8.865 req/s")
+    assert plain_table([row]).startswith(style.scene_title([row]) + "\n")
+
+
 def test_titles_say_what_all_runs_share_that_is_not_as_usual() -> None:
     usual = {"policy": "p", "workload": "w", "rate_rps": 8.0, **USUAL}
     other = {**usual, "slo_set": "mlperf_server", "router": "least_tokens", "admission": "shortest"}
