@@ -26,7 +26,7 @@ def row_of(run: Run) -> dict[str, Any]:
 
 def collect(runs: Sequence[Run]) -> pd.DataFrame:
     """One line per run: `folder`, its summary without classes and notes, and each config key (dotted, such
-    as `policy.budget_s`) whose value is not the same in all runs."""
+    as `policy.budget_s`) whose value is not the same in all runs; that a sweep was gone on with is nothing of a run."""
     import pandas as pd
 
     summaries = [{k: v for k, v in run.summary.items() if k not in ("classes", "notes")} for run in runs]
@@ -35,7 +35,7 @@ def collect(runs: Sequence[Run]) -> pd.DataFrame:
     configs = [flatten(run.config) for run in runs]
     for key in dict.fromkeys(key for config in configs for key in config):
         values = [config.get(key) for config in configs]
-        if key not in frame and any(value != values[0] for value in values):
+        if key not in (*frame, "run.resume") and any(value != values[0] for value in values):
             frame[key] = values
     return frame
 

@@ -71,9 +71,8 @@ class LiveArrivals:
     def start(self, clock: Clock, driver: Driver, state: PipelineState) -> None:
         """Begin to take messages. `clock` has the loop's time, `driver` and `state` are the loop's."""
         self._state = state
-        self._out.put(
-            Metrics(self.metrics.text())
-        )  # counters that only came with their first count would lose it
+        # A counter that came with its first count would lose it.
+        self._out.put(Metrics(self.metrics.text()))
         threading.Thread(target=self._receive, args=(clock, driver), daemon=True).start()
         threading.Thread(target=self._send, daemon=True).start()
 

@@ -131,7 +131,7 @@ class TrainingLog:
 
     def rise(self) -> str | None:
         """Mean loss of the first and of the last tenth of the rows, if it is higher at the end."""
-        rows = [row for row in map(parse, self._lines()) if "loss" in row]
+        rows = [row for row in map(parse, self._lines()) if row.get("loss") is not None]
         if len(rows) < 2:
             return None
         tenth = -(-len(rows) // 10)

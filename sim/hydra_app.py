@@ -291,6 +291,11 @@ def _check_choices(argv: Sequence[str], config_dir: Path, config_name: str) -> N
             if any(name is None or isinstance(name, (int, float, list)) for name in names):
                 known = f"one of {', '.join(groups[key])}" if key in groups else "a group of keys"
                 raise ValueError(f"{key} must be {known}, got {text}")
+            if isinstance(choice, list) and len(choice) > 1 and key in groups and key != "experiment":
+                # Hydra would lay one file over the other.
+                raise ValueError(
+                    f"{key} takes one choice, got {text}; -m and {key}={text.strip('[]')} run each"
+                )
 
 
 def _check_added(argv: Sequence[str], config_dir: Path, config_name: str) -> None:

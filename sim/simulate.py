@@ -30,6 +30,7 @@ from sim.cluster import simulate_cluster
 from sim.core.finetune import Job
 from sim.core.request import Slo
 from sim.core.rows import Recorder
+from sim.core.specs import ModelShape
 from sim.core.work import Chunk, Work
 from sim.errors import warnings_as_notes
 from sim.hydra_app import first_config, hydra_main, shipped
@@ -130,6 +131,7 @@ def simulate(config: DictConfig) -> dict[str, Any]:
 
     Returns the summary row, with `folder` and the resolved `config` in it.
     """
+    build(ModelShape, config.model, "model")  # what is wrong with it comes before bounds that go by its name
     check_bounds(config)
     check_effects(config)
     hydra = HydraConfig.get()

@@ -65,7 +65,10 @@ NOT_OF_ALL = "'policy.margin' is no key of policy=plain, broken; of those in thi
         (["seed 1"], "cannot read 'seed 1': expected KEY=VALUE, quotes around unusual values"),
         (["policy"], "cannot read 'policy': expected KEY=VALUE, quotes around unusual values"),
         (["policy=(a"], "cannot read 'policy=(a': expected KEY=VALUE, quotes around unusual values"),
-        (["policy=[eager,eagr]"], NO_POLICY),
+        (
+            ["policy=[eager,eagr]"],
+            "policy takes one choice, got [eager,eagr]; -m and policy=eager,eagr run each",
+        ),
         (["--multrun", "seed=1"], "unrecognized arguments: --multrun; did you mean '--multirun'?"),
         (["--cfg", "jobs", "hydra.run.dir=${seed}"], "argument --cfg/-c: invalid choice: 'jobs'"),
         (["policy=broken"], "policy broken cannot run"),

@@ -48,6 +48,9 @@ def test_a_sweep_may_give_a_key_that_only_some_of_its_runs_read(
 
 
 BAD = {
+    "device=[a100_80gb,b200]": "device takes one choice, got [a100_80gb,b200]; -m and device=a100_80gb,b200 run each",
+    "slo=llmstation model.name=mine model.kv_heads=3": "model.heads must be a multiple of model.kv_heads",
+    "model.name=mine model.kv_heads=3": "model.heads must be a multiple of model.kv_heads, got 32 and 3",
     "polcy=coserving": "no key or group named 'polcy'; did you mean 'policy'?",
     "policy=temporl": "no policy named 'temporl'; did you mean 'temporal'?",
     "policy.margn=0.1": "'policy.margn'",
