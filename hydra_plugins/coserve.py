@@ -33,7 +33,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 from tqdm import tqdm
 
-from sim.errors import message
+from sim.errors import message, stop_behind
 from sim.outcome import Outcome, caught
 from sim.pool import WorkerDied, run_calls
 from sim.results import SWEEP
@@ -92,7 +92,10 @@ class ProcessLauncher(Launcher):
                         while untold:
                             bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()
-        except KeyboardInterrupt as stop:
+        except (KeyboardInterrupt, Exception) as error:
+            stop = stop_behind(error)
+            if stop is None:
+                raise
             # Runs end their own folders; those that were cut short could not.
             for index in [i for i in order if i not in returns][: self.workers]:
                 remove_unused(self._folder(*jobs[index]), there(Path(self.config.hydra.sweep.dir)))

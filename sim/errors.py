@@ -172,6 +172,15 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, by which schedulers and containers end a program; it is ended as by Ctrl-C."""
 
 
+def stop_behind(error: BaseException) -> KeyboardInterrupt | None:
+    """The Ctrl-C or SIGTERM in whose wake `error` came, if one did: what they interrupt may fail over what it has done
+    by half, as OmegaConf does."""
+    behind: BaseException | None = error
+    while behind is not None and not isinstance(behind, KeyboardInterrupt):
+        behind = behind.__cause__ or behind.__context__
+    return behind
+
+
 def debugging() -> bool:
     return os.environ.get("COSERVE_DEBUG") == "1"
 
@@ -183,8 +192,8 @@ def report(prog: str, error: BaseException, line: str | None) -> int:
     """
     if isinstance(error, BrokenPipeError):
         raise error
-    if isinstance(error, KeyboardInterrupt):
-        by_signal = isinstance(error, Terminated)
+    if (stop := stop_behind(error)) is not None:
+        by_signal = isinstance(stop, Terminated)
         print(f"{prog}: {'terminated' if by_signal else 'interrupted'}", file=sys.stderr)
         return TERMINATED if by_signal else INTERRUPTED
     if line is None or debugging():

@@ -31,7 +31,7 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from sim.errors import BUG, INTERRUPTED, TERMINATED, message, nearest, one_line, report
+from sim.errors import BUG, INTERRUPTED, TERMINATED, message, nearest, one_line, report, stop_behind
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
 from sim.run_folder import complete_as_they_were, remove_unused, there
@@ -87,7 +87,9 @@ def hydra_main(
     except KeyboardInterrupt as stop:
         code = report(prog, stop, None)
     except Exception as error:
-        return report(prog, error, _line(error, argv, config_dir, config_name))
+        if stop_behind(error) is None:
+            return report(prog, error, _line(error, argv, config_dir, config_name))
+        code = report(prog, error, None)
     else:
         code = collected.report(prog)
     rows = [outcome.row for outcome in collected.outcomes if outcome.row is not None]
@@ -148,6 +150,8 @@ class _Task:
         try:
             outcome = Outcome(overrides=overrides, row=dict(self.task(config)))
         except Exception as error:
+            if (stop := stop_behind(error)) is not None:
+                raise stop from None
             outcome = caught(error, overrides, message(error))
         finally:
             kept = self.kept if single else there(Path(run.sweep.dir))

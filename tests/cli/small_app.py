@@ -43,6 +43,20 @@ def main(argv: list[str]) -> int:
     return hydra_main(task, argv, prog="coserve small", config_dir=Path("configs").resolve(), at_end=show)
 
 
+def failing_over(stop: KeyboardInterrupt) -> Exception:
+    """As OmegaConf fails where it is stopped in the middle."""
+    try:
+        try:
+            try:
+                raise stop
+            finally:
+                None.flags  # type: ignore[attr-defined]  # noqa: B018
+        except AttributeError as error:
+            raise ValueError("half a config") from error
+    except ValueError as error:
+        return error
+
+
 if __name__ == "__main__":
     from sim import cli
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sim import cli
-from sim.errors import nearest
+from sim.errors import Terminated, nearest
+from tests.cli.small_app import failing_over
 
 
 def test_help_names_every_command_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +48,22 @@ def test_an_unknown_command_is_told_the_nearest(capsys: pytest.CaptureFixture[st
 def test_a_name_as_others_write_it_is_near(given: str, meant: str | None) -> None:
     known = ("llama_3_8b", "llama_3_1_8b", "a100_80gb")
     assert nearest(given, known) == ("" if meant is None else f"; did you mean {meant!r}?")
+
+
+@pytest.mark.parametrize(
+    ("stop", "code", "told"), [(KeyboardInterrupt(), 130, "interrupted"), (Terminated(), 143, "terminated")]
+)
+def test_what_fails_over_a_stop_is_the_stop(
+    stop: KeyboardInterrupt,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "failing", raising(failing_over(stop)), raising=False)
+    monkeypatch.setitem(cli.COMMANDS, "failing", ("fails", "sim.cli:failing"))
+    assert cli.main(["failing"]) == code
+    assert capsys.readouterr().err == f"coserve failing: {told}\n"
 
 
 def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,12 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
 
-from tests.cli.small_app import main
+import hydra_plugins.coserve
+from sim.pool import run_calls
+from tests.cli.small_app import failing_over, main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -333,7 +337,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_finished(
     else:
         os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == code
+    assert process.returncode == code, err
     assert "Traceback" not in err
     stopped, how_to_go_on = err.splitlines()[-2:]
     assert stopped.endswith(f"coserve small: {told}")
@@ -346,3 +350,19 @@ def test_a_sweep_that_is_stopped_keeps_what_is_finished(
         assert (app_folder / "out" / str(seed) / "seed.txt").read_text() == str(seed)
     # One that was stopped has written its first result, or has no folder.
     assert all((path / "seed.txt").is_file() for path in folder.iterdir() if path.is_dir())
+
+
+def test_a_sweep_that_fails_over_a_stop_keeps_what_is_finished(
+    app_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*given: Any) -> Iterator[tuple[int, Any]]:
+        results = run_calls(*given)
+        yield next(results)
+        results.close()
+        raise failing_over(KeyboardInterrupt())
+
+    monkeypatch.setattr(hydra_plugins.coserve, "run_calls", stopped)
+    assert main(["-m", "seed=1,2,3"]) == 130
+    out, err = capsys.readouterr()
+    assert out == "rows: plain/1\n"
+    assert "shows again what is finished (1)" in err and "half a config" not in err
