@@ -313,12 +313,6 @@ def test_settings_too_long_for_a_figures_title_have_the_last_words_of_their_keys
     )
 
 
-def test_figures_write_the_rate_of_a_trace_as_tables_do() -> None:
-    made = [{**row, "rate_rps": 7.77512} for row in rows()]
-    for told in (style.scene_title(made), plain_table(made).partition("\n")[0]):
-        assert ", 7.775 req/s" in told
-
-
 def test_a_scene_too_long_for_a_line_is_within_the_figure() -> None:
     devices = "8 x h100_nvl in 4 pipelines + 8 x a100_40gb in 4 pipelines + 4 x rtx_pro_6000 in 4 pipelines"
     made = [{**row, "devices": devices, "workload": "x" * 40, "attainment": 1.0} for row in rows()]
