@@ -119,7 +119,7 @@ def _bench(spec: BenchSpec, ranks: Replica, folder: Path) -> tuple[dict[str, Any
         labels=spec.labels,
     )
     limits = [loaded.limits] if pipelines.serves else []
-    notes = bound_notes(spec.slos.values())
+    notes = bound_notes(spec.slos.values(), cast(dict[str, Any], spec.config["policy"]))
     notes += request_notes(recorder, limits, "limits")
     notes += room_notes(recorder, summary, limits, "limits")
     notes += class_notes(summary)

@@ -269,7 +269,10 @@ def _check_flags(argv: Sequence[str]) -> None:
         raise ValueError(message + nearest(unknown, flags))
 
     parser.error = refuse  # type: ignore[method-assign]
-    parser.parse_args(list(argv))
+    configs = parser.parse_args(list(argv)).config_dir
+    if configs is not None and not Path(configs).is_dir():
+        what = "the file" if Path(configs).exists() else "nothing at"
+        raise ValueError(f"--config-dir must be a folder, got {what} {configs}")
     for arg in argv:
         key, _, folder = arg.partition("=")
         if key in FOLDERS and not folder.strip("'\""):

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from sim.checked import check
 from sim.core.finetune import Job
 from sim.core.plan import Limits
 from sim.core.request import Slo
@@ -141,14 +142,23 @@ def device_notes(unmeasured: Sequence[str]) -> list[str]:
     ]
 
 
-def bound_notes(slos: Iterable[Slo]) -> list[str]:
-    """SLO classes whose bound on TPOT is as large as if it were in milliseconds."""
+def bound_notes(slos: Iterable[Slo], policy: Mapping[str, Any]) -> list[str]:
+    """SLO classes whose bound on TPOT, and a `policy` (its node) whose own budget of an iteration is as large as if it
+    were in milliseconds."""
+    bounds = [(f"SLO class {slo.name} bounds TPOT by", " per token", slo.tpot_s) for slo in slos]
+    budget_s = check(policy.get("budget_s"), float | None, "policy.budget_s")
+    bounds += [] if budget_s is None else [("policy.budget_s is", " an iteration", budget_s)]
     return [
-        f"SLO class {slo.name} bounds TPOT by {slo.tpot_s:g} s per token: bounds are in seconds, {slo.tpot_s:g} ms are "
-        f"{slo.tpot_s / 1e3:g}"
-        for slo in slos
-        if SLOW_TOKEN_S <= slo.tpot_s < math.inf
+        f"{what} {bound:g} s{each}: bounds are in seconds, {bound:g} ms are {bound / 1e3:g}"
+        for what, each, bound in bounds
+        if SLOW_TOKEN_S <= bound < math.inf
     ]
+
+
+def idle_notes(idle: int, pipelines: int) -> list[str]:
+    """Of a run with `idle` of its `pipelines` that only finetune and have no job."""
+    told = f"{idle} of {pipelines} pipelines only finetune, and do nothing since there is no finetuning job"
+    return [f"{told} (finetune=none)"] if idle else []
 
 
 def slo_notes(

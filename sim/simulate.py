@@ -41,6 +41,7 @@ from sim.notes import (
     data_notes,
     device_notes,
     extrapolation_notes,
+    idle_notes,
     print_notes,
     request_notes,
     room_notes,
@@ -264,7 +265,7 @@ def _run(
         jobs=jobs,
         labels=assembly.labels,
     )
-    summary["notes"] = _notes(assembly, recorder, summary, jobs, step)
+    summary["notes"] = _notes(assembly, recorder, summary, jobs, step, config.policy)
     resolved = _plain(config)
     manifest = make_manifest(
         seed=config.seed, device=str(assembly.labels["device"]), wall_s=wall_s, command=sys.argv
@@ -274,15 +275,23 @@ def _run(
 
 
 def _notes(
-    assembly: Assembly, recorder: Recorder, summary: Mapping[str, Any], jobs: Sequence[Job], step: str | None
+    assembly: Assembly,
+    recorder: Recorder,
+    summary: Mapping[str, Any],
+    jobs: Sequence[Job],
+    step: str | None,
+    policy: Mapping[str, Any],
 ) -> list[str]:
-    """What the summary does not say; `jobs` are those of all pipelines, `step` is what an optimizer step is."""
+    """What the summary does not say; `jobs` are those of all pipelines, `step` is what an optimizer step is, `policy`
+    its node."""
     limits = [s.limits for s in assembly.pipelines if s.policy.serves]
-    notes = bound_notes(assembly.slos.values())
+    notes = bound_notes(assembly.slos.values(), policy)
     notes += request_notes(recorder, limits, "cluster.limits")
     notes += room_notes(recorder, summary, limits, "cluster.limits")
     notes += class_notes(summary)
     finetuning = sum(bool(spec.jobs) and spec.policy.finetunes for spec in assembly.pipelines)
+    idle = sum(spec.policy.finetunes and not (spec.policy.serves or spec.jobs) for spec in assembly.pipelines)
+    notes += idle_notes(idle, len(assembly.pipelines))
     notes += [] if step is None else step_notes(recorder, summary, finetuning, step)
     notes += data_notes(recorder, jobs)
     notes += extrapolation_notes(recorder, summary, assembly.facts)

@@ -92,8 +92,8 @@ def frontier_figure(rows: Sequence[Row], *, kept_share: float = SLO_KEPT_SHARE) 
     _name_ends(axes, shown, looks, top)
     style.token_ticks(axes.yaxis, most)
     axes.set_xlabel(
-        f"goodput (req/s), where at least {100 * kept_share:g} % of the requests{of_each_class(rows)} meet their SLO; "
-        "a line ends where the policy no longer does that"
+        f"goodput (req/s)\nat least {100 * kept_share:g} % of the requests{of_each_class(rows)} meet their SLO; "
+        "a line ends where the policy no longer keeps that"
     )
     axes.set_ylabel("trained tokens per second (tok/s)")
     style.tidy(axes, "both")

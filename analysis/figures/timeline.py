@@ -50,6 +50,7 @@ def timeline_figure(run: Run, *, bins: int = 150) -> Figure:
     sequences.set_xlabel("time (s)")
     for axes in (tokens, sequences):
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(style.thousands)
         axes.set_xlim(0, edges[-1])
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=10)
         style.tidy(axes, "both")

@@ -303,16 +303,31 @@ def test_devices_that_nobody_measured_are_told(
             ["slo.classes.default.tpot_s=5"],
             "SLO class default bounds TPOT by 5 s per token: bounds are in seconds, 5 ms are 0.005",
         ),
+        (
+            ["policy=coserving", "policy.budget_s=45"],
+            "policy.budget_s is 45 s an iteration: bounds are in seconds, 45 ms are 0.045",
+        ),
         (["slo.classes.default.tpot_s=4", "slo.classes.default.ttft_s=3600"], None),
+        (["policy=coserving", "policy.budget_s=.inf"], None),
         (["slo=two_classes"], None),
     ],
 )
-def test_a_tpot_bound_in_milliseconds_is_told(
+def test_a_bound_in_milliseconds_is_told(
     bounds: list[str], told: str | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     simulate(*bounds, "run.bounds=false")
     notes = [line for line in capfd.readouterr().err.splitlines() if "in seconds" in line]
     assert notes == ([] if told is None else [f"note: {told}"])
+
+
+@pytest.mark.parametrize(("policy", "idle"), [("finetune_only", 4), ("separate_25", 3), ("coserving", 0)])
+def test_pipelines_that_only_finetune_without_a_job_are_told(
+    policy: str, idle: int, capfd: pytest.CaptureFixture[str]
+) -> None:
+    simulate(f"policy={policy}", "finetune=none", "cluster.pipelines=4", "run.bounds=false")
+    notes = [line for line in capfd.readouterr().err.splitlines() if "finetune=none" in line]
+    told = f"note: {idle} of 4 pipelines only finetune, and do nothing since there is no finetuning job (finetune=none)"
+    assert notes == ([told] if idle else [])
 
 
 HEADER = "arrival_s,prompt_tokens,output_tokens\n"

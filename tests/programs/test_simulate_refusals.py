@@ -319,6 +319,19 @@ def test_keys_of_a_policy_in_a_folder_of_its_own_are_known(
 
 
 @pytest.mark.parametrize(
+    "given", [["--config-dir", "own.yaml"], ["--config-dir=own.yaml"], ["-cd", "own.yaml"]]
+)
+def test_a_config_dir_that_is_none_is_told(
+    given: list[str], inside: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for there in ("nothing at", "the file"):
+        assert main(["simulate", *given]) == 2
+        told = f"--config-dir must be a folder, got {there} own.yaml"
+        assert capfd.readouterr().err == f"coserve simulate: error: {told}\n"
+        (inside / "own.yaml").touch()
+
+
+@pytest.mark.parametrize(
     ("given", "missing", "ways"),
     [
         (
