@@ -361,8 +361,8 @@ class Referee:
         assert view.running == len(reference.running)
         assert view.token_deadline_s == pytest.approx(reference.token_deadline_s(view.start_s), rel=1e-12)
         assert view.answer_pace_s == pytest.approx(reference.answer_pace_s(view.now_s), rel=1e-12)
-        late_share = reference.late_share("first_tokens") + reference.late_share("answers")
-        assert view.late_share == pytest.approx(late_share, rel=1e-9)
+        assert view.late_first_tokens == pytest.approx(reference.late_share("first_tokens"), rel=1e-9)
+        assert view.late_answers == pytest.approx(reference.late_share("answers"), rel=1e-9)
         assert view.arrived == len(reference.items)
         prefilling = [
             id

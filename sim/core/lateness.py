@@ -18,9 +18,10 @@ class LateRequests:
     def __init__(self) -> None:
         self._first_tokens: dict[str, float] = {}
         self._answers: dict[str, float] = {}
-        self.share = 0.0
-        """Of first tokens that came later than their bound, and of answers that ended with a TPOT or an end-to-end time
-        above theirs, each of the class that has the largest, added up."""
+        self.first_token_share = 0.0
+        """Of first tokens that came later than their bound, of the class that has the largest."""
+        self.answer_share = 0.0
+        """Of answers that ended with a TPOT or an end-to-end time above their bound, likewise."""
 
     def first_token(self, slo: Slo, arrival_s: float, first_token_s: float) -> None:
         """The first token of a request has come."""
@@ -35,6 +36,5 @@ class LateRequests:
         share = shares.get(slo, 0.0)
         if late or share > 0:
             shares[slo] = share + WEIGHT * (late - share)
-            self.share = max(self._first_tokens.values(), default=0.0) + max(
-                self._answers.values(), default=0.0
-            )
+            self.first_token_share = max(self._first_tokens.values(), default=0.0)
+            self.answer_share = max(self._answers.values(), default=0.0)

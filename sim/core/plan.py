@@ -107,9 +107,10 @@ class View(NamedTuple):
     answer_pace_s: float
     """Seconds per iteration with which the answers of decoding sequences are expected to end within their
     end-to-end bounds; `inf` when none decodes or none has a bound."""
-    late_share: float
-    """Of the last requests of the worst SLO class: first tokens that came later than their bound, and answers that
-    ended so, added up."""
+    late_first_tokens: float
+    """Share of the last requests of the worst SLO class whose first token came later than its bound."""
+    late_answers: float
+    """Share of the last answers of the worst SLO class that ended later than a bound."""
     arrived: int
     """Requests that have arrived so far."""
     last: Feedback | None
@@ -125,6 +126,11 @@ class View(NamedTuple):
     @property
     def decode_context_tokens(self) -> int:
         return self.decode_work.decode_context_tokens
+
+    @property
+    def late_share(self) -> float:
+        """Of both, added up."""
+        return self.late_first_tokens + self.late_answers
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,14 @@ from __future__ import annotations
 
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
-from sim.policies.packing import Latency, checked_share, checked_tokens, finetuning_budget_s, pack_inference
+from sim.policies.packing import (
+    Latency,
+    checked_share,
+    checked_tokens,
+    finetuning_budget_s,
+    pack_inference,
+    prompts_first,
+)
 from sim.policies.slices import fill
 
 
@@ -44,9 +51,8 @@ class CoServing:
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        decode, prefills, preempted, work = pack_inference(
-            view, latency=self._latency if view.decode_count else None
-        )
+        bounded = view.decode_count and not prompts_first(view)
+        decode, prefills, preempted, work = pack_inference(view, latency=self._latency if bounded else None)
         budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)
         slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)
         return Plan(decode, prefills, preempted, slices, predicted_s=predicted_s)

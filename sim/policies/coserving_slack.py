@@ -25,6 +25,7 @@ from sim.policies.packing import (
     checked_tokens,
     finetuning_budget_s,
     pack_inference,
+    prompts_first,
     time_share,
 )
 from sim.policies.slices import add_slices, fill
@@ -109,12 +110,13 @@ class CoServingSlack:
         correction = memory.ratio * (1 + self._margin_deviations * memory.deviation)
         tokens_s = self._token_budget(view, memory)
         within_s = tokens_s / correction
-        latency = Latency(self._predictor, within_s, self.min_chunk_tokens)
+        hurry = prompts_first(view)
+        latency = None if hurry else Latency(self._predictor, within_s, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.
         budget_s = finetuning_budget_s(view, tokens_s, self._first_token_share)
         if view.prefilling or view.waiting.count:
-            if len(prefills) == 1 and view.decode_count and not preempted:
+            if len(prefills) == 1 and view.decode_count and not (preempted or hurry):
                 alone_s = self._predictor.iteration_s(view.decode_work)
                 if alone_s <= within_s < self._predictor.iteration_s(work):
                     # Even the least chunk would break a bound that decoding alone keeps: it waits until time

@@ -127,6 +127,15 @@ def finetuning_budget_s(view: View, budget_s: float, share: float) -> float:
     return budget_s * time_share(view.late_share)
 
 
+def prompts_first(view: View) -> bool:
+    """Whether prompts may fill an iteration, however long it lasts: where they wait for one another, and first tokens
+    come late more often than answers do. Full iterations compute more of them in the same time; answers, which are
+    slower meanwhile, make up for it with those that only decode, or are late in their turn, which ends it."""
+    if view.late_first_tokens <= max(LATE_FROM, view.late_answers):
+        return False
+    return view.waiting.count + len(view.prefilling) > 1
+
+
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:
     """Fill an iteration with inference tokens, at most `token_budget` and the pipeline's own limit.
 

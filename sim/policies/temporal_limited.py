@@ -9,7 +9,14 @@ from __future__ import annotations
 from sim.core.cost import Predictor
 from sim.core.plan import Plan, View
 from sim.core.work import Work
-from sim.policies.packing import Latency, checked_share, checked_tokens, finetuning_budget_s, pack_inference
+from sim.policies.packing import (
+    Latency,
+    checked_share,
+    checked_tokens,
+    finetuning_budget_s,
+    pack_inference,
+    prompts_first,
+)
 from sim.policies.slices import fill
 
 
@@ -47,7 +54,8 @@ class TemporalLimited:
             plan = self._finetune(view, budget_s - spent_s)
             if plan.finetune:
                 return plan
-        inference = pack_inference(view, latency=self._latency if view.decode_count else None)
+        bounded = view.decode_count and not prompts_first(view)
+        inference = pack_inference(view, latency=self._latency if bounded else None)
         if not inference.busy:
             return self._finetune(view, budget_s)
         predicted_s = self._predictor.iteration_s(inference.work)

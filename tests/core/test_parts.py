@@ -144,25 +144,27 @@ def test_an_answer_is_expected_to_be_as_long_as_nearly_all_of_the_last() -> None
 
 
 @pytest.mark.parametrize(
-    ("slo", "first_s", "end_s", "tokens", "late"),
+    ("slo", "first_s", "end_s", "tokens", "first", "answer"),
     [
-        (Slo(), 1e6, 2e6, 10, 0),
-        (Slo(ttft_s=2.0), 2.0, 9.0, 10, 0),
-        (Slo(ttft_s=2.0), 2.1, 9.0, 10, 1),
-        (Slo(tpot_s=0.5), 1.0, 3.0, 5, 0),
-        (Slo(tpot_s=0.5), 1.0, 3.0, 4, 1),
-        (Slo(tpot_s=0.5), 1.0, 1.0, 1, 0),
-        (Slo(e2e_s=3.0), 1.0, 3.0, 4, 0),
-        (Slo(e2e_s=3.0), 1.0, 3.1, 4, 1),
-        (Slo(e2e_s=3.0), 3.1, 3.1, 1, 2),
+        (Slo(), 1e6, 2e6, 10, 0, 0),
+        (Slo(ttft_s=2.0), 2.0, 9.0, 10, 0, 0),
+        (Slo(ttft_s=2.0), 2.1, 9.0, 10, 1, 0),
+        (Slo(tpot_s=0.5), 1.0, 3.0, 5, 0, 0),
+        (Slo(tpot_s=0.5), 1.0, 3.0, 4, 0, 1),
+        (Slo(tpot_s=0.5), 1.0, 1.0, 1, 0, 0),
+        (Slo(e2e_s=3.0), 1.0, 3.0, 4, 0, 0),
+        (Slo(e2e_s=3.0), 1.0, 3.1, 4, 0, 1),
+        (Slo(e2e_s=3.0), 3.1, 3.1, 1, 1, 1),
     ],
 )
-def test_late_is_what_misses_a_bound(slo: Slo, first_s: float, end_s: float, tokens: int, late: int) -> None:
+def test_late_is_what_misses_a_bound(
+    slo: Slo, first_s: float, end_s: float, tokens: int, first: int, answer: int
+) -> None:
     """All from an arrival at 10 s; the newest request weighs 2 %."""
     requests = LateRequests()
     requests.first_token(slo, 10.0, 10.0 + first_s)
     requests.answer(slo, 10.0, 10.0 + first_s, 10.0 + end_s, tokens)
-    assert requests.share == 0.02 * late
+    assert (requests.first_token_share, requests.answer_share) == (0.02 * first, 0.02 * answer)
 
 
 def test_the_share_of_late_requests_settles_at_that_of_the_worst_class() -> None:
@@ -171,7 +173,7 @@ def test_the_share_of_late_requests_settles_at_that_of_the_worst_class() -> None
     for _ in range(20_000):
         for name, share in (("rarely", 0.1), ("often", 0.4)):
             requests.first_token(Slo(name=name, ttft_s=1.0), 0.0, 2.0 if draws.random() < share else 1.0)
-        seen.append(requests.share)
+        seen.append(requests.first_token_share)
     assert sum(seen[1000:]) / 19_000 == pytest.approx(0.4, abs=0.01)
 
 

@@ -528,9 +528,11 @@ SLOW = Slo(name="slow", tpot_s=0.1)
 """Both are missed where every iteration ends a second after the last."""
 
 
-def plan_after(name: str, cost: LinearCost, slos: tuple[Slo, ...], busy: bool, **settings: Any) -> Plan:
+def plan_after(
+    name: str, cost: LinearCost, slos: tuple[Slo, ...], busy: bool, prompts: int = 0, **settings: Any
+) -> Plan:
     """What the policy plans with a budget of 50 ms once a request of two tokens of each of `slos` has ended, an
-    iteration a second; where it is `busy`, beside one that decodes."""
+    iteration a second; where it is `busy`, beside one that decodes; and with `prompts` that wait."""
     classes = {slo.name: slo for slo in (*slos, Slo(name="here", tpot_s=0.05))}
     state = PipelineState(limits=limits_of(), slos=classes, recorder=Recorder(), jobs=[job_of(8000)])
     for id, slo in enumerate(slos):
@@ -543,6 +545,8 @@ def plan_after(name: str, cost: LinearCost, slos: tuple[Slo, ...], busy: bool, *
         assert state.arrive(Request(len(slos), now_s, 16, 20, "here"))
         state.apply(Plan(prefills=((len(slos), 16),)), now_s)
         state.commit(now_s)
+    for id in range(len(slos) + 1, len(slos) + 1 + prompts):
+        assert state.arrive(Request(id, now_s, 1000, 20, "here"))
     return build_policy(name, predictor=cost, budget_s=0.05, **settings).plan(state.view(now_s))
 
 
@@ -574,6 +578,28 @@ def test_finetuning_gives_way_where_requests_came_late(
         assert not plan.finetune
     alone = plan_after(name, LinearCost(prefill_s=2.0**-16), slos, False, **settings)
     assert alone.predicted_s is not None and alone.predicted_s > 0.05 - 2.0**-13, "where nobody is here"
+
+
+@pytest.mark.parametrize("name", ["coserving", "spatial_limited", "temporal_limited", "coserving_slack"])
+@pytest.mark.parametrize(
+    ("slos", "prompts", "first"),
+    [
+        pytest.param((LATE,) * 3, 2, True, id="late-and-waiting"),
+        pytest.param((LATE,) * 3, 1, False, id="one-prompt"),
+        pytest.param((LATE,), 2, False, id="few"),
+        pytest.param((SLOW,) * 3, 2, False, id="answers"),
+        pytest.param((LATE, LATE, SLOW, SLOW), 2, False, id="answers-as-many"),
+        pytest.param((SLOW, SLOW, LATE, LATE, LATE), 2, True, id="answers-less"),
+    ],
+)
+def test_prompts_that_wait_fill_an_iteration_where_first_tokens_came_late(
+    name: str, slos: tuple[Slo, ...], prompts: int, first: bool
+) -> None:
+    """48 of 256 tokens keep a bound of 50 ms, beside an answer; the newest request weighs 2 %."""
+    plan = plan_after(name, LinearCost(prefill_s=2.0**-10), slos, True, prompts, min_chunk_tokens=16)
+    tokens = sum(count for _, count in plan.prefills)
+    assert plan.decode and not plan.finetune
+    assert tokens == 255 if first else 16 <= tokens <= 48
 
 
 def test_slack_idles_less_after_late_requests_until_it_has_been_quiet() -> None:
