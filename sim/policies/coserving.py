@@ -2,9 +2,9 @@
 
 FlexLLM (NSDI 2026): s = max { s : f(c, s) <= SLO } with f the predicted time of an iteration that has c
 inference tokens and s finetuning tokens. The slice is a forward window or a backward slice in
-layers x tokens. Prefill chunks are sized by the same budget where somebody decodes. An iteration holds a bounded
-number of prompt tokens however long it may take, so finetuning also gives way where prompts would wait for too long,
-where answers would end too late, and where requests came late.
+layers x tokens. Prefill chunks are sized by the same budget where somebody decodes, unless first tokens came late. An
+iteration holds a bounded number of prompt tokens however long it may take, so finetuning also gives way where prompts
+would wait for too long, where answers would end too late, and where requests came late.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Closed-loop co-serving: the budget is the time until the earliest token deadline, not a constant.
 
 What `coserving` cannot do. Time that fast tokens have banked is spent on finetuning, never more than is
-there: every decoding sequence keeps its mean TPOT at every token, so it meets the bound whenever it ends.
+there: unless first tokens came late, every decoding sequence keeps its mean TPOT at every token, so it meets
+the bound whenever it ends.
 Where even the least chunk of a prompt would break that (64 tokens after 50,000 on an A100, for 45 ms), the
 prompt waits for iterations that only decode, and bank the time for it. The predictor is corrected online by
 measured / predicted, with a margin that follows the error seen, so a predictor that is wrong costs throughput
