@@ -27,6 +27,9 @@ LATE_FROM = 0.025
 LATE_MOST = 0.05
 """Shares of late requests from which finetuning gives way to those that are here, and at which it stops for them."""
 
+WAITED_SHARE = 0.5
+"""Of its time to the first token, left to the first prompt in line, below which prompts may fill iterations."""
+
 
 class Inference(NamedTuple):
     """The inference part of a plan, and its Work for a predictor."""
@@ -128,12 +131,18 @@ def finetuning_budget_s(view: View, budget_s: float, share: float) -> float:
 
 
 def prompts_first(view: View) -> bool:
-    """Whether prompts may fill an iteration, however long it lasts: where they wait for one another, and first tokens
-    come late more often than answers do. Full iterations compute more of them in the same time; answers, which are
-    slower meanwhile, make up for it with those that only decode, or are late in their turn, which ends it."""
+    """Whether prompts may fill an iteration, however long it lasts: where first tokens come late, more often than
+    answers do, and prompts wait behind one that has waited for half of its time. Full iterations compute more of them
+    in the same time; answers, which are slower meanwhile, make up for it with those that only decode, or are late in
+    their turn, which ends it."""
     if view.late_first_tokens <= max(LATE_FROM, view.late_answers):
         return False
-    return view.waiting.count + len(view.prefilling) > 1
+    waiting, prefilling = view.waiting, view.prefilling
+    if waiting.count + len(prefilling) < 2:
+        return False
+    first = prefilling[0] if prefilling else waiting.first()
+    deadline_s = first.first_token_deadline_s
+    return deadline_s - view.start_s < WAITED_SHARE * (deadline_s - first.arrival_s)
 
 
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:

@@ -529,11 +529,17 @@ SLOW = Slo(name="slow", tpot_s=0.1)
 
 
 def plan_after(
-    name: str, cost: LinearCost, slos: tuple[Slo, ...], busy: bool, prompts: int = 0, **settings: Any
+    name: str,
+    cost: LinearCost,
+    slos: tuple[Slo, ...],
+    busy: bool,
+    waited_s: tuple[float, ...] = (),
+    **settings: Any,
 ) -> Plan:
     """What the policy plans with a budget of 50 ms once a request of two tokens of each of `slos` has ended, an
-    iteration a second; where it is `busy`, beside one that decodes; and with `prompts` that wait."""
-    classes = {slo.name: slo for slo in (*slos, Slo(name="here", tpot_s=0.05))}
+    iteration a second; where it is `busy`, beside one that decodes; and with prompts that have waited so
+    long, each for a first token in 2 s."""
+    classes = {slo.name: slo for slo in (*slos, Slo(name="here", tpot_s=0.05), Slo(name="waits", ttft_s=2.0))}
     state = PipelineState(limits=limits_of(), slos=classes, recorder=Recorder(), jobs=[job_of(8000)])
     for id, slo in enumerate(slos):
         assert state.arrive(Request(id, 2.0 * id, 16, 2, slo.name))
@@ -545,8 +551,8 @@ def plan_after(
         assert state.arrive(Request(len(slos), now_s, 16, 20, "here"))
         state.apply(Plan(prefills=((len(slos), 16),)), now_s)
         state.commit(now_s)
-    for id in range(len(slos) + 1, len(slos) + 1 + prompts):
-        assert state.arrive(Request(id, now_s, 1000, 20, "here"))
+    for id, ago_s in enumerate(waited_s, len(slos) + 1):
+        assert state.arrive(Request(id, now_s - ago_s, 1000, 20, "waits"))
     return build_policy(name, predictor=cost, budget_s=0.05, **settings).plan(state.view(now_s))
 
 
@@ -582,21 +588,23 @@ def test_finetuning_gives_way_where_requests_came_late(
 
 @pytest.mark.parametrize("name", ["coserving", "spatial_limited", "temporal_limited", "coserving_slack"])
 @pytest.mark.parametrize(
-    ("slos", "prompts", "first"),
+    ("slos", "waited_s", "first"),
     [
-        pytest.param((LATE,) * 3, 2, True, id="late-and-waiting"),
-        pytest.param((LATE,) * 3, 1, False, id="one-prompt"),
-        pytest.param((LATE,), 2, False, id="few"),
-        pytest.param((SLOW,) * 3, 2, False, id="answers"),
-        pytest.param((LATE, LATE, SLOW, SLOW), 2, False, id="answers-as-many"),
-        pytest.param((SLOW, SLOW, LATE, LATE, LATE), 2, True, id="answers-less"),
+        pytest.param((LATE,) * 3, (1.1, 0.0), True, id="late-and-waiting"),
+        pytest.param((LATE,) * 3, (0.9, 0.9), False, id="fresh"),
+        pytest.param((LATE,) * 3, (3.0, 0.0), True, id="too-late"),
+        pytest.param((LATE,) * 3, (1.1,), False, id="one-prompt"),
+        pytest.param((LATE,), (1.1, 0.0), False, id="few"),
+        pytest.param((SLOW,) * 3, (1.1, 0.0), False, id="answers"),
+        pytest.param((LATE, LATE, SLOW, SLOW), (1.1, 0.0), False, id="answers-as-many"),
+        pytest.param((SLOW, SLOW, LATE, LATE, LATE), (1.1, 0.0), True, id="answers-less"),
     ],
 )
 def test_prompts_that_wait_fill_an_iteration_where_first_tokens_came_late(
-    name: str, slos: tuple[Slo, ...], prompts: int, first: bool
+    name: str, slos: tuple[Slo, ...], waited_s: tuple[float, ...], first: bool
 ) -> None:
     """48 of 256 tokens keep a bound of 50 ms, beside an answer; the newest request weighs 2 %."""
-    plan = plan_after(name, LinearCost(prefill_s=2.0**-10), slos, True, prompts, min_chunk_tokens=16)
+    plan = plan_after(name, LinearCost(prefill_s=2.0**-10), slos, True, waited_s, min_chunk_tokens=16)
     tokens = sum(count for _, count in plan.prefills)
     assert plan.decode and not plan.finetune
     assert tokens == 255 if first else 16 <= tokens <= 48
