@@ -51,7 +51,7 @@ class CoServing:
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        bounded = view.decode_count and not prompts_first(view)
+        bounded = view.decode_count and not prompts_first(view, self._predictor)
         decode, prefills, preempted, work = pack_inference(view, latency=self._latency if bounded else None)
         budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)
         slices, predicted_s = fill(work, view.jobs, self._predictor, budget_s, self._max_forward_tokens)

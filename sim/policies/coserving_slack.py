@@ -111,7 +111,7 @@ class CoServingSlack:
         correction = memory.ratio * (1 + self._margin_deviations * memory.deviation)
         tokens_s = self._token_budget(view, memory)
         within_s = tokens_s / correction
-        hurry = prompts_first(view)
+        hurry = prompts_first(view, self._predictor, correction)
         latency = None if hurry else Latency(self._predictor, within_s, self.min_chunk_tokens)
         decode, prefills, preempted, work = pack_inference(view, latency=latency)
         # A prompt in a hurry gets its chunk as large as the decodes allow; only finetuning makes way.

@@ -130,19 +130,28 @@ def finetuning_budget_s(view: View, budget_s: float, share: float) -> float:
     return budget_s * time_share(view.late_share)
 
 
-def prompts_first(view: View) -> bool:
+def prompts_first(view: View, predictor: Predictor, correction: float = 1.0) -> bool:
     """Whether prompts may fill an iteration, however long it lasts: where first tokens come late, more often than
-    answers do, and prompts wait behind one that has waited for half of its time. Full iterations compute more of them
-    in the same time; answers, which are slower meanwhile, make up for it with those that only decode, or are late in
-    their turn, which ends it."""
+    answers do, and the first prompt in line has waited for half of its time. Full iterations compute more of them in
+    the same time; answers, which are slower meanwhile, make up for it with those that only decode, or are late in
+    their turn, which ends it. A prompt behind which nobody waits must still be in time so, by `correction` times what
+    is predicted.
+    """
     if view.late_first_tokens <= max(LATE_FROM, view.late_answers):
         return False
     waiting, prefilling = view.waiting, view.prefilling
-    if waiting.count + len(prefilling) < 2:
+    prompts = waiting.count + len(prefilling)
+    if not prompts:
         return False
     first = prefilling[0] if prefilling else waiting.first()
-    deadline_s = first.first_token_deadline_s
-    return deadline_s - view.start_s < WAITED_SHARE * (deadline_s - first.arrival_s)
+    left_s = first.first_token_deadline_s - view.start_s
+    if not left_s < WAITED_SHARE * (first.first_token_deadline_s - first.arrival_s):
+        return False
+    if prompts > 1:
+        return True
+    tokens = max(1, min(first.remaining_tokens, view.limits.max_tokens - view.decode_count))
+    full = view.decode_work._replace(prefill=(Chunk(tokens, first.computed_tokens),))
+    return correction * predictor.iteration_s(full) * math.ceil(first.remaining_tokens / tokens) <= left_s
 
 
 def pack_inference(view: View, token_budget: int | None = None, latency: Latency | None = None) -> Inference:

@@ -43,7 +43,7 @@ class SpatialLimited:
         self._latency = Latency(predictor, self._budget_s, self.min_chunk_tokens)
 
     def plan(self, view: View) -> Plan:
-        bounded = view.decode_count and not prompts_first(view)
+        bounded = view.decode_count and not prompts_first(view, self._predictor)
         inference = pack_inference(view, latency=self._latency if bounded else None)
         work = inference.work._replace(overlap=inference.busy)
         budget_s = finetuning_budget_s(view, self._budget_s, self._first_token_share)

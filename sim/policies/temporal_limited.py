@@ -54,7 +54,7 @@ class TemporalLimited:
             plan = self._finetune(view, budget_s - spent_s)
             if plan.finetune:
                 return plan
-        bounded = view.decode_count and not prompts_first(view)
+        bounded = view.decode_count and not prompts_first(view, self._predictor)
         inference = pack_inference(view, latency=self._latency if bounded else None)
         if not inference.busy:
             return self._finetune(view, budget_s)
