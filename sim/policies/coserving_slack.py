@@ -81,13 +81,14 @@ class CoServingSlack:
         """`budget_s`, `ttft_s`: the tightest TPOT and TTFT bounds of the traffic.
 
         `max_burst`: while requests decode, an iteration is never longer than so many `budget_s`, however much
-        is banked. `idle_share`: share of `ttft_s` that an iteration may last while no request is here; one
-        that arrives meanwhile waits for its end. `quiet_share`: share of the time for which none has been
-        here that it may last if that is more, up to `first_token_share` of `ttft_s`: requests that come after
-        a long quiet are few. `first_token_share`: share of the time left to the TTFT deadlines that may be
-        used up until the waiting prompts are done. `smoothing`: weight of the newest iteration in the error
-        averages. `margin_deviations`: how many mean deviations of measured/predicted are kept as margin;
-        since deadlines are absolute, time that it leaves is there for the next iteration.
+        is banked, unless first tokens came late and prompts fill it. `idle_share`: share of `ttft_s` that an
+        iteration may last while no request is here; one that arrives meanwhile waits for its end.
+        `quiet_share`: share of the time for which none has been here that it may last if that is more, up to
+        `first_token_share` of `ttft_s`: requests that come after a long quiet are few. `first_token_share`:
+        share of the time left to the TTFT deadlines that may be used up until the waiting prompts are done.
+        `smoothing`: weight of the newest iteration in the error averages. `margin_deviations`: how many mean
+        deviations of measured/predicted are kept as margin; since deadlines are absolute, time that it leaves
+        is there for the next iteration.
         """
         if not max_burst >= 1 or not 0 <= margin_deviations < math.inf:
             raise ValueError(
