@@ -38,7 +38,7 @@ from engine.bench_jobs import FIRST, adapter_folder
 from engine.bench_loaded import load_bench
 from engine.bench_spec import BenchRunSettings, BenchSpec, spec_of
 from engine.lora import write_adapter
-from engine.machine import release
+from engine.machine import release, take_model_of_folder
 from engine.pipelines import Single
 from engine.replica import Replica, replica
 from sim.checked import build
@@ -69,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
 
 def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
+    take_model_of_folder(config)
     check_bounds(config)
     refuse_needless(config)
     hydra = HydraConfig.get()

@@ -14,7 +14,7 @@ from engine.bench_jobs import FIRST, JobSettings, jobs_of, samples_of
 from engine.finetune import Sample
 from engine.launching import LaunchSettings
 from engine.lora import Adapter, new_adapter
-from engine.machine import place_of, shape_of, take_model_of_folder
+from engine.machine import place_of, shape_of
 from engine.model import Model
 from engine.pipelines import Share, share_of
 from engine.text import passes
@@ -111,7 +111,6 @@ class BenchSpec:
 def spec_of(config: DictConfig) -> BenchSpec:
     """Raises ValueError naming the key, the value and what is allowed."""
     device = build(DeviceSpec, config.device, "device")
-    take_model_of_folder(config)
     shape = shape_of(config.model, config.weights)
     place = place_of(device)
     seed = seed_of(config)

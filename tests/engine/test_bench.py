@@ -320,10 +320,12 @@ def test_a_mistake_is_told_in_one_line(
 def test_weights_alone_say_which_model_it_is(
     folder: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = [*SHORT, f"weights={model_folder}"]
+    name = model_folder.name
+    own = [*SHORT, f"weights={model_folder}", "slo=flexllm", f"+slo.tpot_s.{name}=0.5"]
     assert main([*own, f"hydra.run.dir={folder}"]) == 0
+    assert main([*own, f"hydra.run.dir={folder}", "run.resume=true"]) == 0, "it is the same run"
     run = read_run(folder)
-    assert run.summary["model"] == model_folder.name
+    assert run.summary["model"] == name
     shape = replace(read_config(model_folder).shape, dtype_bytes=4)
     assert run.config["model"] == asdict(shape) and shape.hidden == 32
     assert main([*own, "model.layers=3", f"hydra.run.dir={folder}/x"]) == 2
