@@ -111,13 +111,11 @@ class Engine:
         adapters: Mapping[str, int] | None = None,
         trainers: Iterable[Trainer] = (),
         on_token: Callable[[int, int], None] | None = None,
-        on_step: Callable[[StepRecord], None] | None = None,
         launching: Launching = Launching(),  # noqa: B008 - a value without state
     ) -> None:
         """`pages` hold the inference blocks of `limits` first, then those of the trainers. Requests name one
         of `adapters`, whose slots in the bank are the engine's from now on, or a trainer's job.
-        `on_token(id, token)` is called for each token in order, `on_step(record)` for each optimizer step, and
-        finds `adapter` and `optimizer_state` as this left them."""
+        `on_token(id, token)` is called for each token in order."""
         self.model = model
         self.tables = BlockTables(limits)
         self.trainers = {trainer.spec.id: trainer for trainer in trainers}
@@ -126,7 +124,8 @@ class Engine:
         self.failures: dict[str, StepRecord] = {}
         """Job -> the step after which it was given up. Its adapter stays at the version before."""
         self.on_token = on_token
-        self.on_step = on_step
+        self.on_step: Callable[[StepRecord], None] | None = None
+        """Called for each optimizer step; finds `adapter` and `optimizer_state` as this left them."""
         self.on_failure: Callable[[StepRecord], None] | None = None
         """Called for the step after which a job is given up."""
         self.on_lost: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -403,7 +403,6 @@ class Trainer:
         self._dv.zero_()
 
 
-def _map(adapter: Adapter, change: object) -> Adapter:
-    assert callable(change)
+def _map(adapter: Adapter, change: Callable[[torch.Tensor], torch.Tensor]) -> Adapter:
     a, b = ({target: change(t) for target, t in tensors.items()} for tensors in (adapter.a, adapter.b))
     return replace(adapter, a=a, b=b)
