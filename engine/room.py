@@ -1,4 +1,4 @@
-"""Memory of a bench: what the K/V cache gets beside the weights and a sample in flight, by the simulator's formula.
+"""Memory of an engine: what the K/V cache gets beside the weights and a sample in flight, by the simulator's formula.
 
 What a sample holds is the compile plan's to say. Where both are open (`limits.kv_tokens: null`, `memory: auto`)
 the plan may take as much of what is free as the simulator lets it, and the cache has the rest.
@@ -62,7 +62,10 @@ def limits_and_plans(
             finetune_bytes=FinetunePlans(plans=plans).held_bytes,
         )
     except OutOfReach as error:
-        raise ValueError(f"{error}; a smaller job.sample_tokens needs less") from None
+        if not jobs:
+            raise
+        own = "job.sample_tokens, in a server's job cutoff_len"
+        raise OutOfReach(f"{error}; shorter samples need less ({own})") from None
     return _limits(given, whole_steps(room), shape), plans
 
 

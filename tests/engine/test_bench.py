@@ -30,6 +30,7 @@ from sim.checked import build
 from sim.core.rows import ITERATION_COLUMNS, REQUEST_COLUMNS, STEP_COLUMNS
 from sim.core.specs import DeviceSpec, LoraSpec, ModelShape
 from sim.cost.memory import RUNTIME_BYTES, kv_room_tokens, weight_bytes
+from sim.errors import OutOfReach
 from sim.results import Run, read_run
 from sim.settings import LimitSettings
 from tests.engine.composed import bench_config
@@ -242,6 +243,11 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
     monkeypatch.setattr(room, "free_bytes", lambda _: free - 2**33)
     less, _ = room.limits_and_plans(model, device, given, [job], 0.9)
     assert less.kv_tokens < limits.kv_tokens - 50_000
+    if memory == "stash":
+        monkeypatch.setattr(room, "free_bytes", lambda _: 2**28)
+        for jobs, words in (([job], "shorter samples need less"), ([], "activations [^;]*$")):
+            with pytest.raises(OutOfReach, match=f"leaves no room for a KV cache .*{words}"):
+                room.limits_and_plans(model, device, given, jobs, 0.9)
 
 
 @pytest.mark.parametrize(
