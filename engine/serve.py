@@ -47,7 +47,7 @@ from engine.training import CONFIGS as PROGRAMS
 from engine.training import Training
 from engine.training_settings import DTYPES
 from engine.training_settings import Settings as TrainingSettings
-from sim.checked import build, check, locate
+from sim.checked import build, locate
 from sim.core.loop import Horizon, run_loop
 from sim.core.plan import Limits, Policy
 from sim.core.rows import Recorder
@@ -168,7 +168,6 @@ class _Server:
             own = ", ".join(self._slos)
             raise ValueError(f"slo must have a class named {SLO}, which requests are of, got {own}")
         launch = build(LaunchSettings, config.launch, "launch")
-        utilization = check(config.memory_utilization, float, "memory_utilization")
         given = build(LimitSettings, config.limits, "limits")
         measure_s = seconds_of(config, "measure_s")
         self._adapters = {name: read_adapter(folder, shape) for name, folder in settings.adapters.items()}
@@ -176,9 +175,9 @@ class _Server:
         target = locate(node.get("_target_"), "policy")
         _check_policy(target, target, training is not None)
 
-        self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, device)])
+        self._model = ranks.load(load_model, settings.weights, DTYPES[_dtype(settings, ranks.device.type)])
         jobs = [] if training is None else [training.job]
-        limits, plans = limits_and_plans(self._model, device, given, jobs, utilization)
+        limits, plans = limits_and_plans(self._model, device, given, jobs, settings.memory_utilization)
         self._limits = replace(limits, max_sequence_tokens=_longest(limits, shape.max_context_tokens))
         self._jobs = [replace(job, plan=plans[job.id]) for job in jobs]
         self._assemble = partial(ranks.assemble, launching=launch.on(self._model))
@@ -397,7 +396,7 @@ def _training(settings: Settings, place: str) -> Training | None:
             raise ValueError(f"{path} has no key {key!r}{nearest(key, own)}; known: {', '.join(own)}")
     node |= {str(key): value for key, value in given.items()}
     node |= {"model_name_or_path": settings.weights, "tp": settings.tp, "device": place}
-    node["dtype"] = _dtype_on(settings, place)
+    node["dtype"] = _dtype(settings, place)
     for key in ("dataset", "output_dir"):
         if node[key] == "???":
             raise ValueError(f"{path}: {key} is missing")
@@ -405,11 +404,7 @@ def _training(settings: Settings, place: str) -> Training | None:
         return Training(build(TrainingSettings, node, "finetune"))
 
 
-def _dtype(settings: Settings, device: DeviceSpec) -> str:
-    return _dtype_on(settings, "cpu" if device.name == "cpu" else "cuda")
-
-
-def _dtype_on(settings: Settings, place: str) -> str:
+def _dtype(settings: Settings, place: str) -> str:
     return settings.dtype or ("float32" if place == "cpu" else "bfloat16")
 
 
