@@ -2,8 +2,8 @@
 
 The predictor is a table of the beginning of the design, timed for some seconds.
 
-It is what `coserve profile collect` does at length, each point once; `coserve bench predictor=FILE` takes such
-a profile instead and needs no time for this.
+It is what `coserve profile collect` does at length and with more repeats of a point; `coserve bench predictor=FILE`
+takes such a profile instead and needs no time for this.
 """
 
 from __future__ import annotations

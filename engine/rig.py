@@ -45,7 +45,7 @@ SECOND_WINDOW_TOKENS = 1024
 
 
 class Timed(NamedTuple):
-    """Times of one point, shape (repeats,) each."""
+    """Times of one point; arrays have the shape (repeats,)."""
 
     work: Work
     """Of the middle repeat: a context grows by a token each time."""
