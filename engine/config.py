@@ -160,7 +160,7 @@ def _rope(values: Mapping[str, Any], where: str) -> tuple[float, RopeScaling | N
     """Base and stretching, under the names of transformers 5 or those before."""
     name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     given = check(values.get(name) or {}, dict[str, Any], f"{where}: {name}")
-    theta = given.get("rope_theta") or values.get("rope_theta") or 10000.0
+    theta = next((own["rope_theta"] for own in (given, values) if own.get("rope_theta") is not None), 10000.0)
     theta = check(theta, float, f"{where}: rope_theta")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind == "default":

@@ -96,6 +96,7 @@ STRETCHED = {
         ({"rope_parameters": ["default"]}, "config.json: rope_parameters must be a group of keys"),
         ({"rope_parameters": {"rope_theta": [1]}}, r"rope_theta must be a number, got \[1\]"),
         ({"rope_parameters": {"rope_theta": -1}}, "config.json: rope_theta must be above 0 and finite"),
+        ({"rope_parameters": {"rope_theta": 0}}, "config.json: rope_theta must be above 0 and finite, got 0"),
         ({"rope_parameters": STRETCHED | {"factor": "8"}}, "rope_parameters.factor must be a number"),
         ({"rope_parameters": STRETCHED | {"factor": 0}}, "rope_parameters.factor must be above 0"),
         (
