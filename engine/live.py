@@ -46,7 +46,7 @@ class LiveArrivals:
         recorder: Recorder,
         slo: Slo,
         fail: Callable[[str], None],
-        trace: TextIO | None = None,
+        trace: TextIO | None,
     ) -> None:
         """`horizon` is ended when the pipe is. `slo` is that of all requests; those that end go to `trace`, a CSV file
         with its columns, and `fail` gets a line when that cannot be written."""

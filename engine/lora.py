@@ -222,7 +222,7 @@ class AdapterBank:
         layers: int,
         dtype: torch.dtype,
         device: torch.device,
-        slots: int = 4,
+        slots: int,
     ) -> None:
         """Room for adapters with any of `placements`, and with smaller ranks where these have the same key."""
         widest: dict[str, dict[object, Placement]] = {}

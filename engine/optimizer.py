@@ -141,7 +141,7 @@ class MasterOptimizer:
         self._optimizer = settings.build(masters)
         self.steps = 0
 
-    def state(self, own: dict[str, Any] | None = None) -> dict[str, Any]:
+    def state(self, own: dict[str, Any] | None) -> dict[str, Any]:
         """What `restore` needs, besides the masters, whole: now, or when `own` was copied. A collective."""
         state = self._optimizer.state_dict() if own is None else own
         return state if self._shares is None else self._shares.whole_state(state)

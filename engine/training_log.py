@@ -39,8 +39,8 @@ class TrainingLog:
         done: int,
         every: int,
         epoch_samples: int,
-        unlogged: Sequence[float] = (),
-        tensorboard: Path | None = None,
+        unlogged: Sequence[float],
+        tensorboard: Path | None,
     ) -> None:
         """`path` gets a row every `every` steps and after the last of `total`; `done` steps were made before,
         those of `unlogged` without a row. `epoch_samples` make an epoch; `tensorboard` is a folder for events.
