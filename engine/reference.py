@@ -97,6 +97,8 @@ class Settings:
         for key in ("seconds", "rank", "alpha", "learning_rate"):
             if not 0 < getattr(self, key) < math.inf:
                 raise ValueError(f"{key} must be above 0 and finite, got {getattr(self, key)}")
+        if not self.out.strip():
+            raise ValueError("out must be a folder, got nothing")
         unknown = [part for part in self.parts if part not in PARTS]
         if unknown or not self.parts:
             raise ValueError(f"parts must be some of {', '.join(PARTS)}, got {list(self.parts)}")

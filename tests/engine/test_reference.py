@@ -286,6 +286,7 @@ def test_ratios_are_against_the_same_adapter_and_what_did_not_fit_has_none() -> 
 @pytest.mark.parametrize(
     ("argument", "words"),
     [
+        ("out=", "out must be a folder, got nothing"),
         ("parts=[decodes]", "parts must be some of"),
         ("seconds=0", "seconds must be above 0"),
         ("device=h200", "needs a CUDA device"),
