@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 import traceback
 import warnings
@@ -41,15 +42,18 @@ from engine.reference_iterations import (
 from engine.reference_peft import SETUPS, LigerMissing, Setup, peft_times
 from engine.reference_rows import HEAD, Row, compared, line, timed_row, write_rows
 from engine.reference_timing import Ceilings, PeakMemory, Times, allocated_bytes, ceilings
+from engine.sweep_folders import shared_folder
 from engine.text import random_samples
 from sim.checked import build
 from sim.core.specs import LINEARS, DeviceSpec, LoraSpec
-from sim.errors import FailedInPart, OutOfReach, keys_as, writing
+from sim.errors import USER_ERROR, FailedInPart, OutOfReach, keys_as, writing
 from sim.hydra_app import hydra_main
 from sim.results import make_manifest, shown_path
 
 CONFIGS = Path(__file__).parent / "configs"
 PARTS = ("ceilings", "decode", "prefill", "window", "fused", "streams", "finetune", "peft", "memory")
+GROUPS = ("model", "device", "sizes")
+"""Keys that are files of settings."""
 OUT_OF_MEMORY = "out of memory"
 LORAS: dict[str, tuple[str, ...]] = {"all-linear": LINEARS, "down_proj": ("down_proj",)}
 LEAST = {"sample_tokens": 2, "long_sample_tokens": 2, "copy_bytes": 4}
@@ -106,6 +110,11 @@ class Settings:
 
 def main(argv: Sequence[str]) -> int:
     """`coserve reference`."""
+    if {"-m", "--multirun"} & set(argv):
+        default = OmegaConf.select(OmegaConf.load(CONFIGS / "reference.yaml"), "out")
+        if (line := shared_folder(argv, "out", default, GROUPS)) is not None:
+            print(f"coserve reference: error: {line}", file=sys.stderr)
+            return USER_ERROR
     return hydra_main(
         reference, argv, prog="coserve reference", config_name="reference", config_dir=CONFIGS, at_end=_show
     )

@@ -22,8 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 
 from engine.assemble import TrainingJob
@@ -44,6 +42,7 @@ from engine.evaluation import room_for
 from engine.load import load_model
 from engine.lora import new_adapter, read_adapter, write_adapter
 from engine.replica import replica
+from engine.sweep_folders import shared_folder
 from engine.text import passes
 from engine.tokenizer import check_tokens
 from engine.training_data import Counted, fingerprint, read_data
@@ -67,7 +66,7 @@ Save = Callable[[Path, Engine, str, Progress, str, "int | None"], object]
 def main(argv: Sequence[str]) -> int:
     """`coserve finetune`."""
     if {"-m", "--multirun"} & set(argv):
-        if (line := _shared_folder(argv)) is not None:
+        if (line := shared_folder(argv, "output_dir")) is not None:
             print(f"coserve finetune: error: {line}", file=sys.stderr)
             return USER_ERROR
     else:
@@ -76,22 +75,6 @@ def main(argv: Sequence[str]) -> int:
     return hydra_main(
         finetune, argv, prog="coserve finetune", config_name="finetune", config_dir=CONFIGS, at_end=_show
     )
-
-
-def _shared_folder(argv: Sequence[str]) -> str | None:
-    """What is to be given where several runs of a sweep would have one output_dir."""
-    try:
-        read = OverridesParser.create().parse_overrides([arg for arg in argv if re.match(r"[^-]+=", arg)])
-    except OverrideParseException:
-        return None  # Hydra tells what is wrong
-    given = {one.key_or_group: one for one in read}
-    swept = [f"${{{key}}}" for key, one in given.items() if one.is_sweep_override()]
-    if "output_dir" not in given or given["output_dir"].is_sweep_override():
-        return None
-    folder = str(given["output_dir"].value())
-    if "${hydra" in folder or all(key in folder for key in swept):
-        return None
-    return f"the runs of a sweep need folders of their own, such as 'output_dir={folder}/{'-'.join(swept)}'"
 
 
 def finetune(config: DictConfig) -> dict[str, Any]:

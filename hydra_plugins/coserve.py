@@ -130,6 +130,9 @@ class GridSweeper(BasicSweeper):
             config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
             self.task_function.start(config, len(runs), folder)  # type: ignore[attr-defined]
 
+        if not _has_folders(self.config):
+            self._launch(batches)
+            return
         kept = there(folder)
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -217,6 +220,12 @@ class GridSweeper(BasicSweeper):
         collect: Callable[[Any], None] = self.task_function.collect  # type: ignore[attr-defined]
         for job in returns:
             collect(job.return_value)
+
+
+def _has_folders(config: DictConfig) -> bool:
+    """Whether Hydra makes the folders of runs; some programs write where a key of their own says."""
+    node: Any = OmegaConf.to_container(config.hydra, resolve=False)
+    return node["output_subdir"] is not None or node["sweep"]["subdir"] != "."
 
 
 def _has(config: DictConfig, key: str) -> bool:

@@ -302,3 +302,33 @@ def test_a_mistake_is_told_in_one_line(argument: str, words: str, capsys: pytest
     assert main([argument]) == 2
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("swept", "folder", "written"),
+    [
+        (["rank=8,16"], None, "'out=runs/reference/${rank}'"),
+        (["rank=8,16", "alpha=1,2"], "r/${rank}", "'out=r/${rank}/${rank}-${alpha}'"),
+        (["model=tiny,llama_3_1_8b", "rank=8,16"], "r", "'out=r/${hydra:job.num}'"),
+        (["model=tiny,llama_3_1_8b"], "r/${model.name}", None),
+        (["rank=8,16"], "a,b", None),
+        (["rank=8"], None, None),
+    ],
+)
+def test_runs_of_a_sweep_have_folders_of_their_own(
+    swept: list[str],
+    folder: str | None,
+    written: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sweep = ["-m", *swept, "seconds=0", *([] if folder is None else [f"out={folder}"])]
+    assert main(sweep) != 0
+    error = capsys.readouterr().err
+    if written is None:
+        assert "seconds must be above 0" in error, "it has begun"
+    else:
+        assert error.endswith(f"need folders of their own, such as {written}\n") and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
