@@ -92,6 +92,8 @@ class Settings:
     def __post_init__(self) -> None:
         with keys_as({"model_name_or_path ": "weights "}):
             check_model_folder(self.weights)
+        if self.name is not None and not self.name.strip():
+            raise ValueError("name must be text or null, got nothing")
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype must be null or one of {', '.join(DTYPES)}, got {self.dtype!r}")
         for key, least, most in (

@@ -280,6 +280,7 @@ def test_without_its_http_process_the_server_ends(model_folder: Path, tmp_path: 
         (["weights=silent"], "silent: its tokenizer cannot be read"),
         (["weights=nowhere"], "weights must be a folder with a Hugging Face model"),
         (["port=70000"], "port must be from 0 to 65535, got 70000"),
+        (["name="], "name must be text or null, got nothing"),
         (["max_requests=0"], "max_requests must be from 1 to"),
         (["dtype=int8"], "dtype must be null or one of float32, bfloat16"),
         (["train=nowhere.yaml"], "train: nowhere.yaml does not exist"),
