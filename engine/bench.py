@@ -49,7 +49,7 @@ from sim.metrics import summarize
 from sim.notes import bound_notes, class_notes, data_notes, print_notes, request_notes, room_notes, step_notes
 from sim.rerun import rerun_of, write_rerun
 from sim.results import distinction, finished_run, make_manifest, shown_path, write_run
-from sim.unread import check_bounds, refuse_needless
+from sim.unread import check_bounds, check_effects, refuse_needless
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -71,6 +71,7 @@ def bench(config: DictConfig) -> dict[str, Any]:
     """Serve and finetune for real on this machine, and write the run's folder."""
     take_model_of_folder(config)
     check_bounds(config)
+    check_effects(config)
     refuse_needless(config)
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)

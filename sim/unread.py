@@ -80,13 +80,15 @@ ADAPTERS = "workload.adapters.count"
 
 
 def check_effects(config: DictConfig) -> None:
-    """ValueError for an override of a key that changes nothing for want of adapters or of a second pipeline. A sweep
-    may give it for those of its runs that have them."""
+    """ValueError for an override of a key that changes nothing for want of adapters or, in a cluster, of a second
+    pipeline. A sweep may give it for those of its runs that have them."""
     keys = override_keys()
     several = HydraConfig.get().mode == RunMode.MULTIRUN
     if OmegaConf.select(config, ADAPTERS) == 0 and not (several and ADAPTERS in keys):
         _refuse_below("workload.adapters", keys, ADAPTERS, f"{ADAPTERS} is 0")
-    cluster = config.cluster
+    cluster = config.get("cluster")
+    if cluster is None:
+        return
     counts = (
         [cluster.pipelines]
         if cluster.groups is None

@@ -293,6 +293,10 @@ def test_the_room_beside_the_weights_is_the_simulators(memory: str, monkeypatch:
         ("limits.kv_tokens=null memory_utilization=7", "memory_utilization must be in (0, 1], got 7"),
         ("memory_utilization=0.5", " memory_utilization changes nothing here: limits.kv_tokens is 8192, and"),
         (
+            "workload.adapters.zipf=2",
+            " workload.adapters.zipf changes nothing here: workload.adapters.count is 0",
+        ),
+        (
             "predictor=own.parquet",
             " measure_s changes nothing here: predictor is own.parquet, and only null asks",
         ),
