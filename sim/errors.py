@@ -181,6 +181,16 @@ def stop_behind(error: BaseException) -> KeyboardInterrupt | None:
     return behind
 
 
+@contextmanager
+def passed_over() -> Iterator[None]:
+    """What a user can cause inside is left for the run to tell. A stop, and a mistake of ours, go on."""
+    try:
+        yield
+    except Exception as error:
+        if message(error) is None or stop_behind(error) is not None:
+            raise
+
+
 def debugging() -> bool:
     return os.environ.get("COSERVE_DEBUG") == "1"
 

@@ -13,7 +13,7 @@ import re
 import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,7 +31,17 @@ from hydra.errors import (
 )
 from omegaconf import DictConfig, OmegaConf
 
-from sim.errors import BUG, INTERRUPTED, TERMINATED, message, nearest, one_line, report, stop_behind
+from sim.errors import (
+    BUG,
+    INTERRUPTED,
+    TERMINATED,
+    message,
+    nearest,
+    one_line,
+    passed_over,
+    report,
+    stop_behind,
+)
 from sim.outcome import Outcome, caught
 from sim.results import SUMMARY
 from sim.run_folder import complete_as_they_were, remove_unused, there
@@ -112,12 +122,10 @@ def first_config(
     given = _overrides_in(argv)
     if any(arg.lstrip("+").startswith(alike) and _is_sweep(arg) for arg in given):
         return None
-    try:
+    with passed_over(), _composing(config_dir):
         runs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
-        with _composing(config_dir):
-            return hydra.compose(config_name, list(runs[0][0]))
-    except Exception:
-        return None
+        return hydra.compose(config_name, list(runs[0][0]))
+    return None
 
 
 def shipped(group: str, name: str) -> dict[str, Any]:
@@ -250,12 +258,10 @@ def _run_folder(argv: Sequence[str], task: Task, config_dir: Path, config_name: 
     key, _, folder = given[-1].partition("=")
     if len(given) > 1 or key != "hydra.run.dir" or "${" in folder:
         name = task.__module__.rpartition(".")[2]
-        try:
-            with _composing(config_dir, name):
-                config = hydra.compose(config_name, _overrides_in(argv), return_hydra_config=True)
-            folder = str(config.hydra.run.dir)
-        except Exception:
-            return None  # what is wrong is told by the run
+        with passed_over(), _composing(config_dir, name):
+            config = hydra.compose(config_name, _overrides_in(argv), return_hydra_config=True)
+            return Path(str(config.hydra.run.dir).strip("'\""))
+        return None
     return Path(folder.strip("'\""))
 
 
@@ -412,13 +418,11 @@ def _config_keys(
     given = {arg: arg.partition("=")[0] for arg in _overrides_in(argv)}
     choices = [arg for arg, key in given.items() if key in groups and "," not in arg]
     choices += [arg for arg, key in given.items() if key == "hydra.searchpath"]
-    with _composing(config_dir):
-        try:
-            config = hydra.compose(config_name, choices)
-        except Exception:
-            # The error told is the first one; suggestions for it are not worth a second.
-            return []
-    return list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
+    # The error told is the first one; suggestions for it are not worth a second.
+    with passed_over(), _composing(config_dir):
+        config = hydra.compose(config_name, choices)
+        return list(_dotted(OmegaConf.to_container(config, resolve=False), ""))
+    return []
 
 
 def _choices_with(key: str, config_dir: Path, config_name: str) -> str:
@@ -429,7 +433,7 @@ def _choices_with(key: str, config_dir: Path, config_name: str) -> str:
     with _composing(config_dir):
         for name in groups.get(group or "", ()):
             # A choice that cannot be composed has no keys to tell of.
-            with suppress(Exception):
+            with passed_over():
                 config = hydra.compose(config_name, [f"{group}={name}"])
                 if key in _dotted(OmegaConf.to_container(config, resolve=False), ""):
                     found.append(name)

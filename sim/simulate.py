@@ -32,7 +32,7 @@ from sim.core.request import Slo
 from sim.core.rows import Recorder
 from sim.core.specs import ModelShape
 from sim.core.work import Chunk, Work
-from sim.errors import warnings_as_notes
+from sim.errors import passed_over, warnings_as_notes
 from sim.hydra_app import first_config, hydra_main, shipped
 from sim.metrics import summarize
 from sim.notes import (
@@ -168,12 +168,10 @@ def tell_workload(config: DictConfig, runs: int) -> None:
     """Before a sweep of `runs`: what there is to say of its trace, that of the first run, whose config this is."""
     if OmegaConf.select(config, "workload.file") is None:
         return
-    try:
+    with passed_over():
         with warnings_as_notes(shown=True):
             workload = build(None, config.workload, "workload").build(seed_of(config), tuple(slos_of(config)))
-    except Exception:
-        return  # what is wrong is told by the run
-    _print_workload_notes(workload)
+        _print_workload_notes(workload)
 
 
 def _print_workload_notes(workload: Workload) -> None:

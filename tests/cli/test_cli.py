@@ -66,6 +66,26 @@ def test_what_fails_over_a_stop_is_the_stop(
     assert capsys.readouterr().err == f"coserve failing: {told}\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (failing_over(Terminated()), 143, "coserve compare: terminated\n"),
+        (TypeError("a mistake of ours"), 1, "TypeError: a mistake of ours\n"),
+    ],
+)
+def test_what_is_looked_at_before_a_run_hides_no_stop_and_no_mistake_of_ours(
+    error: Exception,
+    code: int,
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("hydra.compose", raising(error))
+    monkeypatch.setattr("sim.simulate.hydra_main", lambda *_, **__: 0)
+    assert cli.main(["compare"]) == code
+    assert capsys.readouterr().err.endswith(told)
+
+
 def test_no_command_prints_the_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 2
     assert "usage: coserve" in capsys.readouterr().out
@@ -106,7 +126,7 @@ def test_an_output_that_cannot_be_written_is_told_by_its_key(
 
 
 def raising(error: BaseException) -> object:
-    def command(argv: list[str]) -> int:
+    def command(*_: object) -> int:
         raise error
 
     return command

@@ -368,3 +368,15 @@ def test_unsorted_stamps_are_sorted_with_one_note(capfd: pytest.CaptureFixture[s
     told = [line for line in capfd.readouterr().err.splitlines() if "late.csv" in line or "Warning" in line]
     assert told == ["note: late.csv: 2 of 3 rows are stamped earlier than a row above; sorted by time"]
     assert read_run("out").table("requests").sort_values("request")["prompt_tokens"].tolist() == [20, 30, 10]
+
+
+def test_a_reader_of_ones_own_that_breaks_ends_the_sweep_before_its_first_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    reader = "class Broken:\n    def read(self, file):\n        return {}[file]\n"
+    (tmp_path / "own_reader.py").write_text(reader)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    own = ("workload=csv", "workload.file=my.csv", "workload.reader._target_=own_reader.Broken")
+    assert main(["simulate", "-m", *own, "seed=0,1", "hydra/launcher=basic", "hydra.sweep.dir=out"]) == 1
+    err = capfd.readouterr().err
+    assert err.count("KeyError: 'my.csv'") == 1 and "runs failed" not in err
