@@ -53,7 +53,7 @@ class Layout:
 
     name: str
     keys: tuple[str, ...]
-    """Columns that tell one row from another; numbers unless in `texts`."""
+    """Columns of numbers that, with `texts`, tell one row from another."""
     seconds: tuple[str, ...]
     """Columns of times, milliseconds."""
     read: Callable[[str, pd.DataFrame], list[Measured]]

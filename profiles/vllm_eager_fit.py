@@ -8,7 +8,7 @@ simulated run of `experiment=separate_serving` here, and two constants are fitte
 steps on their logarithms: host_s (what does not grow with the batch) and pass_flops (what does). Nothing else
 entered: the saturated rates, printed after, did not. On 8B the weights' reading hides launch_s, an assumption
 (ten kernels a layer at 20 us each), and one device has no links: link_bandwidth is what NCCL reaches of them
-with 4 devices (0.8 / (1 + 0.65 / 4), `sim.cost.efficiency`).
+with 4 devices (0.813 / (1 + 0.694 / 4), `sim.cost.efficiency`).
 
 `--check` predicts with the shipped constants and fits nothing.
 """

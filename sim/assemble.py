@@ -1,6 +1,7 @@
 """From a resolved config to the parts of a run: pipelines, arrivals, router, bounds.
 
-The only place that knows all config groups. Everything is checked while it is built, before anything runs.
+With `sim.groups` the only place that knows all config groups. Everything is checked while it is built, before anything
+runs.
 """
 
 from __future__ import annotations

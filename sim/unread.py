@@ -1,7 +1,8 @@
 """Overrides that nothing reads are refused: a setting without effect would pass for one that had none.
 
 Hydra refuses keys that the config does not have. What is left are keys that are there for another command, keys
-that another one makes needless, and bounds of models that are not run.
+that another one makes needless, bounds of models that are not run, and what is said of adapters or of a router where
+there are no adapters or one pipeline.
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ class LaunchBound:
     """At which a window's attention reads its context, however narrow the window."""
     link_bandwidth: float = 0.1357
     weight_bandwidth: float = 0.718
-    """The device's own share in GEMMs of few tokens (`sim.cost.efficiency`)."""
+    """In GEMMs of few tokens. Not fitted: between an A100's in a layer and alone (`sim.cost.efficiency`)."""
     overlap_contention: float = 1.0
     max_tokens: int = 8192
     """Passes up to this length are looked up, longer ones extended by the slope."""

@@ -1,4 +1,4 @@
-"""Budgeted time slicing: finetuning alone in an iteration, but never more than fits the token deadlines.
+"""Budgeted time slicing: finetuning alone in an iteration, cut to what the latency budget leaves.
 
 The strongest baseline without fusion: it alternates an inference iteration with a finetuning-only slice,
 sized so that the two together stay within the latency budget.

@@ -2,7 +2,8 @@
 
 Each has a `rate_rps` and is stationary from the first second: gaps of a bursty process seen from an
 arbitrary instant are not gaps seen from an arrival, so the first one is drawn from its own law. With
-the same generator a longer window begins with the arrivals of a shorter one.
+the same generator a longer window begins with the arrivals of a shorter one, but for those of a bin of exact counts
+that the shorter one cuts.
 """
 
 from __future__ import annotations
