@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from sim.compile.ir import PARAMETER, Dim, Graph, Op, Tensor
-from sim.core.specs import LINEARS, LoraSpec, ModelShape
+from sim.core.specs import LINEARS, LoraSpec
 
 METHODS = ("lora", "ia3", "adapter")
 ADAPTER_DTYPES = ("model", "float32")
@@ -63,15 +63,6 @@ class PeftSpec:
     @classmethod
     def from_lora(cls, lora: LoraSpec) -> PeftSpec:
         return cls(method="lora", targets=lora.targets, rank=lora.rank, alpha=lora.alpha)
-
-    def layer_params(self, model: ModelShape) -> int:
-        """Trainable parameters of one layer."""
-        sizes = model.linears
-        if self.method == "ia3":
-            return sum(sizes[t][0 if t == "down_proj" else 1] for t in self.targets)
-        if self.method == "adapter":
-            return sum(2 * self.rank * sizes[t][1] for t in self.targets)
-        return sum(self.rank * (sizes[t][0] + sizes[t][1]) for t in self.targets)
 
 
 def attach(backbone: Graph, spec: PeftSpec) -> Graph:

@@ -185,10 +185,6 @@ class CompilePlan:
         return self.tensors if index else self.first_tensors
 
     @property
-    def kept_bytes_per_token_layer(self) -> int:
-        return _kept(self.tensors)
-
-    @property
     def kept_bytes_per_token(self) -> int:
         """Over all layers."""
         return (self.layers - 1) * _kept(self.tensors) + _kept(self.first_tensors)

@@ -90,18 +90,6 @@ class RequestTable:
         """Mean rate over the window."""
         return len(self) / self.duration_s
 
-    @property
-    def cv(self) -> float:
-        """Coefficient of variation of the gaps between arrivals: 1 for Poisson, more when bursty; NaN
-        when there is no gap or all are 0."""
-        gaps = np.diff(self.arrival_s)
-        mean = gaps.mean() if len(gaps) else 0.0
-        return float(gaps.std() / mean) if mean > 0 else float("nan")
-
-    @property
-    def nbytes(self) -> int:
-        return sum(getattr(self, key).nbytes for key in COLUMNS)
-
     def slice(self, start_s: float, end_s: float | None = None) -> RequestTable:
         """Requests that arrive in [start_s, end_s), with times counted from start_s."""
         end_s = self.duration_s if end_s is None else end_s

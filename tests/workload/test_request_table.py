@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.workload.table import RequestTable, window_s
+from sim.workload.table import COLUMNS, RequestTable, window_s
 
 LAWS = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -20,6 +20,12 @@ def table_of(arrival_s: list[float], duration_s: float | None = None, **more: ob
     return RequestTable(
         duration_s=duration_s, arrival_s=times_s, prompt_tokens=ids, output_tokens=ids[::-1].copy(), **more
     )
+
+
+def cv(table: RequestTable) -> float:
+    """Coefficient of variation of the gaps."""
+    gaps = np.diff(table.arrival_s)
+    return float(gaps.std() / gaps.mean())
 
 
 tables = st.lists(st.floats(0, 1e4, allow_subnormal=False), min_size=2, max_size=60).map(table_of)
@@ -49,7 +55,7 @@ def test_at_rate_hits_the_rate_and_keeps_order_counts_and_cv(table: RequestTable
     assert stretched.rate_rps == pytest.approx(rate_rps, rel=1e-12)
     assert np.array_equal(stretched.prompt_tokens, table.prompt_tokens)
     if np.diff(table.arrival_s).mean() > 1e-3:
-        assert stretched.cv == pytest.approx(table.cv, rel=1e-6)
+        assert cv(stretched) == pytest.approx(cv(table), rel=1e-6)
 
 
 @LAWS
@@ -95,7 +101,6 @@ def test_the_window_of_a_trace_makes_its_rate_the_reciprocal_of_the_mean_gap() -
     table = table_of([0.0, 1.0, 3.0])
     assert table.rate_rps == pytest.approx(1 / 1.5)
     assert table_of([0.0]).duration_s == 1.0
-    assert np.isnan(table_of([0.0]).cv)
 
 
 @pytest.mark.parametrize(
@@ -136,4 +141,4 @@ def test_half_a_million_requests_take_30_bytes_each() -> None:
     count = 500_000
     ones = np.ones(count, np.int64)
     table = RequestTable(duration_s=count, arrival_s=np.arange(count), prompt_tokens=ones, output_tokens=ones)
-    assert table.nbytes == 30 * count
+    assert sum(getattr(table, column).nbytes for column in COLUMNS) == 30 * count
