@@ -65,8 +65,8 @@ class _Inbox:
         self._dispatcher.ended(request_id, now_s)
 
 
-class _NoArrivals:
-    """For a pipeline that does not serve."""
+class NoArrivals:
+    """For a pipeline that does not serve. Implements `Arrivals`."""
 
     def next_s(self) -> float | None:
         return None
@@ -160,7 +160,7 @@ def _start(
     state = PipelineState(limits=spec.limits, slos=slos, recorder=recorder, jobs=spec.jobs, pipeline=index)
     serves = spec.policy.serves
     least = getattr(spec.policy, "min_chunk_tokens", LEAST_CHUNK_TOKENS)
-    inbox = dispatcher.inbox(Load(state, spec.predictor, least)) if serves else _NoArrivals()
+    inbox = dispatcher.inbox(Load(state, spec.predictor, least)) if serves else NoArrivals()
     return SimulatedPipeline(env, run_loop(state, spec.policy, inbox, horizon), spec.world)
 
 

@@ -23,20 +23,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from sim.checked import build, check
-from sim.cluster import PipelineSpec, simulate_cluster
+from sim.cluster import NoArrivals, PipelineSpec, simulate_cluster
 from sim.core.arrivals import Arrivals
 from sim.core.cost import CostModel
 from sim.core.finetune import Job, JobSpec, JobView
 from sim.core.loop import Command, Done, Execute, Horizon, Sleep, run_loop
 from sim.core.plan import Limits, Policy
-from sim.core.request import Request, Slo
+from sim.core.request import Slo
 from sim.core.rows import WORK_COLUMNS, Recorder
 from sim.core.state import PipelineState
 from sim.cost.iteration import IterationCost
 from sim.cost.saved import from_plain, to_plain
 from sim.errors import keys_as, message
 from sim.json_file import read_object, taken_apart
-from sim.policy_node import policy_of
+from sim.policy_node import policy_node, policy_of
 from sim.results import CONFIG, Run
 from sim.routing import LeastTokens
 from sim.settings import seed_of, slos_of
@@ -71,8 +71,7 @@ class Rerun:
 
     def policy(self) -> Policy:
         with config_of(self.run) as config:
-            node = {str(key): value for key, value in config.policy.items() if key != "name"}
-            return policy_of(node, self.predictor, self.slos)
+            return policy_of(policy_node(config.policy), self.predictor, self.slos)
 
     def jobs(self) -> list[Job]:
         """The jobs as they stood at time 0; anew each time, since running uses them up."""
@@ -159,7 +158,7 @@ def replay(rerun: Rerun) -> Recorder:
     """The loop under the recorded times; it ends early where it asks for more than were recorded."""
     policy, recorder = rerun.policy(), Recorder()
     state = PipelineState(limits=rerun.limits, slos=rerun.slos, recorder=recorder, jobs=rerun.jobs())
-    arrivals: Arrivals = rerun.workload.arrivals() if policy.serves else _Nobody()
+    arrivals: Arrivals = rerun.workload.arrivals() if policy.serves else NoArrivals()
     loop = run_loop(state, policy, arrivals, rerun.horizon)
     rows = rerun.run.table("iterations")
     _answer(loop, rows["start_s"].tolist(), rows["end_s"].tolist())
@@ -229,16 +228,3 @@ def _job(plain: Mapping[str, Any], where: str) -> Job:
     job = Job(spec, chain([view.sample_tokens], repeat(following_tokens)))
     job.stand(view, **check(plain["progress"], dict[str, int], f"{where}.progress"))
     return job
-
-
-class _Nobody:
-    """No requests, for a policy that does not serve. Implements `Arrivals`."""
-
-    def next_s(self) -> float | None:
-        return None
-
-    def due(self, now_s: float) -> Sequence[Request]:
-        return ()
-
-    def ended(self, request_id: int, now_s: float) -> None:
-        raise AssertionError("there are no requests")
