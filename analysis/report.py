@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from analysis.runs import SCENE, SLO_KEPT_SHARE, Row, collect, row_of, varied
-from sim.arguments import Parser
+from sim.arguments import Parser, number
 from sim.errors import message, report, writing
 from sim.metrics import DEFINITIONS
 from sim.results import Run, find_runs, read_run
@@ -103,11 +103,11 @@ def _parser() -> Parser:
     return parser
 
 
-def _percent(value: str) -> float:
-    number = float(value)
-    if not 0 < number <= 100:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 100, got {value}")
-    return number
+def _percent(text: str) -> float:
+    percent = number(text)
+    if not 0 < percent <= 100:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 100, got {text}")
+    return percent
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ predictions are the same and stand alone.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import os
 import sys
@@ -38,7 +37,7 @@ from analysis.paper import (
     read_published,
     spreads,
 )
-from sim.arguments import Parser
+from sim.arguments import Parser, whole_number
 from sim.errors import writing
 from sim.workload.files import data_dir
 
@@ -148,16 +147,9 @@ def _parser() -> Parser:
         help="folder (default: %(default)s)",
     )
     parser.add_argument(
-        "--workers", type=_count, default=os.cpu_count() or 1, metavar="N", help="processes at a time"
+        "--workers", type=whole_number, default=os.cpu_count() or 1, metavar="N", help="processes at a time"
     )
     return parser
-
-
-def _count(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return number
 
 
 if __name__ == "__main__":

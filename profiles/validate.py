@@ -39,7 +39,7 @@ from pathlib import Path
 from profiles.compare import Figure, Timeline, figures, timeline, windows
 from profiles.named import bare, model_named
 from profiles.workloads import Alike, known_workload, with_prompts
-from sim.arguments import Parser
+from sim.arguments import Parser, number, whole_number
 from sim.core.specs import ModelShape
 from sim.cost.operators import OperatorCost
 from sim.vllm.profile import ProfileFolder, read_profile
@@ -230,7 +230,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--max-tpot-error", type=_percent, metavar="PERCENT", help="bound on the error of the mean TPOT"
     )
-    parser.add_argument("--layers", type=int, help="of the model, where configs/model does not describe it")
+    parser.add_argument(
+        "--layers", type=whole_number, help="of the model, where configs/model does not describe it"
+    )
     parser.add_argument(
         "--figure", type=Path, metavar="FILE", help="default: a folder of its own below runs/"
     )
@@ -238,7 +240,7 @@ def _parser() -> Parser:
 
 
 def _percent(text: str) -> float:
-    bound = float(text)
+    bound = number(text)
     if not bound >= 0:
         raise argparse.ArgumentTypeError(f"must be a percentage from 0, got {text}")
     return bound

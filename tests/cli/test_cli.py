@@ -109,6 +109,26 @@ def test_every_command_says_error_in_the_same_form(
 
 
 @pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("report --keep most runs", "--keep: must be a number, got most"),
+        ("report --keep 0 runs", "--keep: must be above 0 and at most 100, got 0"),
+        ("reproduce --workers all", "--workers: must be a whole number of at least 1, got all"),
+        ("validate --max-error small a b", "--max-error: must be a number, got small"),
+        ("validate --max-tpot-error nan a b", "--max-tpot-error: must be a percentage from 0, got nan"),
+        ("validate --layers 0 a b", "--layers: must be a whole number of at least 1, got 0"),
+    ],
+)
+def test_an_argument_that_is_no_number_is_told_with_what_is_allowed(
+    command: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(command.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"coserve {command.split()[0]}: error: argument {told}\n"
+
+
+@pytest.mark.parametrize(
     ("command", "key"), [("reproduce --out file/x", "--out"), ("results --page file/x", "--page")]
 )
 def test_an_output_that_cannot_be_written_is_told_by_its_key(
