@@ -79,7 +79,9 @@ def device_described(name: str | None, numbers: Mapping[str, str]) -> DeviceSpec
     own: dict[str, Any] = {key: value for key, value in values.items() if key in known}
     extras = {key: value for key, value in values.items() if key not in known}
     if "sms" in own:
-        own["sms"] = round(own["sms"])
+        if not own["sms"].is_integer():
+            raise ValueError(f"device.sms must be a whole number, got {numbers['sms']!r}")
+        own["sms"] = int(own["sms"])
     if name is not None:
         base = device_named(name)
         device = replace(base, **own, extras={**base.extras, **extras})

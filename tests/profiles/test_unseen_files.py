@@ -134,6 +134,8 @@ def test_numbers_replace_those_of_a_named_device_and_keep_its_efficiencies() -> 
             {"peak_flops": "-1", "memory_bandwidth_bytes_s": "1", "sms": "1"},
             "peak_flops must be from 1e.08 to",
         ),
+        ({"sms": "inf"}, "device.sms must be a whole number, got 'inf'"),
+        ({"sms": "107.6"}, "device.sms must be a whole number, got '107.6'"),
     ],
 )
 def test_a_description_that_is_short_or_wrong_is_refused(numbers: dict[str, str], says: str) -> None:
