@@ -98,11 +98,8 @@ def check_file(
         ratios.append(measured.seconds / seconds)
         lines.append(_line(measured, seconds))
         own = own_shapes(measured, model, tp) if model is not None else None
-        own = None if own is not None and own.all() else own
-        if own is not None and own.any():
-            lines.append(
-                _line(replace(measured.where(own), operator=f"  of {model_name(model)}"), seconds[own])
-            )
+        if model is not None and own is not None and own.any() and not own.all():
+            lines.append(_line(replace(measured.where(own), operator=f"  of {model.name}"), seconds[own]))
     _warn(_another_unit(path, np.concatenate(ratios)))
     return lines + _whole_layer(operators, device, gemm)
 
@@ -172,11 +169,6 @@ def _check_tp(path: Path, model: ModelShape, tp: int) -> None:
         model.check_tp(tp)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-
-
-def model_name(model: ModelShape | None) -> str:
-    assert model is not None
-    return model.name
 
 
 def above(lines: Sequence[CheckLine], bound_median: float | None, bound_p90: float | None) -> list[str]:

@@ -57,14 +57,14 @@ class RegimeError:
     """From 1."""
 
 
-GROUPS = {
-    "prefill": ("prefill_tokens",),
-    "decode": ("decode_count",),
-    "windows": ("forward_tokens",),
-    "backward": ("backward_layer_tokens",),
-    "recompute": ("recompute_tokens",),
-    "adapters": ("adapters",),
-    "optimizer": ("optimizer_params",),
+KINDS = {
+    "prefill": "prefill_tokens",
+    "decode": "decode_count",
+    "windows": "forward_tokens",
+    "backward": "backward_layer_tokens",
+    "recompute": "recompute_tokens",
+    "adapters": "adapters",
+    "optimizer": "optimizer_params",
 }
 """Kinds of work -> the column that says whether a row has any."""
 
@@ -75,7 +75,7 @@ def fit(profile: Profile, context: CostContext | None = None) -> Fitted:
     ValueError when there are too few rows or neither prefill nor decodes among them.
     """
     work = profile.work
-    missing = tuple(kind for kind, names in GROUPS.items() if not work[names[0]].any())
+    missing = tuple(kind for kind, name in KINDS.items() if not work[name].any())
     if len(profile.seconds) < LEAST_ROWS:
         raise ValueError(
             f"{profile.file}: row {len(profile.seconds)} is the last; "
@@ -130,7 +130,7 @@ def regimes(columns: dict[str, Floats]) -> NDArray[np.str_]:
     """What each row does, e.g. 'decode+prefill' or 'decode+backward overlap'."""
     result = []
     for i in range(len(columns["overlap"])):
-        kinds = [kind for kind, names in GROUPS.items() if kind != "adapters" and columns[names[0]][i] > 0]
+        kinds = [kind for kind, name in KINDS.items() if kind != "adapters" and columns[name][i] > 0]
         overlap = " overlap" if columns["overlap"][i] else ""
         result.append(("+".join(sorted(kinds)) or "nothing") + overlap)
     return np.array(result)

@@ -194,7 +194,7 @@ def describe(profile: Profile, context: CostContext | None = None) -> None:
     for name, (least, most) in done.table.ranges.items():
         if most > 0:
             print(f"measured {name}: {least:g} to {most:g}; beyond it extrapolates")
-    missing = [kind for kind, columns in fitting.GROUPS.items() if not profile.columns[columns[0]].any()]
+    missing = [kind for kind, name in fitting.KINDS.items() if not profile.columns[name].any()]
     if done.derived:
         print(f"not measured: {', '.join(done.derived)}; derived from the roofline times {done.factor:.2f}")
     elif missing:
