@@ -87,6 +87,12 @@ class ClusterSettings:
             raise ValueError(
                 f"cluster.groups must have at most {MOST_PIPELINES} pipelines together, got {together}"
             )
+        for i, group in enumerate(self.groups or ()):
+            if group.kv_tokens is not None and group.kv_tokens < self.limits.block_tokens:
+                raise ValueError(
+                    f"cluster.groups[{i}].kv_tokens must hold a block of {self.limits.block_tokens} tokens, "
+                    f"got {group.kv_tokens}"
+                )
         if self.groups is not None and not self.groups:
             raise ValueError("cluster.groups must be null or name at least one group, got []")
         if not 0 < self.memory_utilization <= 1:

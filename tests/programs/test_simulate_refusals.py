@@ -85,6 +85,9 @@ BAD = {
     "workload.adapters.zipf=2": "workload.adapters.zipf changes nothing here: workload.adapters.count is 0",
     "workload.adapters={base_share:0.5}": "workload.adapters.base_share changes nothing here: workload.adapters.count",
     "cluster=single cluster.router.headroom=0.5": "headroom changes nothing here: the cluster has 1 pipeline",
+    "cluster.pipelines=null cluster.groups=[{pipelines:1},{pipelines:1,kv_tokens:8}]": (
+        "cluster.groups[1].kv_tokens must hold a block of 16 tokens, got 8"
+    ),
     "cluster.pipelines=null cluster.groups=[{pipelines:1}] cluster.router.headroom=0.5": "the cluster has 1 pipeline",
     "finetune.lora.targets=[down]": "finetune.lora.targets must be among",
     "finetune.jobs.sky_t1.weight=0": "error: finetune.jobs.sky_t1.weight must be a number above 0",
