@@ -10,6 +10,7 @@ from __future__ import annotations
 from sim.core.finetune import Backward, Forward, JobView, Slice, Step
 from sim.core.plan import Plan, View
 from sim.policies.packing import pack_inference
+from sim.policies.slices import whole_layers
 
 
 class CoServingStatic:
@@ -47,9 +48,4 @@ class CoServingStatic:
         if job.forward_left:
             tokens = min(job.forward_left, room)
             return (Forward(job.id, tokens),) if tokens > 0 else ()
-        if job.order == "window_major":
-            # A window as large as the layer-major slice that it replaces, at least one token.
-            tokens = max(1, self._backward_layers * job.sample_tokens // job.layers)
-            return (Backward(job.id, min(tokens * job.layers, job.backward_left)),)
-        whole = self._backward_layers * job.sample_tokens
-        return (Backward(job.id, min(whole, job.backward_left)),)
+        return (whole_layers(job, self._backward_layers),)

@@ -100,6 +100,15 @@ def _next_slice(
     return None, None, False
 
 
+def whole_layers(job: JobView, layers: int) -> Backward:
+    """The next `layers` of the job's sample, or what is left of it; window-major a window of as many layer-tokens, at
+    least one token."""
+    tokens = layers * job.sample_tokens
+    if job.order == "window_major":
+        tokens = max(1, tokens // job.layers) * job.layers
+    return Backward(job.id, min(tokens, job.backward_left))
+
+
 def whole_step(work: Work, job: JobView) -> tuple[tuple[Slice, ...], Work]:
     """All that is left of the job's sample, forward and backward, after the step that may be due."""
     slices: list[Slice] = []

@@ -7,11 +7,11 @@ the inference iteration beside them takes as long as contention makes it. No lat
 
 from __future__ import annotations
 
-from sim.core.finetune import Backward, Forward, JobView, Slice, Step
+from sim.core.finetune import Forward, JobView, Slice, Step
 from sim.core.plan import Plan, View
 from sim.core.work import Work
 from sim.policies.packing import checked_budget, pack_inference
-from sim.policies.slices import whole_step
+from sim.policies.slices import whole_layers, whole_step
 
 
 class SpatialStream:
@@ -45,8 +45,4 @@ class SpatialStream:
             return Step(job.id)
         if job.forward_left:
             return Forward(job.id, min(job.forward_left, self._forward_tokens))
-        tokens = self._backward_layers * job.sample_tokens
-        if job.order == "window_major":
-            # A window as large as the layer-major slice that it replaces, at least one token.
-            tokens = max(1, tokens // job.layers) * job.layers
-        return Backward(job.id, min(tokens, job.backward_left))
+        return whole_layers(job, self._backward_layers)
