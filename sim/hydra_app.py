@@ -114,17 +114,15 @@ def hydra_main(
     return code
 
 
-def first_config(
-    argv: Sequence[str], *alike: str, config_dir: Path = SIMULATOR, config_name: str = "config"
-) -> DictConfig | None:
-    """The config of the first run of a sweep. None where it cannot be composed, which a run tells, or where what
-    begins with one of `alike` is swept: then the first says little of the others."""
+def first_config(argv: Sequence[str], *alike: str) -> DictConfig | None:
+    """The simulator's config of the first run of a sweep. None where it cannot be composed, which a run tells, or where
+    what begins with one of `alike` is swept: then the first says little of the others."""
     given = _overrides_in(argv)
     if any(arg.lstrip("+").startswith(alike) and _is_sweep(arg) for arg in given):
         return None
-    with passed_over(), _composing(config_dir):
+    with passed_over(), _composing(SIMULATOR):
         runs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
-        return hydra.compose(config_name, list(runs[0][0]))
+        return hydra.compose("config", list(runs[0][0]))
     return None
 
 
