@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from analysis.runs import SLO_KEPT_SHARE
+
 Row = Mapping[str, Any]
 
 DEVICE, MODEL = "h200", "llama_3_1_8b"
@@ -23,7 +25,6 @@ MEMORY_RATIO = 0.2
 FUSED_RATIO = 1.03
 SPLITS = ("separate_25", "separate_50", "separate_75")
 OURS = ("coserving", "coserving_slack")
-KEPT_SHARE = 0.95
 ERRORS = {
     "tpot_p50_s": 0.03,
     "tpot_p99_s": 0.06,
@@ -246,7 +247,7 @@ def means(rows: Iterable[Row], policy: str, rate_rps: float) -> dict[str, Any] |
 
 def _best_kept(rows: Sequence[Row], policies: Sequence[str], rate_rps: float) -> float | None:
     found = [means(rows, policy, rate_rps) for policy in policies]
-    kept = [row["finetune_tok_s"] for row in found if row is not None and row["attainment"] >= KEPT_SHARE]
+    kept = [row["finetune_tok_s"] for row in found if row is not None and row["attainment"] >= SLO_KEPT_SHARE]
     return max(kept) if kept else None
 
 
