@@ -17,7 +17,7 @@ from typing import Any
 from sim.hydra_app import hydra_main
 from sim.notes import print_notes
 from sim.results import shown_path
-from sim.simulate import fitting_policies, simulate, swept, tell_workload
+from sim.simulate import fitting_policies, show, simulate, swept, tell_workload
 
 DEFAULTS = {
     "workload.rate_rps": "4,8,12,16,20,24",
@@ -42,10 +42,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """The table of the best finetuning at each rate, as text and CSV, and the figure."""
+    """The table of the best finetuning at each rate, as text and CSV, and the figure; of several scenes the table of
+    all runs."""
     from analysis.figures.frontier import Point, frontier, write_frontier
     from analysis.frontier_table import POINTS, frontier_table
+    from analysis.runs import SCENE, varied
 
+    if varied(rows, SCENE):
+        show(rows, folder)
+        return
     print(frontier_table(rows))
     with (folder / POINTS).open("w", newline="") as file:
         writer = csv.writer(file)

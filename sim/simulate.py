@@ -58,7 +58,7 @@ from sim.workload.workload import Workload
 
 def main(argv: Sequence[str]) -> int:
     """`coserve simulate`."""
-    return hydra_main(simulate, argv, prog="coserve simulate", at_start=tell_workload, at_end=_show)
+    return hydra_main(simulate, argv, prog="coserve simulate", at_start=tell_workload, at_end=show)
 
 
 LOOKED_AT = {"--cfg", "-c", "--info", "-i", "--help", "-h"}
@@ -114,7 +114,7 @@ def compare(argv: Sequence[str]) -> int:
         swept(argv),
         prog="coserve compare",
         at_start=tell_workload,
-        at_end=_show,
+        at_end=show,
         about="Simulate every policy, or those of policy=A,B, on the same traffic: a table and a figure.",
         example="coserve compare workload=azure_conv workload.rate_rps=16 workload.duration_s=600",
     )
@@ -366,7 +366,7 @@ def _few_collections() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def _show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
+def show(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     """The table of all rows, the figure that compares them, and where both are."""
     from analysis.figures.compare import write_compare
     from analysis.figures.sweep import write_sweep

@@ -137,6 +137,18 @@ def test_the_program_prints_a_table_and_writes_the_points(
     assert "goodput" in capfd.readouterr().out
 
 
+def test_of_several_models_the_runs_are_shown_and_no_frontier(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    argv = ["policy=inference_only", "workload=poisson", "workload.duration_s=20", "workload.rate_rps=2"]
+    argv += ["cluster/router=least_tokens", "model=llama_3_1_8b,qwen2_5_14b", "hydra.sweep.dir=out"]
+    assert main(["frontier", *argv]) == 0
+    out = capfd.readouterr().out
+    assert "runs:   out\nfigure: none, the runs differ in model" in out and out.count("inference_only") == 2
+    assert main(["report", "out"]) == 0
+
+
 def test_the_table_of_a_sweep_that_was_cut_short_says_that_seeds_differ(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
