@@ -45,7 +45,10 @@ class TemporalDynamic:
                 f"policy.min_interval must be 1..policy.max_interval, got {min_interval} and {max_interval}"
             )
         if not (queue_step > 0 and rate_step_rps > 0 and window_s > 0):
-            raise ValueError("policy.queue_step, policy.rate_step_rps and policy.window_s must be above 0")
+            raise ValueError(
+                "policy.queue_step, policy.rate_step_rps and policy.window_s must be above 0, "
+                f"got {queue_step}, {rate_step_rps} and {window_s}"
+            )
         self._min_interval = min_interval
         self._max_interval = max_interval
         self._queue_step = queue_step

@@ -85,6 +85,7 @@ BAD = {
     "workload.adapters.zipf=2": "workload.adapters.zipf changes nothing here: workload.adapters.count is 0",
     "workload.adapters={base_share:0.5}": "workload.adapters.base_share changes nothing here: workload.adapters.count",
     "cluster=single cluster.router.headroom=0.5": "headroom changes nothing here: the cluster has 1 pipeline",
+    "policy=temporal_dynamic policy.window_s=0": "policy.window_s must be above 0, got 4.0, 2.0 and 0.0",
     "cluster.pipelines=null cluster.groups=[{pipelines:1},{pipelines:1,kv_tokens:8}]": (
         "cluster.groups[1].kv_tokens must hold a block of 16 tokens, got 8"
     ),
