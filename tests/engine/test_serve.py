@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -231,6 +232,18 @@ def test_answers_under_way_are_finished_when_the_server_stops(
     assert "trace: t.csv exists; choose another file" in capsys.readouterr().err
 
 
+def put_in_the_way_of(folder: Path, away: Path) -> None:
+    """A file in the place of a folder, which becomes `away`. A checkpoint may make the folder anew before the file is
+    there: then that one goes too."""
+    folder.rename(away)
+    for number in itertools.count():
+        try:
+            folder.write_text("in the way")
+            return
+        except IsADirectoryError:
+            folder.rename(away.with_name(f"{away.name}-{number}"))
+
+
 def test_a_stopped_job_goes_on_and_what_a_failed_write_costs_is_the_checkpoint(
     model_folder: Path, tmp_path: Path
 ) -> None:
@@ -250,8 +263,7 @@ def test_a_stopped_job_goes_on_and_what_a_failed_write_costs_is_the_checkpoint(
     prepared(here, num_train_epochs=FOREVER, resume=True, save_steps=1)
     with serving(here, *arguments, "name=m", "policy=temporal") as server:
         server.await_gauge("finetune_steps_total", 6)
-        (here / "trained").rename(here / "away")
-        (here / "trained").write_text("in the way")
+        put_in_the_way_of(here / "trained", here / "away")
         steps = server.gauge("finetune_steps_total")
         server.await_gauge("finetune_steps_total", steps + 12)
         server.text(greedy("The harbour"))
