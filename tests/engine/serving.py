@@ -32,10 +32,11 @@ JOB = {
     "cutoff_len": 24,
     "gradient_accumulation_steps": 2,
     "learning_rate": 5e-3,
-    "save_steps": 5,
+    "save_steps": 7,
 }
+"""Two epochs have no more checkpoints than a saver whose disk is behind keeps waiting (`engine.saver.MOST_WAITING`)."""
 PATIENCE_S = 120
-LONGEST_S = 240
+LONGEST_S = 600
 """Of a server."""
 _CONTEXT = multiprocessing.get_context("forkserver")
 # What all servers import, one process imports; they are its forks.

@@ -55,7 +55,7 @@ class Engine:
 
 @pytest.fixture
 def engine_end(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
-    monkeypatch.setattr(engine.front, "HANG_UP_S", 0.2)
+    monkeypatch.setattr(engine.front, "HANG_UP_S", PATIENCE_S)
     serving = Serving(
         name="base",
         adapters=("law",),
@@ -117,10 +117,19 @@ def _listens(end: Engine) -> bool:
     return True
 
 
+def _begun(end: Engine) -> socket.socket:
+    """A client whose request waits for its body of 15 bytes."""
+    client = socket.create_connection(("127.0.0.1", end.port), PATIENCE_S)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\nExpect: 100-continue\r\n\r\n"
+    client.sendall(head)
+    told = b"HTTP/1.1 100 Continue\r\n\r\n"
+    assert client.recv(len(told)) == told
+    return client
+
+
 def test_a_stop_lets_running_answers_end_and_takes_no_more(engine_end: Engine) -> None:
     stream = engine_end.post({**LONG, "max_tokens": 2, "stream": True})
-    slow = socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S)
-    slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n")
+    slow = _begun(engine_end)
     id = engine_end.got().id
     engine_end.link.send(Stop(PATIENCE_S))
     end_s = time.monotonic() + PATIENCE_S
@@ -172,9 +181,12 @@ def test_a_body_that_comes_byte_by_byte_is_taken_and_holds_nobody_up(engine_end:
         assert slow.recv(12) == b"HTTP/1.1 200"
 
 
-def test_a_client_that_keeps_its_body_does_not_hold_the_end_up(engine_end: Engine) -> None:
-    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as slow:
-        slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
+def test_a_client_that_keeps_its_body_does_not_hold_the_end_up(
+    engine_end: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.front, "HANG_UP_S", 0.2)
+    with _begun(engine_end) as slow:
+        slow.sendall(b"{")
         engine_end.link.send(Stop(0.0))
         assert engine_end.ended()
 
@@ -197,8 +209,8 @@ def test_a_client_that_goes_before_its_first_token_is_told_of(
 def test_a_client_that_goes_while_it_asks_is_forgotten(
     capfd: pytest.CaptureFixture[str], engine_end: Engine
 ) -> None:
-    with socket.create_connection(("127.0.0.1", engine_end.port), PATIENCE_S) as cut:
-        cut.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 15\r\n\r\n{")
+    with _begun(engine_end) as cut:
+        cut.sendall(b"{")
     engine_end.link.send(Stop(PATIENCE_S))
     assert engine_end.ended() and "Traceback" not in capfd.readouterr().err
 
@@ -379,14 +391,16 @@ def test_a_mistake_of_ours_is_told_without_its_traceback(
 def test_others_are_answered_while_a_long_text_becomes_tokens(
     engine_end: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoded, read = engine_end.front._encoded, threading.Event()
+    encoded, begun, read = engine_end.front._encoded, threading.Event(), threading.Event()
 
     def slow(asked: Any) -> list[list[int]]:
+        begun.set()
         assert read.wait(PATIENCE_S)
         return encoded(asked)
 
     monkeypatch.setattr(engine_end.front, "_encoded", slow)
     engine_end.post(LONG)
+    assert begun.wait(PATIENCE_S)
     connection = engine_end.connection()
     connection.request("GET", "/health")
     assert connection.getresponse().status == 200

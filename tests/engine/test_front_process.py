@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,10 @@ def begun(folder: Path) -> Iterator[tuple[FrontProcess, int]]:
             yield front, port
 
 
-def test_clients_come_when_it_is_told_what_is_served_and_until_it_is_ended(model_folder: Path) -> None:
+def test_clients_come_when_it_is_told_what_is_served_and_until_it_is_ended(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.front_process.GRACE_S", PATIENCE_S)
     with begun(model_folder) as (front, port):
         front.await_ready()
         with pytest.raises(ConnectionRefusedError):
@@ -61,6 +64,8 @@ def test_one_that_was_not_needed_is_ended_at_once(model_folder: Path) -> None:
 def test_one_that_ends_too_early_is_an_error(model_folder: Path) -> None:
     with begun(model_folder) as (front, _):
         front.kill()
+        with suppress(ChildProcessError):  # unless it was ready before it was killed
+            front.await_ready()
         with pytest.raises(ChildProcessError, match="the HTTP process ended with code -9"):
             front.await_ready()
         front.serve(SERVING)  # whoever reads the link is told
