@@ -86,9 +86,8 @@ class ProcessLauncher(Launcher):
                     all_failed = len(untold) == len(returns)
                     if not all_failed or {0, len(jobs) - 1} <= returns.keys():
                         if all_failed:
-                            _check_ends(
-                                returns[0], returns[len(jobs) - 1], len(jobs), len(returns) + self.workers
-                            )
+                            begun = len(returns) + self.workers - 1  # that one waits for the next
+                            _check_ends(returns[0], returns[len(jobs) - 1], len(jobs), begun)
                         while untold:
                             bar.write(untold.pop(0).failure, file=sys.stderr)
                     bar.update()

@@ -67,6 +67,8 @@ def run_calls(
             ready = wait([worker.pipe for worker in pool])
             for worker in [worker for worker in pool if worker.pipe in ready]:
                 index, result = worker.index, worker.result()
+                # Before the next call begins: who is stopped has the results of all that ended before it.
+                yield index, result  # type: ignore[misc]
                 died = isinstance(result, WorkerDied)
                 if died or not waiting:
                     pool.remove(worker)
@@ -76,7 +78,6 @@ def run_calls(
                     pool.append(worker)
                 if waiting:
                     worker.send(*waiting.pop())
-                yield index, result  # type: ignore[misc]
     finally:
         for worker in pool:
             worker.process.terminate()

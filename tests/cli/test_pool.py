@@ -4,10 +4,11 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import closing
+from typing import Any
 
 import pytest
 
-from sim.pool import WorkerDied, run_calls
+from sim.pool import WorkerDied, _Worker, run_calls
 
 
 def prepare(base: int) -> Callable[[int], tuple[int, int]]:
@@ -34,6 +35,20 @@ def test_a_dead_worker_costs_its_call_and_no_other() -> None:
     assert isinstance(results[1], WorkerDied)
     assert "exit code 3" in str(results[1])
     assert "exit code 4" in str(results[3])
+
+
+def test_a_call_begins_when_the_result_before_it_has_been_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who is stopped then has all results but those of the calls that run."""
+    begun: list[int] = []
+    send = _Worker.send
+
+    def noted(worker: _Worker, index: int, call: Any) -> None:
+        begun.append(index)
+        send(worker, index, call)
+
+    monkeypatch.setattr(_Worker, "send", noted)
+    for taken, (index, _) in enumerate(run_calls(prepare, (0,), range(3), 1)):
+        assert index == taken and begun == list(range(taken + 1))
 
 
 def sleeper() -> Callable[[float], int]:
