@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -43,6 +44,14 @@ def server() -> Iterator[str]:
     httpd.shutdown()
     thread.join()
     httpd.server_close()
+
+
+@pytest.fixture
+def nobody() -> Iterator[str]:
+    """The address of a server that is not there: its port is taken, so that nobody else listens on it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 @pytest.fixture
@@ -127,10 +136,10 @@ def test_a_bad_download_leaves_the_old_file(server: str, data: Path) -> None:
     assert path.read_bytes() == b"old"
 
 
-def test_a_server_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["small"], registry("http://127.0.0.1:9/x")) == 2
+def test_a_server_that_is_not_there(nobody: str, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["small"], registry(f"{nobody}/x")) == 2
     told = one_line(capsys)
-    assert "http://127.0.0.1:9/x: cannot reach the server" in told
+    assert f"{nobody}/x: cannot reach the server" in told
     there = data / "azure" / "small.csv"
     assert told.endswith(
         f"; fetched by hand it goes to {there}, or COSERVE_DATA names a folder that has azure/small.csv\n"
@@ -138,14 +147,18 @@ def test_a_server_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_folder_that_has_the_file_is_taken(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    nobody: str,
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """What the error of a server that is not there says."""
     there = tmp_path / "elsewhere" / "azure" / "small.csv"
     there.parent.mkdir(parents=True)
     there.write_bytes(BODY)
     monkeypatch.setenv("COSERVE_DATA", str(tmp_path / "elsewhere"))
-    assert main(["small"], registry("http://127.0.0.1:9/x")) == 0
+    assert main(["small"], registry(f"{nobody}/x")) == 0
     assert capsys.readouterr().out == f"{there} is already there\n"
     assert find_file("azure/small.csv") == there
 
