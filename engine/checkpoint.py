@@ -67,11 +67,8 @@ def save_checkpoint(
     base_model: str | None,
     keep: int | None = None,
 ) -> Path:
-    """Write `folder`/checkpoint-N of a job, then leave only it and the `keep` - 1 before it (None: all).
-
-    Later ones, which were passed over when training went on, do not count. On an OSError nothing of it is left, and
-    older ones are untouched.
-    """
+    """Write `folder`/checkpoint-N of a job, then leave as many as `keep_latest` does. On an OSError nothing of it is
+    left, and older ones are untouched."""
     folder = Path(folder)
     final = folder / _name(progress.step)
     partial = _partial(final)
@@ -101,11 +98,17 @@ def save_checkpoint(
         raise OSError(
             error.errno, f"checkpoint of step {progress.step}: {error.strerror}", str(final)
         ) from error
-    if keep is not None:
-        found = checkpoints(folder)
-        for old in found[found.index(final) + keep :]:
-            _remove(old)
+    keep_latest(final, keep)
     return final
+
+
+def keep_latest(checkpoint: Path, keep: int | None) -> None:
+    """Leave only it and the `keep` - 1 before it (None: all). Later ones, which were passed over when training went
+    on, do not count."""
+    if keep is not None:
+        found = checkpoints(checkpoint.parent)
+        for old in found[found.index(checkpoint) + keep :]:
+            _remove(old)
 
 
 def checkpoints(folder: str | Path) -> list[Path]:

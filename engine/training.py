@@ -30,6 +30,7 @@ from engine.checkpoint import (
     Progress,
     Trained,
     checkpoints,
+    keep_latest,
     last_checkpoint,
     read_progress,
     restore,
@@ -226,6 +227,8 @@ class Training:
 
         engine.on_step = on_step
         with _alone_in(self.folder), log:
+            if self._found is not None:  # a kill may have come before older ones were removed
+                keep_latest(self._found, settings.save_total_limit)
             if self._before is not None and not log.evaluated:
                 self._evaluate(engine, log, self._before.step, self._done)
             yield log

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -64,10 +65,11 @@ class TrainingLog:
         # What was logged after the checkpoint is trained again.
         with taken_apart(self._path, "coserve finetune"):
             rows = [(line, parse(line)) for line in self._lines()]
-            kept = [line for line, row in rows if row["step"] <= self._done]
+            kept = [line for line, _ in takewhile(lambda pair: pair[1]["step"] <= self._done, rows)]
             self.evaluated = any(row["step"] == self._done and "eval_loss" in row for _, row in rows)
-        self._path.write_text("".join(kept), encoding="utf-8")
         self._file = self._path.open("a", encoding="utf-8")
+        # Written anew, they would be lost to a kill or a full disk in between.
+        self._file.truncate(len("".join(kept).encode()))
         self._events = None if self._tensorboard is None else _events(self._tensorboard, self._done)
         self._plain = not sys.stderr.isatty()
         self._bar = tqdm(total=self._total, initial=self._done, unit="step", leave=False, disable=self._plain)

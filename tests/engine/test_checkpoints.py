@@ -160,6 +160,25 @@ def test_a_killed_run_goes_on_to_the_same_adapter_bit_for_bit(arguments: list[st
     assert kept == names("whole") and {"checkpoint-21", "checkpoint-24"} < kept
 
 
+def before_an_old_one_is_removed() -> None:
+    remove = checkpoint._remove
+
+    def last(path: Path) -> None:
+        if path.name != "checkpoint-6" and Path("out/checkpoint-6").exists():
+            kill()
+        remove(path)
+
+    checkpoint._remove = last
+
+
+def test_a_run_that_was_killed_at_its_end_leaves_as_many_checkpoints_as_another(arguments: list[str]) -> None:
+    arguments = [*arguments, "max_steps=6", "save_total_limit=1"]
+    _, status = os.waitpid(forked(arguments, before_an_old_one_is_removed), 0)
+    assert os.WIFSIGNALED(status) and {"checkpoint-3", "checkpoint-6"} < names("out")
+    assert finetune([*arguments, "resume=true"]) == 0
+    assert [name for name in names("out") if name.startswith("checkpoint")] == ["checkpoint-6"]
+
+
 # Disks
 
 
@@ -205,6 +224,18 @@ def test_a_full_disk_stops_training_with_older_checkpoints_whole_and_no_half_one
     error = capsys.readouterr().err
     assert f"checkpoint of step 9: {words}" in error and len(without_notes(error)) == 1
     assert names("out") == {"checkpoint-3", "checkpoint-6", "trainer_log.jsonl"}
+
+
+def test_a_full_disk_does_not_cost_a_run_that_goes_on_its_log(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert finetune(arguments) == 0
+    log = Path("out/trainer_log.jsonl")
+    rows = log.read_bytes()
+    assert len(rows) > 4000
+    monkeypatch.setattr(training.TrainingLog, "__enter__", quota(training.TrainingLog.__enter__))
+    assert finetune([*arguments, "resume=true"]) == 0
+    assert log.read_bytes() == rows
 
 
 # Damage
