@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from sim.core.block_tables import BlockTables, Placement
@@ -135,13 +135,7 @@ def cases(draw: st.DrawFn) -> tuple[list[Request], Limits, list[tuple[str, int]]
 
 
 @pytest.mark.parametrize("name", SERVING)
-@settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow],
-)
+@settings(max_examples=20, phases=[Phase.generate])
 @given(case=cases())
 def test_block_ids_follow_the_counts_at_every_step(
     name: str, case: tuple[list[Request], Limits, list[tuple[str, int]]]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from sim.core.loop import Done, Horizon, run_loop
@@ -186,10 +186,7 @@ finite_jobs = st.lists(
 )
 many = settings(
     max_examples=30,
-    deadline=None,
-    derandomize=True,
     phases=[Phase.generate],  # examples are small, and shrinking one takes minutes
-    suppress_health_check=[HealthCheck.too_slow],
 )
 
 

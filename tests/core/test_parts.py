@@ -21,7 +21,7 @@ from sim.core.request import Slo
 from sim.core.sequence import Sequence
 from tests.support import job_of
 
-bounded = settings(max_examples=80, deadline=None, derandomize=True)
+bounded = settings(max_examples=80)
 KEYS = {
     "fcfs": lambda s: s.arrival_s,
     "deadline": lambda s: s.arrival_s + s.slo.ttft_s if s.slo.ttft_s < math.inf else 1e12 + s.arrival_s,

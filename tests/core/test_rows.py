@@ -40,7 +40,7 @@ def test_a_value_outside_a_columns_range_is_refused_by_name(name: str, value: fl
     assert len(recorder.iterations) == 0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(prefill=chunks, forward=chunks, backward=rectangles, recompute=chunks)
 def test_a_works_row_has_the_sums_of_its_chunks(
     prefill: tuple, forward: tuple, backward: tuple, recompute: tuple

@@ -102,7 +102,7 @@ def smaller(work: Work) -> list[Work]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(work=works())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_no_less_work_takes_longer(kind: str, work: Work) -> None:
     cost = cost_models()[kind]
     seconds = cost.iteration_s(work)
@@ -112,7 +112,7 @@ def test_no_less_work_takes_longer(kind: str, work: Work) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(work=works())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_parts_add_up(kind: str, work: Work) -> None:
     cost = cost_models()[kind]
     parts = cost.parts(work)
@@ -122,7 +122,7 @@ def test_parts_add_up(kind: str, work: Work) -> None:
 
 
 @given(work=works())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_kind_of_work_has_its_part(work: Work) -> None:
     parts = cost_models()["roofline"].parts(work)
     present = {
@@ -140,7 +140,7 @@ def test_each_kind_of_work_has_its_part(work: Work) -> None:
 
 
 @given(work=works())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_overlap_lies_between_the_longer_stream_and_the_sum(work: Work) -> None:
     cost = cost_models()["roofline"]
     host_s = cost.curves.host_s
@@ -157,7 +157,7 @@ def test_overlap_lies_between_the_longer_stream_and_the_sum(work: Work) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(work=works(), params=st.integers(1, 40_000_000))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_optimizer_steps_come_before_both_streams(kind: str, work: Work, params: int) -> None:
     cost = cost_models()[kind]
     # Of one decode and more, so that a lookahead hides the host behind it with and without the step.
@@ -200,7 +200,7 @@ def test_backward_is_additive_over_layers(device: str, model: str) -> None:
     most=st.integers(0, 160),
     share=st.floats(0, 1.3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_largest_prefill_and_forward_equal_a_scan(
     kind: str, work: Work, at: int, most: int, share: float
 ) -> None:
@@ -242,7 +242,7 @@ def jobs(draw: st.DrawFn) -> JobView:
 
 @pytest.mark.parametrize("kind", KINDS)
 @given(work=works(), job=jobs(), share=st.floats(0, 1.3))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_largest_backward_equals_a_scan(kind: str, work: Work, job: JobView, share: float) -> None:
     cost = cost_models()[kind]
     unit = job.layers if job.order == "window_major" else 1

@@ -114,7 +114,7 @@ def test_noisy_inverses_are_the_inner_models_and_parts_follow_the_last_draw() ->
 
 
 @given(factor=st.floats(0.01, 50), tokens=st.integers(1, 4000), layers=st.integers(1, 32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_scaled_inverses_accept_exactly_their_own_time(factor: float, tokens: int, layers: int) -> None:
     scaled = Scaled(of=Roofline(max_tokens=4096), factor=factor).build(HERE)
     exact_s = scaled.iteration_s(DECODE._replace(forward=(Chunk(tokens, 100),)))

@@ -156,7 +156,7 @@ def test_a_tile_starved_by_the_l2_takes_its_operands_time(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("device", DEVICES)
 @given(k=st.integers(1, 40_000), n=st.integers(1, 70_000), m=st.lists(st.integers(1, 9000), min_size=1))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_products_of_one_shape_and_of_rows_agree(device: str, k: int, n: int, m: list[int]) -> None:
     spec = load(device, "llama_3_1_8b").device
     efficiency = Efficiency.of(spec)
@@ -272,7 +272,7 @@ def test_many_tokens_of_few_heads_take_longer_to_write_than_few_tokens_of_many()
 
 
 @given(tiles=st.integers(1, 300), blocks=st.integers(1, 200), sms=st.integers(20, 150))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_splits_of_decodes_are_those_of_flash_attentions_loop(tiles: int, blocks: int, sms: int) -> None:
     """Its num_splits_heuristic, written out: the first number of splits within 85 % of the best filling."""
     slots, filled = 2 * sms, {}

@@ -191,7 +191,7 @@ def agree(row: dict[str, object], reference: dict[str, float]) -> None:
     assert got == pytest.approx(reference, rel=1e-9, abs=1e-9, nan_ok=True)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(seed=st.integers(0, 10**9), pipelines=st.integers(1, 3))
 def test_every_latency_equals_that_of_the_listed_tokens(seed: int, pipelines: int) -> None:
     recorder, truths, duration_s = tiny_run(seed, pipelines)
@@ -206,7 +206,7 @@ def test_every_latency_equals_that_of_the_listed_tokens(seed: int, pipelines: in
         agree(row, expected([t for t in truths if t.slo == row["slo"]], duration_s))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(seed=st.integers(0, 10**9))
 def test_system_numbers_equal_loops_over_rows(seed: int) -> None:
     recorder, _, end_s = tiny_run(seed)

@@ -270,7 +270,7 @@ def test_a_cards_profile_needs_its_model_and_layers_that_are_known(
     value=st.sampled_from(["", "x", "-3", "nan", "inf", "0"]),
 )
 @pytest.mark.filterwarnings("ignore:.*left out")
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_broken_cell_is_one_line_or_harmless(
     make: Make, column: int, value: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -36,7 +36,7 @@ def random_table(count: int, seed: int = 0) -> RequestTable:
     )
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30)
 @given(st.integers(1, 3 * BLOCK_ROWS), st.lists(st.floats(0, 120), max_size=20))
 def test_due_hands_out_each_request_once_in_order_and_no_earlier(count: int, times_s: list[float]) -> None:
     table = random_table(count)

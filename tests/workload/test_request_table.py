@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sim.workload.table import COLUMNS, RequestTable, window_s
 
-LAWS = settings(max_examples=60, deadline=None, derandomize=True)
+LAWS = settings(max_examples=60)
 
 
 def table_of(arrival_s: list[float], duration_s: float | None = None, **more: object) -> RequestTable:
