@@ -55,6 +55,7 @@ from tests.engine.tiny import (
     tokens_of,
     twin,
 )
+from tests.engine.virtual import bench_on_a_virtual_clock
 from tests.support import LinearCost, build_policy, limits_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,6 +82,7 @@ def test_a_bench_on_two_ranks_serves_every_request_and_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    bench_on_a_virtual_clock(monkeypatch)
     short = ["workload.duration_s=1.5", "run.drain_s=20", "measure_s=4", "policy=coserving_static"]
     short += ["model.layers=1", "limits.max_sequences=8", "limits.max_tokens=32"]
     short += ["job.sample_tokens=24", "job.accumulation=1", "job.optimizer.warmup_steps=0"]

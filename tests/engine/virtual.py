@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from functools import partial
 
+import pytest
+
+import engine.bench_loaded
+import engine.measure
+import engine.pipelines
 from sim.core.cost import CostModel
 from sim.core.work import Work
+from tests.support import LinearCost
 
 
 class VirtualClock:
@@ -35,3 +42,12 @@ class VirtualClock:
 
     def wake(self) -> None:
         """Nobody sleeps in real time."""
+
+
+def bench_on_a_virtual_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `coserve bench` runs, and its peak, take as many iterations on every machine, however busy that is. The
+    predictor is measured on the machine: policies that ask it decide the same only within bounds that never bind."""
+    new_clock = partial(VirtualClock, LinearCost(host_s=2.0**-6))
+    monkeypatch.setattr(engine.pipelines, "WallClock", new_clock)
+    monkeypatch.setattr(engine.measure, "WallClock", new_clock)
+    monkeypatch.setattr(engine.bench_loaded, "Split", partial(engine.bench_loaded.Split, new_clock=new_clock))
