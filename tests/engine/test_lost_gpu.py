@@ -45,7 +45,7 @@ def test_only_the_test_that_loses_the_gpu_fails(tmp_path: Path) -> None:
         env=inherited | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert "an illegal memory access was encountered" in done.stdout + done.stderr
     failed = [line for line in done.stdout.splitlines() if line.startswith("FAILED")]

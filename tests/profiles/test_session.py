@@ -367,15 +367,15 @@ def test_the_same_commands_run_without_a_gpu_and_leave_few_files(
 ) -> None:
     """Some of the reference and a sweep of one run with the tiny model, gathered into the page."""
     small = ["parts=[decode]", "sizes.product=64", "sizes.decode_sequences=[2]"]
-    # Steps of few samples: a busy machine must finish two of them in peak_s.
-    sweep = [*SHORT, "job.accumulation=2", "policy=separate_50", "workload.rate_rps=4"]
+    # A busy machine may not finish two optimizer steps in any peak_s.
+    sweep = [*SHORT, "peak_s=0", "policy=separate_50", "workload.rate_rps=4"]
 
     def steps(folder: Path, device: str, model: str) -> list[Step]:
         found = {one.name: one for one in steps_of(folder, device, model)}
         reference, bench = found["reference"], found["bench"]
         return [
-            Step(name="reference", command=(*reference.command, "seconds=0.01", *small), limit_s=100),
-            Step(name="bench", command=(*bench.command, *sweep), limit_s=100),
+            Step(name="reference", command=(*reference.command, "seconds=0.01", *small), limit_s=1000),
+            Step(name="bench", command=(*bench.command, *sweep), limit_s=1000),
         ]
 
     monkeypatch.setattr(session, "steps_of", steps)

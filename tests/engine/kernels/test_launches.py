@@ -122,7 +122,7 @@ def test_a_benchmark_without_a_repetition_is_refused() -> None:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("error: --repetitions must be at least 1, got 0")
