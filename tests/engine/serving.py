@@ -26,6 +26,8 @@ from engine.text import BUNDLED, read_text
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("device=cpu", "port=0", "measure_s=1", "drain_s=20")
+UNBOUND = ("slo.classes.default.ttft_s=600", "slo.classes.default.tpot_s=60")
+"""A job goes on however slow the machine is: one that cannot keep the usual bounds leaves it no time."""
 JOB = {
     "dataset": "d.jsonl",
     "output_dir": "trained",

@@ -26,7 +26,7 @@ from engine.serve import main as serve
 from engine.training import main as finetune
 from sim.cli import main as coserve
 from sim.results import read_run
-from tests.engine.serving import JOB, PATIENCE_S, SHORT, Server, greedy, prepared, serving
+from tests.engine.serving import JOB, PATIENCE_S, SHORT, UNBOUND, Server, greedy, prepared, serving
 
 pytest.importorskip("starlette", reason="a server needs starlette and uvicorn")
 pytest.importorskip("uvicorn", reason="a server needs starlette and uvicorn")
@@ -41,7 +41,7 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """One whose job had requests beside it from its beginning."""
     here = prepared(tmp_path_factory.mktemp("serve"), num_train_epochs=EPOCHS)
     arguments = ["name=base", "train=job.yaml", "policy=coserving_slack", "max_requests=40", "trace=t.csv"]
-    with serving(here, f"weights={model_folder}", *arguments) as running:
+    with serving(here, f"weights={model_folder}", *arguments, *UNBOUND) as running:
         with ThreadPoolExecutor(4) as clients:
             list(clients.map(lambda prompt: running.text(greedy(prompt, 60)), PROMPTS * 4))
         yield running
@@ -254,7 +254,7 @@ def test_a_stopped_job_goes_on_and_what_a_failed_write_costs_is_the_checkpoint(
     requests are answered on."""
     here, arguments = tmp_path, [f"weights={model_folder}", "train=job.yaml"]
     prepared(here, num_train_epochs=FOREVER, save_steps=1)
-    with serving(here, *arguments) as server:
+    with serving(here, *arguments, *UNBOUND) as server:
         server.await_gauge("finetune_steps_total", 6)
         code, out = server.end()
     assert code == 0
