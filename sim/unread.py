@@ -16,6 +16,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from sim.checked import build
+from sim.settings import ClusterSettings
+
 
 def override_keys() -> list[str]:
     """Keys and groups of this run's overrides in the order given, without `+` and `~`; of a mapping those in it."""
@@ -65,15 +68,18 @@ def check_bounds(config: DictConfig) -> None:
     names = [key.removeprefix("slo.tpot_s.") for key in keys if key.startswith("slo.tpot_s.")]
     if not names:
         return
-    classes = str(OmegaConf.to_container(config.slo.classes, resolve=False))
-    asked = set(re.findall(r"slo\.tpot_s\.(\$\{model\.name\}|\w+)", classes))
+    classes = OmegaConf.select(config, "slo.classes")
+    if not isinstance(classes, DictConfig):
+        return  # told where they are built
+    stated = str(OmegaConf.to_container(classes, resolve=False))
+    asked = set(re.findall(r"slo\.tpot_s\.(\$\{model\.name\}|\w+)", stated))
     read = sorted(str(config.model.name) if name == "${model.name}" else name for name in asked)
     run = HydraConfig.get()
     several = run.mode == RunMode.MULTIRUN and "model" in keys and "${model.name}" in asked
     for name in names:
         if name not in read and not (several and name in _models()):
             own = [f"slo.tpot_s.{other}" for other in read]
-            own = own or [f"slo.classes.{other}.tpot_s" for other in map(str, config.slo.classes)]
+            own = own or [f"slo.classes.{other}.tpot_s" for other in map(str, classes)]
             raise ValueError(f"slo.tpot_s.{name} is read by no SLO class; their bounds are {', '.join(own)}")
 
 
@@ -82,7 +88,7 @@ ADAPTERS = "workload.adapters.count"
 
 def check_effects(config: DictConfig) -> None:
     """ValueError for an override of a key that changes nothing for want of adapters or, in a cluster, of a second
-    pipeline. A sweep may give it for those of its runs that have them."""
+    pipeline, and for a cluster that is none. A sweep may give it for those of its runs that have them."""
     keys = override_keys()
     several = HydraConfig.get().mode == RunMode.MULTIRUN
     if OmegaConf.select(config, ADAPTERS) == 0 and not (several and ADAPTERS in keys):
@@ -90,11 +96,9 @@ def check_effects(config: DictConfig) -> None:
     cluster = config.get("cluster")
     if cluster is None:
         return
-    counts = (
-        [cluster.pipelines]
-        if cluster.groups is None
-        else [group.get("pipelines") for group in cluster.groups]
-    )
+    settings = build(ClusterSettings, cluster, "cluster")
+    groups = settings.groups
+    counts = [settings.pipelines] if groups is None else [group.pipelines for group in groups]
     if counts == [1] and not (several and {"cluster", "cluster.pipelines", "cluster.groups"} & set(keys)):
         _refuse_below("cluster.router", keys, None, "the cluster has 1 pipeline")
 
