@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Generator
+from heapq import heappush
 from typing import Any
 
 import simpy
@@ -32,6 +33,13 @@ class Clock(simpy.Environment):
             return False
         self._now = time_s
         return True
+
+    def at(self, time_s: float) -> simpy.Event:
+        """An event at `time_s`, which is not past. A timeout's delay and the time now may add up to another number."""
+        event = self.event()
+        event._ok, event._value = True, None
+        heappush(self._queue, (time_s, simpy.events.NORMAL, next(self._eid), event))
+        return event
 
 
 class SimulatedPipeline:
@@ -70,21 +78,18 @@ class SimulatedPipeline:
                 yield self._sleep(command.until_s)
                 now_s = env.now
             else:
-                left_s = ends.popleft() - now_s
-                if left_s < 0.0:
-                    left_s = 0.0
-                if pass_to(now_s + left_s):
-                    now_s += left_s
-                else:
-                    yield env.timeout(left_s)
-                    now_s = env.now
+                end_s = ends.popleft()
+                if end_s > now_s:
+                    now_s = end_s
+                if not pass_to(now_s):
+                    yield env.at(now_s)
             reply = _new(Done, (now_s, (), (), ()))
 
     def _sleep(self, until_s: float) -> simpy.Event:
         """An event at `until_s` or at the next `wake`, whichever is first."""
         self._wake = wake = self._env.event()
         if until_s < math.inf:
-            alarm = self._env.timeout(max(0.0, until_s - self._env.now))
+            alarm = self._env.at(max(until_s, self._env.now))
             assert alarm.callbacks is not None
             alarm.callbacks.append(lambda _: None if wake.triggered else _succeed(wake))
         return wake

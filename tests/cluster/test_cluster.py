@@ -416,6 +416,15 @@ def test_a_round_robin_cluster_is_as_many_single_pipelines(lookahead: int, jobs:
                     assert np.array_equal(whole[column][own], values, equal_nan=True), (name, column)
 
 
+@pytest.mark.parametrize("pipelines", [1, 2])
+def test_a_request_that_finds_its_pipeline_idle_begins_when_it_comes(pipelines: int) -> None:
+    """To the last bit: 0.4662423316993428 and what is left to 1.5132296960910836 add up to another number."""
+    times_s = (0.1, 0.4662423316993428, 1.5132296960910836, 3.1)
+    requests = [Request(id, time_s, 5, 1, "chat") for id, time_s in enumerate(times_s)]
+    rows = cluster(requests, RoundRobin(), [LinearCost()] * pipelines).requests.arrays()
+    assert rows["scheduled_s"].tolist() == [*times_s]
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_every_request_is_served_once_by_one_pipeline(router: type, lookahead: int) -> None:
