@@ -311,7 +311,11 @@ def test_a_mistake_is_told_in_one_line(argument: str, words: str, capsys: pytest
         (["rank=8,16", "alpha=1,2"], "r/${rank}", "'out=r/${rank}/${rank}-${alpha}'"),
         (["model=tiny,llama_3_1_8b", "rank=8,16"], "r", "'out=r/${hydra:job.num}'"),
         (["model=tiny,llama_3_1_8b"], "r/${model.name}", None),
-        (["rank=8,16"], "a,b", None),
+        (["rank=8,16"], "a,b", "'out=a/${rank},b/${rank}'"),
+        (["rank=8,16"], "a/${rank},b/${rank}", None),
+        (["rank=8,16"], "${hydra:runtime.cwd}/r", "'out=${hydra:runtime.cwd}/r/${rank}'"),
+        (["rank=8,16"], "r/${hydra:job.num}", None),
+        (["rank=8"], "a,b", None),
         (["rank=8"], None, None),
     ],
 )
