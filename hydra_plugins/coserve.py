@@ -53,10 +53,7 @@ class ProcessLauncher(Launcher):
     """Runs the jobs of a sweep in `workers` processes; null is one per core."""
 
     def __init__(self, workers: int | None = None) -> None:
-        if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-            raise ValueError(
-                f"hydra.launcher.workers must be null or a whole number of at least 1, got {workers!r}"
-            )
+        _check_count("hydra.launcher.workers", workers)
         self.workers = _usable_cores() if workers is None else workers
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -111,6 +108,12 @@ class GridSweeper(BasicSweeper):
     """Hydra's basic sweeper, which tells `task_function.start` what is coming and hands the outcomes of all
     runs to `task_function.collect`."""
 
+    def __init__(self, max_batch_size: int | None, params: DictConfig | None = None) -> None:
+        _check_count("hydra.sweeper.max_batch_size", max_batch_size)
+        if params is not None and not isinstance(params, DictConfig):
+            raise ValueError(f"hydra.sweeper.params must be null or a group of keys, got {params}")
+        super().__init__(max_batch_size, params)  # type: ignore[arg-type]
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
         self.task_function = task_function
@@ -121,13 +124,15 @@ class GridSweeper(BasicSweeper):
         assert self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         overrides = parser.parse_overrides(self._parse_config() + arguments)
+        for override in overrides:
+            if override.is_discrete_sweep() and not list(override.sweep_iterator()):
+                raise ValueError(f"{override.input_line!r} gives no value, and nothing would run")
         batches = self.split_arguments(overrides, self.max_batch_size)
         runs = [run for batch in batches for run in batch]
         self.validate_batch_is_legal(runs)
         folder = Path(self.config.hydra.sweep.dir)
-        if runs:
-            config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
-            self.task_function.start(config, len(runs), folder)  # type: ignore[attr-defined]
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, list(runs[0]))
+        self.task_function.start(config, len(runs), folder)  # type: ignore[attr-defined]
 
         if not _has_folders(self.config):
             self._launch(batches)
@@ -144,7 +149,7 @@ class GridSweeper(BasicSweeper):
     def _launch(self, batches: Sequence[Sequence[Sequence[str]]]) -> None:
         assert self.launcher is not None
         runs = [run for batch in batches for run in batch]
-        if runs and isinstance(self.launcher, BasicLauncher):
+        if isinstance(self.launcher, BasicLauncher):
             self._one_by_one(runs)
             return
         first = 0
@@ -180,8 +185,7 @@ class GridSweeper(BasicSweeper):
         assert self.config is not None
         loader = self.hydra_context.config_loader
         self._check_keys(batch)
-        if batch:
-            loader.load_sweep_config(self.config, list(batch[0]))
+        loader.load_sweep_config(self.config, list(batch[0]))
         for override in {override for run in batch for override in run}:
             key, _, choice = override.partition("=")
             group = key.lstrip("+~").partition("@")[0]
@@ -219,6 +223,12 @@ class GridSweeper(BasicSweeper):
         collect: Callable[[Any], None] = self.task_function.collect  # type: ignore[attr-defined]
         for job in returns:
             collect(job.return_value)
+
+
+def _check_count(key: str, value: object) -> None:
+    """ValueError unless `value` is null or a number of things."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{key} must be null or a whole number of at least 1, got {value!r}")
 
 
 def _has_folders(config: DictConfig) -> bool:

@@ -121,8 +121,8 @@ def first_config(argv: Sequence[str], *alike: str) -> DictConfig | None:
     if any(arg.lstrip("+").startswith(alike) and _is_sweep(arg) for arg in given):
         return None
     with passed_over(), _composing(SIMULATOR):
-        runs = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
-        return hydra.compose("config", list(runs[0][0]))
+        (runs,) = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(given), None)
+        return hydra.compose("config", list(runs[0])) if runs else None
     return None
 
 

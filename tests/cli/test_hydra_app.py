@@ -106,6 +106,16 @@ NOT_OF_ALL = "'policy.margin' is no key of policy=plain, broken; of those in thi
             ["hydra.launcher.workers=0", "-m", "seed=1,2"],
             "hydra.launcher.workers must be null or a whole number of at least 1, got 0",
         ),
+        (
+            ["hydra.sweeper.max_batch_size=0", "-m", "seed=1,2"],
+            "hydra.sweeper.max_batch_size must be null or a whole number of at least 1, got 0",
+        ),
+        (
+            ["hydra.sweeper.params=5", "-m", "seed=1,2"],
+            "hydra.sweeper.params must be null or a group of keys, got 5",
+        ),
+        (["-m", "seed=range(3,0)"], "'seed=range(3,0)' gives no value, and nothing would run"),
+        (["-m", "policy=glob(x*)"], "'policy=glob(x*)' gives no value, and nothing would run"),
     ],
 )
 def test_what_a_user_got_wrong_is_one_line_and_exit_code_2(

@@ -47,6 +47,13 @@ def test_a_sweep_may_give_a_key_that_only_some_of_its_runs_read(
     assert f"{swept[1].partition('=')[0]} changes nothing here: " in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("command", ["compare", "frontier"])
+def test_a_sweep_over_no_value_is_one_clear_line(command: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main([command, *SHORT, "seed=range(3,0)"]) == 2
+    error = capfd.readouterr().err
+    assert "error: 'seed=range(3,0)' gives no value" in error and error.count("\n") == 1
+
+
 BAD = {
     "device=[a100_80gb,b200]": "device takes one choice, got [a100_80gb,b200]; -m and device=a100_80gb,b200 run each",
     "slo=llmstation model.name=mine model.kv_heads=3": "model.heads must be a multiple of model.kv_heads",
